@@ -1,1 +1,1 @@
-"""The contract: schedule, denoiser, targets, roles, recipe, LoRA files. Imports torch alone, never a host."""
+"""The contract: one denoiser, its noise schedule, conditions, adapter roles and recipes. Imports torch and kernels only."""

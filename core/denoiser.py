@@ -1,0 +1,121 @@
+"""The one contract, D(x, sigma, cond) -> x0, and a wrapper for each way a network may be parameterised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import OneStepError
+from .schedule import NoiseSchedule, expand
+
+if TYPE_CHECKING:
+    from .cond import Cond
+    from .roles import Roles
+
+Guidance = Literal["cfg", "embedded", "none"]
+Network = Callable[[Tensor, Tensor, "Cond"], Tensor]
+
+
+class Denoiser(Protocol):
+    """D(x, sigma, cond) -> x0.
+
+    x: [B, C, H, W] (or [B, C, F, H, W]) noisy latents in the model's own scale, x = alpha(sigma) x0 + sigma noise, float32.
+    sigma: [B] levels, float64. The result has the shape and dtype of x.
+    """
+
+    schedule: NoiseSchedule
+    roles: Roles
+    guidance: Guidance
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor: ...
+
+
+@dataclass
+class _Wrapped:
+    """``network(x, time, cond)``, told its own time [B]; subclasses turn its answer into x0."""
+
+    network: Network
+    schedule: NoiseSchedule
+    roles: Roles
+    guidance: Guidance = "cfg"
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        captured = self.roles.capture(len(x))
+        with captured:
+            prediction = self.network(x, self.schedule.time_of_sigma(sigma), cond).to(x.dtype)
+        return captured.guard(self.x0(x, sigma, prediction))
+
+    def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class X0Denoiser(_Wrapped):
+    """The network answers x0."""
+
+    def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
+        return prediction
+
+
+class EpsDenoiser(_Wrapped):
+    """The network answers the noise: x0 = (x - sigma eps) / alpha. Refused where alpha = 0: there is no signal to find."""
+
+    def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
+        alpha = self.schedule.alpha(sigma)
+        if not bool((alpha > 0).all()):
+            raise OneStepError(
+                "a noise-predicting model cannot start from pure noise (alpha = 0): "
+                f"sigma {float(sigma.max()):.6g}; use a v- or x0-prediction for zero-terminal SNR"
+            )
+        return (x - expand(sigma, x) * prediction) / expand(alpha, x)
+
+
+class VDenoiser(_Wrapped):
+    """The network answers v = alpha eps - sigma x0 (arXiv:2202.00512, app. D): x0 = (alpha x - sigma v) / (alpha^2 + sigma^2)."""
+
+    def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
+        alpha = self.schedule.alpha(sigma)
+        variance = alpha**2 + sigma.double() ** 2
+        return expand(alpha / variance, x) * x - expand(sigma / variance, x) * prediction
+
+
+class FlowDenoiser(_Wrapped):
+    """The network answers v = noise - x0 (arXiv:2209.03003): x0 = x - sigma v, for alpha = 1 - sigma."""
+
+    def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
+        return x - expand(sigma, x) * prediction
+
+
+PREDICTIONS: dict[str, type[_Wrapped]] = {
+    "epsilon": EpsDenoiser,
+    "v_prediction": VDenoiser,
+    "sample": X0Denoiser,
+    "flow": FlowDenoiser,
+}
+
+
+def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) in x0: D_u + k (D_c - D_u), with cond and null in one forward.
+
+    k = ``scale`` = 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1 where the model has no
+    trained null condition.
+    """
+    if scale == 1:
+        return denoise(x, sigma, cond)
+    d_c, d_u = both(denoise, x, sigma, cond, null)
+    return d_u + scale * (d_c - d_u)
+
+
+def both(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None) -> tuple[Tensor, Tensor]:
+    """(D_c, D_u): the conditional and the unconditional answer, from one forward of twice the batch."""
+    if denoise.guidance != "cfg" or null is None:
+        raise OneStepError(
+            f"this model has no trained null condition (guidance is {denoise.guidance!r}), so guidance must be 1: "
+            "set guidance to 1; models with embedded guidance take theirs through the condition"
+        )
+    answer = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), type(cond).concat([cond, null]))
+    d_c, d_u = answer.chunk(2)
+    return d_c, d_u

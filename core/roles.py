@@ -1,0 +1,287 @@
+r"""Teacher, student, critic: one frozen base, seen with this low-rank adapter, with that one, or with none.
+
+    W x  ->  W x + B (A x),   A [r, in], B [out, r]      (LoRA, arXiv:2106.09685, Eq. 3, alpha = r)
+
+Adapters live beside the network, never in it: forward hooks add their product to a layer's output, so no module is renamed,
+no parameter enters the module tree, and nobody's ``requires_grad`` is touched at a switch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.low_rank import low_rank_conv, low_rank_linear
+from .errors import OneStepError
+from .randomness import generator
+from .targets import Target
+
+TEACHER = "teacher"
+State = dict[str, tuple[Tensor, Tensor]]
+Blocks = tuple[tuple[str, int | None], ...]
+
+
+@dataclass(frozen=True)
+class RoleMap:
+    """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them."""
+
+    blocks: Blocks = ((TEACHER, None),)
+    train: bool = True
+
+    def sizes(self, batch: int) -> list[int]:
+        sizes = [batch if rows is None else rows for _, rows in self.blocks]
+        if sum(sizes) != batch:
+            raise OneStepError(f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample")
+        return sizes
+
+
+class Roles:
+    """Named adapters on the same targets. The role ``"teacher"``, and any target a role has no factors for, is the base.
+
+    Factors are float32 leaf tensors that require grad; the product runs in the layer's compute dtype.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = {target.name: target for target in targets}
+        self._factors: dict[str, State] = {}
+        self._lineage: dict[str, int] = {}
+        self._active = RoleMap()
+        self._chosen: RoleMap | None = None
+        self._handles: list[Any] = []
+
+    # -- which role serves a call ---------------------------------------------------------------------------------------
+
+    def use(self, role: str, *, train: bool = True) -> Any:
+        """Within, every call is served by ``role``. ``train=False``: its factors get no gradient, its input still does."""
+        return self._choose(RoleMap(((self._known(role), None),), train))
+
+    def rows(self, blocks: Sequence[tuple[str, int]], *, train: bool = True) -> Any:
+        """Within, one forward serves contiguous blocks of rows: ``[("teacher", 4), ("critic", 2)]`` for a batch of 6."""
+        return self._choose(RoleMap(tuple((self._known(role), rows) for role, rows in blocks), train))
+
+    @contextmanager
+    def _choose(self, chosen: RoleMap) -> Iterator[None]:
+        before = self._chosen
+        self._chosen = chosen
+        try:
+            yield
+        finally:
+            self._chosen = before
+
+    def capture(self, batch: int) -> Captured:
+        """The role map of the call about to be made, checked against its batch."""
+        chosen = self._chosen or RoleMap()
+        chosen.sizes(batch)
+        return Captured(self, chosen)
+
+    @contextmanager
+    def serving(self, role_map: RoleMap) -> Iterator[None]:
+        """Within, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
+        before = self._active
+        self._active = role_map
+        try:
+            yield
+        finally:
+            self._active = before
+
+    @property
+    def active(self) -> RoleMap:
+        """The role map that the running forward obeys."""
+        return self._active
+
+    # -- the adapters ---------------------------------------------------------------------------------------------------
+
+    def add(self, role: str, rank: int, seed: int, device: torch.device | str = "cpu") -> None:
+        """A new role: A ~ U(-1, 1) / sqrt(fan in), drawn from (seed, target name) alone, and B = 0.
+
+        Roles of one seed share their A, so that a lerp of factors approximates a lerp of their products.
+        """
+        if rank < 1:
+            raise OneStepError(f"rank must be at least 1, not {rank}: 16 to 128 is usual, 64 the default")
+        self._factors[role] = {
+            name: (_leaf(_initial(target, rank, seed), device), _leaf(torch.zeros(target.shape_b(rank)), device))
+            for name, target in self.targets.items()
+        }
+        self._lineage[role] = seed
+
+    def load(self, role: str, state: State, device: torch.device | str = "cpu", lineage: int = -1) -> None:
+        """A role from given factors, e.g. of a file; targets that it lacks stay the base's. Copies them."""
+        foreign = sorted(set(state) - set(self.targets))
+        if foreign:
+            raise OneStepError(f"{len(foreign)} adapted layers are not in this model, {foreign[0]} the first: choose a LoRA of its base")
+        for name, (a, b) in state.items():
+            self._check_shapes(name, a, b)
+        self._factors[role] = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in state.items()}
+        self._lineage[role] = lineage
+
+    def state(self, role: str) -> State:
+        """The factors by target name, detached, sharing memory with the live ones."""
+        return {name: (a.detach(), b.detach()) for name, (a, b) in self._factors[self._known(role)].items()}
+
+    def parameters(self, role: str) -> list[Tensor]:
+        """A and B of each target, in the order of target names, whatever order the host's tree has."""
+        return [factor for name in sorted(self._factors[role]) for factor in self._factors[role][name]]
+
+    def names(self) -> list[str]:
+        return list(self._factors)
+
+    def copy(self, source: str, into: str) -> None:
+        """``into`` becomes a copy of ``source``. Live tensors are written in place, so an optimiser keeps them."""
+        if into in self._factors:
+            self._blend(into, source, 1.0)
+        else:
+            self.load(into, self.state(source), self._device(source), self._lineage[source])
+
+    @torch.no_grad()
+    def lerp(self, into: str, other: str, weight: float) -> None:
+        """``into`` <- (1 - weight) ``into`` + weight ``other``, of the products B A.
+
+        Roles of one lineage are blended factor by factor, in place (approximately right: they share their A's start).
+        Foreign ones are blended exactly: the stacked factors' product, its rank found by SVD.
+        """
+        if self._lineage[into] == self._lineage[other] >= 0:
+            self._blend(into, other, weight)
+        else:
+            mine, theirs = self.state(into), self.state(other)
+            blended = {name: _blended_product(mine.get(name), theirs.get(name), weight) for name in {**mine, **theirs}}
+            self.load(into, blended, self._device(into))
+
+    @torch.no_grad()
+    def _blend(self, into: str, other: str, weight: float) -> None:
+        for mine, theirs in zip(self.parameters(into), self.parameters(other), strict=True):
+            mine.lerp_(theirs.to(mine), weight)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Hang one forward hook on each host layer that carries a target."""
+        bound: dict[nn.Module, list[Target]] = {}
+        for target in self.targets.values():
+            bound.setdefault(target.module, []).append(target)
+        for module, here in bound.items():
+            here.sort(key=lambda target: target.row_range)
+            self._handles.append(module.register_forward_hook(self._hook(here)))
+
+    def remove(self) -> None:
+        """Take the hooks off; the network is as it was."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, here: list[Target]) -> Any:
+        def adapt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return self._served(here, args[0], output)
+
+        return adapt
+
+    def _served(self, here: list[Target], x: Tensor, output: Tensor) -> Tensor | None:
+        active = self._active
+        if not any(self._adapts(role, here) for role, _ in active.blocks):
+            return None
+        if len(active.blocks) == 1:
+            return self._adapted(active.blocks[0][0], here, x, output)
+        sizes = active.sizes(len(x))
+        pieces = zip(active.blocks, x.split(sizes), output.split(sizes), strict=True)
+        return torch.cat([self._adapted(role, here, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
+
+    def _adapts(self, role: str, here: list[Target]) -> bool:
+        factors = self._factors.get(role, {})
+        return any(target.name in factors for target in here)
+
+    def _adapted(self, role: str, here: list[Target], x: Tensor, output: Tensor) -> Tensor:
+        """``output`` plus each target's product on its own rows."""
+        factors = self._factors.get(role, {})
+        axis = 1 if here[0].is_conv else output.ndim - 1
+        pieces, at = [], 0
+        for target in (target for target in here if target.name in factors):
+            start, stop = target.row_range
+            if start > at:
+                pieces.append(output.narrow(axis, at, start - at))
+            pieces.append(self._product(target, factors[target.name], x, output.narrow(axis, start, stop - start)))
+            at = stop
+        if at < output.shape[axis]:
+            pieces.append(output.narrow(axis, at, output.shape[axis] - at))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+    def _product(self, target: Target, factors: tuple[Tensor, Tensor], x: Tensor, output: Tensor) -> Tensor:
+        a, b = factors if self._active.train else (factors[0].detach(), factors[1].detach())
+        b = target.host_order(b)
+        if not target.is_conv:
+            return low_rank_linear(output, x, a, b)
+        conv: Any = target.module
+        return low_rank_conv(output, x, a, b, conv.stride, conv.padding, conv.dilation)
+
+    # -- small checks ---------------------------------------------------------------------------------------------------
+
+    def _known(self, role: str) -> str:
+        if role != TEACHER and role not in self._factors:
+            raise OneStepError(f"no role {role!r} here: the roles are {[TEACHER, *self._factors]}")
+        return role
+
+    def _device(self, role: str) -> torch.device:
+        return next((a.device for a, _ in self._factors[role].values()), torch.device("cpu"))
+
+    def _check_shapes(self, name: str, a: Tensor, b: Tensor) -> None:
+        rank, target = len(a), self.targets[name]
+        found, wanted = (tuple(a.shape), tuple(b.shape)), (target.shape_a(rank), target.shape_b(rank))
+        if found != wanted:
+            raise OneStepError(f"the LoRA's {name} has shapes {found}, this model needs {wanted}: it was made for another base")
+
+
+class Captured:
+    """The role map of one call: a context for its forward, and a guard on its result."""
+
+    def __init__(self, roles: Roles, role_map: RoleMap) -> None:
+        self._roles, self._map = roles, role_map
+        self._serving = roles.serving(role_map)
+
+    def __enter__(self) -> None:
+        self._serving.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._serving.__exit__(*exc)
+
+    def guard(self, output: Tensor) -> Tensor:
+        """``output``, which refuses to run backward inside ``use`` or ``rows`` of other roles than it was built with."""
+        if output.requires_grad:
+            output.register_hook(self._check)
+        return output
+
+    def _check(self, gradient: Tensor) -> None:
+        now = self._roles._chosen
+        if now is not None and now.blocks != self._map.blocks:
+            raise OneStepError(
+                f"a graph built as {self._map.blocks} was run backward under {now.blocks}: "
+                "run backward where the forward was made, or outside of every role"
+            )
+
+
+def _leaf(value: Tensor, device: torch.device | str) -> Tensor:
+    return value.detach().to(device, torch.float32, copy=True).contiguous().requires_grad_(True)
+
+
+def _initial(target: Target, rank: int, seed: int) -> Tensor:
+    shape = target.shape_a(rank)
+    uniform = torch.rand(shape, generator=generator(seed, target.name))
+    return (2 * uniform - 1) / math.sqrt(math.prod(shape[1:]))
+
+
+def _blended_product(
+    mine: tuple[Tensor, Tensor] | None, theirs: tuple[Tensor, Tensor] | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Factors of (1 - w) B1 A1 + w B2 A2, as few as its rank needs, by SVD in float64."""
+    terms = [(pair, share) for pair, share in ((mine, 1 - weight), (theirs, weight)) if pair is not None]
+    a = torch.cat([pair[0].double() for pair, _ in terms])
+    b = torch.cat([share * pair[1].double() for pair, share in terms], 1)
+    u, s, v = torch.linalg.svd(b.flatten(1) @ a.flatten(1), full_matrices=False)
+    rank = max(1, int((s > s[0] * 1e-12).sum()))
+    rank = min(rank, a.shape[0])
+    root = s[:rank].sqrt()
+    new_a = (root[:, None] * v[:rank]).reshape(rank, *a.shape[1:])
+    new_b = (u[:, :rank] * root).reshape(b.shape[0], rank, *b.shape[2:])
+    return new_a.float(), new_b.float()

@@ -1,0 +1,195 @@
+"""Noise schedules: x = alpha(sigma) x0 + sigma noise, and the network's own time at each level.
+
+Levels are float64 tensors: at the noisy end of a variance-preserving schedule alpha = sqrt(1 - sigma^2), and float32
+would lose a factor of a thousand in its relative error there. Latents keep their own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def expand(level: Tensor, like: Tensor) -> Tensor:
+    """``level`` [B], as [B, 1, ..., 1] in the dtype and on the device of ``like`` [B, ...]."""
+    return level.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class NoiseSchedule(Protocol):
+    """What a family of models knows of noise. Every level is a float64 tensor of any shape."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        """The signal's factor at ``sigma``; 0 is legal (pure noise)."""
+        ...
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        """The level at the network's own ``time``."""
+        ...
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        """The time that a network is told at ``sigma``."""
+        ...
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        """The level at ``share`` in [0, 1] of the way from clean to pure noise, as the network's time counts it."""
+        ...
+
+    def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of :func:`log_snr`."""
+        ...
+
+    def trailing(self, steps: int) -> Tensor:
+        """The times of ``steps`` equal steps that start at pure noise ("trailing" spacing), noisiest first."""
+        ...
+
+
+def log_snr(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """lambda = log(alpha / sigma), by which levels of different models are compared; -inf where alpha = 0."""
+    return torch.log(schedule.alpha(sigma)) - torch.log(sigma)
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x = alpha(sigma) x0 + sigma noise, for x0 and noise [B, ...] and sigma [B]."""
+    return expand(schedule.alpha(sigma), x0) * x0 + expand(sigma, x0) * noise
+
+
+@dataclass(frozen=True)
+class VPSchedule:
+    """Variance-preserving, with T discrete training times: alpha^2 + sigma^2 = 1 (DDPM, arXiv:2006.11239, Eq. 4).
+
+    ``alphas_cumprod`` [T], float64, falling; a last entry of 0 is zero-terminal SNR (arXiv:2305.08891).
+    The network's own time is an index 0 .. T - 1; between two indices the angle atan2(sigma, alpha) is interpolated, which
+    stays finite at zero-terminal SNR.
+    """
+
+    alphas_cumprod: Tensor
+    sigma_min: float = field(init=False)
+    sigma_max: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        abar = self.alphas_cumprod.detach().cpu().double()
+        object.__setattr__(self, "alphas_cumprod", abar)
+        object.__setattr__(self, "_sigmas", (1 - abar).sqrt())
+        object.__setattr__(self, "_angles", torch.atan2((1 - abar).sqrt(), abar.sqrt()))
+        object.__setattr__(self, "sigma_min", float((1 - abar[0]).sqrt()))
+        object.__setattr__(self, "sigma_max", float((1 - abar[-1]).sqrt()))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, *, zero_terminal: bool = False) -> VPSchedule:
+        """From any betas [T] in (0, 1). ``zero_terminal`` rescales them as arXiv:2305.08891, Algorithm 1."""
+        abar = torch.cumprod(1 - betas.double(), 0)
+        if zero_terminal:
+            root = abar.sqrt()
+            abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return cls(abar)
+
+    @classmethod
+    def scaled_linear(
+        cls, start: float = 0.00085, end: float = 0.012, times: int = 1000, *, zero_terminal: bool = False
+    ) -> VPSchedule:
+        """Stable Diffusion's: square roots of beta linear from sqrt(start) to sqrt(end)."""
+        betas = torch.linspace(math.sqrt(start), math.sqrt(end), times, dtype=torch.float64) ** 2
+        return cls.from_betas(betas, zero_terminal=zero_terminal)
+
+    @property
+    def times(self) -> int:
+        """T, the number of training times."""
+        return len(self.alphas_cumprod)
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return (1 - sigma.double() ** 2).clamp_min(0).sqrt()
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        table: Tensor = self._angles.to(time.device)  # type: ignore[attr-defined]
+        time = time.double().clamp(0, self.times - 1)
+        low = time.floor().long()
+        high = (low + 1).clamp_max(self.times - 1)
+        return torch.sin(torch.lerp(table[low], table[high], time - low))
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest trained index, by the angle: networks are told the times they were trained at."""
+        angles: Tensor = self._angles.to(sigma.device)  # type: ignore[attr-defined]
+        angle = torch.atan2(sigma.double(), self.alpha(sigma))
+        high = torch.searchsorted(angles, angle.contiguous()).clamp(1, self.times - 1)
+        nearer_low = angle - angles[high - 1] <= angles[high] - angle
+        return torch.where(nearer_low, high - 1, high).double()
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        """On a trained time: index round(share (T - 1))."""
+        return self.sigma_of_time((share.double() * (self.times - 1)).round())
+
+    def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        # sigma^2 = 1 / (1 + e^(2 lambda))
+        return torch.sigmoid(-2 * log_snr.double()).sqrt()
+
+    def trailing(self, steps: int) -> Tensor:
+        """999, 749, 499, 249 for 4 of 1000 steps (arXiv:2305.08891, table 2)."""
+        return torch.arange(steps, 0, -1, dtype=torch.float64).mul(self.times / steps).round() - 1
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Rectified flow: alpha = 1 - sigma, sigma in [0, 1] (arXiv:2209.03003); the network is told ``multiplier`` sigma.
+
+    ``shift`` moves equal steps towards noise: sigma = s u / (1 + (s - 1) u) (SD3, arXiv:2403.03206, Eq. 23).
+    """
+
+    shift: float = 1.0
+    multiplier: float = 1000.0
+    sigma_min: float = 0.0
+    sigma_max: float = 1.0
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return 1 - sigma.double()
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        return time.double() / self.multiplier
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma.double() * self.multiplier
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        share = share.double()
+        return self.shift * share / (1 + (self.shift - 1) * share)
+
+    def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        # (1 - sigma) / sigma = e^lambda
+        return torch.sigmoid(-log_snr.double())
+
+    def trailing(self, steps: int) -> Tensor:
+        return self.time_of_sigma(self.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
+
+
+@dataclass(frozen=True)
+class VESchedule:
+    """Variance-exploding: alpha = 1. Equal steps follow Karras et al. (arXiv:2206.00364), Eq. 5; time is log(sigma) / 4."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma.double())
+
+    def sigma_of_time(self, time: Tensor) -> Tensor:
+        return torch.exp(4 * time.double())
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return torch.log(sigma.double()) / 4
+
+    def sigma_at(self, share: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + share.double() * (high - low)) ** self.rho
+
+    def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-log_snr.double())
+
+    def trailing(self, steps: int) -> Tensor:
+        return self.time_of_sigma(self.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
