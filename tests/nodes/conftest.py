@@ -1,0 +1,96 @@
+"""Fixtures of the ComfyUI tests: an installation, a running server, tiny checkpoints, a browser page."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+INSIDE = Path(__file__).with_name("inside")  # scripts that run in ComfyUI's own Python
+SKIPPED_FOR = {"reason": ""}
+
+
+def support(name: str) -> ModuleType:
+    """A helper of tests/support by its path: in importlib mode test folders are not packages."""
+    known = f"onestep_test_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, TESTS / "support" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[known] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[known])
+    return sys.modules[known]
+
+
+@pytest.fixture(scope="session")
+def comfy() -> Any:
+    """The ComfyUI to test against; without one every test that asks is skipped by name."""
+    found = support("comfy_support").find_comfy()
+    if isinstance(found, str):
+        SKIPPED_FOR["reason"] = found
+        pytest.skip(found)
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if SKIPPED_FOR["reason"]:
+        terminalreporter.section("ComfyUI", sep="!", red=True, bold=True)
+        terminalreporter.line(f"NO REAL-COMFYUI TEST HAS RUN: {SKIPPED_FOR['reason']}", red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def run_inside(comfy: Any) -> Callable[..., str]:
+    """run_inside("name", *arguments): run tests/nodes/inside/name.py in ComfyUI's Python."""
+    return lambda name, *arguments, **kw: comfy.run_script(INSIDE / f"{name}.py", *arguments, **kw)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(comfy: Any) -> Path:
+    """Folder of the tiny sd15, sd3 and flux checkpoints with random weights, made once per machine."""
+    maker = TESTS / "support" / "make_tiny_checkpoints.py"
+    version = (comfy.root / "comfyui_version.py").read_bytes()
+    key = hashlib.sha256(maker.read_bytes() + version).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"onestep-tiny-checkpoints-{key}"
+    if not folder.is_dir():
+        making = Path(tempfile.mkdtemp(prefix="onestep-making-"))
+        comfy.run_script(maker, making, "sd15", "sd3", "flux")
+        making.replace(folder)  # whole or not at all: two runs may race
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One real server for the whole run, with this pack under custom_nodes in an oddly named folder."""
+    with support("comfy_support").running_server(comfy, tmp_path_factory.mktemp("comfy")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server_with_checkpoints(comfy_server: Any, checkpoints: Path) -> Any:
+    """The same server with the tiny checkpoints in models/checkpoints and models/vae."""
+    for file in checkpoints.glob("*.safetensors"):
+        place = comfy_server.base / "models" / "checkpoints" / file.name
+        if not place.exists():
+            try:
+                place.symlink_to(file)
+            except OSError:
+                shutil.copyfile(file, place)
+    return comfy_server
+
+
+@pytest.fixture
+def open_page(comfy_server: Any) -> Callable[..., Any]:
+    """open_page(vue=False): a browser page on the server's front end, as a context manager."""
+    browser = support("browser")
+    if missing := browser.why_no_browser():
+        pytest.skip(missing)
+    return lambda vue=False: browser.open_page(comfy_server.url, vue)
