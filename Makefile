@@ -1,0 +1,52 @@
+# `make demo` and `make test` do everything on a fresh machine: an environment in .venv, then the work itself.
+# Another interpreter: make test PYTHON=/path/to/python3.12
+
+# pyenv's shims exist for versions that do not run, so each candidate is tried, not only looked up.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$python && break; done)
+VENV := .venv/bin
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test lint types unit format clean
+
+help:
+	@echo "make demo    distil the bundled tiny model to one step and show it beside its teacher"
+	@echo "make test    style, types and every test"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make clean   remove what make made, the runs excepted"
+
+demo: .venv/.ready
+	$(VENV)/onestep demo
+
+test: lint types unit
+
+lint: .venv/.ready
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+# mypy wants a folder named as the package; a link to here is one.
+types: .venv/.ready .pkg/onestep
+	MYPYPATH=.pkg $(VENV)/mypy -p onestep
+
+unit: .venv/.ready
+	$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+format: .venv/.ready
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+# constraints.txt holds torch: without it a dependency may pull another build, gigabytes of CUDA with it.
+.venv/.ready: pyproject.toml setup.py requirements.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "OneStep needs Python 3.10 or newer, and none was found: install one, or name it with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.pkg/onestep:
+	@mkdir -p .pkg
+	@ln -sfn .. $@
+
+clean:
+	rm -rf .venv .pkg build *.egg-info .pytest_cache .mypy_cache .ruff_cache

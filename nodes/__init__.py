@@ -1,0 +1,1 @@
+"""The ComfyUI host: the only place that imports comfy."""

@@ -1,0 +1,1 @@
+"""The diffusers host: the only place that imports diffusers."""

@@ -1,0 +1,1 @@
+"""The distillation trainer: objectives, run directory, watch, evaluation. Knows no host."""

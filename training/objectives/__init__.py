@@ -1,0 +1,1 @@
+"""One method per file: its constants, its equation, its short call."""
