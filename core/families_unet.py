@@ -1,0 +1,122 @@
+"""The U-Net of SD1.5, SD2 and SDXL: diffusers' names and ComfyUI's names of every layer that can carry an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .families_table import Row, count
+
+# The layers of a residual block: ComfyUI's name -> diffusers' name.
+RESNET = {
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+# The layers of one transformer block have the same names in both hosts.
+TRANSFORMER = (
+    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+
+# ComfyUI's label_emb holds SDXL's embedding of the pooled text and sizes (SD2 unCLIP, which would be class_embedding, is no base).
+OUTSIDE = (
+    Row("input_blocks.0.0", ("conv_in",)),
+    Row("time_embed.0", ("time_embedding.linear_1",)),
+    Row("time_embed.2", ("time_embedding.linear_2",)),
+    Row("label_emb.0.0", ("add_embedding.linear_1",)),
+    Row("label_emb.0.2", ("add_embedding.linear_2",)),
+    Row("out.2", ("conv_out",)),
+)
+
+NOT_ADAPTED = (
+    (r".*\.norm[123]?", "a norm: gains and shifts, no matrix"),
+    (r".*\.(in_layers|out_layers)\.0", "a norm: gains and shifts, no matrix"),
+    (r"conv_norm_out|out\.0", "a norm: gains and shifts, no matrix"),
+    (r"time_embedding\.cond_proj", "the guidance embedding of an LCM U-Net; only diffusers has it"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Residual blocks per level on the way down and up (in the order of diffusers' up_blocks), deepest transformer."""
+
+    down: tuple[int, ...] = (2, 2, 2, 2)
+    up: tuple[int, ...] = (3, 3, 3, 3)
+    depth: int = 10
+
+
+def layout_of_canonical(names: Iterable[str]) -> Layout:
+    """Read from diffusers' module paths."""
+    names = list(names)
+    down = tuple(count(names, rf"down_blocks\.{x}\.resnets") for x in range(count(names, r"down_blocks")))
+    up = tuple(count(names, rf"up_blocks\.{x}\.resnets") for x in range(count(names, r"up_blocks")))
+    return Layout(down, up, count(names, r".*\.transformer_blocks"))
+
+
+def layout_of_comfy(names: Iterable[str]) -> Layout:
+    """Read from ComfyUI's module paths: a level ends where the picture is resampled."""
+    names = list(names)
+    down = _levels(names, "input_blocks", r"input_blocks\.(\d+)\.0\.op", first=1)
+    up = _levels(names, "output_blocks", r"output_blocks\.(\d+)\.[12]\.conv", first=0)
+    # A down level's last block holds the resampling alone; an up level's last block also holds a residual block.
+    down = tuple(size - 1 for size in down[:-1]) + down[-1:]
+    return Layout(down, up, count(names, r".*\.transformer_blocks"))
+
+
+def _levels(names: list[str], blocks: str, ends: str, first: int) -> tuple[int, ...]:
+    """Blocks per level, the ones that end a level included."""
+    last = count(names, blocks)
+    stops = sorted({int(found[1]) + 1 for name in names if (found := re.fullmatch(ends, name))} | {last})
+    return tuple(stop - start for start, stop in zip([first, *stops], stops, strict=False))
+
+
+def rows(layout: Layout) -> Iterator[Row]:
+    """Every layer that a U-Net of this layout can have; a level without attention simply lacks some of them."""
+    yield from OUTSIDE
+    yield from _down(layout)
+    yield from _resnet("middle_block.0", "mid_block.resnets.0")
+    yield from _attention("middle_block.1", "mid_block.attentions.0", layout.depth)
+    yield from _resnet("middle_block.2", "mid_block.resnets.1")
+    yield from _up(layout)
+
+
+def _down(layout: Layout) -> Iterator[Row]:
+    block = 1
+    for level, size in enumerate(layout.down):
+        for i in range(size):
+            yield from _resnet(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{i}")
+            yield from _attention(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{i}", layout.depth)
+            block += 1
+        yield Row(f"input_blocks.{block}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",))
+        block += 1
+
+
+def _up(layout: Layout) -> Iterator[Row]:
+    block = 0
+    for level, size in enumerate(layout.up):
+        for i in range(size):
+            yield from _resnet(f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{i}")
+            yield from _attention(f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{i}", layout.depth)
+            block += 1
+        # Behind an attention the upsampling is the block's third member, else its second.
+        for place in (1, 2):
+            yield Row(f"output_blocks.{block - 1}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
+
+
+def _resnet(host: str, canonical: str) -> Iterator[Row]:
+    for theirs, ours in RESNET.items():
+        yield Row(f"{host}.{theirs}", (f"{canonical}.{ours}",))
+
+
+def _attention(host: str, canonical: str, depth: int) -> Iterator[Row]:
+    for layer in ("proj_in", "proj_out"):
+        yield Row(f"{host}.{layer}", (f"{canonical}.{layer}",))
+    for i in range(depth):
+        for layer in TRANSFORMER:
+            path = f"transformer_blocks.{i}.{layer}"
+            yield Row(f"{host}.{path}", (f"{canonical}.{path}",))
