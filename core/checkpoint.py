@@ -67,10 +67,10 @@ class _Checkpointed:
         return before, block.register_forward_hook(self._after, prepend=True, always_call=True)
 
     def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        kept = {name: _own(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         if not self._recomputing and torch.is_grad_enabled():
+            kept = [_own_entry(value) for value in args], {name: _own_entry(value) for name, value in kwargs.items()}
             started = _checkpoint_without_reentrant_generator(
-                block, True, self._contexts, "default", False, True, *args, **kept
+                block, True, self._contexts, "default", False, True, *kept[0], **kept[1]
             )
             self._running.append(started)
             next(started)

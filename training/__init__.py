@@ -1,1 +1,1 @@
-"""The distillation trainer: objectives, run directory, watch, evaluation. Knows no host."""
+"""Distillation: objectives, the trainer, its run directory and its measures. Imports core and kernels; knows no host."""

@@ -1,0 +1,145 @@
+"""How to sample what was trained: written into a LoRA's header, read by loaders and samplers of both hosts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from .errors import OneStepError
+from .schedule import NoiseSchedule, log_snr
+
+VERSION = 1
+FAMILIES = ("unet", "sd3", "flux")
+
+
+@dataclass(frozen=True)
+class KSampler:
+    """The widgets of ComfyUI's KSampler that reproduce a recipe."""
+
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A few-step model's sampling.
+
+    told: the network's own times, noisiest first (an index for VP models, 1000 t for flow models).
+    fed: standard deviation of what enters at each step, in units of sqrt(alpha^2 + sigma^2) there; 1 is unit noise.
+    log_snr: lambda = log(alpha / sigma) at each told time; None stands for -inf (pure noise).
+    renoise: between steps, fresh noise on x0 (LCM, DMD2); otherwise deterministic, softened by eta in [0, 1] (TCD).
+    guidance: classifier-free guidance scale; 1 is none. lora_scale: the strength to load the file at.
+    sizes: (width, height) in pixels it was trained at. family: "unet", "sd3" or "flux".
+    prediction: what the network answers where that is not the base's own habit ("sample" for SDXL-Lightning's one step).
+    shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as teacher.
+    """
+
+    told: tuple[float, ...]
+    fed: tuple[float, ...]
+    log_snr: tuple[float | None, ...] = ()
+    renoise: bool = False
+    eta: float = 0.0
+    guidance: float = 1.0
+    lora_scale: float = 1.0
+    sizes: tuple[tuple[int, int], ...] = ()
+    family: str = "unet"
+    prediction: str | None = None
+    shift: float | None = None
+    teacher_loras: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.told) <= 64 or len(self.fed) != len(self.told):
+            raise OneStepError(f"a recipe needs 1 to 64 steps with one fed level each, not {self.told} and {self.fed}")
+        if any(later >= earlier for earlier, later in zip(self.told, self.told[1:], strict=False)):
+            raise OneStepError(f"a recipe's times must fall, noisiest first, not {self.told}")
+        if self.family not in FAMILIES:
+            raise OneStepError(f"a recipe is for one of {FAMILIES}, not {self.family!r}")
+        if not 0 <= self.eta <= 1:
+            raise OneStepError(f"eta is {self.eta}: it must lie in 0 (deterministic) to 1 (fresh noise)")
+
+    @property
+    def steps(self) -> int:
+        return len(self.told)
+
+    @classmethod
+    def for_student(cls, schedule: NoiseSchedule, steps: int, family: str, sizes: tuple[tuple[int, int], ...], **more: Any) -> Recipe:
+        """The recipe a student is trained at: ``steps`` trailing times from unit noise, fresh noise between them."""
+        times = schedule.trailing(steps)
+        levels = log_snr(schedule, schedule.sigma_of_time(times)).tolist()
+        told, fed = tuple(times.tolist()), (1.0,) * steps
+        lambdas = tuple(None if level == -torch.inf else level for level in levels)
+        return cls(told, fed, lambdas, renoise=steps > 1, family=family, sizes=sizes, **more)
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises OneStepError for a text that is no recipe of a version this package knows."""
+        try:
+            found = json.loads(text)
+            version = found.pop("version")
+            values = {name: _frozen(value) for name, value in found.items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise OneStepError(f"the LoRA's recipe cannot be read ({error}): choose a preset by name instead") from error
+        unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
+        if version != VERSION or unknown:
+            raise OneStepError(f"the recipe is of version {version!r} with unknown {unknown}: update OneStep, or choose a preset by name")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise OneStepError(f"the LoRA's recipe is incomplete ({error}): choose a preset by name instead") from error
+
+    def ksampler(self, schedule: NoiseSchedule) -> KSampler | str:
+        """The KSampler widgets that reproduce this on a model of ``schedule``, or the reason why none can."""
+        if self.prediction is not None:
+            return f"the network answers {self.prediction!r} here, which needs ModelSamplingDiscrete before KSampler"
+        if any(fed != 1 for fed in self.fed):
+            return f"KSampler starts from unit noise, this recipe feeds {self.fed[0]:g}"
+        trailing = tuple(schedule.trailing(self.steps).tolist())
+        if self.told != trailing:
+            return f"KSampler's schedulers give the times {_times(trailing)}, this recipe tells {_times(self.told)}"
+        if 0 < self.eta < 1:
+            return f"no sampler of KSampler's has eta {self.eta:g}"
+        sampler = "lcm" if self.steps > 1 and (self.renoise or self.eta == 1) else "euler"
+        return KSampler(self.steps, self.guidance, sampler, "simple")
+
+
+def _times(times: tuple[float, ...]) -> str:
+    return ", ".join(f"{time:g}" for time in times)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _preset(*told: float, source: str, **more: Any) -> Recipe:
+    return Recipe(tuple(map(float, told)), (1.0,) * len(told), source=source, **more)
+
+
+# How the public few-step models are sampled, each after its own model card or its authors' code.
+PRESETS: dict[str, Recipe] = {
+    "sd-turbo-1": _preset(999, source="stabilityai/sd-turbo, model card: 1 step, trailing, guidance 0"),
+    "sdxl-turbo-1": _preset(999, source="stabilityai/sdxl-turbo, model card: 1 step, trailing, guidance 0"),
+    "lcm-4": _preset(999, 759, 499, 259, renoise=True, source="arXiv:2310.04378; LCMScheduler, 4 of 50 steps"),
+    "tcd-4": _preset(999, 759, 499, 259, eta=0.3, source="arXiv:2402.19159; TCDScheduler, 4 of 50 steps, eta 0.3"),
+    "sdxl-lightning-1": _preset(999, prediction="sample", source="ByteDance/SDXL-Lightning, model card: 1 step predicts x0"),
+    "sdxl-lightning-2": _preset(999, 499, source="ByteDance/SDXL-Lightning, model card: Euler, trailing"),
+    "sdxl-lightning-4": _preset(999, 749, 499, 249, source="ByteDance/SDXL-Lightning, model card: Euler, trailing"),
+    "hyper-sd-1": _preset(800, source="ByteDance/Hyper-SD, model card: 1-step UNet starts at time 800"),
+    "dmd2-1": _preset(399, source="tianweiy/DMD2, README: 1 step, conditioning time 399, unit noise"),
+    "dmd2-4": _preset(999, 749, 499, 249, renoise=True, source="tianweiy/DMD2, README: LCMScheduler, times 999 749 499 249"),
+    "flux-schnell-4": _preset(
+        1000, 750, 500, 250, family="flux", shift=1.0, source="black-forest-labs/FLUX.1-schnell, model card: 4 steps, shift 1"
+    ),
+    "sd3.5-turbo-4": _preset(
+        1000, 900, 750, 500, family="sd3", shift=3.0, source="stabilityai/stable-diffusion-3.5-large-turbo, model card: 4 steps, shift 3"
+    ),
+}

@@ -1,0 +1,77 @@
+"""Samplers over the contract: a recipe's one or few steps, and the teacher's many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cond import Cond
+from .denoiser import Denoiser, guided
+from .recipe import Recipe
+from .schedule import NoiseSchedule, add_noise, expand
+
+Draw = Callable[[int], Tensor]
+
+
+def fed_latents(schedule: NoiseSchedule, noise: Tensor, sigma: Tensor, fed: float) -> Tensor:
+    """Pure noise as a sampler starts from it: ``fed`` sqrt(alpha^2 + sigma^2) noise, for noise [B, ...] and sigma [B]."""
+    return expand(fed * (schedule.alpha(sigma) ** 2 + sigma**2).sqrt(), noise) * noise
+
+
+def jump(schedule: NoiseSchedule, x: Tensor, x0: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
+    """J(x, t -> r) = alpha_r D + sigma_r (x - alpha_t D) / sigma_t: DDIM (arXiv:2010.02502, Eq. 12) and Euler at once."""
+    noise = (x - expand(schedule.alpha(sigma), x) * x0) / expand(sigma, x)
+    return add_noise(schedule, x0, noise, lower)
+
+
+def sample(denoise: Denoiser, recipe: Recipe, cond: Cond, noise: Tensor, draw: Draw, null: Cond | None = None) -> Tensor:
+    """x0 [B, ...] by ``recipe`` from standard normal ``noise`` [B, ...].
+
+    ``draw(i)`` gives fresh standard normal noise for step i of a recipe that renoises (eta > 0); it is not called otherwise.
+    """
+    schedule = denoise.schedule
+    sigmas = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64, device=noise.device))
+    levels = [sigma.expand(len(noise)) for sigma in sigmas]
+    x = fed_latents(schedule, noise, levels[0], recipe.fed[0])
+    for step, sigma in enumerate(levels):
+        x0 = guided(denoise, x, sigma, cond, null, recipe.guidance)
+        if step + 1 < len(levels):
+            x = _next(schedule, recipe, x, x0, (sigma, levels[step + 1]), lambda step=step: draw(step))  # type: ignore[misc]
+    return x0
+
+
+def _next(
+    schedule: NoiseSchedule, recipe: Recipe, x: Tensor, x0: Tensor, levels: tuple[Tensor, Tensor], fresh: Callable[[], Tensor]
+) -> Tensor:
+    sigma, lower = levels
+    if recipe.renoise:
+        return add_noise(schedule, x0, fresh(), lower)
+    if recipe.eta == 0:
+        return jump(schedule, x, x0, sigma, lower)
+    # TCD (arXiv:2402.19159), Algorithm 2: down to s = (1 - eta) t_next, then diffuse from s up to t_next
+    below = schedule.sigma_of_time(((1 - recipe.eta) * schedule.time_of_sigma(lower)).floor())
+    return diffuse(schedule, jump(schedule, x, x0, sigma, below), fresh(), below, lower)
+
+
+def diffuse(schedule: NoiseSchedule, x: Tensor, noise: Tensor, sigma: Tensor, higher: Tensor) -> Tensor:
+    """The forward kernel from ``sigma`` up to ``higher``: (a'/a) x + sqrt(s'^2 - (a' s / a)^2) noise."""
+    ratio = schedule.alpha(higher) / schedule.alpha(sigma)
+    spread = (higher.double() ** 2 - (ratio * sigma) ** 2).clamp_min(0).sqrt()
+    return expand(ratio, x) * x + expand(spread, x) * noise
+
+
+def teacher_sample(
+    denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """x0 [B, ...] of the teacher's probability-flow ODE in ``steps`` equal first-order steps from unit ``noise`` [B, ...]."""
+    schedule = denoise.schedule
+    sigmas = schedule.sigma_of_time(schedule.trailing(steps).to(noise.device))
+    x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
+    for step, sigma in enumerate(sigmas):
+        level = sigma.expand(len(noise))
+        x0 = guided(denoise, x, level, cond, null, guidance)
+        if step + 1 < steps:
+            x = jump(schedule, x, x0, level, sigmas[step + 1].expand(len(noise)))
+    return x0

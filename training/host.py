@@ -1,0 +1,57 @@
+"""What training asks of a host: a checkpoint as a denoiser, with its text encoder, its decoder and its file check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cond import Cond
+from ..core.denoiser import Denoiser
+
+
+class Host(Protocol):
+    """One loaded checkpoint: a diffusers pipeline or ComfyUI's MODEL, CLIP and VAE."""
+
+    name: str
+    """Of the checkpoint, for messages and headers."""
+    family: str
+    """"unet", "sd3" or "flux": decides the LoRA's keys."""
+    denoiser: Denoiser
+    device: torch.device
+    blocks: list[nn.Module]
+    """The network's blocks, in order: what gradient checkpointing recomputes one by one."""
+    in_place: list[nn.Module]
+    """Layers whose input the host overwrites afterwards: they are handed a copy in training."""
+    encoder_hash: str
+    """Of the text encoders' weights; with a prompt it names a cached embedding."""
+    base_hash: str
+    """Of the denoising network's weights, LoRA stack included."""
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        """The conditions of ``prompts`` at ``size`` (width, height) in pixels, on the CPU, float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] latents in the model's own scale -> [B, 3, H, W] pictures in [0, 1], on the CPU, float32."""
+        ...
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """(C, h, w) of latents for a picture of ``size`` (width, height) in pixels. OneStepError where it does not fit."""
+        ...
+
+    def training(self) -> AbstractContextManager[None]:
+        """Within, the network is on the training device and may be differentiated; text encoder and VAE are off it."""
+        ...
+
+    def check_file(self, path: Path) -> str:
+        """Load the LoRA with the host's own loader and compare every delta; one line that says what was proven."""
+        ...
+
+    def poll(self) -> None:
+        """Called at every micro-step: raises where the person has cancelled."""
+        ...
