@@ -1,1 +1,1 @@
-"""One method per file: its constants, its equation, its short call."""
+"""One method, one file. Each is a frozen dataclass of its few constants with a short ``__call__``."""
