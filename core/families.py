@@ -97,7 +97,7 @@ LATER_MARKS = {"double_stream_modulation_img": "Flux2", "distilled_guidance_laye
 
 
 def detect(network: nn.Module) -> str:
-    """The family of a network of either host: "unet", "sd3" or "flux". Raises OneStepError with a word for all others."""
+    """The family of a network of either host: "unet", "sd3" or "flux"; OneStepError, with a word, for all others."""
     classes = {cls.__name__ for cls in type(network).__mro__}
     children = {name for name, _ in network.named_children()}
     later = [LATER[name] for name in sorted(classes & LATER.keys())]
@@ -176,14 +176,14 @@ def _refuse_unknown(name: str, network: nn.Module, known: Iterable[str]) -> None
     strange = [path for path in _weighted(network) if path not in known and family.reason(path) is None]
     if strange:
         raise OneStepError(
-            f"{len(strange)} layers of this {type(network).__name__} are not part of {family.title}, the first: {strange[0]!r}. "
-            f"{_advice(strange[0])}"
+            f"{len(strange)} layers of this {type(network).__name__} are not part of {family.title}, "
+            f"the first: {strange[0]!r}. {_advice(strange[0])}"
         )
 
 
 def _advice(path: str) -> str:
     if re.search(r"\.(base_layer|lora_[AB])\b", path):
-        return "A LoRA is attached to it by peft: call fuse_lora() and unload_lora_weights() first, so that it is part of the teacher."
+        return "peft has attached a LoRA: call fuse_lora() and unload_lora_weights(), then it is part of the teacher."
     if re.search(r"\.to_(qkv|kv|added_qkv)$", path):
         return "Its projections are fused: call unfuse_qkv_projections() first."
     return "Use an unmodified base model."

@@ -78,7 +78,7 @@ FLUX_NOT_ADAPTED = ((r".*\.(query_norm|key_norm|norm_q|norm_k|norm_added_q|norm_
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks: SD3's joint blocks or Flux' double blocks, and Flux' single blocks. By default more than any known model has."""
+    """Numbers of SD3's joint or Flux' double blocks, and of Flux' single blocks; by default more than any model has."""
 
     joint: int = 64
     single: int = 64

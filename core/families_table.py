@@ -1,4 +1,4 @@
-"""What the tables of all families are made of: one row per layer of ComfyUI's network and the canonical names it holds."""
+"""What the families' tables are made of: a row per layer of ComfyUI's network, with the canonical names it holds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .errors import OneStepError
 
 @dataclass(frozen=True)
 class Row:
-    """host: ComfyUI's module path. names: the canonical names of its output rows, in order: one, or q, k, v, or q, k, v, mlp.
+    """host: ComfyUI's module path. names: the canonical names of its output rows: one, or q, k, v, or q, k, v, mlp.
 
-    swapped: a modulation whose [2 h, h] layer holds scale and shift in the other order than diffusers'. The same layer of
-    another width (SD3's norm1_context of all blocks but the last: 6 h) has the same order in both hosts.
+    swapped: a modulation whose [2 h, h] layer holds scale and shift in the other order than diffusers'. The same layer
+    of another width (SD3's norm1_context of all blocks but the last: 6 h) has the same order in both hosts.
     """
 
     host: str

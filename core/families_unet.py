@@ -23,7 +23,7 @@ TRANSFORMER = (
     "ff.net.2",
 )
 
-# ComfyUI's label_emb holds SDXL's embedding of the pooled text and sizes (SD2 unCLIP, which would be class_embedding, is no base).
+# label_emb holds SDXL's embedding of the pooled text and sizes (in SD2 unCLIP, which is no base here, class_embedding).
 OUTSIDE = (
     Row("input_blocks.0.0", ("conv_in",)),
     Row("time_embed.0", ("time_embedding.linear_1",)),

@@ -1,7 +1,7 @@
 """Where an adapter sits: a canonical name bound to (some output rows of) one layer of the host's network.
 
 The two hosts build the same network differently: ComfyUI fuses q, k and v (and the MLP of Flux' single blocks) into one
-layer, diffusers keeps them apart. An adapter is therefore bound to a `Target`, never to a module. May import torch alone.
+layer, diffusers keeps them apart. An adapter is therefore bound to a `Target`, never to a module. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Target:
         Rank, initial values, optimiser order and file keys depend on it alone.
     module: the host's layer: a Linear or Conv2d of any subclass, cast-on-use and quantised layers too.
     rows: the rows of the layer's output that belong to this target; None means all of them.
-    permutation: [rows] int64, or None. The host stores the canonical rows in another order: host = canonical[permutation].
+    permutation: [rows] int64, or None: the host stores the rows in another order, host = canonical[permutation].
     """
 
     name: str
@@ -77,7 +77,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def out_features(module: nn.Module) -> int:
-    """Output features of a Linear, output channels of a Conv2d. Read from the layer: a quantised weight has another shape."""
+    """Output features of a Linear, channels of a Conv2d. Read from the layer: a quantised weight has another shape."""
     return int(module.out_channels if is_conv(module) else module.out_features)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,261 @@
+"""LoRA files that ComfyUI's LoraLoader and diffusers' load_lora_weights both read, and the reading of everybody else's.
+
+Written: U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without. Both hosts map every one
+of these keys; of peft's names for U-Nets ComfyUI loses the attention. May import torch and core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import OneStepError
+from .families import FAMILIES
+from .lora_keys import KEY, TEXT_ENCODER, KeyMap, Place, alpha_key_of, family_of_keys, key_of, refuse_kinds
+from .targets import Target
+from .tensor_file import digest, read_header, read_tensors, write_tensors
+
+MAX_RANK = 4096
+
+State = dict[str, tuple[Tensor, Tensor]]
+
+# modelspec's words for a base (kohya's sai_model_spec), by its family and, for a U-Net, the width of its text.
+ARCHITECTURES = {
+    ("unet", 768): "stable-diffusion-v1/lora",
+    ("unet", 1024): "stable-diffusion-v2-512/lora",
+    ("unet", 2048): "stable-diffusion-xl-v1-base/lora",
+    ("sd3", None): "stable-diffusion-3/lora",
+    ("flux", None): "flux-1-dev/lora",
+}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """state: (A, B) by canonical target name, float32, alpha == rank; A [r, in, ...], B [out, r, ...].
+
+    recipe: the JSON text under onestep.recipe, or None. metadata: all other strings of the header.
+    unused: keys that are no part of the denoiser (text encoders).
+    """
+
+    state: State
+    family: str
+    recipe: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def save_lora(
+    path: str | os.PathLike[str],
+    state: Mapping[str, tuple[Tensor, Tensor]],
+    family: str,
+    recipe: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write (A, B) by target name; alpha is the rank. The file appears whole or not at all.
+
+    recipe: JSON text of how to sample. metadata: further header strings, e.g. ss_steps; they win over what is derived.
+    Ranks that differ are filled up with zeros: a file without alpha must hold one rank to be read by every diffusers.
+    """
+    _check_state(state)
+    rank = max(len(a) for a, _ in state.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in state.items():
+        down, up = key_of(family, name)
+        tensors[down], tensors[up] = _filled(a, 0, rank), _filled(b, 1, rank)
+        alpha = alpha_key_of(family, name)
+        if alpha is not None:
+            tensors[alpha] = torch.tensor(float(rank))
+    derived = _derived_metadata(Path(path), state, family, rank) | dict(metadata or {})
+    derived["modelspec.hash_sha256"] = digest(tensors)
+    if recipe is not None:
+        derived["onestep.recipe"] = recipe
+    write_tensors(path, tensors, derived)
+
+
+def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, family: str | None = None) -> LoraFile:
+    """Read our own LoRA or anybody's: kohya, peft, diffusers, ai-toolkit, ComfyUI; fused layers come apart exactly.
+
+    names: all target names of the base; then a LoRA of another base is refused, and unusual U-Nets are named rightly.
+    family: what the LoRA should be for; read from the file when None.
+    """
+    names = None if names is None else set(names)
+    header = read_header(path)
+    refuse_kinds(header.tensors)
+    unused = tuple(sorted(key for key in header.tensors if TEXT_ENCODER.match(key)))
+    keys = [key for key in header.tensors if key not in unused]
+    family = _family(path, keys, header.metadata, family)
+    state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)
+    _check_state(state)
+    _refuse_foreign(state, names, family)
+    metadata = dict(header.metadata)
+    recipe = metadata.pop("onestep.recipe", None)
+    return LoraFile(state, family, recipe, metadata, unused)
+
+
+def fit(state: Mapping[str, tuple[Tensor, Tensor]], targets: Sequence[Target]) -> State:
+    """The factors in the shapes of these targets; raises OneStepError where the LoRA was made for another base.
+
+    A 1 x 1 convolution and a Linear hold the same numbers; files write either for either.
+    """
+    by_name = {target.name: target for target in targets}
+    _refuse_foreign(state, by_name, "")
+    fitted: State = {}
+    for name, (a, b) in state.items():
+        shapes = by_name[name].shape_a(len(a)), by_name[name].shape_b(len(a))
+        if a.numel() != torch.Size(shapes[0]).numel() or b.numel() != torch.Size(shapes[1]).numel():
+            raise OneStepError(
+                f"This LoRA was made for another base: {name} has factors {list(a.shape)} and {list(b.shape)}, "
+                f"this model needs {list(shapes[0])} and {list(shapes[1])}. Choose the base that it was trained on."
+            )
+        fitted[name] = a.reshape(shapes[0]), b.reshape(shapes[1])
+    return fitted
+
+
+# Reading
+
+
+def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str | None) -> str:
+    found = metadata.get("onestep.family") or family_of_keys(keys)
+    # Attention layers alone are named alike in SD3 and Flux: what is wanted decides then.
+    if wanted == "flux" and found == "sd3" and "onestep.family" not in metadata:
+        found = "flux"
+    if found not in FAMILIES:
+        raise OneStepError(
+            f"{Path(path).name[:80]} holds no LoRA of a known model "
+            f"(its first key: {next(iter(keys), '')[:80]!r}). Use a LoRA of SD1.5, SD2, SDXL, SD3 or Flux."
+        )
+    if wanted is not None and wanted != found:
+        raise OneStepError(
+            f"{Path(path).name[:80]} is a LoRA for {FAMILIES[found].title}, "
+            f"but this model is {FAMILIES[wanted].title}. Choose a LoRA of this model."
+        )
+    return found
+
+
+def _assemble(tensors: Mapping[str, Tensor], keys: KeyMap, metadata: Mapping[str, str]) -> State:
+    """Pair up A, B and alpha of each layer, fold alpha, take fused layers apart."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, part = _parse(key)
+        layers.setdefault(path, {})[part] = tensor
+    scales = _PeftScales(metadata)
+    state: State = {}
+    for path, parts in sorted(layers.items()):
+        place = keys.find(path)
+        if place is None:
+            raise OneStepError(f"The LoRA adapts {path[:120]!r}, which this model does not have: choose another LoRA.")
+        for name, factors in _apart(place, *_factors(path, parts, scales)).items():
+            if name in state:
+                raise OneStepError(f"The LoRA adapts {name} twice, under two names: export it again in one format.")
+            state[name] = factors
+    return state
+
+
+def _parse(key: str) -> tuple[str, str]:
+    found = KEY.fullmatch(key)
+    if found is None:
+        raise OneStepError(f"The file holds {key[:120]!r}, which is no part of a LoRA: choose a LoRA's file.")
+    return found["path"], next(part for part in ("a", "b", "alpha") if found[part])
+
+
+def _factors(path: str, parts: Mapping[str, Tensor], scales: _PeftScales) -> tuple[Tensor, Tensor]:
+    """A and B in float32 with alpha / rank folded into B: untouched where alpha is the rank."""
+    if "a" not in parts or "b" not in parts:
+        raise OneStepError(f"The LoRA lacks one of the two factors of {path[:120]!r}: download or export it again.")
+    a, b = parts["a"].float(), parts["b"].float()
+    if a.ndim not in (2, 4) or b.ndim not in (2, 4) or b.shape[1] != len(a) or not 1 <= len(a) <= MAX_RANK:
+        raise OneStepError(
+            f"The LoRA's factors of {path[:120]!r} have shapes {list(a.shape)} and {list(b.shape)}, "
+            f"which are no A and B of one rank up to {MAX_RANK}: choose another LoRA."
+        )
+    b = b.reshape(*b.shape[:2], *(1 for _ in a.shape[2:])) if b.shape[2:].numel() == 1 else b
+    scale = float(parts["alpha"].flatten()[0]) / len(a) if "alpha" in parts else scales.of(path, len(a))
+    return a, b if scale == 1.0 else (b.double() * scale).float()
+
+
+def _apart(place: Place, a: Tensor, b: Tensor) -> State:
+    """A fused layer's rows become targets of their own, each with a copy of A; swapped rows return to their order."""
+    if place.row is None:
+        return {place.names[0]: (a, b)}
+    permutation = place.row.permutation(a.shape[1], len(b))
+    b = b if permutation is None else b[permutation]
+    slices = place.row.slices(a.shape[1], len(b))
+    return {name: (a.clone(), b[rows or slice(None)].clone()) for name, rows in zip(place.names, slices, strict=True)}
+
+
+class _PeftScales:
+    """alpha / rank as diffusers reads it from peft's settings in the header; 1 where there are none."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        try:
+            told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except (ValueError, RecursionError):
+            told = {}
+        # The keys are "transformer.r", "unet.lora_alpha" ...; those of text encoders do not concern us.
+        told = told if isinstance(told, dict) else {}
+        pattern = re.compile(r"(?:unet|transformer)\.(\w+)")
+        self._told = {found[1]: value for key, value in told.items() if (found := pattern.fullmatch(key))}
+
+    def of(self, path: str, rank: int) -> float:
+        patterns = self._told.get("alpha_pattern") or {}
+        alphas = [value for name, value in patterns.items() if path.endswith("." + name)]
+        alpha = alphas[0] if alphas else self._told.get("lora_alpha")
+        if not isinstance(alpha, int | float):
+            return 1.0
+        return float(alpha / rank**0.5 if self._told.get("use_rslora") else alpha / rank)
+
+
+# Checks and header
+
+
+def _refuse_foreign(state: Mapping[str, Any], names: Iterable[str] | None, family: str) -> None:
+    foreign = [] if names is None else sorted(set(state) - set(names))
+    if foreign:
+        raise OneStepError(
+            f"This LoRA was made for another base: {len(foreign)} of its {len(state)} layers are not in this model, "
+            f"{foreign[0]!r} the first. Choose the base that it was trained on."
+        )
+
+
+def _check_state(state: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    if not state:
+        raise OneStepError("This LoRA adapts no layer of the model: choose another file.")
+    broken = [name for name, factors in state.items() if not all(bool(f.isfinite().all()) for f in factors)]
+    if broken:
+        raise OneStepError(
+            f"The adapters of {len(broken)} layers hold numbers that are not finite (NaN or infinite), "
+            f"{broken[0]} the first: go back to an earlier state or file."
+        )
+
+
+def _filled(factor: Tensor, axis: int, rank: int) -> Tensor:
+    """Float32 with zeros behind its own rank: the product stays the same."""
+    missing = list(factor.shape)
+    missing[axis] = rank - factor.shape[axis]
+    factor = factor.detach().to("cpu", torch.float32)
+    return torch.cat([factor, factor.new_zeros(missing)], axis) if missing[axis] else factor
+
+
+def _derived_metadata(path: Path, state: Mapping[str, tuple[Tensor, Tensor]], family: str, rank: int) -> dict[str, str]:
+    told = {
+        "onestep.family": family,
+        "onestep.format": "1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_output_name": path.stem,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": path.stem,
+    }
+    text_widths = (a.shape[1] for name, (a, _) in state.items() if name.endswith("attn2.to_k"))
+    known = ARCHITECTURES.get((family, next(text_widths, None) if family == "unet" else None))
+    return told | ({"modelspec.architecture": known} if known else {})

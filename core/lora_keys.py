@@ -1,0 +1,113 @@
+"""The names under which LoRA files hold their tensors: ours, kohya's, peft's, diffusers', ai-toolkit's, ComfyUI's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import OneStepError
+from .families import FAMILIES
+from .families_table import Row
+
+# What is behind the path of the layer, in the dialects that exist.
+DOWN = r"\.lora_down\.weight|\.lora_A(?:\.default)?(?:\.weight)?|[._]lora(?:_linear_layer)?\.down\.weight"
+UP = r"\.lora_up\.weight|\.lora_B(?:\.default)?(?:\.weight)?|[._]lora(?:_linear_layer)?\.up\.weight"
+KEY = re.compile(rf"(?P<path>.+?)(?:(?P<a>{DOWN})|(?P<b>{UP})|(?P<alpha>\.alpha))")
+
+# Other kinds of adapters, by what gives them away in a key.
+REFUSED = {
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_|\.oft_blocks": "OFT",
+    r"\.lora_mid\.": "LoCon with a Tucker core",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.on_input$": "IA3",
+    r"\.lora_B(\.default)?\.bias$|\.lora_bias": "LoRA with biases",
+    r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$|\.reshape_weight$": "adapter with full weight differences",
+}
+
+TEXT_ENCODER = re.compile(r"lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.")
+
+PREFIXES = (
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "base_model.model.",
+    "unet.base_model.model.",
+    "transformer.base_model.model.",
+    "unet.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a path in a file stands for: the canonical names of its rows; row: ComfyUI's layer, if its name was used."""
+
+    names: tuple[str, ...]
+    row: Row | None = None
+
+
+class KeyMap:
+    """Finds the canonical names behind any dialect's path of one family.
+
+    names: all target names of the base, from which its layout is read; without them the family's largest layout is
+    taken (for U-Nets two residual blocks a level, as SD1.5, SD2 and SDXL have).
+    """
+
+    def __init__(self, family: str, names: Iterable[str] | None = None) -> None:
+        spec, names = FAMILIES[family], list(names or ())
+        self._places: dict[str, Place] = {}
+        for row in spec.rows(spec.layout_of_canonical(names) if names else spec.default):
+            self._places.setdefault(_flat(row.host), Place(row.names, row))
+            for name in row.names:
+                self._places[_flat(name)] = Place((name,))
+
+    def find(self, path: str) -> Place | None:
+        """The place of a path: "lora_unet_mid_block_attentions_0_proj_in", "diffusion_model.final_layer.linear"."""
+        bare = re.sub(r"\.processor\.", ".", _without_prefix(path))
+        bare += ".0" if bare.endswith("to_out") else ""
+        return self._places.get(_flat(bare))
+
+
+def family_of_keys(keys: Iterable[str]) -> str | None:
+    """The family whose blocks the keys name, or None. Attention alone does not tell Flux from SD3; SD3 is said then."""
+    text = "\n".join(keys)
+    if re.search(r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]", text):
+        return "unet"
+    if re.search(r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d", text):
+        return "flux"
+    return "sd3" if re.search(r"joint_blocks[._]\d|transformer_blocks[._]\d+[._](attn|norm1|ff)", text) else None
+
+
+def key_of(family: str, name: str) -> tuple[str, str]:
+    """The keys under which both hosts find A and B: kohya's for U-Nets, peft's with "transformer." for the others."""
+    if family == "unet":
+        return f"lora_unet_{_flat(name)}.lora_down.weight", f"lora_unet_{_flat(name)}.lora_up.weight"
+    return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight"
+
+
+def alpha_key_of(family: str, name: str) -> str | None:
+    """Kohya's files carry alpha; diffusers refuses or misreads it beside "transformer." keys."""
+    return f"lora_unet_{_flat(name)}.alpha" if family == "unet" else None
+
+
+def refuse_kinds(keys: Iterable[str]) -> None:
+    """Raise for adapters that are not plain LoRAs."""
+    for key in keys:
+        kind = next((kind for pattern, kind in REFUSED.items() if re.search(pattern, key)), None)
+        if kind is not None:
+            raise OneStepError(f"This file holds a {kind} ({key[:120]!r}), which cannot be read: use a plain LoRA.")
+
+
+def _without_prefix(path: str) -> str:
+    prefix = max((prefix for prefix in PREFIXES if path.startswith(prefix)), key=len, default="")
+    return path[len(prefix) :]
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
