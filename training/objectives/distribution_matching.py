@@ -119,7 +119,8 @@ class DistributionMatching:
         teachers = sum(role == TEACHER for role, _, _ in asked)
         blocks = [(TEACHER, teachers * len(x)), (CRITIC, (len(asked) - teachers) * len(x))]
         with denoise.roles.rows([block for block in blocks if block[1]]):
-            answer = denoise(x_s.repeat(len(asked), 1, 1, 1), sigma.repeat(len(asked)), Cond.concat([c for _, _, c in asked]))
+            conds = Cond.concat([cond for _, _, cond in asked])
+            answer = denoise(torch.cat([x_s] * len(asked)), sigma.repeat(len(asked)), conds)
         answers = dict(zip([name for _, name, _ in asked], answer.chunk(len(asked)), strict=True))
         return Scores(x, x_s, sigma, **answers)
 

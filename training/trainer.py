@@ -1,0 +1,197 @@
+"""step(), not a framework: roles + objective + optimisers -> numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..core.recipe import Recipe
+from . import optimizer as adam
+from .batch import Batch
+from .host import Host
+from .objectives.distribution_matching import CRITIC, DistributionMatching
+from .objectives.regression import Regression
+from .pairs import Pairs
+from .prompts import Prompts
+from .settings import Settings
+from .student import STUDENT, generate
+from .watch import score_metrics
+
+EMA = "ema"
+Numbers = dict[str, float]
+Loss = Callable[[Batch, float], Numbers]
+"""(micro-batch, its share of the batch) -> numbers; runs backward itself."""
+
+
+@dataclass
+class Trainer:
+    """One run's learning. Every update is a function of the settings, the update's index and the state below.
+
+    accumulation: micro-batches of a batch; doubled where memory runs out. bad: updates dropped in a row.
+    """
+
+    host: Host
+    settings: Settings
+    recipe: Recipe
+    prompts: Prompts
+    pairs: Pairs
+    objective: DistributionMatching | None
+    accumulation: int = 1
+    bad: int = 0
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        roles = self.host.denoiser.roles
+        self.regression = Regression(self.recipe)
+        self.accumulation = self.settings.accumulation
+        self.optimizers = {role: adam.make(roles.parameters(role), self.settings) for role in self.trained}
+
+    @property
+    def trained(self) -> list[str]:
+        """The roles with an optimiser."""
+        return [STUDENT] if self.objective is None else [STUDENT, CRITIC]
+
+    # -- the plan of a run ----------------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Updates of the run: warm start, critic alone, then the method."""
+        return self.settings.first_steps + self._critic_first + self.settings.steps
+
+    @property
+    def _critic_first(self) -> int:
+        return self.settings.critic_warm_up if self.objective is not None and self.settings.steps else 0
+
+    @property
+    def _turns(self) -> int:
+        """Batches that an update may take: one for each turn of the critic, one for the student."""
+        return self.settings.critic_updates + 1
+
+    def phase(self, update: int) -> tuple[str, int, int]:
+        """(name, index within the phase, updates of the phase) of ``update``."""
+        lengths = {"warm start": self.settings.first_steps, "critic": self._critic_first, self.settings.method: self.settings.steps}
+        for name, length in lengths.items():
+            if update < length:
+                return name, update, length
+            update -= length
+        raise IndexError(f"update {update} is past the end of the run")
+
+    # -- one update -----------------------------------------------------------------------------------------------------
+
+    def step(self, update: int) -> Numbers:
+        """Do ``update``; its numbers, for metrics.jsonl."""
+        name, index, length = self.phase(update)
+        rates = self._rates(name, index, length)
+        if name in ("warm start", "regression"):
+            return self._update(STUDENT, update, 0, rates, self._regress)
+        numbers: Numbers = {}
+        for turn in range(1 if name == "critic" else self.settings.critic_updates):
+            numbers |= self._update(CRITIC, update, turn, rates, self._teach_critic)
+        if name != "critic":
+            numbers |= self._update(STUDENT, update, self.settings.critic_updates, rates, self._match)
+            if self.settings.follow:
+                self.host.denoiser.roles.lerp(CRITIC, STUDENT, self.settings.follow)
+        return numbers
+
+    def _rates(self, name: str, index: int, length: int) -> dict[str, tuple[float, float]]:
+        """(step size, first moment's decay) of each role in this phase."""
+        settings = self.settings
+        regress = name in ("warm start", "regression")
+        height = settings.warm_start_rate if name == "warm start" else settings.learning_rate
+        critic = adam.rate(index, length if name != "critic" else 10**9, settings.critic_learning_rate, settings)
+        return {STUDENT: (adam.rate(index, length, height, settings), 0.9 if regress else 0.0), CRITIC: (critic, 0.0)}
+
+    def _update(self, role: str, update: int, turn: int, rates: dict[str, tuple[float, float]], loss: Loss) -> Numbers:
+        """Accumulate ``loss`` over the micro-batches of one batch, then one optimiser step of ``role``."""
+        while True:
+            try:
+                numbers = self._accumulate(role, update, turn, loss)
+                break
+            except torch.OutOfMemoryError:
+                self._halve(role)
+        optimizer = self.optimizers[role]
+        optimizer.param_groups[0]["lr"], beta = rates[role]
+        optimizer.param_groups[0]["betas"] = (beta, 0.99)
+        return numbers | {f"{role}_norm": self._apply(role, numbers)}
+
+    def _accumulate(self, role: str, update: int, turn: int, loss: Loss) -> Numbers:
+        self.optimizers[role].zero_grad(set_to_none=True)
+        total: Numbers = {}
+        for batch in self.batches(update * self._turns + turn):
+            self.host.poll()
+            share = len(batch) / self.settings.batch
+            for key, value in loss(batch, share).items():
+                total[key] = total.get(key, 0.0) + share * value
+        return total
+
+    def _apply(self, role: str, numbers: Numbers) -> float:
+        """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before clipping."""
+        parameters = [p for p in self.host.denoiser.roles.parameters(role) if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+        if not all(map(math.isfinite, [norm, *numbers.values()])):
+            self.bad, self.dropped = self.bad + 1, self.dropped + 1
+        else:
+            self.bad = 0
+            self.optimizers[role].step()
+            self._remember(role)
+        self.optimizers[role].zero_grad(set_to_none=True)
+        return norm
+
+    def _remember(self, role: str) -> None:
+        if role == STUDENT and self.settings.ema:
+            # early in a run the mean is short: (1 + n) / (10 + n) of n updates
+            seen = float(next(iter(self.optimizers[STUDENT].state.values()))["step"])
+            decay = min(self.settings.ema, (1 + seen) / (10 + seen))
+            self.host.denoiser.roles.lerp(EMA, STUDENT, 1 - decay)
+
+    def _halve(self, role: str) -> None:
+        """Out of memory: half the micro-batch, twice the accumulation; the batch stays what it was."""
+        self.optimizers[role].zero_grad(set_to_none=True)
+        if self.accumulation >= self.settings.batch:
+            raise
+        self.accumulation = min(self.settings.batch, self.accumulation * 2)
+        torch.cuda.empty_cache()
+        self.notes.append(f"out of memory: micro-batches of {-(-self.settings.batch // self.accumulation)} from here on")
+
+    # -- what is learnt -------------------------------------------------------------------------------------------------
+
+    def _regress(self, batch: Batch, share: float) -> Numbers:
+        batch, pairs = self.pairs.draw(batch, batch.step // self._turns)
+        loss = self.regression(self.host.denoiser, batch, pairs)
+        (share * loss).backward()
+        return {"regression": float(loss.detach()) / math.prod(batch.shape)}
+
+    def _teach_critic(self, batch: Batch, share: float) -> Numbers:
+        assert self.objective is not None
+        with torch.no_grad():
+            x = generate(self.host.denoiser, self.recipe, batch)
+        loss = self.objective.critic_loss(self.host.denoiser, batch, x)
+        (share * loss).backward()
+        return {"critic": float(loss.detach())}
+
+    def _match(self, batch: Batch, share: float) -> Numbers:
+        """<x, sg(G)>.backward(): the sum over a sample's elements, the mean over samples."""
+        assert self.objective is not None
+        x = generate(self.host.denoiser, self.recipe, batch)
+        cotangent, scores = self.objective.cotangent(self.host.denoiser, batch, x)
+        x.backward(cotangent * (share / len(batch)))
+        if self.settings.anchor:
+            self._anchor(batch, share)
+        return score_metrics(scores)
+
+    def _anchor(self, batch: Batch, share: float) -> None:
+        paired, pairs = self.pairs.draw(batch, batch.step // self._turns)
+        loss = self.regression(self.host.denoiser, paired, pairs)
+        (share * self.settings.anchor * loss).backward()
+
+    # -- batches --------------------------------------------------------------------------------------------------------
+
+    def batches(self, key: int) -> Iterator[Batch]:
+        """The micro-batches of the batch ``key``."""
+        size = -(-self.settings.batch // self.accumulation)
+        for start in range(0, self.settings.batch, size):
+            yield self.prompts.batch(key, range(start, min(start + size, self.settings.batch)))
