@@ -36,7 +36,11 @@ def _load_as_onestep() -> ModuleType:
     assert spec is not None and spec.loader is not None  # both are given for a file that is running
     package = importlib.util.module_from_spec(spec)
     sys.modules["onestep"] = package
-    spec.loader.exec_module(package)
+    try:
+        spec.loader.exec_module(package)
+    except BaseException:
+        del sys.modules["onestep"]  # as the import system does: nobody finds a half-made package
+        raise
     return package
 
 

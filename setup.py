@@ -1,17 +1,29 @@
-"""Leaves ComfyUI's front end out of what pip installs: pyproject.toml names it for the registry alone."""
+"""What pyproject.toml cannot say, since this folder is the package and ComfyUI's registry reads the same list as pip."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
 
 
 class PackDistribution(Distribution):
-    """setuptools' own, less the front end: a diffusers user has no use for 85 MB of browser code."""
+    """Leaves out the front end, named for the registry: a diffusers user has no use for 85 MB of browser code."""
 
-    def finalize_options(self) -> None:
+    def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
         """Drop the requirement after pyproject.toml was read and before any metadata is written."""
-        super().finalize_options()
+        super().parse_config_files(*args, **kwargs)
         self.install_requires = [need for need in self.install_requires if not need.startswith("comfyui-")]
 
 
-setup(distclass=PackDistribution)
+class BuildPack(build_py):
+    """Leaves out this file, which lies among the package's own."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """(package, module, file) of each module that is shipped."""
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[1] != "setup"]
+
+
+setup(distclass=PackDistribution, cmdclass={"build_py": BuildPack})

@@ -1,0 +1,249 @@
+"""The house style as a test: who may import whom, what never runs, how long things may be, and which files exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+UNTRACKED = {".git", ".venv", ".pkg", "runs", "build", "dist", "__pycache__"}
+
+# Imports run one way: kernels <- core <- training <- {pipelines, nodes}; pipelines <- cli.
+MAY_IMPORT = {
+    "kernels": set(),
+    "core": {"kernels"},
+    "training": {"core", "kernels"},
+    "pipelines": {"training", "core", "kernels"},
+    "nodes": {"training", "core", "kernels"},
+    "cli": {"pipelines", "training", "core", "kernels"},
+}
+DIFFUSERS = {"diffusers", "transformers", "peft", "tokenizers"}
+COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "node_helpers", "aiohttp"}
+COMFY |= {"latent_preview", "comfyui_version", "execution", "nodes"}
+COMMON = {"torch", "numpy", "safetensors"}
+LIBRARIES = {
+    "kernels": {"torch", "xformers"},
+    "core": COMMON,
+    "training": COMMON | {"PIL", "tqdm", "bitsandbytes"},
+    "pipelines": COMMON | {"PIL", "tqdm"} | DIFFUSERS,
+    "nodes": COMMON | {"PIL", "tqdm"} | COMFY,
+    "cli": COMMON | {"PIL", "tqdm"},
+}
+# No pickle, no network, no other process, nothing installed at run time.
+FORBIDDEN_MODULES = {
+    "pickle",
+    "marshal",
+    "shelve",
+    "dbm",
+    "subprocess",
+    "multiprocessing",
+    "socket",
+    "socketserver",
+    "ssl",
+}
+FORBIDDEN_MODULES |= {
+    "urllib",
+    "http",
+    "ftplib",
+    "smtplib",
+    "xmlrpc",
+    "webbrowser",
+    "ensurepip",
+    "venv",
+    "ctypes",
+    "pty",
+}
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint"}
+FORBIDDEN_CALLS = {
+    "torch.load": "reads pickles",
+    "torch.save": "writes pickles",
+    "torch.hub.load": "downloads code",
+    "os.system": "runs a command",
+    "os.popen": "runs a command",
+    "os.fork": "is not on Windows",
+    "os.symlink": "is not on Windows",
+}
+
+PYTHON, TEXT, PICTURES = {".py"}, {".md", ".json", ".toml", ".txt"}, {".png", ".jpg", ".webp", ".svg"}
+KNOWN_FILES = {
+    "cli": PYTHON,
+    "core": PYTHON,
+    "kernels": PYTHON,
+    "training": PYTHON,
+    "nodes": PYTHON,
+    "pipelines": PYTHON | {".json", ".txt", ".safetensors"},
+    "web": {".js", ".css", ".md"} | PICTURES,
+    "workflows": {".json"} | PICTURES,
+    "locales": {".json"},
+    "docs": {".md"} | PICTURES,
+    "tests": PYTHON | TEXT | {".safetensors"},
+    "tools": PYTHON,
+    "benchmarks": PYTHON | TEXT | PICTURES | {".jsonl", ".csv"},
+}
+ROOT_FILES = {
+    *("__init__.py", "setup.py", "py.typed", "pyproject.toml", "requirements.txt", "constraints.txt", "Makefile"),
+    *("README.md", "LICENSE", ".gitignore", ".comfyignore", ".gitattributes", ".ci/run"),
+}
+MAX_FILE_BYTES = 16 * 2**20
+MAX_FILE_LINES = {"tests": 400}  # elsewhere 300
+MAX_FUNCTION_LINES = 60
+
+
+def all_files() -> Iterator[PurePosixPath]:
+    """Every file of the checkout, what the tools leave behind excepted."""
+    stack = [ROOT]
+    while stack:
+        for entry in sorted(stack.pop().iterdir()):
+            relative = PurePosixPath(entry.relative_to(ROOT).as_posix())
+            if entry.name in UNTRACKED or entry.name.endswith((".egg-info", "_cache", ".pyc")) or entry.is_symlink():
+                continue
+            if entry.is_dir():
+                stack.append(entry)
+            else:
+                yield relative
+
+
+FILES = list(all_files())
+SOURCES = [path for path in FILES if path.suffix == ".py"]
+SHIPPED = [path for path in SOURCES if path.parts[0] in MAY_IMPORT or str(path) == "__init__.py"]
+
+
+def parsed(path: PurePosixPath) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def imported(path: PurePosixPath) -> Iterator[tuple[str, int]]:
+    """Each module a file imports, anywhere in it, relative ones written out from `onestep`; and the line."""
+    package = ["onestep", *path.parent.parts]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [alias.name for alias in node.names] if module == "onestep" else [""]
+            yield from ((f"{module}.{name}".rstrip("."), node.lineno) for name in names)
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain, or an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def trouble_with_import(path: PurePosixPath, module: str) -> str | None:
+    """Why a shipped file may not import ``module``; None if it may."""
+    folder, (top, *rest) = path.parts[0], module.split(".")
+    if top == "onestep":
+        allowed = MAY_IMPORT.get(folder, set()) | {folder}
+        return None if not rest or rest[0] in allowed else f"{folder} may import {sorted(allowed)} of ours"
+    if top in FORBIDDEN_MODULES:
+        return "is forbidden at run time"
+    libraries = LIBRARIES.get(folder, set())
+    return None if top in sys.stdlib_module_names or top in libraries else f"{folder} may import {sorted(libraries)}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_imports_run_one_way(path):
+    found = [(module, line, trouble_with_import(path, module)) for module, line in imported(path)]
+    assert [f"{path}:{line}: {module}: {why}" for module, line, why in found if why] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_nothing_dangerous_runs(path):
+    found = []
+    for node in ast.walk(parsed(path)):
+        name = dotted(node.func) if isinstance(node, ast.Call) else ""
+        if name in FORBIDDEN_NAMES or name in FORBIDDEN_CALLS:
+            found.append(f"{path}:{node.lineno}: {name} {FORBIDDEN_CALLS.get(name, 'runs code')}")
+        if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
+            found += [f"{path}:{node.value.lineno}: {node.arg} must be False"] * (ast.unparse(node.value) != "False")
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            found += [f"{path}:{node.lineno}: torch.{a.name}" for a in node.names if a.name in {"load", "save", "hub"}]
+    assert found == []
+
+
+def test_these_checks_find_what_they_look_for():
+    """A guard that cannot fail guards nothing."""
+    inside = PurePosixPath("core/roles.py")
+    assert trouble_with_import(inside, "onestep.training.engine")
+    assert trouble_with_import(inside, "diffusers") and trouble_with_import(inside, "comfy.sd")
+    assert trouble_with_import(PurePosixPath("nodes/x.py"), "onestep.pipelines")
+    assert trouble_with_import(PurePosixPath("training/x.py"), "urllib.request")
+    assert trouble_with_import(PurePosixPath("cli/x.py"), "onestep.nodes")
+    assert trouble_with_import(inside, "onestep.kernels.low_rank") is None
+    assert {module for module, _ in imported(inside)} >= {"onestep.kernels.low_rank", "onestep.core.errors", "torch"}
+    assert dotted(ast.parse("torch.hub.load(1)").body[0].value.func) == "torch.hub.load"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_files_and_functions_are_read_in_one_sitting(path):
+    lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_FILE_LINES.get(path.parts[0], 300), f"{path} has {lines} lines: split it"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {length} lines: split it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_modules_say_their_job(path):
+    tree = parsed(path)
+    assert not tree.body or ast.get_docstring(tree), f"{path} has no docstring: say its job in 1-5 lines"
+
+
+def test_every_file_is_known():
+    strangers = []
+    for path in FILES:
+        known = str(path) in ROOT_FILES or path.suffix in KNOWN_FILES.get(path.parts[0], set())
+        if not known:
+            strangers.append(str(path))
+    assert strangers == [], "give these a place in KNOWN_FILES, or remove them"
+
+
+def test_no_file_is_large():
+    large = {str(path): (ROOT / path).stat().st_size for path in FILES}
+    assert {path: size for path, size in large.items() if size > MAX_FILE_BYTES} == {}
+
+
+def test_tests_are_no_packages():
+    """With __init__.py files two test files of one name would share it."""
+    assert [str(path) for path in SOURCES if path.parts[0] == "tests" and path.name == "__init__.py"] == []
+
+
+# Where somebody's machine shows through. In pieces, so that this file does not hold them itself.
+MACHINE = "|".join(
+    [
+        r"/wo" r"rk/(main|shared)",
+        r"/ro" r"ot/",
+        r"/ho" r"me/\w",
+        r"/op" r"t/(pypi|wheels)",
+        r"\.py" r"env",
+        r"pypi\.o" r"rg",
+        r"python" r"hosted\.org",
+        r"download\.py" r"torch\.org",
+        r"shared/" r"(facts|tools|data)",
+    ]
+)
+
+
+@pytest.mark.parametrize("folder", ["", *sorted(KNOWN_FILES)])
+def test_prose_is_about_the_product_alone(folder):
+    """No path of a machine, no host of a package registry."""
+    found = []
+    here = [path for path in FILES if (path.parts[0] if len(path.parts) > 1 else "") == folder]
+    for path in here:
+        if path.suffix in {".safetensors", *PICTURES} or (ROOT / path).stat().st_size > 2**20:
+            continue
+        for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(MACHINE, line):
+                found.append(f"{path}:{number}: {line.strip()[:100]}")
+    assert found == []

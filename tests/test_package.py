@@ -1,0 +1,194 @@
+"""One copy of every class, however OneStep is installed: a wheel, an editable install, a folder of any name."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SHIPPED = {"tests", "benchmarks", "tools", "docs", "runs", "build", "dist"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# What ComfyUI does with a folder under custom_nodes: its file, under a name made of its path.
+LOAD_AS_COMFYUI_DOES = """
+import importlib.util, sys
+def load(folder):
+    name = folder.replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+"""
+# Neither host, nor what comes with diffusers, is there to be imported.
+WITHOUT_HOSTS = """
+import sys
+for absent in ("comfy", "comfy_api", "folder_paths", "diffusers", "peft", "transformers"):
+    sys.modules[absent] = None
+"""
+
+
+def python(code: str, *, path: Path | None = None, executable: str = sys.executable) -> str:
+    """Run code in a fresh interpreter, away from the checkout; its output."""
+    environment = {**os.environ, "PYTHONPATH": str(path or "")}
+    done = subprocess.run(
+        [executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(sys.prefix), timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def pip(*arguments: str | Path) -> None:
+    """pip without network, index or isolated builds."""
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def copy_of_pack(folder: Path) -> Path:
+    """What a clone holds, less what is not shipped."""
+
+    def leave_out(parent: str, names: list[str]) -> set[str]:
+        hidden = {name for name in names if name.startswith(".") or name.endswith((".egg-info", "__pycache__"))}
+        return hidden | (NOT_SHIPPED & set(names) if Path(parent) == ROOT else set())
+
+    return Path(shutil.copytree(ROOT, folder, ignore=leave_out))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> Path:
+    """A clone in a folder whose name is no identifier."""
+    return copy_of_pack(tmp_path_factory.mktemp("custom_nodes") / "One.Step pack (1)")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy so that the checkout keeps no build folder."""
+    pytest.importorskip("setuptools", reason="needs setuptools, which the dev extra installs")
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", copy_of_pack(folder / "source"), "--no-build-isolation", "--wheel-dir", folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_every_package_is_listed():
+    folders = {path.parent.relative_to(ROOT).parts for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    shipped = {parts for parts in folders if not parts or (parts[0] not in NOT_SHIPPED and parts[0][0] != ".")}
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(".".join(["onestep", *parts]) for parts in shipped)
+    assert [name for name in listed if not ROOT.joinpath(*name.split(".")[1:], "__init__.py").is_file()] == []
+
+
+def test_requirements_are_lower_bounds_of_what_comfyui_lacks():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    needs = [line for line in lines if line and not line.startswith("#")]
+    listed = PROJECT["project"]["dependencies"]
+    assert needs == [need for need in listed if not need.startswith("comfyui-frontend-package")]
+    assert all(re.fullmatch(r"[a-z]+>=[\d.]+", need) for need in needs), needs
+    assert not {need.split(">=")[0] for need in needs} & {"torch", "torchvision", "torchaudio", "xformers", "numpy"}
+
+
+def test_the_registry_can_read_the_project():
+    """The rules that comfy-cli checks (comfy_cli/registry/config_parser.py), and its specification's names."""
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    bounds = [need for need in project["dependencies"] if need.startswith("comfyui-frontend-package")]
+    version = r"^(==|>=|<=|!=|~=|>|<)\s*\d+\.\d+\.\d+$"
+    assert [bool(re.match(version, bound.removeprefix("comfyui-frontend-package"))) for bound in bounds] == [True]
+    assert re.match(version, comfy["requires-comfyui"])
+    assert re.fullmatch(r"[a-z][a-z0-9.-]{0,98}", project["name"]) and "comfyui" not in project["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"]) and comfy["DisplayName"]
+    # WEB_DIRECTORY registers the browser part; a `web` here as well would load every script twice.
+    assert "web" not in comfy
+
+
+def test_one_version():
+    assert f'__version__ = "{PROJECT["project"]["version"]}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_any_name_is_one_package(pack):
+    """Loaded as ComfyUI does, `onestep` is this folder, once; and needs neither host to be imported."""
+    found = python(
+        WITHOUT_HOSTS + LOAD_AS_COMFYUI_DOES + f"module = load({str(pack)!r})\n"
+        "import onestep, onestep.core.errors, onestep.kernels\n"
+        "assert module.WEB_DIRECTORY == './web' and not hasattr(module, 'NODE_CLASS_MAPPINGS')\n"
+        "copies = [name for name in sys.modules if name.endswith('core.errors')]\n"
+        "print(onestep.__file__, copies, 'nodes' in sys.modules, sep='|')"
+    )
+    assert found == f"{pack / '__init__.py'}|['onestep.core.errors']|False"
+
+
+def test_a_second_folder_is_served_by_the_first(pack, tmp_path):
+    """Two clones, one set of classes, and a word about it."""
+    other = copy_of_pack(tmp_path / "again")
+    found = python(
+        LOAD_AS_COMFYUI_DOES + "import logging, io\nlog = io.StringIO()\nlogging.basicConfig(stream=log)\n"
+        f"load({str(pack)!r}); first = sys.modules['onestep']; load({str(other)!r})\n"
+        "print(sys.modules['onestep'] is first, log.getvalue())"
+    )
+    assert found.startswith("True") and str(pack) in found and str(other) in found and "remove one of them" in found
+
+
+def test_a_failed_start_leaves_nothing_behind(tmp_path):
+    """A broken pack must not leave a half-made `onestep` for the next one to find."""
+    folder = copy_of_pack(tmp_path / "broken")
+    start = (folder / "__init__.py").read_text(encoding="utf-8")
+    (folder / "__init__.py").write_text(start + '\nif __name__ == "onestep":\n    raise RuntimeError("broken")\n')
+    found = python(
+        LOAD_AS_COMFYUI_DOES + f"try:\n    load({str(folder)!r})\nexcept RuntimeError as e:\n    print(e)\n"
+        "print('onestep' in sys.modules)"
+    )
+    assert found.split() == ["broken", "False"]
+
+
+def test_the_wheel_holds_what_is_shipped_and_asks_for_no_front_end(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("onestep/")}
+        metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        header = email.message_from_bytes(archive.read(metadata))
+    folders = ["cli", "core", "kernels", "nodes", "pipelines", "training", "web", "workflows"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    shipped = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    assert {name.removeprefix("onestep/") for name in names} == shipped | {"__init__.py", "py.typed"}
+    needs = [need.split(";")[0].strip() for need in header.get_all("Requires-Dist") if "extra ==" not in need]
+    assert sorted(needs) == ["diffusers>=0.35.0", "peft>=0.17.0"]
+
+
+def test_a_clone_wins_over_an_installed_wheel(wheel, pack, tmp_path):
+    site = tmp_path / "site"
+    pip("install", wheel, "--target", site)
+    where = "import onestep.core.errors as e; print(e.__file__)"
+    assert Path(python(where, path=site)) == site / "onestep" / "core" / "errors.py"
+    both = LOAD_AS_COMFYUI_DOES + f"load({str(pack)!r})\n" + where
+    assert Path(python(both, path=site)) == pack / "core" / "errors.py"
+
+
+def test_an_editable_install_is_the_same_copy(pack, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools, which the dev extra installs")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True, timeout=120)
+    scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
+    executable = str(scripts / ("python.exe" if os.name == "nt" else "python"))
+    site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", executable=executable))
+    # A path in a .pth brings this environment's torch and setuptools, but not its own editable installs.
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    pip("--python", executable, "install", "--editable", pack, "--no-build-isolation")
+    found = python(
+        LOAD_AS_COMFYUI_DOES + "from onestep.core.errors import OneStepError as installed\n"
+        f"load({str(pack)!r})\n"
+        "import onestep.core.errors as loaded\n"
+        "print(loaded.OneStepError is installed, loaded.__file__)",
+        executable=executable,
+    )
+    assert found == f"True {pack / 'core' / 'errors.py'}"
+    assert any(entry.stem == "onestep" for entry in scripts.iterdir()), "the command `onestep` is installed"
