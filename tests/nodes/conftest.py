@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import browser
+import comfy_support
 import pytest
+import tiny_folders
 
 TESTS = Path(__file__).resolve().parents[1]
 INSIDE = Path(__file__).with_name("inside")  # scripts that run in ComfyUI's own Python
 SKIPPED_FOR = {"reason": ""}
 
 
-def support(name: str) -> ModuleType:
-    """A helper of tests/support by its path: in importlib mode test folders are not packages."""
-    known = f"onestep_test_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, TESTS / "support" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
-    return sys.modules[known]
-
-
 @pytest.fixture(scope="session")
 def comfy() -> Any:
     """The ComfyUI to test against; without one every test that asks is skipped by name."""
-    found = support("comfy_support").find_comfy()
+    found = comfy_support.find_comfy()
     if isinstance(found, str):
         SKIPPED_FOR["reason"] = found
         pytest.skip(found)
@@ -70,7 +59,7 @@ def checkpoints(comfy: Any) -> Path:
 @pytest.fixture(scope="session")
 def comfy_server(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One real server for the whole run, with this pack under custom_nodes in an oddly named folder."""
-    with support("comfy_support").running_server(comfy, tmp_path_factory.mktemp("comfy")) as server:
+    with comfy_support.running_server(comfy, tmp_path_factory.mktemp("comfy")) as server:
         yield server
 
 
@@ -90,7 +79,17 @@ def server_with_checkpoints(comfy_server: Any, checkpoints: Path) -> Any:
 @pytest.fixture
 def open_page(comfy_server: Any) -> Callable[..., Any]:
     """open_page(vue=False): a browser page on the server's front end, as a context manager."""
-    browser = support("browser")
     if missing := browser.why_no_browser():
         pytest.skip(missing)
     return lambda vue=False: browser.open_page(comfy_server.url, vue)
+
+
+@pytest.fixture(scope="session")
+def random_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders laid out like the bundled tiny models, with random weights: "tiny", "tiny-flow", and a v-predicting U-Net."""
+    base = tmp_path_factory.mktemp("random_tiny")
+    return {
+        "tiny": tiny_folders.unet_folder(base / "tiny"),
+        "tiny-flow": tiny_folders.sd3_folder(base / "tiny-flow"),
+        "tiny-v": tiny_folders.unet_folder(base / "tiny-v", widths=(32, 64), prediction="v_prediction", linear=True),
+    }

@@ -15,7 +15,10 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 )
 # What a bare front end logs by itself: absent per-user files, and its own early access to the graph.
-HARMLESS = ("user.css", "user.js", "workflows", "templates", "userdata", "favicon", "before initialization", "/api/assets")
+HARMLESS = (
+    *("user.css", "user.js", "workflows", "templates", "userdata", "favicon", "/api/assets"),
+    "before initialization",
+)
 READY = "return !!(window.app && window.app.graph && window.app.extensionManager && document.querySelector('canvas'))"
 SETTINGS = """
 const [vue, done] = arguments;

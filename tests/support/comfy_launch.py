@@ -61,8 +61,7 @@ def start(root: Path, script: str, arguments: list[str]) -> None:
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401
 
-        if (PACK / "__init__.py").is_file():
-            import_pack()
+        import_pack()
         sys.argv = [script, *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -41,7 +41,8 @@ class ComfyInstall:
         command = [str(self.python), str(LAUNCHER), str(self.root), str(script), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=quiet_environment())
         if done.returncode:
-            raise AssertionError(f"{script.name} failed in ComfyUI's Python:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+            said = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+            raise AssertionError(f"{script.name} failed in ComfyUI's Python:\n{said}")
         return done.stdout
 
 

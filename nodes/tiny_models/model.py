@@ -1,0 +1,47 @@
+"""A tiny model's folder as ComfyUI's MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from .autoencoder import load_vae
+from .folder import Weights, has_part
+from .latents import TinyLatent, fit_preview_colours, latent_format
+from .mmdit import mmdit_setup
+from .text import load_clip
+from .unet import unet_setup
+
+
+def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet` or an SD3 `transformer`."""
+    vae, latent = load_vae(folder), latent_format(folder)
+    fit_preview_colours(latent, vae)
+    return load_patcher(str(folder), latent), load_clip(folder), vae
+
+
+def load_patcher(folder: str, latent: TinyLatent, disable_dynamic: bool = False) -> Any:
+    """The MODEL alone. ComfyUI calls this again for a deep copy, with disable_dynamic=True."""
+    management = comfy.model_management
+    setup, weights = (unet_setup if has_part(Path(folder), "unet") else mmdit_setup)(Path(folder))
+    setup.latent_format = latent
+    setup.set_inference_dtype(torch.float32, None)
+    model = setup.get_model(weights, "", device=management.unet_offload_device())
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, management.get_torch_device(), management.unet_offload_device())
+    load_weights(model, weights, patcher)
+    patcher.cached_patcher_init = (load_patcher, (folder, latent))
+    return patcher
+
+
+def load_weights(model: Any, weights: Weights, patcher: Any) -> None:
+    wanted, given = set(model.diffusion_model.state_dict()), set(weights)
+    if wanted != given:
+        odd = sorted(wanted ^ given)
+        raise RuntimeError(f"the network and its weights differ in {len(odd)} names, {odd[0]} the first")
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())

@@ -1,0 +1,126 @@
+"""Folders in the layout of the bundled tiny models with seeded random weights, written by diffusers and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+LENGTH = 24
+WORDS = ("red", "blue", "dragon", "wall")
+
+
+def byte_letters() -> list[str]:
+    """The printable stand-ins of the 256 bytes in CLIP's byte-pair vocabulary."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) for byte in shown] + [chr(256 + index) for index in range(len(hidden))]
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A small byte-pair tokenizer that knows a few words and spells every other."""
+    letters = byte_letters()
+    merges, pieces = [], [*letters, *(letter + "</w>" for letter in letters)]
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merges.append(f"{parts[0]} {parts[1]}")
+            parts = [parts[0] + parts[1], *parts[2:]]
+            pieces.append(parts[0])
+    pieces = list(dict.fromkeys(pieces)) + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int = 64, layers: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:
+    return CLIPTextConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "hidden_act": act},
+        **{"num_hidden_layers": layers, "num_attention_heads": 2, "max_position_embeddings": LENGTH},
+        **{"projection_dim": width // 2, "bos_token_id": tokenizer.bos_token_id},
+        **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+    )
+
+
+def autoencoder(scale: float, shift: float | None = None, plain: bool = False) -> AutoencoderKL:
+    return AutoencoderKL(
+        **{"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32},
+        **{"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3},
+        **{"mid_block_add_attention": not plain, "use_quant_conv": not plain, "use_post_quant_conv": not plain},
+        **{"sample_size": 32, "scaling_factor": scale, "shift_factor": shift},
+    )
+
+
+def shaken(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Random weights of which none is at its special start (zero biases, unit norms, zero-initialised output layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * noise)
+        else:
+            parameter.data.copy_(noise * (0.3 if "embedding" in name and parameter.ndim == 2 else fan_in**-0.5))
+    return model.eval()
+
+
+def unet_folder(
+    folder: Path, widths: tuple[int, int] = (64, 128), prediction: str = "epsilon", linear: bool = False
+) -> Path:
+    """StableDiffusionPipeline's layout: U-Net of two levels, CLIP text encoder, autoencoder / 4."""
+    torch.manual_seed(1)
+    tokenizer = write_tokenizer(folder / "tokenizer_source")
+    unet = UNet2DConditionModel(
+        **{"sample_size": 8, "block_out_channels": widths, "layers_per_block": 1, "cross_attention_dim": 64},
+        **{"attention_head_dim": 2 if not linear else [2, 4], "norm_num_groups": 32, "use_linear_projection": linear},
+        **{"down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D" if linear else "DownBlock2D")},
+        **{"up_block_types": ("CrossAttnUpBlock2D" if linear else "UpBlock2D", "CrossAttnUpBlock2D")},
+    )
+    pipe = StableDiffusionPipeline(
+        **{"vae": shaken(autoencoder(0.7), 2), "unet": shaken(unet, 3), "tokenizer": tokenizer},
+        **{"text_encoder": shaken(CLIPTextModel(text_config(tokenizer)), 4), "safety_checker": None},
+        **{"feature_extractor": None, "requires_safety_checker": False},
+        scheduler=DDIMScheduler(
+            **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            **{"prediction_type": prediction, "timestep_spacing": "trailing", "clip_sample": False},
+            **{"set_alpha_to_one": True, "steps_offset": 0},
+        ),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd3_folder(folder: Path, heads: int = 2) -> Path:
+    """StableDiffusion3Pipeline's layout without T5: MMDiT of `heads` blocks, two text encoders with projections."""
+    torch.manual_seed(1)
+    tokenizer = write_tokenizer(folder / "tokenizer_source")
+    transformer = SD3Transformer2DModel(
+        **{"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": heads},
+        **{"attention_head_dim": 64, "num_attention_heads": heads, "joint_attention_dim": 160},
+        **{"caption_projection_dim": 64 * heads, "pooled_projection_dim": 64, "pos_embed_max_size": 16},
+        **{"qk_norm": "rms_norm"},
+    )
+    configs = [text_config(tokenizer), text_config(tokenizer, layers=3, act="gelu")]
+    encoders = [shaken(CLIPTextModelWithProjection(config), 6 + index) for index, config in enumerate(configs)]
+    pipe = StableDiffusion3Pipeline(
+        **{"transformer": shaken(transformer, 3), "vae": shaken(autoencoder(0.8, 0.1, plain=True), 2)},
+        **{"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": None},
+        **{"tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": None},
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.save_pretrained(folder)
+    return folder
