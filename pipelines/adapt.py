@@ -1,0 +1,247 @@
+"""A loaded diffusers pipeline as a host: its network behind the contract, its own text encoding, its decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cond import Cond
+from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
+from ..core.errors import OneStepError
+from ..core.families import bind_diffusers, detect, select
+from ..core.roles import Roles
+from .networks import NETWORKS, blocks_of, prediction_of, refuse_variant, schedule_of
+
+PROMPTS_AT_ONCE = 16
+FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
+
+
+def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None = None) -> DiffusersHost:
+    """A pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux as a host.
+
+    targets: which layers carry adapters, "all", "attention+mlp" or "attention". device: where it trains and draws;
+    by default where the network lies. Raises OneStepError for a pipeline of another kind.
+    """
+    network = network_of(pipe)
+    roles = Roles(select(bind_diffusers(network), targets))
+    roles.install()
+    return DiffusersHost(pipe, denoiser_of(pipe, roles), torch.device(device or network.device))
+
+
+def network_of(pipe: Any) -> Any:
+    """The pipeline's U-Net or transformer."""
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(network, nn.Module):
+        raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a loaded text-to-image pipeline")
+    return network
+
+
+def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:
+    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: what it answers, where its scheduler does not say so."""
+    network = network_of(pipe)
+    family = detect(network)
+    refuse_variant(family, network)
+    wrap = PREDICTIONS[prediction or prediction_of(pipe.scheduler)]
+    return wrap(NETWORKS[family](network), schedule_of(pipe.scheduler), roles or Roles([]), _guidance(family, network))
+
+
+def _guidance(family: str, network: Any) -> Guidance:
+    if family != "flux":
+        return "cfg"
+    return "embedded" if network.config.guidance_embeds else "none"
+
+
+@dataclass
+class DiffusersHost:
+    """See `training.host.Host`. ``on_poll`` is called at every micro-step and raises to cancel."""
+
+    pipe: Any
+    denoiser: Denoiser
+    device: torch.device
+    on_poll: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.network = network_of(self.pipe)
+        self.family = detect(self.network)
+        self.name = Path(str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)).name
+        self.blocks = blocks_of(self.network)
+        self.in_place: list[nn.Module] = []
+
+    @cached_property
+    def base_hash(self) -> str:
+        return hash_of([self.network])
+
+    @cached_property
+    def encoder_hash(self) -> str:
+        return hash_of(self._encoders())
+
+    # -- text and pictures --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt."""
+        with self._borrowed(*self._encoders()):
+            parts = [self._encode(list(prompts[i : i + PROMPTS_AT_ONCE])) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+        return self._told(Cond.concat(parts).to("cpu", torch.float32), size)
+
+    def _encode(self, prompts: list[str]) -> Cond:
+        if self.family == "sd3":
+            text, _, pooled, _ = self.pipe.encode_prompt(
+                *[prompts] * 3, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+            )
+            return Cond(text, pooled=pooled)
+        if self.family == "flux":
+            text, pooled, _ = self.pipe.encode_prompt(
+                prompts, prompts, device=self.device, max_sequence_length=self.t5_tokens
+            )
+            return Cond(text, pooled=pooled)
+        if self.sdxl:
+            text, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+            return Cond(text, pooled=pooled)
+        return Cond(self.pipe.encode_prompt(prompts, self.device, 1, False)[0])
+
+    @property
+    def t5_tokens(self) -> int:
+        """Tokens of T5's text. Flux-schnell, which embeds no guidance, was trained with half of Flux-dev's. SD3 without T5
+        has none: diffusers would append 256 zeros by default, ComfyUI appends nothing, and both shall draw the same."""
+        if self.family == "sd3":
+            return 256 if self.pipe.text_encoder_3 is not None else 0
+        return 512 if self.denoiser.guidance == "embedded" else 256
+
+    def _told(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        """``cond`` with what this family is told beside the text."""
+        width, height = size
+        if self.sdxl:
+            ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+            return cond.with_(size=ids.expand(len(cond), 6).clone())
+        if self.denoiser.guidance == "embedded":
+            return cond.with_(guidance=torch.full((len(cond),), FLUX_DEV_GUIDANCE))
+        return cond
+
+    @property
+    def sdxl(self) -> bool:
+        """Whether the U-Net is told pooled text and sizes."""
+        return self.family == "unet" and self.network.config.addition_embed_type == "text_time"
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = latents.to(self.device) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        with self._borrowed(vae), _upcast(vae):
+            pictures = [vae.decode(one.to(vae.dtype), return_dict=False)[0] for one in latents.split(1)]
+        return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    @torch.no_grad()
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] pictures in [0, 1] -> latents in the model's own scale: the posterior's mode, on the CPU, float32."""
+        vae = self.pipe.vae
+        with self._borrowed(vae), _upcast(vae):
+            pictures = (2 * pictures - 1).to(self.device, vae.dtype)
+            latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pictures.split(1)])
+        return ((latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        width, height = size
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        patch = 2 if self.family == "flux" else self.network.config.get("patch_size", 1)
+        unit = math.lcm(8, factor * patch)
+        if width % unit or height % unit or width < unit or height < unit:
+            raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
+        channels = self.network.config.in_channels // (4 if self.family == "flux" else 1)
+        return channels, height // factor, width // factor
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within, the network is frozen on the training device; text encoders and VAE are off it. All is undone after."""
+        if any(hasattr(module, "_hf_hook") for module in self.network.modules()):
+            raise OneStepError("this pipeline is under CPU offload: call pipe.remove_all_hooks() before training it")
+        others = [*self._encoders(), self.pipe.vae]
+        places = [(module, module.device) for module in (self.network, *others)]
+        flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        mode, checkpointing = self.network.training, self.network.is_gradient_checkpointing
+        try:
+            _place(self.network, self.device)
+            for module in others:
+                _place(module, torch.device("cpu"))
+            self.network.requires_grad_(False).eval()
+            # diffusers' own checkpointing would recompute under whatever role is active then
+            self.network.disable_gradient_checkpointing()
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            self.network.train(mode)
+            if checkpointing:
+                self.network.enable_gradient_checkpointing()
+            for module, place in places:
+                _place(module, place)
+
+    def release(self) -> None:
+        """Take the adapters' hooks off the network: the pipeline is as it was."""
+        self.denoiser.roles.remove()
+
+    def check_file(self, path: Path) -> str:
+        from .check import check_file
+
+        return check_file(self.pipe, path)
+
+    def poll(self) -> None:
+        if self.on_poll is not None:
+            self.on_poll()
+
+    def _encoders(self) -> list[nn.Module]:
+        found = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [module for module in found if module is not None]
+
+    @contextmanager
+    def _borrowed(self, *modules: nn.Module) -> Iterator[None]:
+        """Within, ``modules`` lie on the training device; afterwards again where they were."""
+        places: list[tuple[Any, torch.device]] = [(module, module.device) for module in modules]  # type: ignore[misc]
+        for module, _ in places:
+            _place(module, self.device)
+        try:
+            yield
+        finally:
+            for module, place in places:
+                _place(module, place)
+
+
+def hash_of(modules: Sequence[nn.Module]) -> str:
+    """Of all weights of ``modules``, by name."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """SDXL's own VAE overflows in float16: within, it computes in float32."""
+    dtype = vae.dtype
+    widen = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if widen:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if widen:
+            vae.to(dtype)
+
+
+def _place(module: Any, device: torch.device) -> None:
+    if module.device != device:
+        module.to(device)

@@ -1,0 +1,195 @@
+"""A diffusers network and scheduler as the contract's network and noise schedule: what each family is told, and in which form.
+
+Every network takes x [B, C, h, w] in the model's own latent scale, its own time [B] and a `Cond`, and answers [B, C, h, w].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+
+
+@dataclass(frozen=True)
+class UNetNetwork:
+    """UNet2DConditionModel, told an index 0 .. T - 1; SDXL's also the pooled text and the sizes."""
+
+    module: Any
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, pooled = _in_dtype(cond, x, self.module.dtype)
+        more = {"text_embeds": pooled, "time_ids": _moved(cond.size, x)} if pooled is not None else None
+        return self.module(
+            x.to(self.module.dtype),
+            time.to(x.device, torch.float32),
+            encoder_hidden_states=text,
+            encoder_attention_mask=None if cond.mask is None else cond.mask.to(x.device),
+            added_cond_kwargs=more,
+            return_dict=False,
+        )[0]
+
+
+@dataclass(frozen=True)
+class SD3Network:
+    """SD3Transformer2DModel, told 1000 sigma."""
+
+    module: Any
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if cond.mask is not None and not bool(cond.mask.all()):
+            raise OneStepError("diffusers' SD3 attends to padding: encode all prompts to the same number of tokens")
+        text, pooled = _in_dtype(cond, x, self.module.dtype)
+        return self.module(
+            x.to(self.module.dtype),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=time.to(x.device, torch.float32),
+            return_dict=False,
+        )[0]
+
+
+@dataclass(frozen=True)
+class FluxNetwork:
+    """FluxTransformer2DModel over 2x2 patches of the latents, told sigma and, where it is embedded, the guidance."""
+
+    module: Any
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, pooled = _in_dtype(cond, x, self.module.dtype)
+        height, width = x.shape[-2:]
+        answer = self.module(
+            pack(x).to(self.module.dtype),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=time.to(x.device, torch.float32) / 1000,
+            img_ids=positions(height // 2, width // 2, x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            guidance=_moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
+            joint_attention_kwargs=_joint_mask(cond.mask, x, height * width // 4),
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width)
+
+
+NETWORKS: dict[str, Any] = {"unet": UNetNetwork, "sd3": SD3Network, "flux": FluxNetwork}
+
+
+def pack(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h w / 4, 4 C]: a token for each 2x2 patch, its channels outermost."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`pack`, for latents of ``height`` x ``width``."""
+    b, _, c = tokens.shape
+    patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height, width)
+
+
+def positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[rows columns, 3] of (0, row, column): where each patch lies."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3).to(device, torch.float32)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What gradient checkpointing recomputes one by one: residual and transformer blocks, in the tree's order."""
+    names = {"ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    return [module for module in network.modules() if type(module).__name__ in names]
+
+
+def refuse_variant(family: str, network: Any) -> None:
+    """Networks of a known class that take more than noisy latents and a text."""
+    config = network.config
+    if family != "unet":
+        return
+    if config.in_channels != config.out_channels:
+        raise OneStepError(f"this U-Net has {config.in_channels} input channels (inpainting, depth or upscaling): use a text-to-image base")
+    if config.time_cond_proj_dim is not None:
+        raise OneStepError("this U-Net embeds its guidance (a distilled LCM model): use the base it was made from, or its LoRA")
+    ids = 6 * (config.addition_time_embed_dim or 0)
+    if config.addition_embed_type == "text_time" and network.add_embedding.linear_1.in_features <= ids:
+        raise OneStepError("this U-Net takes an aesthetic score (SDXL's refiner): use the SDXL base")
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+def prediction_of(scheduler: Any) -> str:
+    """ "epsilon", "v_prediction", "sample" or "flow"."""
+    if _is_flow(scheduler):
+        return "flow"
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction", "sample") or "beta_schedule" not in scheduler.config:
+        raise OneStepError(
+            f"the scheduler {type(scheduler).__name__} with prediction_type {kind!r} is not known here: "
+            "give the pipeline the scheduler its checkpoint was published with"
+        )
+    return str(kind)
+
+
+def schedule_of(scheduler: Any) -> NoiseSchedule:
+    """The noise schedule that a network was trained with, from its scheduler's configuration."""
+    config = scheduler.config
+    if _is_flow(scheduler):
+        return FlowSchedule(_shift(config))
+    return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    told = config.get("use_flow_sigmas", False) or config.get("prediction_type") in ("flow", "flow_prediction")
+    return bool(told) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _shift(config: Mapping[str, Any]) -> float:
+    """The factor by which steps move towards noise. Where it grows with the picture it is that of the largest."""
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+    shift = float(config.get("max_shift", 1.15))
+    return math.exp(shift) if config.get("time_shift_type", "exponential") == "exponential" else shift
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    start, end, times = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    kind = config["beta_schedule"]
+    if kind == "linear":
+        return torch.linspace(start, end, times, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, times, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        # arXiv:2102.09672, Eq. 17
+        bar = torch.cos((torch.linspace(0, 1, times + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
+    raise OneStepError(f"the beta schedule {kind!r} is not known here: use a checkpoint with linear, scaled_linear or cosine betas")
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+def _in_dtype(cond: Cond, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    pooled = None if cond.pooled is None else cond.pooled.to(x.device, dtype)
+    return cond.text.to(x.device, dtype), pooled
+
+
+def _moved(value: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if value is None else value.to(x.device, torch.float32)
+
+
+def _joint_mask(mask: Tensor | None, x: Tensor, patches: int) -> dict[str, Any] | None:
+    """[B, 1, 1, L + patches]: text tokens as masked, every patch seen."""
+    if mask is None:
+        return None
+    seen = torch.ones(len(mask), patches, dtype=torch.bool, device=x.device)
+    return {"attention_mask": torch.cat([mask.to(x.device), seen], 1)[:, None, None]}
