@@ -5,6 +5,7 @@
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3.13 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$python && break; done)
 VENV := .venv/bin
+PACKAGES := core kernels training pipelines nodes cli
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE = 1
 
@@ -27,7 +28,7 @@ lint: .venv/.ready
 
 # mypy wants a folder named as the package; a link to here is one.
 types: .venv/.ready .pkg/onestep
-	MYPYPATH=.pkg $(VENV)/mypy -p onestep
+	MYPYPATH=.pkg $(VENV)/mypy $(PACKAGES:%=-p onestep.%)
 
 unit: .venv/.ready
 	$(VENV)/python -m pytest $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say, since this folder is the package and ComfyUI's registry reads the same list as pip."""
+"""What pyproject.toml cannot say: this folder is the package, and ComfyUI's registry reads the same list as pip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class PackDistribution(Distribution):
     def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
         """Drop the requirement after pyproject.toml was read and before any metadata is written."""
         super().parse_config_files(*args, **kwargs)
-        self.install_requires = [need for need in self.install_requires if not need.startswith("comfyui-")]
+        kept = [need for need in self.install_requires if not need.startswith("comfyui-")]
+        self.install_requires = self.metadata.install_requires = kept
 
 
 class BuildPack(build_py):
