@@ -120,6 +120,10 @@ class Roles:
         self._factors[role] = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in state.items()}
         self._lineage[role] = lineage
 
+    def drop(self, role: str) -> None:
+        """Forget ``role`` and its factors."""
+        del self._factors[role], self._lineage[role]
+
     def state(self, role: str) -> State:
         """The factors by target name, detached, sharing memory with the live ones."""
         return {name: (a.detach(), b.detach()) for name, (a, b) in self._factors[self._known(role)].items()}

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core import randomness
 from ..core.roles import TEACHER
 from ..core.sampling import teacher_sample
+from ..core.tensor_file import read_tensors, write_tensors
 from .batch import Batch
-from .files import read_tensors, write_tensors
 from .host import Host
 from .prompts import Prompts, Size
 from .settings import Settings
@@ -63,8 +63,9 @@ class Pairs:
         if block not in self._kept:
             path = self.folder / f"{block:06d}.safetensors"
             if not path.is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, {"x": self._solve(block)})
-            self._kept[block] = self._noise(block), read_tensors(path)[0]["x"]
+            self._kept[block] = self._noise(block), read_tensors(path)["x"]
         return self._kept[block]
 
     def _noise(self, block: int) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from ..core import randomness
 from ..core.cond import Cond
 from ..core.errors import OneStepError
+from ..core.tensor_file import read_tensors, write_tensors
 from .batch import Batch
-from .files import read_tensors, write_tensors
 from .host import Host
 from .settings import Settings
 
@@ -89,7 +89,8 @@ def _cached(host: Host, texts: Sequence[str], size: Size, folder: Path) -> Cond:
     if not path.is_file():
         cond = host.encode(texts, size)
         values = {entry.name: getattr(cond, entry.name) for entry in fields(cond)}
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {name: value for name, value in values.items() if value is not None})
-    tensors, _ = read_tensors(path)
+    tensors = read_tensors(path)
     mask = tensors.pop("mask", None)
     return Cond(**tensors, mask=None if mask is None else mask.bool())

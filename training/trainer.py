@@ -30,7 +30,8 @@ Loss = Callable[[Batch, float], Numbers]
 class Trainer:
     """One run's learning. Every update is a function of the settings, the update's index and the state below.
 
-    accumulation: micro-batches of a batch; doubled where memory runs out. bad: updates dropped in a row.
+    turn: turns of the running update that are done; a state between two turns is as good as one between updates.
+    accumulation: micro-batches of a batch; doubled where memory runs out. bad: steps dropped in a row.
     """
 
     host: Host
@@ -39,6 +40,7 @@ class Trainer:
     prompts: Prompts
     pairs: Pairs
     objective: DistributionMatching | None
+    turn: int = 0
     accumulation: int = 1
     bad: int = 0
     dropped: int = 0
@@ -60,10 +62,11 @@ class Trainer:
     @property
     def total(self) -> int:
         """Updates of the run: warm start, critic alone, then the method."""
-        return self.settings.first_steps + self._critic_first + self.settings.steps
+        return self.settings.first_steps + self.critic_first + self.settings.steps
 
     @property
-    def _critic_first(self) -> int:
+    def critic_first(self) -> int:
+        """Updates of the critic alone."""
         return self.settings.critic_warm_up if self.objective is not None and self.settings.steps else 0
 
     @property
@@ -73,7 +76,7 @@ class Trainer:
 
     def phase(self, update: int) -> tuple[str, int, int]:
         """(name, index within the phase, updates of the phase) of ``update``."""
-        lengths = {"warm start": self.settings.first_steps, "critic": self._critic_first, self.settings.method: self.settings.steps}
+        lengths = {"warm start": self.settings.first_steps, "critic": self.critic_first, self.settings.method: self.settings.steps}
         for name, length in lengths.items():
             if update < length:
                 return name, update, length
@@ -83,19 +86,23 @@ class Trainer:
     # -- one update -----------------------------------------------------------------------------------------------------
 
     def step(self, update: int) -> Numbers:
-        """Do ``update``; its numbers, for metrics.jsonl."""
+        """Do ``update``, or what is left of it; its numbers, for metrics.jsonl."""
         name, index, length = self.phase(update)
         rates = self._rates(name, index, length)
-        if name in ("warm start", "regression"):
-            return self._update(STUDENT, update, 0, rates, self._regress)
         numbers: Numbers = {}
-        for turn in range(1 if name == "critic" else self.settings.critic_updates):
-            numbers |= self._update(CRITIC, update, turn, rates, self._teach_critic)
-        if name != "critic":
-            numbers |= self._update(STUDENT, update, self.settings.critic_updates, rates, self._match)
-            if self.settings.follow:
-                self.host.denoiser.roles.lerp(CRITIC, STUDENT, self.settings.follow)
+        for turn, (role, loss) in list(enumerate(self._plan(name)))[self.turn :]:
+            numbers |= self._update(role, update, turn, rates, loss)
+            self.turn = turn + 1
+        self.turn = 0
         return numbers
+
+    def _plan(self, name: str) -> list[tuple[str, Loss]]:
+        """(role, its loss) of each turn of an update in this phase."""
+        if name in ("warm start", "regression"):
+            return [(STUDENT, self._regress)]
+        if name == "critic":
+            return [(CRITIC, self._teach_critic)]
+        return [(CRITIC, self._teach_critic)] * self.settings.critic_updates + [(STUDENT, self._match)]
 
     def _rates(self, name: str, index: int, length: int) -> dict[str, tuple[float, float]]:
         """(step size, first moment's decay) of each role in this phase."""
@@ -137,16 +144,20 @@ class Trainer:
         else:
             self.bad = 0
             self.optimizers[role].step()
-            self._remember(role)
+            if role == STUDENT:
+                self._follow()
         self.optimizers[role].zero_grad(set_to_none=True)
         return norm
 
-    def _remember(self, role: str) -> None:
-        if role == STUDENT and self.settings.ema:
-            # early in a run the mean is short: (1 + n) / (10 + n) of n updates
+    def _follow(self) -> None:
+        """The running mean and, where asked, the critic move towards the student (IDA: SenseFlow, arXiv:2506.00523)."""
+        roles, settings = self.host.denoiser.roles, self.settings
+        if settings.ema:
+            # early in a run the mean is short: (1 + n) / (10 + n) after n updates
             seen = float(next(iter(self.optimizers[STUDENT].state.values()))["step"])
-            decay = min(self.settings.ema, (1 + seen) / (10 + seen))
-            self.host.denoiser.roles.lerp(EMA, STUDENT, 1 - decay)
+            roles.lerp(EMA, STUDENT, 1 - min(settings.ema, (1 + seen) / (10 + seen)))
+        if settings.follow and self.objective is not None:
+            roles.lerp(CRITIC, STUDENT, settings.follow)
 
     def _halve(self, role: str) -> None:
         """Out of memory: half the micro-batch, twice the accumulation; the batch stays what it was."""

@@ -1,0 +1,338 @@
+"""A whole distillation: from a host, prompts and settings to a checked LoRA file, resumable at any instant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.checkpoint import checkpoint_blocks, clone_inputs
+from ..core.errors import OneStepError
+from ..core.lora_file import fit, load_lora, save_lora
+from ..core.recipe import Recipe
+from ..core.roles import State
+from ..core.tensor_file import read_tensors, write_tensors
+from .host import Host
+from .methods import METHODS
+from .objectives.distribution_matching import CRITIC
+from .pairs import Pairs
+from .previews import write_grid
+from .prompts import Prompts, check_prompts, embed
+from .run import STOP, Run, opened
+from .settings import Settings
+from .state import restore, snapshot
+from .student import STUDENT
+from .trainer import EMA, Numbers, Trainer
+from .watch import EACH, Watch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run says of itself after each update. eta: seconds still to go. preview: a new picture, if there is one."""
+
+    update: int
+    total: int
+    phase: str
+    seconds: float
+    eta: float
+    numbers: Numbers = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    preview: Path | None = None
+
+
+Report = Callable[[Progress], bool | None]
+"""Called after each update; True asks the run to finish now."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """path: the LoRA. role: "ema" or "student", whichever the watch found nearer. check: what its load-back proved."""
+
+    path: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    run: Path
+    role: str
+    check: str
+    updates: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Stopped(OneStepError):
+    """The run stopped itself at its last good state; the message says why."""
+
+
+def distil(
+    host: Host,
+    prompts: Sequence[str],
+    settings: Settings,
+    folder: Path,
+    *,
+    existing: str = STOP,
+    report: Report | None = None,
+) -> Result:
+    """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
+
+    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad input, before
+    anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after the
+    state and partial.safetensors are saved.
+    """
+    prompts = check_prompts(prompts)
+    for size in settings.size_list:
+        host.latent_shape(size)
+    initial = _initial(host, settings)
+    if host.denoiser.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} cannot be had: set it to 1"
+        )
+    config = _config(host, prompts, settings)
+    with opened(folder, config, existing) as (run, goes_on):
+        return _Session(host, prompts, settings, run, report, initial).run_all(goes_on)
+
+
+class _Session:
+    """One process's part of a run."""
+
+    def __init__(
+        self, host: Host, prompts: list[str], settings: Settings, run: Run, report: Report | None, initial: State | None
+    ) -> None:
+        self.host, self.settings, self.run = host, settings, run
+        self.report = report or (lambda progress: None)
+        self.texts, self.initial = prompts, initial
+        self.started, self.seconds_before = time.monotonic(), 0.0
+        self.update, self.saved_at = 0, time.monotonic()
+        self.best: dict[str, float] | None = None
+
+    # -- the run --------------------------------------------------------------------------------------------------------
+
+    def run_all(self, goes_on: bool) -> Result:
+        with ExitStack() as stack:
+            prompts = embed(self.host, self.texts, self.settings, self.run.folder / "embeddings")
+            stack.enter_context(self.host.training())
+            self._hang_hooks(stack)
+            self.trainer = self._trainer(prompts)
+            if goes_on:
+                self._restore(self.run.states()[-1])
+            else:
+                self._save()
+            try:
+                self.watch = self._watch(prompts)
+                self._train()
+            except BaseException as error:
+                self._leave(error)
+                raise
+            return self._finish(prompts)
+
+    def _hang_hooks(self, stack: ExitStack) -> None:
+        """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
+        roles = self.host.denoiser.roles
+        roles.install()
+        stack.callback(roles.remove)
+        stack.enter_context(clone_inputs(self.host.in_place))
+        blocks = checkpoint_blocks(self.host.blocks, roles) if self.settings.checkpointing else nullcontext()
+        stack.enter_context(blocks)
+
+    def _trainer(self, prompts: Prompts) -> Trainer:
+        host, settings = self.host, self.settings
+        roles = host.denoiser.roles
+        objective = METHODS[settings.method](settings)
+        roles.add(STUDENT, settings.rank, settings.seed, host.device)
+        if self.initial is not None:
+            roles.load(STUDENT, self.initial, host.device, lineage=settings.seed)
+        roles.copy(STUDENT, EMA)
+        if objective is not None:
+            roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
+        recipe = Recipe.for_student(host.denoiser.schedule, settings.student_steps, host.family, settings.size_list)
+        pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
+        return Trainer(host, settings, recipe, prompts, pairs, objective)
+
+    def _watch(self, prompts: Prompts) -> Watch | None:
+        """The teacher's pictures of the watch: made once in a run, and kept."""
+        if not (self.settings.watch_every or self.settings.preview_every):
+            return None
+        kept = self.run.folder / "reference.safetensors"
+        teacher = read_tensors(kept)["x"] if kept.is_file() else None
+        watch = Watch.prepare(self.host, self.settings, prompts, teacher)
+        if teacher is None:
+            write_tensors(kept, {"x": watch.teacher})
+        return watch
+
+    def _train(self) -> None:
+        total = self.trainer.total
+        if self.update == 0:
+            self._look({})
+        while self.update < total:
+            began = time.monotonic()
+            phase = self.trainer.phase(self.update)[0]
+            numbers = self.trainer.step(self.update)
+            self.update += 1
+            if self.trainer.bad >= self.settings.patience:
+                self._roll_back()
+            numbers, preview = self._look(numbers)
+            self.run.log({"update": self.update, "phase": phase, "seconds": time.monotonic() - began, **numbers})
+            self._save_if_due()
+            if self.report(self._progress(phase, numbers, preview)):
+                self.trainer.notes.append(f"finished early, after {self.update} of {total} updates")
+                return
+
+    def _look(self, numbers: Numbers) -> tuple[Numbers, Path | None]:
+        """Watch and preview, where one is due; a new best state is saved."""
+        every, watch = self.settings.watch_every, self.watch
+        if watch is not None and every and (self.update % every == 0 or self.update == self.trainer.total):
+            measured = watch(self.host, self.trainer.recipe, self._shown)
+            numbers = numbers | measured | {"no_gain": self._gain(measured["distance"])}
+        due = self.settings.preview_every
+        if watch is None or not due or self.update % due:
+            return numbers, None
+        return numbers, self._preview(watch)
+
+    @property
+    def _shown(self) -> str:
+        return EMA if self.settings.ema else STUDENT
+
+    def _gain(self, distance: float) -> float:
+        """Updates since the watch's distance last fell."""
+        if self.best is None or distance < self.best["distance"]:
+            self.best = {"distance": distance, "update": float(self.update)}
+            if self.update:
+                self._save()
+        return self.update - self.best["update"]
+
+    def _preview(self, watch: Watch) -> Path:
+        rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
+        student = watch.student(self.host, self.trainer.recipe, self._shown)
+        path = self.run.folder / "previews" / f"{self.update:06d}.png"
+        write_grid(path, [self.host.decode(watch.teacher[rows]), self.host.decode(student[rows])])
+        return path
+
+    def _progress(self, phase: str, numbers: Numbers, preview: Path | None) -> Progress:
+        done, left = self._cost(0, self.update), self._cost(self.update, self.trainer.total)
+        seconds = self.seconds_before + time.monotonic() - self.started
+        notes = tuple(self.trainer.notes)
+        return Progress(self.update, self.trainer.total, phase, seconds, seconds * left / max(done, 1), numbers, notes, preview)
+
+    def _cost(self, first: int, last: int) -> float:
+        """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
+        per = {"warm start": 3.0, "regression": 3.0, "critic": 4.0}
+        full = 4.0 * self.settings.critic_updates + 6.0
+        lengths = [("warm start", self.settings.first_steps), ("critic", self.trainer.critic_first)]
+        at, cost = 0, 0.0
+        for name, length in [*lengths, (self.settings.method, self.settings.steps)]:
+            overlap = max(0, min(last, at + length) - max(first, at))
+            cost, at = cost + overlap * per.get(name, full), at + length
+        return cost
+
+    # -- states ---------------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        late = time.monotonic() - self.saved_at > 60
+        if late or self.update % self.settings.save_every == 0 or self.update == self.trainer.total:
+            self._save()
+
+    def _save(self) -> None:
+        tensors, notes = snapshot(self.trainer)
+        seconds = self.seconds_before + time.monotonic() - self.started
+        best = None if self.best is None else int(self.best["update"])
+        self.run.save(self.update, tensors, {**notes, "update": self.update, "best": self.best, "elapsed": seconds}, best)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, update: int) -> None:
+        tensors, notes = self.run.load(update)
+        restore(self.trainer, tensors, notes)
+        self.update, self.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
+        self.run.forget_after(update)
+
+    def _roll_back(self) -> None:
+        reason = f"{self.trainer.bad} updates in a row were no numbers (loss or gradient), the last at update {self.update}"
+        self._restore(self.run.states()[-1])
+        raise Stopped(f"{reason}: back at the state after update {self.update}. Lower learning_rate or matching_guidance, then restart")
+
+    def _leave(self, error: BaseException) -> None:
+        """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
+        if isinstance(error, OneStepError) and not isinstance(error, Stopped):
+            return
+        if self.update and self.trainer.bad == 0:
+            self._save()
+            self._write("partial.safetensors", self._shown)
+
+    # -- the file -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, prompts: Prompts) -> Result:
+        self._save()
+        role = self._better()
+        path, check = self._write("result.safetensors", role)
+        (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
+        seconds = self.seconds_before + time.monotonic() - self.started
+        notes = tuple(self.trainer.notes)
+        return Result(
+            path, self.trainer.recipe, self.run.metrics(), self.run.folder, role, check, self.update, seconds, notes
+        )
+
+    def _better(self) -> str:
+        """The running mean, unless the watch finds the student itself nearer to the teacher."""
+        if not self.settings.ema or self.watch is None:
+            return self._shown
+        distances = {role: self.watch(self.host, self.trainer.recipe, role)["distance"] for role in (EMA, STUDENT)}
+        return min((EMA, STUDENT), key=lambda role: distances[role])
+
+    def _write(self, name: str, role: str) -> tuple[Path, str]:
+        path = self.run.folder / name
+        recipe = self.trainer.recipe
+        save_lora(path, self.host.denoiser.roles.state(role), self.host.family, recipe.to_json(), self._header(role))
+        return path, self.host.check_file(path)
+
+    def _header(self, role: str) -> dict[str, str]:
+        settings = self.settings
+        header = {
+            "onestep.settings": settings.to_json(),
+            "onestep.role": role,
+            "onestep.base": self.host.base_hash,
+            "ss_base_model_version": self.host.family,
+            "ss_sd_model_name": self.host.name,
+            "ss_steps": str(self.update),
+            "ss_learning_rate": str(settings.learning_rate),
+            "ss_seed": str(settings.seed),
+            "modelspec.title": self.run.folder.name,
+            "modelspec.resolution": settings.sizes.split(",")[0].strip(),
+        }
+        return header | ({"onestep.prompts": json.dumps(self.texts)} if settings.keep_prompts else {})
+
+
+def _initial(host: Host, settings: Settings) -> State | None:
+    """The initial LoRA's factors, filled up with zeros to the run's rank where it has less, in every target."""
+    if not settings.initial_lora:
+        return None
+    targets = list(host.denoiser.roles.targets.values())
+    file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
+    state = fit(file.state, targets)
+    largest = max(len(a) for a, _ in state.values())
+    if largest > settings.rank:
+        raise OneStepError(f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}")
+    host.denoiser.roles.add("initial", settings.rank, settings.seed)
+    grown = host.denoiser.roles.state("initial")
+    for name, (a, b) in state.items():
+        grown[name][0][: len(a)] = a
+        grown[name][1][:, : len(a)] = b
+    host.denoiser.roles.drop("initial")
+    return grown
+
+
+def _config(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
+    return {
+        "settings": asdict(settings),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "base": host.base_hash,
+        "checkpoint": host.name,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "device": str(host.device),
+    }

@@ -1,0 +1,164 @@
+"""A run's directory: killed at any instant, it goes on from its last whole state.
+
+    config.json            what the run is; a run of another config is refused
+    state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
+    metrics.jsonl          one line an update
+    embeddings/ pairs/     caches; deleting them costs time, nothing else
+    previews/              teacher above student, same prompts and noise
+    result.safetensors     the LoRA; partial.safetensors where the run was cancelled
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.tensor_file import read_tensors, write_tensors
+from .files import read_json, write_bytes, write_json
+
+CONTINUE, RESTART, STOP = "continue", "restart", "stop"
+KEPT = 2
+
+
+class Run:
+    """An open, locked run directory. Make one with :func:`opened`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    # -- states ---------------------------------------------------------------------------------------------------------
+
+    def states(self) -> list[int]:
+        """Updates after which a whole state was saved, oldest first."""
+        found = [path for path in self.folder.glob("state-*") if (path / "complete").is_file()]
+        return sorted(int(path.name.removeprefix("state-")) for path in found)
+
+    def save(self, update: int, tensors: dict[str, Tensor], notes: dict[str, Any], best: int | None) -> None:
+        """Write the state after ``update`` whole in a temporary folder, sync, rename, mark; then drop what is old."""
+        final, beside = self.folder / f"state-{update}", self.folder / f".state-{update}.part"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            write_tensors(beside / "state.safetensors", tensors)
+            write_json(beside / "state.json", notes)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            write_bytes(final / "complete", b"")
+        except OSError as error:
+            raise OneStepError(f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact") from None
+        self._prune(best)
+
+    def load(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and notes of the state after ``update``."""
+        folder = self.folder / f"state-{update}"
+        return read_tensors(folder / "state.safetensors"), read_json(folder / "state.json")
+
+    def _prune(self, best: int | None) -> None:
+        for update in self.states()[:-KEPT]:
+            if update != best:
+                # unmarked first: half a deletion must not look like a state
+                (self.folder / f"state-{update}" / "complete").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / f"state-{update}", ignore_errors=True)
+
+    # -- metrics --------------------------------------------------------------------------------------------------------
+
+    def log(self, line: dict[str, Any]) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_after(self, update: int) -> None:
+        """Drop the metrics of updates that the state after ``update`` does not know."""
+        kept = [line for line in self.metrics() if line["update"] <= update]
+        write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+@contextmanager
+def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tuple[Run, bool]]:
+    """The run at ``folder`` and whether it goes on from a state; made where it is absent.
+
+    existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop". Raises
+    OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of another config.
+    """
+    _check_existing(folder, config, existing)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OneStepError(f"the run's folder {folder} cannot be made: {error.strerror}. Choose another one") from None
+    with _locked(folder / "run.lock"):
+        if existing == RESTART:
+            _clear(folder)
+        for leftover in folder.glob(".state-*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        run = Run(folder)
+        goes_on = bool(run.states())
+        if not goes_on:
+            write_json(folder / "config.json", config)
+        yield run, goes_on
+
+
+def _check_existing(folder: Path, config: dict[str, Any], existing: str) -> None:
+    known = folder / "config.json"
+    if not known.is_file() or existing == RESTART:
+        return
+    if existing == STOP:
+        raise OneStepError(f"a run is already in {folder}: continue it, restart it, or give another name")
+    before = read_json(known)
+    keys = ("settings", "prompts", "base")
+    other = [key for key in keys if before.get(key) != config[key]]
+    if other:
+        raise OneStepError(f"the run in {folder} has other {_differences(before, config, other)}: restart it, or give another name")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], keys: list[str]) -> str:
+    if keys != ["settings"] or not isinstance(before.get("settings"), dict):
+        return " and ".join(keys)
+    old, new = before["settings"], now["settings"]
+    changed = [f"{name} ({old.get(name)} there, {new[name]} now)" for name in new if old.get(name) != new[name]]
+    return "settings, " + ", ".join(changed[:3])
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a run made, in an order that never leaves a state without its config; caches stay."""
+    for path in [*folder.glob("state-*"), folder / "previews"]:
+        (path / "complete").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "pairs", ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An operating-system lock, which dies with its process: a killed run leaves nothing to clean up."""
+    with open(path, "a+b") as file:
+        try:
+            _lock(file)
+        except OSError:
+            raise OneStepError(f"the run in {path.parent} is being trained by another process: wait for it, or give another name") from None
+        yield
+
+
+def _lock(file: BinaryIO) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

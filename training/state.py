@@ -1,0 +1,43 @@
+"""A trainer's whole state as named tensors and plain numbers, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import optimizer as adam
+from .trainer import Trainer
+
+
+def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Roles and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
+    roles = trainer.host.denoiser.roles
+    tensors: dict[str, Tensor] = {}
+    for role in roles.names():
+        for name, (a, b) in roles.state(role).items():
+            tensors[f"{role}/{name}/a"], tensors[f"{role}/{name}/b"] = a, b
+    numbers: dict[str, float] = {}
+    for role, optimizer in trainer.optimizers.items():
+        packed, plain = adam.pack(optimizer, role)
+        tensors |= packed
+        numbers |= plain
+    counters = {name: getattr(trainer, name) for name in ("turn", "accumulation", "bad", "dropped")}
+    return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Write a snapshot into the live factors and optimisers."""
+    roles = trainer.host.denoiser.roles
+    for role in roles.names():
+        for name, (a, b) in roles.state(role).items():
+            a.copy_(tensors[f"{role}/{name}/a"])
+            b.copy_(tensors[f"{role}/{name}/b"])
+    moments = {key: value for key, value in tensors.items() if "/" not in key}
+    for role, optimizer in trainer.optimizers.items():
+        adam.unpack(optimizer, role, moments, notes["numbers"])
+    for name, value in notes["counters"].items():
+        setattr(trainer, name, value)
+    trainer.notes = list(notes["notes"])
