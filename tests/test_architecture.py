@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -198,6 +199,14 @@ def test_files_and_functions_are_read_in_one_sitting(path):
 def test_modules_say_their_job(path):
     tree = parsed(path)
     assert not tree.body or ast.get_docstring(tree), f"{path} has no docstring: say its job in 1-5 lines"
+
+
+def test_the_development_environment_is_whole():
+    """Whatever tests, tools and benchmarks import is there: of the requirements, of the dev extra, or their own."""
+    helpers = {path.stem for path in SOURCES} | {parent.name for path in SOURCES for parent in path.parents}
+    modules = {module.split(".")[0] for path in SOURCES if path not in SHIPPED for module, _ in imported(path)}
+    foreign = modules - helpers - COMFY - {"onestep", "tomli", "torchvision", "av"} - sys.stdlib_module_names
+    assert [module for module in sorted(foreign) if importlib.util.find_spec(module) is None] == []
 
 
 def test_every_file_is_known():
