@@ -3,7 +3,8 @@ r"""The low-rank product of an adapter, added to its layer's output in one pass.
     y = W x  ->  y + B (A x)        (LoRA, arXiv:2106.09685, Eq. 3, alpha = r)
 
 A written-out adapter reads and writes the output three times (product, scale, sum); here the sum rides in the product
-(GEMM with beta = 1). Nothing is written in place: autograd, forward-mode AD and checkpointing see ordinary operations.
+(GEMM with beta = 1) or is written over it. No input is written to, and autograd, forward-mode AD and checkpointing see
+ordinary operations.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def low_rank_linear(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor
     base_out: [..., out], any strides. x: [..., in]. a: [r, in], b: [out, r], float32 masters or any other dtype:
     they are cast to x's dtype, once each. Returns a new tensor [..., out] in base_out's dtype.
     """
-    hidden = F.linear(x, a.to(x.dtype))
-    return _add_product(base_out, hidden, b.to(x.dtype))
+    hidden, up = F.linear(x, a.to(x.dtype)), b.to(x.dtype)
+    if hidden.dtype != base_out.dtype:
+        return base_out + F.linear(hidden, up).to(base_out.dtype)
+    rows = torch.addmm(base_out.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.t())
+    return rows.view(base_out.shape)
 
 
 def low_rank_linear_reference(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,16 +42,12 @@ def low_rank_conv(
 ) -> Tensor:
     """base_out + B (A * x): A convolves as the layer does, B mixes its channels.
 
-    base_out: [N, out, H', W'], contiguous or channels last. x: [N, in, H, W]. a: [r, in, kh, kw], b: [out, r, 1, 1],
-    cast to x's dtype. stride, padding, dilation: the layer's own. Returns a new tensor of base_out's shape, dtype and
-    layout.
+    base_out: [N, out, H', W'], any strides. x: [N, in, H, W]. a: [r, in, kh, kw], b: [out, r, 1, 1], cast to x's dtype.
+    stride, padding, dilation: the layer's own. Returns a new tensor of base_out's shape and dtype, in x's layout.
     """
     hidden = F.conv2d(x, a.to(x.dtype), None, stride, padding, dilation)
-    up = b.to(x.dtype).flatten(1)
-    if base_out.is_contiguous() or not base_out.is_contiguous(memory_format=torch.channels_last):
-        return _add_channels(base_out, hidden, up)
-    # Channels last: positions are rows, and the sum keeps the layout that the next layer's kernel is fast in.
-    return _add_product(base_out.permute(0, 2, 3, 1), hidden.permute(0, 2, 3, 1), up).permute(0, 3, 1, 2)
+    # The sum is written over the product, which is nobody's yet and which no derivative needs.
+    return F.conv2d(hidden, b.to(x.dtype)).to(base_out.dtype).add_(base_out)
 
 
 def low_rank_conv_reference(
@@ -56,19 +56,3 @@ def low_rank_conv_reference(
     """What `low_rank_conv` computes, written out."""
     hidden = F.conv2d(x, a.to(x.dtype), None, stride, padding, dilation)
     return base_out + F.conv2d(hidden, b.to(x.dtype)).to(base_out.dtype)
-
-
-def _add_product(base_out: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
-    """base_out + hidden B^T; base_out [..., out], hidden [..., r], b [out, r]."""
-    if hidden.dtype != base_out.dtype:
-        return base_out + F.linear(hidden, b).to(base_out.dtype)
-    rows = torch.addmm(base_out.reshape(-1, b.shape[0]), hidden.reshape(-1, b.shape[1]), b.t())
-    return rows.view(base_out.shape)
-
-
-def _add_channels(base_out: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
-    """base_out + B hidden over the channels; base_out [N, out, H, W], hidden [N, r, H, W], b [out, r]."""
-    up = b.expand(hidden.shape[0], *b.shape)
-    if hidden.dtype != base_out.dtype:
-        return base_out + torch.bmm(up, hidden.flatten(2)).view(base_out.shape).to(base_out.dtype)
-    return torch.baddbmm(base_out.flatten(2), up, hidden.flatten(2)).view(base_out.shape)

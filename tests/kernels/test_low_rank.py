@@ -64,7 +64,7 @@ def test_linear_is_the_merged_weight():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conv_is_the_merged_kernel(name, layout):
     (base, x, a, b), geometry = conv_case(name)
-    base = base.contiguous(memory_format=layout)
+    base, x = base.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
     kernel = torch.einsum("or,rikl->oikl", b.flatten(1), a)
     expected = base + torch.nn.functional.conv2d(x, kernel, None, *geometry)
     out = low_rank_conv(base, x, a, b, *geometry)
@@ -76,7 +76,7 @@ def test_conv_is_the_merged_kernel(name, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conv_is_the_written_out_product(name, layout):
     case, geometry = conv_case(name)
-    case[0] = case[0].contiguous(memory_format=layout)
+    case[:2] = [value.contiguous(memory_format=layout) for value in case[:2]]
     ours = gradients(low_rank_conv, case, *geometry)
     assert_same(ours, gradients(low_rank_conv_reference, case, *geometry), 1e-12)
 
