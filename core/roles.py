@@ -164,13 +164,26 @@ class Roles:
     # -- hooks ----------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Hang one forward hook on each host layer that carries a target."""
+        """Hang one forward hook on each host layer that carries a target, unless they hang already."""
+        if self._handles:
+            return
         bound: dict[nn.Module, list[Target]] = {}
         for target in self.targets.values():
             bound.setdefault(target.module, []).append(target)
         for module, here in bound.items():
             here.sort(key=lambda target: target.row_range)
             self._handles.append(module.register_forward_hook(self._hook(here)))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within, the hooks hang; after, they hang only if they did before."""
+        before = bool(self._handles)
+        self.install()
+        try:
+            yield
+        finally:
+            if not before:
+                self.remove()
 
     def remove(self) -> None:
         """Take the hooks off; the network is as it was."""

@@ -121,7 +121,7 @@ class _Session:
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
             if goes_on:
-                self._restore(self.run.states()[-1])
+                self._restore()
             else:
                 self._save()
             try:
@@ -135,8 +135,7 @@ class _Session:
     def _hang_hooks(self, stack: ExitStack) -> None:
         """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
         roles = self.host.denoiser.roles
-        roles.install()
-        stack.callback(roles.remove)
+        stack.enter_context(roles.installed())
         stack.enter_context(clone_inputs(self.host.in_place))
         blocks = checkpoint_blocks(self.host.blocks, roles) if self.settings.checkpointing else nullcontext()
         stack.enter_context(blocks)
@@ -245,15 +244,15 @@ class _Session:
         self.run.save(self.update, tensors, {**notes, "update": self.update, "best": self.best, "elapsed": seconds}, best)
         self.saved_at = time.monotonic()
 
-    def _restore(self, update: int) -> None:
-        tensors, notes = self.run.load(update)
+    def _restore(self) -> None:
+        tensors, notes = self.run.load_last()
         restore(self.trainer, tensors, notes)
         self.update, self.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
-        self.run.forget_after(update)
+        self.run.forget_after(self.update)
 
     def _roll_back(self) -> None:
         reason = f"{self.trainer.bad} updates in a row were no numbers (loss or gradient), the last at update {self.update}"
-        self._restore(self.run.states()[-1])
+        self._restore()
         raise Stopped(f"{reason}: back at the state after update {self.update}. Lower learning_rate or matching_guidance, then restart")
 
     def _leave(self, error: BaseException) -> None:

@@ -56,6 +56,15 @@ class Run:
             raise OneStepError(f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact") from None
         self._prune(best)
 
+    def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The newest state that can be read; a damaged one is passed over."""
+        for update in reversed(self.states()):
+            try:
+                return self.load(update)
+            except OneStepError:
+                continue
+        raise OneStepError(f"no saved state in {self.folder} can be read: restart the run")
+
     def load(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and notes of the state after ``update``."""
         folder = self.folder / f"state-{update}"
