@@ -46,10 +46,10 @@ def network_of(pipe: Any) -> Any:
 
 
 def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:
-    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: what it answers, where its scheduler does not say so."""
+    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: where the scheduler's is wrong."""
     network = network_of(pipe)
     family = detect(network)
-    refuse_variant(family, network)
+    refuse_variant(family, network, getattr(pipe, "text_encoder_2", None))
     wrap = PREDICTIONS[prediction or prediction_of(pipe.scheduler)]
     return wrap(NETWORKS[family](network), schedule_of(pipe.scheduler), roles or Roles([]), _guidance(family, network))
 
@@ -90,29 +90,31 @@ class DiffusersHost:
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt."""
         with self._borrowed(*self._encoders()):
-            parts = [self._encode(list(prompts[i : i + PROMPTS_AT_ONCE])) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+            starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+            parts = [self._encode(list(prompts[start : start + PROMPTS_AT_ONCE])) for start in starts]
         return self._told(Cond.concat(parts).to("cpu", torch.float32), size)
 
     def _encode(self, prompts: list[str]) -> Cond:
-        if self.family == "sd3":
-            text, _, pooled, _ = self.pipe.encode_prompt(
-                *[prompts] * 3, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
-            )
-            return Cond(text, pooled=pooled)
+        encode, more = self.pipe.encode_prompt, {"device": self.device, "num_images_per_prompt": 1}
         if self.family == "flux":
-            text, pooled, _ = self.pipe.encode_prompt(
-                prompts, prompts, device=self.device, max_sequence_length=self.t5_tokens
-            )
+            text, pooled, _ = encode(prompts, prompts, max_sequence_length=self.t5_tokens, **more)
+            return Cond(text, pooled=pooled)
+        more["do_classifier_free_guidance"] = False
+        if self.family == "sd3":
+            text, _, pooled, _ = encode(prompts, prompts, prompts, max_sequence_length=self.t5_tokens, **more)
             return Cond(text, pooled=pooled)
         if self.sdxl:
-            text, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+            text, _, pooled, _ = encode(prompts, **more)
             return Cond(text, pooled=pooled)
-        return Cond(self.pipe.encode_prompt(prompts, self.device, 1, False)[0])
+        return Cond(encode(prompts, **more)[0])
 
     @property
     def t5_tokens(self) -> int:
-        """Tokens of T5's text. Flux-schnell, which embeds no guidance, was trained with half of Flux-dev's. SD3 without T5
-        has none: diffusers would append 256 zeros by default, ComfyUI appends nothing, and both shall draw the same."""
+        """Tokens of T5's text. Flux-schnell, which embeds no guidance, was trained with half of Flux-dev's.
+
+        SD3 without T5 has none: diffusers would append 256 zeros by default, ComfyUI appends nothing, and both shall
+        draw the same.
+        """
         if self.family == "sd3":
             return 256 if self.pipe.text_encoder_3 is not None else 0
         return 512 if self.denoiser.guidance == "embedded" else 256
@@ -142,7 +144,7 @@ class DiffusersHost:
 
     @torch.no_grad()
     def latents_of(self, pictures: Tensor) -> Tensor:
-        """[B, 3, H, W] pictures in [0, 1] -> latents in the model's own scale: the posterior's mode, on the CPU, float32."""
+        """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, as in decode."""
         vae = self.pipe.vae
         with self._borrowed(vae), _upcast(vae):
             pictures = (2 * pictures - 1).to(self.device, vae.dtype)
@@ -163,7 +165,7 @@ class DiffusersHost:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within, the network is frozen on the training device; text encoders and VAE are off it. All is undone after."""
+        """Within, the network is frozen on the training device, encoders and VAE are off it. All is undone after."""
         if any(hasattr(module, "_hf_hook") for module in self.network.modules()):
             raise OneStepError("this pipeline is under CPU offload: call pipe.remove_all_hooks() before training it")
         others = [*self._encoders(), self.pipe.vae]

@@ -1,6 +1,6 @@
-"""A diffusers network and scheduler as the contract's network and noise schedule: what each family is told, and in which form.
+"""A diffusers network and scheduler as the contract's: what each family is told, and in which form.
 
-Every network takes x [B, C, h, w] in the model's own latent scale, its own time [B] and a `Cond`, and answers [B, C, h, w].
+Every network takes x [B, C, h, w] in the model's own latent scale, its time [B] and a `Cond`; it answers [B, C, h, w].
 """
 
 from __future__ import annotations
@@ -101,24 +101,39 @@ def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3).to(device, torch.float32)
 
 
+BLOCKS = {
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+}
+
+
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """What gradient checkpointing recomputes one by one: residual and transformer blocks, in the tree's order."""
-    names = {"ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
-    return [module for module in network.modules() if type(module).__name__ in names]
+    return [module for module in network.modules() if type(module).__name__ in BLOCKS]
 
 
-def refuse_variant(family: str, network: Any) -> None:
-    """Networks of a known class that take more than noisy latents and a text."""
+def refuse_variant(family: str, network: Any, pooled_encoder: Any = None) -> None:
+    """Networks of a known class that take more than noisy latents and a text.
+
+    pooled_encoder: SDXL's second text encoder, whose width tells how many sizes the U-Net is told.
+    """
     config = network.config
     if family != "unet":
         return
     if config.in_channels != config.out_channels:
-        raise OneStepError(f"this U-Net has {config.in_channels} input channels (inpainting, depth or upscaling): use a text-to-image base")
+        raise OneStepError(
+            f"this U-Net has {config.in_channels} input channels (inpainting, depth or upscaling): "
+            "use a text-to-image base"
+        )
     if config.time_cond_proj_dim is not None:
-        raise OneStepError("this U-Net embeds its guidance (a distilled LCM model): use the base it was made from, or its LoRA")
-    ids = 6 * (config.addition_time_embed_dim or 0)
-    if config.addition_embed_type == "text_time" and network.add_embedding.linear_1.in_features <= ids:
-        raise OneStepError("this U-Net takes an aesthetic score (SDXL's refiner): use the SDXL base")
+        raise OneStepError("this U-Net embeds its guidance (an LCM model): use the base it was made from, or its LoRA")
+    if config.addition_embed_type == "text_time" and pooled_encoder is not None:
+        told = config.projection_class_embeddings_input_dim - pooled_encoder.config.projection_dim
+        if told != 6 * config.addition_time_embed_dim:
+            raise OneStepError("this U-Net is not told SDXL's six sizes (it is a refiner?): use the SDXL base")
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
@@ -172,7 +187,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
         # arXiv:2102.09672, Eq. 17
         bar = torch.cos((torch.linspace(0, 1, times + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
-    raise OneStepError(f"the beta schedule {kind!r} is not known here: use a checkpoint with linear, scaled_linear or cosine betas")
+    raise OneStepError(f"the beta schedule {kind!r} is not known here: use linear, scaled_linear or cosine betas")
 
 
 # -- conditions -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,156 @@
+"""MODEL, as a person names it, to a loaded pipeline: a bundled model, a diffusers folder or a single .safetensors file.
+
+Nothing is downloaded and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ..core.errors import OneStepError
+from .bundled import path_of
+from .quiet import quiet
+
+BUNDLED = ("tiny", "tiny-flow")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+BIGGEST_INDEX_BYTES = 1 << 20
+
+
+def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
+
+    dtype: of the weights; float32 on a CPU and bfloat16 elsewhere where it is None. Raises OneStepError with what to do.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
+    if not path.exists():
+        raise OneStepError(
+            f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
+            "or a .safetensors file of SD1.5, SD2 or SDXL"
+        )
+    pipe = load_folder(path, dtype) if path.is_dir() else _single_file(path, dtype)
+    refuse_broken(pipe, path)
+    return pipe.to(device)
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a diffusers folder, from its safetensors alone."""
+    index = read_index(folder)
+    cls = getattr(diffusers, pipeline_class(folder, index))
+    for part in WEIGHTS:
+        _refuse_pickles(folder / part)
+    variant = "fp16" if any(folder.glob("*/*.fp16.safetensors")) and not _has_plain(folder) else None
+    return attempt(
+        folder,
+        lambda: cls.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **_left_out(cls, index),
+        ),
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of a diffusers folder."""
+    file = folder / "model_index.json"
+    try:
+        if file.stat().st_size > BIGGEST_INDEX_BYTES:
+            raise ValueError("it is too long")
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("it holds no table")
+    except (OSError, ValueError) as error:
+        raise OneStepError(
+            f"{str(folder)[-150:]} is no diffusers folder: model_index.json cannot be read ({str(error)[:80]}); "
+            "give the folder that holds it"
+        ) from None
+    return index
+
+
+def pipeline_class(folder: Path, index: dict[str, Any]) -> str:
+    """The class that loads a folder; one of ours is loaded as the family's own."""
+    name = index.get("_class_name")
+    if name == "OneStepPipeline":
+        return class_for(index)
+    if name not in PIPELINES:
+        raise OneStepError(
+            f"{folder.name[:80]} holds a {str(name)[:60]}, which cannot be distilled: use a text-to-image pipeline "
+            "of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
+        )
+    return str(name)
+
+
+def class_for(parts: Mapping[str, Any]) -> str:
+    """The pipeline class for an index's entries, name -> [library, class]."""
+    if _present(parts, "unet"):
+        return PIPELINES[_present(parts, "text_encoder_2")]
+    return PIPELINES[2 if parts.get("transformer", ["", ""])[1] == "SD3Transformer2DModel" else 3]
+
+
+def _present(parts: Mapping[str, Any], name: str) -> bool:
+    return parts.get(name) not in (None, [None, None])
+
+
+def attempt(path: Path, loading: Callable[[], Any]) -> Any:
+    """``loading()``, quietly; what it raises becomes one line for a person."""
+    try:
+        with quiet():
+            return loading()
+    except OneStepError:
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0][:180]
+        raise OneStepError(f"{path.name[:80]} cannot be loaded, is it complete? {type(error).__name__}: {why}") from error
+
+
+def refuse_broken(pipe: Any, path: Path) -> None:
+    """Raise where a weight is not a finite number."""
+    for part in WEIGHTS:
+        module = getattr(pipe, part, None)
+        for name, weight in module.named_parameters() if module is not None else ():
+            if not bool(torch.isfinite(weight).all()):
+                raise OneStepError(
+                    f"{path.name[:80]} is damaged: {part}.{name[:80]} holds numbers that are not finite (NaN or "
+                    "infinite); download or export it again"
+                )
+
+
+def _single_file(path: Path, dtype: torch.dtype) -> Any:
+    from .single_file import load_single_file
+
+    return load_single_file(path, dtype)
+
+
+def _left_out(cls: Any, index: Mapping[str, Any]) -> dict[str, Any]:
+    """None for each part that the folder lacks, as SD3 without T5, and for the safety checker, which nothing here uses."""
+    wanted = inspect.signature(cls.__init__).parameters
+    empty = inspect.Parameter.empty
+    absent = {name: None for name in wanted if wanted[name].default is empty and index.get(name) == [None, None]}
+    spared = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in wanted else {}
+    return {**absent, **spared}
+
+
+def _refuse_pickles(part: Path) -> None:
+    pickles = [file.name for ending in ("bin", "pt", "pth", "ckpt") for file in part.glob(f"*.{ending}")]
+    if pickles and not any(part.glob("*.safetensors")):
+        raise OneStepError(
+            f"{part.name}/{pickles[0][:80]} is a pickle, which can run code when it is opened: "
+            "save the pipeline again with safe_serialization=True"
+        )
+
+
+def _has_plain(folder: Path) -> bool:
+    files = (file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors"))
+    return any(".fp16." not in file.name for file in files)
