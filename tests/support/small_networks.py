@@ -1,0 +1,156 @@
+"""diffusers' real networks at the least size that has every kind of layer, with seeded weights, inputs and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+
+
+def sd15() -> nn.Module:
+    """SD1.5's layout: convolutions around the transformers, the last level without attention."""
+    return UNet2DConditionModel(
+        **{"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 2, "norm_num_groups": 32},
+        **{"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 24},
+        **{"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4},
+    )
+
+
+def sdxl() -> nn.Module:
+    """SDXL's layout: Linears around the transformers, two transformer blocks at the bottom, embedded sizes."""
+    return UNet2DConditionModel(
+        **{"sample_size": 8, "block_out_channels": (32, 64, 64), "layers_per_block": 2, "norm_num_groups": 32},
+        **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
+        **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 24},
+        **{"transformer_layers_per_block": (1, 1, 2), "use_linear_projection": True, "attention_head_dim": (2, 4, 4)},
+        **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8},
+        **{"projection_class_embeddings_input_dim": 6 * 8 + 16},
+    )
+
+
+def sd3() -> nn.Module:
+    """SD3.5-medium's layout: the first block attends twice, queries and keys are normed."""
+    return SD3Transformer2DModel(
+        **{"sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2},
+        **{"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
+        **{"joint_attention_dim": 24, "pooled_projection_dim": 16, "pos_embed_max_size": 8},
+        **{"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+    )
+
+
+def flux() -> nn.Module:
+    """Flux-dev's layout: one double and one single block."""
+    return FluxTransformer2DModel(
+        **{"in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128},
+        **{"num_attention_heads": 1, "joint_attention_dim": 24, "pooled_projection_dim": 16, "guidance_embeds": True},
+    )
+
+
+def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
+
+
+def sdxl_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [96, 64, 8, 0, 64, 64]])
+    return {**unet_inputs(draw), "pooled": draw(2, 16), "sizes": sizes}
+
+
+def sd3_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24), "pooled": draw(2, 16)}
+
+
+def flux_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    inputs = {"x": draw(2, 16, 8, 8), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+    return {**inputs, "pooled": draw(2, 16), "guidance": torch.tensor([3.5, 3.5])}
+
+
+def run_unet(network: Any, inputs: Inputs) -> Tensor:
+    added = {"text_embeds": inputs["pooled"], "time_ids": inputs["sizes"]} if "pooled" in inputs else None
+    return network(inputs["x"], inputs["time"], inputs["text"], added_cond_kwargs=added).sample
+
+
+def run_sd3(network: Any, inputs: Inputs) -> Tensor:
+    return network(inputs["x"], inputs["text"], inputs["pooled"], inputs["time"]).sample
+
+
+def run_flux(network: Any, inputs: Inputs) -> Tensor:
+    """Latents in and out as pictures: 2 x 2 pixels are one token, channels first."""
+    x = inputs["x"]
+    batch, channels, height, width = x.shape
+    tiles = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    tokens = tiles.reshape(batch, height * width // 4, channels * 4)
+    places = torch.zeros(height // 2, width // 2, 3)
+    places[..., 1] += torch.arange(height // 2)[:, None]
+    places[..., 2] += torch.arange(width // 2)[None]
+    predicted = network(
+        **{"hidden_states": tokens, "encoder_hidden_states": inputs["text"], "pooled_projections": inputs["pooled"]},
+        **{"timestep": inputs["time"], "guidance": inputs["guidance"], "img_ids": places.reshape(-1, 3)},
+        **{"txt_ids": torch.zeros(inputs["text"].shape[1], 3)},
+    ).sample
+    tiles = predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return tiles.reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
+
+    family: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[Callable[..., Tensor]], Inputs]
+    run: Callable[[Any, Inputs], Tensor]
+
+
+CASES = {
+    "sd15": Case("unet", sd15, unet_inputs, run_unet),
+    "sdxl": Case("unet", sdxl, sdxl_inputs, run_unet),
+    "sd3": Case("sd3", sd3, sd3_inputs, run_sd3),
+    "flux": Case("flux", flux, flux_inputs, run_flux),
+}
+
+
+def seeded(seed: int) -> Callable[..., Tensor]:
+    """draw(*shape): normal numbers in float64 from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def network_of(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Seeded weights, none at a special start (no zero bias, no unit gain, no zero output layer)."""
+    draw, network = seeded(1), nn.Module.to(CASES[name].make(), torch.float64)
+    for path, parameter in network.named_parameters():
+        drawn = draw(*parameter.shape)
+        if parameter.ndim > 1:
+            parameter.data = drawn / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = 0.1 * drawn + float(path.endswith("weight"))
+    return nn.Module.to(network, dtype).requires_grad_(False).eval()
+
+
+def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> Inputs:
+    return {key: value.to(dtype) for key, value in CASES[name].inputs(seeded(2)).items()}
+
+
+def random_state(targets: Any, rank: int = 3, seed: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adapters on every target, away from B = 0, in float32, strong enough to change the prediction visibly."""
+    draw = seeded(seed)
+    state = {}
+    for target in targets:
+        a, b = draw(*target.shape_a(rank)), draw(*target.shape_b(rank))
+        state[target.name] = ((a / a[0].numel() ** 0.5).float(), (0.3 * b / rank**0.5).float())
+    return state
+
+
+def merged(network: nn.Module, targets: Any, state: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """W + B A written into the weights in their own dtype: what an adapter means, by another way than its own code."""
+    for target in targets:
+        a, b = (factor.to(target.module.weight.dtype) for factor in state[target.name])
+        start, stop = target.row_range
+        product = (b.flatten(1) @ a.flatten(1)).reshape(stop - start, *target.module.weight.shape[1:])
+        target.module.weight.data[start:stop] += target.host_order(product)
