@@ -117,6 +117,20 @@ def test_one_version():
     assert f'__version__ = "{PROJECT["project"]["version"]}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
 
 
+def test_continuous_integration_runs_what_the_readme_says():
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    script = ROOT / ".ci" / "run"
+    for command in ("make demo", "make test"):
+        assert command in readme and f"\n{command.split()[1]}:" in makefile
+    assert "make test" in script.read_text(encoding="utf-8")
+    assert os.name == "nt" or os.access(script, os.X_OK)
+
+
+def test_what_comfyui_does_not_need_is_left_out_of_the_archive():
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    assert {f"{name}/" for name in NOT_SHIPPED - {"runs", "build", "dist"}} <= set(left_out)
+
+
 def test_a_folder_of_any_name_is_one_package(pack):
     """Loaded as ComfyUI does, `onestep` is this folder, once; and needs neither host to be imported."""
     found = python(
