@@ -1,4 +1,5 @@
-"""Gradient checkpointing by forward hooks: a block's activations are recomputed in backward, under the roles of its forward.
+"""Gradient checkpointing by forward hooks: a block's activations are recomputed in backward, under the roles of its
+forward.
 
 No forward is replaced: the hooks drive the generator on which torch's own non-reentrant checkpoint is built.
 """
@@ -29,7 +30,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], roles: Roles) -> Iterator[Non
 
 @contextmanager
 def clone_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, each of ``modules`` sees copies of its inputs: for layers whose input the host changes in place afterwards,
+    """Within, each of ``modules`` sees copies of its inputs: for layers whose input the host changes in place
+    afterwards,
     which autograd would otherwise find changed (or, inside a checkpoint, would silently use as changed)."""
     handles = [module.register_forward_pre_hook(_own_inputs, with_kwargs=True) for module in modules]
     try:

@@ -19,7 +19,8 @@ class Cond:
     """Conditions of B samples.
 
     text: [B, L, C] text tokens. mask: [B, L] bool, True where a token is real; None when all are.
-    pooled: [B, P] the pooled text. size: [B, 6] height, width, crop top, crop left, target height, target width, in pixels.
+    pooled: [B, P] the pooled text. size: [B, 6] height, width, crop top, crop left, target height, target width, in
+    pixels.
     guidance: [B] the guidance scale that an embedded-guidance model (Flux-dev) is told.
     """
 
@@ -47,7 +48,7 @@ class Cond:
 
     def with_(self, **changes: Tensor | None) -> Cond:
         """The same prompts with another ``size`` or ``guidance``."""
-        return replace(self, **changes)
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     def null_like(self, null: Cond) -> Cond:
         """The one condition ``null`` for each of these samples, at these sizes and under the same embedded guidance."""
@@ -66,11 +67,15 @@ class Cond:
 
     @staticmethod
     def concat(parts: Sequence[Cond]) -> Cond:
-        """All samples of ``parts`` in order. Texts of different lengths are padded under a mask, which leaves them exact."""
+        """All samples of ``parts`` in order. Texts of different lengths are padded under a mask, which leaves them
+        exact."""
         length = max(part.text.shape[1] for part in parts)
         ragged = any(part.text.shape[1] != length or part.mask is not None for part in parts)
         padded = [part._padded(length) if ragged else part for part in parts]
-        return Cond(**{entry.name: _join([getattr(part, entry.name) for part in padded], entry.name) for entry in fields(Cond)})
+        joined: dict[str, Any] = {
+            entry.name: _join([getattr(part, entry.name) for part in padded], entry.name) for entry in fields(Cond)
+        }
+        return Cond(**joined)
 
     def _padded(self, length: int) -> Cond:
         missing = length - self.text.shape[1]
@@ -78,7 +83,7 @@ class Cond:
         return replace(self, text=pad(self.text, (0, 0, 0, missing)), mask=pad(mask, (0, missing)))
 
     def _map(self, change: Any) -> Cond:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return Cond(**{name: None if value is None else change(value) for name, value in values.items()})
 
 

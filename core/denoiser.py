@@ -23,7 +23,8 @@ Network = Callable[[Tensor, Tensor, "Cond"], Tensor]
 class Denoiser(Protocol):
     """D(x, sigma, cond) -> x0.
 
-    x: [B, C, H, W] (or [B, C, F, H, W]) noisy latents in the model's own scale, x = alpha(sigma) x0 + sigma noise, float32.
+    x: [B, C, H, W] (or [B, C, F, H, W]) noisy latents in the model's own scale, x = alpha(sigma) x0 + sigma noise,
+    float32.
     sigma: [B] levels, float64. The result has the shape and dtype of x.
     """
 
@@ -61,7 +62,8 @@ class X0Denoiser(_Wrapped):
 
 
 class EpsDenoiser(_Wrapped):
-    """The network answers the noise: x0 = (x - sigma eps) / alpha. Refused where alpha = 0: there is no signal to find."""
+    """The network answers the noise: x0 = (x - sigma eps) / alpha. Refused where alpha = 0: there is no signal to
+    find."""
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         alpha = self.schedule.alpha(sigma)
@@ -74,7 +76,8 @@ class EpsDenoiser(_Wrapped):
 
 
 class VDenoiser(_Wrapped):
-    """The network answers v = alpha eps - sigma x0 (arXiv:2202.00512, app. D): x0 = (alpha x - sigma v) / (alpha^2 + sigma^2)."""
+    """The network answers v = alpha eps - sigma x0 (arXiv:2202.00512, app. D): x0 = (alpha x - sigma v) / (alpha^2 +
+    sigma^2)."""
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         alpha = self.schedule.alpha(sigma)
@@ -100,7 +103,8 @@ PREDICTIONS: dict[str, type[_Wrapped]] = {
 def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598) in x0: D_u + k (D_c - D_u), with cond and null in one forward.
 
-    k = ``scale`` = 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1 where the model has no
+    k = ``scale`` = 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1 where the model
+    has no
     trained null condition.
     """
     if scale == 1:

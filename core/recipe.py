@@ -36,8 +36,10 @@ class Recipe:
     renoise: between steps, fresh noise on x0 (LCM, DMD2); otherwise deterministic, softened by eta in [0, 1] (TCD).
     guidance: classifier-free guidance scale; 1 is none. lora_scale: the strength to load the file at.
     sizes: (width, height) in pixels it was trained at. family: "unet", "sd3" or "flux".
-    prediction: what the network answers where that is not the base's own habit ("sample" for SDXL-Lightning's one step).
-    shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as teacher.
+    prediction: what the network answers where that is not the base's own habit ("sample" for SDXL-Lightning's one
+    step).
+    shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as
+    teacher.
     """
 
     told: tuple[float, ...]
@@ -69,7 +71,9 @@ class Recipe:
         return len(self.told)
 
     @classmethod
-    def for_student(cls, schedule: NoiseSchedule, steps: int, family: str, sizes: tuple[tuple[int, int], ...], **more: Any) -> Recipe:
+    def for_student(
+        cls, schedule: NoiseSchedule, steps: int, family: str, sizes: tuple[tuple[int, int], ...], **more: Any
+    ) -> Recipe:
         """The recipe a student is trained at: ``steps`` trailing times from unit noise, fresh noise between them."""
         times = schedule.trailing(steps)
         levels = log_snr(schedule, schedule.sigma_of_time(times)).tolist()
@@ -88,10 +92,15 @@ class Recipe:
             version = found.pop("version")
             values = {name: _frozen(value) for name, value in found.items()}
         except (ValueError, KeyError, AttributeError) as error:
-            raise OneStepError(f"the LoRA's recipe cannot be read ({error}): choose a preset by name instead") from error
+            raise OneStepError(
+                f"the LoRA's recipe cannot be read ({error}): choose a preset by name instead"
+            ) from error
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if version != VERSION or unknown:
-            raise OneStepError(f"the recipe is of version {version!r} with unknown {unknown}: update OneStep, or choose a preset by name")
+            raise OneStepError(
+                f"the recipe is of version {version!r} with unknown {unknown}: "
+                "update OneStep, or choose a preset by name"
+            )
         try:
             return cls(**values)
         except TypeError as error:
@@ -130,16 +139,32 @@ PRESETS: dict[str, Recipe] = {
     "sdxl-turbo-1": _preset(999, source="stabilityai/sdxl-turbo, model card: 1 step, trailing, guidance 0"),
     "lcm-4": _preset(999, 759, 499, 259, renoise=True, source="arXiv:2310.04378; LCMScheduler, 4 of 50 steps"),
     "tcd-4": _preset(999, 759, 499, 259, eta=0.3, source="arXiv:2402.19159; TCDScheduler, 4 of 50 steps, eta 0.3"),
-    "sdxl-lightning-1": _preset(999, prediction="sample", source="ByteDance/SDXL-Lightning, model card: 1 step predicts x0"),
+    "sdxl-lightning-1": _preset(
+        999, prediction="sample", source="ByteDance/SDXL-Lightning, model card: 1 step predicts x0"
+    ),
     "sdxl-lightning-2": _preset(999, 499, source="ByteDance/SDXL-Lightning, model card: Euler, trailing"),
     "sdxl-lightning-4": _preset(999, 749, 499, 249, source="ByteDance/SDXL-Lightning, model card: Euler, trailing"),
     "hyper-sd-1": _preset(800, source="ByteDance/Hyper-SD, model card: 1-step UNet starts at time 800"),
     "dmd2-1": _preset(399, source="tianweiy/DMD2, README: 1 step, conditioning time 399, unit noise"),
-    "dmd2-4": _preset(999, 749, 499, 249, renoise=True, source="tianweiy/DMD2, README: LCMScheduler, times 999 749 499 249"),
+    "dmd2-4": _preset(
+        999, 749, 499, 249, renoise=True, source="tianweiy/DMD2, README: LCMScheduler, times 999 749 499 249"
+    ),
     "flux-schnell-4": _preset(
-        1000, 750, 500, 250, family="flux", shift=1.0, source="black-forest-labs/FLUX.1-schnell, model card: 4 steps, shift 1"
+        1000,
+        750,
+        500,
+        250,
+        family="flux",
+        shift=1.0,
+        source="black-forest-labs/FLUX.1-schnell, model card: 4 steps, shift 1",
     ),
     "sd3.5-turbo-4": _preset(
-        1000, 900, 750, 500, family="sd3", shift=3.0, source="stabilityai/stable-diffusion-3.5-large-turbo, model card: 4 steps, shift 3"
+        1000,
+        900,
+        750,
+        500,
+        family="sd3",
+        shift=3.0,
+        source="stabilityai/stable-diffusion-3.5-large-turbo, model card: 4 steps, shift 3",
     ),
 }

@@ -2,7 +2,8 @@ r"""Teacher, student, critic: one frozen base, seen with this low-rank adapter, 
 
     W x  ->  W x + B (A x),   A [r, in], B [out, r]      (LoRA, arXiv:2106.09685, Eq. 3, alpha = r)
 
-Adapters live beside the network, never in it: forward hooks add their product to a layer's output, so no module is renamed,
+Adapters live beside the network, never in it: forward hooks add their product to a layer's output, so no module is
+renamed,
 no parameter enters the module tree, and nobody's ``requires_grad`` is touched at a switch.
 """
 
@@ -37,12 +38,15 @@ class RoleMap:
     def sizes(self, batch: int) -> list[int]:
         sizes = [batch if rows is None else rows for _, rows in self.blocks]
         if sum(sizes) != batch:
-            raise OneStepError(f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample")
+            raise OneStepError(
+                f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample"
+            )
         return sizes
 
 
 class Roles:
-    """Named adapters on the same targets. The role ``"teacher"``, and any target a role has no factors for, is the base.
+    """Named adapters on the same targets. The role ``"teacher"``, and any target a role has no factors for, is the
+    base.
 
     Factors are float32 leaf tensors that require grad; the product runs in the layer's compute dtype.
     """
@@ -55,14 +59,16 @@ class Roles:
         self._chosen: RoleMap | None = None
         self._handles: list[Any] = []
 
-    # -- which role serves a call ---------------------------------------------------------------------------------------
+    # -- which role serves a call -------------------------------------------------------------------------------------
 
     def use(self, role: str, *, train: bool = True) -> Any:
-        """Within, every call is served by ``role``. ``train=False``: its factors get no gradient, its input still does."""
+        """Within, every call is served by ``role``. ``train=False``: its factors get no gradient, its input still
+        does."""
         return self._choose(RoleMap(((self._known(role), None),), train))
 
     def rows(self, blocks: Sequence[tuple[str, int]], *, train: bool = True) -> Any:
-        """Within, one forward serves contiguous blocks of rows: ``[("teacher", 4), ("critic", 2)]`` for a batch of 6."""
+        """Within, one forward serves contiguous blocks of rows: ``[("teacher", 4), ("critic", 2)]`` for a batch of
+        6."""
         return self._choose(RoleMap(tuple((self._known(role), rows) for role, rows in blocks), train))
 
     @contextmanager
@@ -95,7 +101,7 @@ class Roles:
         """The role map that the running forward obeys."""
         return self._active
 
-    # -- the adapters ---------------------------------------------------------------------------------------------------
+    # -- the adapters -------------------------------------------------------------------------------------------------
 
     def add(self, role: str, rank: int, seed: int, device: torch.device | str = "cpu") -> None:
         """A new role: A ~ U(-1, 1) / sqrt(fan in), drawn from (seed, target name) alone, and B = 0.
@@ -114,7 +120,10 @@ class Roles:
         """A role from given factors, e.g. of a file; targets that it lacks stay the base's. Copies them."""
         foreign = sorted(set(state) - set(self.targets))
         if foreign:
-            raise OneStepError(f"{len(foreign)} adapted layers are not in this model, {foreign[0]} the first: choose a LoRA of its base")
+            raise OneStepError(
+                f"{len(foreign)} adapted layers are not in this model, {foreign[0]} the first: "
+                "choose a LoRA of its base"
+            )
         for name, (a, b) in state.items():
             self._check_shapes(name, a, b)
         self._factors[role] = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in state.items()}
@@ -161,7 +170,7 @@ class Roles:
         for mine, theirs in zip(self.parameters(into), self.parameters(other), strict=True):
             mine.lerp_(theirs.to(mine), weight)
 
-    # -- hooks ----------------------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Hang one forward hook on each host layer that carries a target, unless they hang already."""
@@ -233,7 +242,7 @@ class Roles:
         conv: Any = target.module
         return low_rank_conv(output, x, a, b, conv.stride, conv.padding, conv.dilation)
 
-    # -- small checks ---------------------------------------------------------------------------------------------------
+    # -- small checks -------------------------------------------------------------------------------------------------
 
     def _known(self, role: str) -> str:
         if role != TEACHER and role not in self._factors:
@@ -247,7 +256,9 @@ class Roles:
         rank, target = len(a), self.targets[name]
         found, wanted = (tuple(a.shape), tuple(b.shape)), (target.shape_a(rank), target.shape_b(rank))
         if found != wanted:
-            raise OneStepError(f"the LoRA's {name} has shapes {found}, this model needs {wanted}: it was made for another base")
+            raise OneStepError(
+                f"the LoRA's {name} has shapes {found}, this model needs {wanted}: it was made for another base"
+            )
 
 
 class Captured:
@@ -264,7 +275,8 @@ class Captured:
         self._serving.__exit__(*exc)
 
     def guard(self, output: Tensor) -> Tensor:
-        """``output``, which refuses to run backward inside ``use`` or ``rows`` of other roles than it was built with."""
+        """``output``, which refuses to run backward inside ``use`` or ``rows`` of other roles than it was built
+        with."""
         if output.requires_grad:
             output.register_hook(self._check)
         return output

@@ -16,20 +16,25 @@ Draw = Callable[[int], Tensor]
 
 
 def fed_latents(schedule: NoiseSchedule, noise: Tensor, sigma: Tensor, fed: float) -> Tensor:
-    """Pure noise as a sampler starts from it: ``fed`` sqrt(alpha^2 + sigma^2) noise, for noise [B, ...] and sigma [B]."""
+    """Pure noise as a sampler starts from it: ``fed`` sqrt(alpha^2 + sigma^2) noise, for noise [B, ...] and sigma
+    [B]."""
     return expand(fed * (schedule.alpha(sigma) ** 2 + sigma**2).sqrt(), noise) * noise
 
 
 def jump(schedule: NoiseSchedule, x: Tensor, x0: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
-    """J(x, t -> r) = alpha_r D + sigma_r (x - alpha_t D) / sigma_t: DDIM (arXiv:2010.02502, Eq. 12) and Euler at once."""
+    """J(x, t -> r) = alpha_r D + sigma_r (x - alpha_t D) / sigma_t: DDIM (arXiv:2010.02502, Eq. 12) and Euler at
+    once."""
     noise = (x - expand(schedule.alpha(sigma), x) * x0) / expand(sigma, x)
     return add_noise(schedule, x0, noise, lower)
 
 
-def sample(denoise: Denoiser, recipe: Recipe, cond: Cond, noise: Tensor, draw: Draw, null: Cond | None = None) -> Tensor:
+def sample(
+    denoise: Denoiser, recipe: Recipe, cond: Cond, noise: Tensor, draw: Draw, null: Cond | None = None
+) -> Tensor:
     """x0 [B, ...] by ``recipe`` from standard normal ``noise`` [B, ...].
 
-    ``draw(i)`` gives fresh standard normal noise for step i of a recipe that renoises (eta > 0); it is not called otherwise.
+    ``draw(i)`` gives fresh standard normal noise for step i of a recipe that renoises (eta > 0); it is not called
+    otherwise.
     """
     schedule = denoise.schedule
     sigmas = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64, device=noise.device))
@@ -43,7 +48,12 @@ def sample(denoise: Denoiser, recipe: Recipe, cond: Cond, noise: Tensor, draw: D
 
 
 def _next(
-    schedule: NoiseSchedule, recipe: Recipe, x: Tensor, x0: Tensor, levels: tuple[Tensor, Tensor], fresh: Callable[[], Tensor]
+    schedule: NoiseSchedule,
+    recipe: Recipe,
+    x: Tensor,
+    x0: Tensor,
+    levels: tuple[Tensor, Tensor],
+    fresh: Callable[[], Tensor],
 ) -> Tensor:
     sigma, lower = levels
     if recipe.renoise:
@@ -65,7 +75,8 @@ def diffuse(schedule: NoiseSchedule, x: Tensor, noise: Tensor, sigma: Tensor, hi
 def teacher_sample(
     denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """x0 [B, ...] of the teacher's probability-flow ODE in ``steps`` equal first-order steps from unit ``noise`` [B, ...]."""
+    """x0 [B, ...] of the teacher's probability-flow ODE in ``steps`` equal first-order steps from unit ``noise`` [B,
+    ...]."""
     schedule = denoise.schedule
     sigmas = schedule.sigma_of_time(schedule.trailing(steps).to(noise.device))
     x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)

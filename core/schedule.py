@@ -65,7 +65,8 @@ class VPSchedule:
     """Variance-preserving, with T discrete training times: alpha^2 + sigma^2 = 1 (DDPM, arXiv:2006.11239, Eq. 4).
 
     ``alphas_cumprod`` [T], float64, falling; a last entry of 0 is zero-terminal SNR (arXiv:2305.08891).
-    The network's own time is an index 0 .. T - 1; between two indices the angle atan2(sigma, alpha) is interpolated, which
+    The network's own time is an index 0 .. T - 1; between two indices the angle atan2(sigma, alpha) is interpolated,
+    which
     stays finite at zero-terminal SNR.
     """
 
@@ -169,7 +170,8 @@ class FlowSchedule:
 
 @dataclass(frozen=True)
 class VESchedule:
-    """Variance-exploding: alpha = 1. Equal steps follow Karras et al. (arXiv:2206.00364), Eq. 5; time is log(sigma) / 4."""
+    """Variance-exploding: alpha = 1. Equal steps follow Karras et al. (arXiv:2206.00364), Eq. 5; time is log(sigma)
+    / 4."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0

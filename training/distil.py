@@ -36,7 +36,8 @@ from .watch import EACH, Watch
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run says of itself after each update. eta: seconds still to go. preview: a new picture, if there is one."""
+    """What a run says of itself after each update. eta: seconds still to go. preview: a new picture, if there is
+    one."""
 
     update: int
     total: int
@@ -82,8 +83,10 @@ def distil(
 ) -> Result:
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
-    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad input, before
-    anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after the
+    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad
+    input, before
+    anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through,
+    after the
     state and partial.safetensors are saved.
     """
     prompts = check_prompts(prompts)
@@ -92,7 +95,8 @@ def distil(
     initial = _initial(host, settings)
     if host.denoiser.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
         raise OneStepError(
-            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} cannot be had: set it to 1"
+            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
+            "cannot be had: set it to 1"
         )
     config = _config(host, prompts, settings)
     with opened(folder, config, existing) as (run, goes_on):
@@ -112,7 +116,7 @@ class _Session:
         self.update, self.saved_at = 0, time.monotonic()
         self.best: dict[str, float] | None = None
 
-    # -- the run --------------------------------------------------------------------------------------------------------
+    # -- the run ------------------------------------------------------------------------------------------------------
 
     def run_all(self, goes_on: bool) -> Result:
         with ExitStack() as stack:
@@ -217,7 +221,9 @@ class _Session:
         done, left = self._cost(0, self.update), self._cost(self.update, self.trainer.total)
         seconds = self.seconds_before + time.monotonic() - self.started
         notes = tuple(self.trainer.notes)
-        return Progress(self.update, self.trainer.total, phase, seconds, seconds * left / max(done, 1), numbers, notes, preview)
+        return Progress(
+            self.update, self.trainer.total, phase, seconds, seconds * left / max(done, 1), numbers, notes, preview
+        )
 
     def _cost(self, first: int, last: int) -> float:
         """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
@@ -230,7 +236,7 @@ class _Session:
             cost, at = cost + overlap * per.get(name, full), at + length
         return cost
 
-    # -- states ---------------------------------------------------------------------------------------------------------
+    # -- states -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
         late = time.monotonic() - self.saved_at > 60
@@ -241,7 +247,9 @@ class _Session:
         tensors, notes = snapshot(self.trainer)
         seconds = self.seconds_before + time.monotonic() - self.started
         best = None if self.best is None else int(self.best["update"])
-        self.run.save(self.update, tensors, {**notes, "update": self.update, "best": self.best, "elapsed": seconds}, best)
+        self.run.save(
+            self.update, tensors, {**notes, "update": self.update, "best": self.best, "elapsed": seconds}, best
+        )
         self.saved_at = time.monotonic()
 
     def _restore(self) -> None:
@@ -251,9 +259,14 @@ class _Session:
         self.run.forget_after(self.update)
 
     def _roll_back(self) -> None:
-        reason = f"{self.trainer.bad} updates in a row were no numbers (loss or gradient), the last at update {self.update}"
+        reason = (
+            f"{self.trainer.bad} updates in a row were no numbers (loss or gradient), the last at update {self.update}"
+        )
         self._restore()
-        raise Stopped(f"{reason}: back at the state after update {self.update}. Lower learning_rate or matching_guidance, then restart")
+        raise Stopped(
+            f"{reason}: back at the state after update {self.update}. "
+            "Lower learning_rate or matching_guidance, then restart"
+        )
 
     def _leave(self, error: BaseException) -> None:
         """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
@@ -263,7 +276,7 @@ class _Session:
             self._save()
             self._write("partial.safetensors", self._shown)
 
-    # -- the file -------------------------------------------------------------------------------------------------------
+    # -- the file -----------------------------------------------------------------------------------------------------
 
     def _finish(self, prompts: Prompts) -> Result:
         self._save()
@@ -315,7 +328,9 @@ def _initial(host: Host, settings: Settings) -> State | None:
     state = fit(file.state, targets)
     largest = max(len(a) for a, _ in state.values())
     if largest > settings.rank:
-        raise OneStepError(f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}")
+        raise OneStepError(
+            f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}"
+        )
     host.denoiser.roles.add("initial", settings.rank, settings.seed)
     grown = host.denoiser.roles.state("initial")
     for name, (a, b) in state.items():

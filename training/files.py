@@ -1,4 +1,5 @@
-"""Small text files that are whole or absent, as :mod:`core.tensor_file` writes tensors; and the log, a line at a time."""
+"""Small text files that are whole or absent, as :mod:`core.tensor_file` writes tensors; and the log, a line at a
+time."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise OneStepError(f"{path} could not be written: {error.strerror}. Free some space or choose another folder") from None
+        raise OneStepError(
+            f"{path} could not be written: {error.strerror}. Free some space or choose another folder"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
 

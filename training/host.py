@@ -41,7 +41,8 @@ class Host(Protocol):
         ...
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """(C, h, w) of latents for a picture of ``size`` (width, height) in pixels. OneStepError where it does not fit."""
+        """(C, h, w) of latents for a picture of ``size`` (width, height) in pixels. OneStepError where it does not
+        fit."""
         ...
 
     def training(self) -> AbstractContextManager[None]:

@@ -1,4 +1,5 @@
-"""The judge: a small frozen classifier of 32x32 tiles. Its features give FD-local, its heads say whether a prompt was obeyed."""
+"""The judge: a small frozen classifier of 32x32 tiles. Its features give FD-local, its heads say whether a prompt
+was obeyed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ FEATURES = 64
 class Judge(nn.Module):
     """Convolutions, a FEATURES-wide last layer, and one linear head each for group, colour and brightness.
 
-    config: {"heads": {"group": [...], "colour": [...], "brightness": [...]}, "held_out": {head: accuracy}, ...}; the lists
+    config: {"heads": {"group": [...], "colour": [...], "brightness": [...]}, "held_out": {head: accuracy}, ...}; the
+    lists
     name the classes in the order of the head's outputs, `held_out` is the accuracy on tiles the judge never saw.
     """
 
@@ -41,7 +43,9 @@ class Judge(nn.Module):
             if not (folder / name).is_file():
                 raise OneStepError(f"no judge in {folder}: {name} is missing; give the folder that holds both files")
         judge = cls(json.loads((folder / "judge.json").read_text(encoding="utf-8")))
-        judge.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "judge.safetensors").items()})
+        judge.load_state_dict(
+            {name: tensor.float() for name, tensor in load_file(folder / "judge.safetensors").items()}
+        )
         return judge.eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:

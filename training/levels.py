@@ -45,7 +45,8 @@ def v_weight(lam: Tensor) -> Tensor:
 
 
 def vsd_weight(lam: Tensor) -> Tensor:
-    """1 / (e^lambda + e^-lambda): VSD's alpha sigma eps-difference (arXiv:2305.16213, Eq. 9) in x0, whatever the schedule."""
+    """1 / (e^lambda + e^-lambda): VSD's alpha sigma eps-difference (arXiv:2305.16213, Eq. 9) in x0, whatever the
+    schedule."""
     return 1 / (torch.exp(lam) + torch.exp(-lam))
 
 

@@ -13,7 +13,8 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the README's table. forwards: network forwards of one sample in a student update, backward included."""
+    """One row of the README's table. forwards: network forwards of one sample in a student update, backward
+    included."""
 
     make: Callable[[Settings], DistributionMatching | None]
     title: str
@@ -26,7 +27,19 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "dmd": Method(dmd, "Distribution matching distillation, data-free", "arXiv:2311.18828, arXiv:2405.14867", "6 + 4 a critic update"),
-    "vsd": Method(vsd, "Variational score distillation of a generator", "arXiv:2305.16213, arXiv:2312.05239", "7 + 4 a critic update"),
-    "regression": Method(lambda settings: None, "Regression on the teacher's ODE pairs", "arXiv:2311.18828, Eq. 9", "3 + the pair"),
+    "dmd": Method(
+        dmd,
+        "Distribution matching distillation, data-free",
+        "arXiv:2311.18828, arXiv:2405.14867",
+        "6 + 4 a critic update",
+    ),
+    "vsd": Method(
+        vsd,
+        "Variational score distillation of a generator",
+        "arXiv:2305.16213, arXiv:2312.05239",
+        "7 + 4 a critic update",
+    ),
+    "regression": Method(
+        lambda settings: None, "Regression on the teacher's ODE pairs", "arXiv:2311.18828, Eq. 9", "3 + the pair"
+    ),
 }

@@ -14,7 +14,8 @@ from .settings import Settings
 
 
 def rate(update: int, updates: int, height: float, settings: Settings) -> float:
-    """Step size at ``update`` of ``updates``: a linear rise over ``warm_up``, then a cosine to ``final_rate`` of ``height``."""
+    """Step size at ``update`` of ``updates``: a linear rise over ``warm_up``, then a cosine to ``final_rate`` of
+    ``height``."""
     rise = min(1.0, (update + 1) / max(1, settings.warm_up))
     along = min(1.0, update / max(1, updates))
     fall = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * along)) / 2
@@ -31,11 +32,17 @@ def eight_bit() -> Any:
 
 def make(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
     """AdamW, with 8-bit moments where asked or, under "auto", where bitsandbytes works and the factors are on a GPU."""
-    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (0.9, 0.99),
+        "weight_decay": settings.weight_decay,
+    }
     on_gpu = bool(parameters) and parameters[0].is_cuda
     small = eight_bit() if settings.optimizer == "adamw8bit" or (settings.optimizer == "auto" and on_gpu) else None
     if settings.optimizer == "adamw8bit" and small is None:
-        raise OneStepError("optimizer is 'adamw8bit', but bitsandbytes cannot be imported here: install it, or set optimizer=adamw")
+        raise OneStepError(
+            "optimizer is 'adamw8bit', but bitsandbytes cannot be imported here: install it, or set optimizer=adamw"
+        )
     return (small or torch.optim.AdamW)(parameters, **options)  # type: ignore[no-any-return]
 
 
@@ -50,7 +57,9 @@ def pack(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tenso
     return tensors, numbers
 
 
-def unpack(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+def unpack(
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, float]
+) -> None:
     """Restore what :func:`pack` gave, each tensor in its own dtype."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **numbers}.items():

@@ -20,7 +20,8 @@ from .settings import Settings
 
 @dataclass
 class Pairs:
-    """Blocks of ``settings.batch`` pairs, one size each. A pair is a function of (seed, block, row), whoever asks for it."""
+    """Blocks of ``settings.batch`` pairs, one size each. A pair is a function of (seed, block, row), whoever asks
+    for it."""
 
     host: Host
     prompts: Prompts
@@ -87,7 +88,8 @@ class Pairs:
 
 @torch.no_grad()
 def teach(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Tensor:
-    """The teacher's own pictures [B, C, h, w] for ``batch``, from ``noise``, at the run's teacher steps and guidance."""
+    """The teacher's own pictures [B, C, h, w] for ``batch``, from ``noise``, at the run's teacher steps and
+    guidance."""
     guidance = settings.guidance if host.denoiser.guidance == "cfg" else 1.0
     with host.denoiser.roles.use(TEACHER):
         return teacher_sample(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance)

@@ -26,12 +26,16 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts, stripped. Raises OneStepError for none, too many, an empty or an overlong one."""
     cleaned = [prompt.strip() for prompt in prompts]
     if not 1 <= len(cleaned) <= MOST:
-        raise OneStepError(f"{len(cleaned)} prompts: give 1 to {MOST}, one a line; 200 to 1000 that you would really use do well")
+        raise OneStepError(
+            f"{len(cleaned)} prompts: give 1 to {MOST}, one a line; 200 to 1000 that you would really use do well"
+        )
     for number, prompt in enumerate(cleaned, 1):
         if not prompt:
             raise OneStepError(f"prompt {number} is empty: remove the line, or write what to draw")
         if len(prompt) > LONGEST:
-            raise OneStepError(f"prompt {number} has {len(prompt)} characters, more than {LONGEST}: {prompt[:40]!r}... Shorten it")
+            raise OneStepError(
+                f"prompt {number} has {len(prompt)} characters, more than {LONGEST}: {prompt[:40]!r}... Shorten it"
+            )
     return cleaned
 
 
@@ -66,14 +70,17 @@ class Prompts:
 
 
 def embed(host: Host, prompts: Sequence[str], settings: Settings, folder: Path) -> Prompts:
-    """Embed ``prompts`` and the negative text at every size, or read what an earlier run of the same ones left in ``folder``."""
+    """Embed ``prompts`` and the negative text at every size, or read what an earlier run of the same ones left in
+    ``folder``."""
     sizes = settings.size_list
     shapes = {size: host.latent_shape(size) for size in sizes}
     texts = [*prompts, settings.negative]
     every = {size: _told(_cached(host, texts, size, folder), host, settings) for size in sizes}
     trained_null = host.denoiser.guidance == "cfg"
     nulls = {size: cond[len(prompts) :] if trained_null else None for size, cond in every.items()}
-    return Prompts({size: cond[: len(prompts)] for size, cond in every.items()}, nulls, shapes, settings.seed, host.device)
+    return Prompts(
+        {size: cond[: len(prompts)] for size, cond in every.items()}, nulls, shapes, settings.seed, host.device
+    )
 
 
 def _told(cond: Cond, host: Host, settings: Settings) -> Cond:

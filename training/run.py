@@ -1,11 +1,11 @@
 """A run's directory: killed at any instant, it goes on from its last whole state.
 
-    config.json            what the run is; a run of another config is refused
-    state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
-    metrics.jsonl          one line an update
-    embeddings/ pairs/     caches; deleting them costs time, nothing else
-    previews/              teacher above student, same prompts and noise
-    result.safetensors     the LoRA; partial.safetensors where the run was cancelled
+config.json            what the run is; a run of another config is refused
+state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
+metrics.jsonl          one line an update
+embeddings/ pairs/     caches; deleting them costs time, nothing else
+previews/              teacher above student, same prompts and noise
+result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    # -- states ---------------------------------------------------------------------------------------------------------
+    # -- states -------------------------------------------------------------------------------------------------------
 
     def states(self) -> list[int]:
         """Updates after which a whole state was saved, oldest first."""
@@ -53,7 +53,9 @@ class Run:
             os.replace(beside, final)
             write_bytes(final / "complete", b"")
         except OSError as error:
-            raise OneStepError(f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact") from None
+            raise OneStepError(
+                f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact"
+            ) from None
         self._prune(best)
 
     def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,7 +79,7 @@ class Run:
                 (self.folder / f"state-{update}" / "complete").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / f"state-{update}", ignore_errors=True)
 
-    # -- metrics --------------------------------------------------------------------------------------------------------
+    # -- metrics ------------------------------------------------------------------------------------------------------
 
     def log(self, line: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -99,8 +101,10 @@ class Run:
 def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tuple[Run, bool]]:
     """The run at ``folder`` and whether it goes on from a state; made where it is absent.
 
-    existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop". Raises
-    OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of another config.
+    existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop".
+    Raises
+    OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of another
+    config.
     """
     _check_existing(folder, config, existing)
     try:
@@ -129,7 +133,9 @@ def _check_existing(folder: Path, config: dict[str, Any], existing: str) -> None
     keys = ("settings", "prompts", "base")
     other = [key for key in keys if before.get(key) != config[key]]
     if other:
-        raise OneStepError(f"the run in {folder} has other {_differences(before, config, other)}: restart it, or give another name")
+        raise OneStepError(
+            f"the run in {folder} has other {_differences(before, config, other)}: restart it, or give another name"
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], keys: list[str]) -> str:
@@ -157,7 +163,9 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             _lock(file)
         except OSError:
-            raise OneStepError(f"the run in {path.parent} is being trained by another process: wait for it, or give another name") from None
+            raise OneStepError(
+                f"the run in {path.parent} is being trained by another process: wait for it, or give another name"
+            ) from None
         yield
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..core.errors import OneStepError
 
 
-def setting(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def setting(
+    default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     """A field with its help text, its range and its choices; numbers out of range are refused, never clamped."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
@@ -27,7 +29,9 @@ class Settings:
     critic_rank: int = setting(0, "Rank of the critic's adapters; 0 = the student's.", 0, 512)
     targets: str = setting("all", "Which layers are adapted.", choices=("all", "attention+mlp", "attention"))
     sizes: str = setting("512x512", "Picture sizes in pixels, WxH, several with commas; each step draws one.")
-    teacher_steps: int = setting(20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000)
+    teacher_steps: int = setting(
+        20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000
+    )
     guidance: float = setting(4.0, "Teacher's guidance in pairs and previews; 1 = none.", 0, 30)
     matching_guidance: float = setting(2.0, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
     negative: str = setting("", "Negative text: what guidance steers away from; empty = the empty prompt.")
@@ -41,17 +45,27 @@ class Settings:
     final_rate: float = setting(0.1, "Step sizes fall along a cosine to this share of their height.", 0, 1)
     clip: float = setting(1.0, "Largest norm of a gradient; 0 = no limit.", 0, 1e9)
     weight_decay: float = setting(0.0, "AdamW's weight decay.", 0, 1)
-    ema: float = setting(0.99, "Decay of the student's running mean, which is what the file holds; 0 = none.", 0, 0.999999)
-    optimizer: str = setting("auto", "auto = 8 bit where bitsandbytes works on a GPU.", choices=("auto", "adamw", "adamw8bit"))
+    ema: float = setting(
+        0.99, "Decay of the student's running mean, which is what the file holds; 0 = none.", 0, 0.999999
+    )
+    optimizer: str = setting(
+        "auto", "auto = 8 bit where bitsandbytes works on a GPU.", choices=("auto", "adamw", "adamw8bit")
+    )
 
-    warm_start: int = setting(300, "Updates of regression on the teacher's pairs before dmd or vsd; 0 = none.", 0, 1_000_000)
+    warm_start: int = setting(
+        300, "Updates of regression on the teacher's pairs before dmd or vsd; 0 = none.", 0, 1_000_000
+    )
     warm_start_rate: float = setting(2e-4, "Student's step size in regression.", 0, 1)
     pairs: int = setting(1024, "Different teacher pairs kept on disk; then they are used again.", 1, 1_000_000)
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
     follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
-    matching_weight: float = setting(1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100)
-    anchor: float = setting(0.0, "Weight of regression on the teacher's pairs beside dmd or vsd; keeps composition.", 0, 100)
+    matching_weight: float = setting(
+        1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
+    )
+    anchor: float = setting(
+        0.0, "Weight of regression on the teacher's pairs beside dmd or vsd; keeps composition.", 0, 100
+    )
     separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
@@ -63,7 +77,9 @@ class Settings:
     watch_samples: int = setting(64, "Pictures that each measure compares with the teacher's.", 4, 4096)
     preview_samples: int = setting(6, "Pictures in a preview.", 1, 64)
     save_every: int = setting(100, "Updates between saved states; also every 60 seconds.", 1, 1_000_000)
-    patience: int = setting(5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000)
+    patience: int = setting(
+        5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000
+    )
     keep_prompts: bool = setting(False, "Write the prompts into the LoRA's header.")
 
     def __post_init__(self) -> None:
@@ -91,7 +107,8 @@ class Settings:
         return json.dumps(asdict(self), indent=1)
 
     def with_texts(self, texts: Mapping[str, str]) -> Settings:
-        """With settings given as text, ``{"rank": "32"}``. Raises OneStepError for an unknown one, with the nearest name."""
+        """With settings given as text, ``{"rank": "32"}``. Raises OneStepError for an unknown one, with the nearest
+        name."""
         kinds = {entry.name: entry.type for entry in fields(self)}
         return replace(self, **{name: _parsed(name, text, kinds) for name, text in texts.items()})
 
@@ -112,7 +129,7 @@ def preset(name: str, **changes: Any) -> Settings:
 
 
 def nearest(name: str, known: Any) -> str:
-    """", did you mean X?" for a name that is almost one of ``known``."""
+    """ ", did you mean X?" for a name that is almost one of ``known``."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
@@ -131,10 +148,13 @@ def _check(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
 def _parsed(name: str, text: str, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise OneStepError(f"no setting {name!r}{nearest(name, kinds)}")
+    parse: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _bool}
     try:
-        return {"int": int, "float": float, "str": str, "bool": _bool}[kinds[name]](text)
+        return parse[kinds[name]](text)
     except ValueError:
-        raise OneStepError(f"{name} is {text!r}: it must be of type {kinds[name]}, like {name}={getattr(Settings, name)}") from None
+        raise OneStepError(
+            f"{name} is {text!r}: it must be of type {kinds[name]}, like {name}={getattr(Settings, name)}"
+        ) from None
 
 
 def _bool(text: str) -> bool:
@@ -147,7 +167,9 @@ def _size(text: str) -> tuple[int, int]:
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise OneStepError(f"size {text.strip()!r} is not WIDTHxHEIGHT: write it like 512x512 or 512x512,640x448") from None
+        raise OneStepError(
+            f"size {text.strip()!r} is not WIDTHxHEIGHT: write it like 512x512 or 512x512,640x448"
+        ) from None
     if width % 8 or height % 8 or not 8 <= width <= 8192 or not 8 <= height <= 8192:
         raise OneStepError(f"size {width}x{height}: width and height must be multiples of 8 between 8 and 8192 pixels")
     return width, height

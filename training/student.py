@@ -15,7 +15,8 @@ STUDENT = "student"
 
 
 def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:
-    """x0 [B, ...] of one of the recipe's steps, drawn uniformly for the whole batch (backward simulation, arXiv:2405.14867).
+    """x0 [B, ...] of one of the recipe's steps, drawn uniformly for the whole batch (backward simulation,
+    arXiv:2405.14867).
 
     The steps before it run without a graph. A student of one step is always at its only step.
     """

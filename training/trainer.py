@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,7 @@ class Trainer:
         """The roles with an optimiser."""
         return [STUDENT] if self.objective is None else [STUDENT, CRITIC]
 
-    # -- the plan of a run ----------------------------------------------------------------------------------------------
+    # -- the plan of a run --------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
@@ -76,14 +76,18 @@ class Trainer:
 
     def phase(self, update: int) -> tuple[str, int, int]:
         """(name, index within the phase, updates of the phase) of ``update``."""
-        lengths = {"warm start": self.settings.first_steps, "critic": self.critic_first, self.settings.method: self.settings.steps}
+        lengths = {
+            "warm start": self.settings.first_steps,
+            "critic": self.critic_first,
+            self.settings.method: self.settings.steps,
+        }
         for name, length in lengths.items():
             if update < length:
                 return name, update, length
             update -= length
         raise IndexError(f"update {update} is past the end of the run")
 
-    # -- one update -----------------------------------------------------------------------------------------------------
+    # -- one update ---------------------------------------------------------------------------------------------------
 
     def step(self, update: int) -> Numbers:
         """Do ``update``, or what is left of it; its numbers, for metrics.jsonl."""
@@ -96,7 +100,7 @@ class Trainer:
         self.turn = 0
         return numbers
 
-    def _plan(self, name: str) -> list[tuple[str, Loss]]:
+    def _plan(self, name: str) -> Sequence[tuple[str, Loss]]:
         """(role, its loss) of each turn of an update in this phase."""
         if name in ("warm start", "regression"):
             return [(STUDENT, self._regress)]
@@ -136,7 +140,8 @@ class Trainer:
         return total
 
     def _apply(self, role: str, numbers: Numbers) -> float:
-        """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before clipping."""
+        """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before
+        clipping."""
         parameters = [p for p in self.host.denoiser.roles.parameters(role) if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
         if not all(map(math.isfinite, [norm, *numbers.values()])):
@@ -166,9 +171,11 @@ class Trainer:
             raise
         self.accumulation = min(self.settings.batch, self.accumulation * 2)
         torch.cuda.empty_cache()
-        self.notes.append(f"out of memory: micro-batches of {-(-self.settings.batch // self.accumulation)} from here on")
+        self.notes.append(
+            f"out of memory: micro-batches of {-(-self.settings.batch // self.accumulation)} from here on"
+        )
 
-    # -- what is learnt -------------------------------------------------------------------------------------------------
+    # -- what is learnt -----------------------------------------------------------------------------------------------
 
     def _regress(self, batch: Batch, share: float) -> Numbers:
         batch, pairs = self.pairs.draw(batch, batch.step // self._turns)
@@ -199,7 +206,7 @@ class Trainer:
         loss = self.regression(self.host.denoiser, paired, pairs)
         (share * self.settings.anchor * loss).backward()
 
-    # -- batches --------------------------------------------------------------------------------------------------------
+    # -- batches ------------------------------------------------------------------------------------------------------
 
     def batches(self, key: int) -> Iterator[Batch]:
         """The micro-batches of the batch ``key``."""

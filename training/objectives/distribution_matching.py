@@ -4,7 +4,8 @@ r"""The one training step of every distribution-matching method.
     student:  x = G(z),      G = h w (a_DM (D_F - D_c) - (k - 1) (D_c - D_u)) + Jacobian terms,   <x, sg(G)>.backward()
 
 D_c, D_u: teacher with prompt and with the null condition; D_F: critic. The first difference matches distributions, the
-second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each at its own.
+second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each
+at its own.
 A method is a choice of the plug-ins below.
 """
 
@@ -66,7 +67,8 @@ def dmd_weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
 class DistributionMatching:
     """guidance: k of the teacher. critic_guidance: k of the critic, in both of its uses. matching: a_DM.
 
-    guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which the critic
+    guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which
+    the critic
     learns the null condition.
     """
 
@@ -83,7 +85,7 @@ class DistributionMatching:
     jacobian: Jacobian | None = None
     null_rate: float = 0.0
 
-    # -- the critic -----------------------------------------------------------------------------------------------------
+    # -- the critic ---------------------------------------------------------------------------------------------------
 
     def critic_loss(self, denoise: Denoiser, batch: Batch, x: Tensor) -> Tensor:
         """w_F |D_F(x_s) - sg(x)|^2: mean over elements and samples. x: the student's, [B, ...]."""
@@ -95,7 +97,7 @@ class DistributionMatching:
             error = (denoise(x_s, sigma, batch.cond) - x).square().flatten(1).mean(1)
         return (at(self.critic_weight, denoise.schedule, sigma).to(error) * error).mean()
 
-    # -- the student ----------------------------------------------------------------------------------------------------
+    # -- the student --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def cotangent(self, denoise: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, Scores]:
@@ -165,6 +167,7 @@ class DistributionMatching:
         nulls = batch.nulls()
         if nulls is None:
             raise OneStepError(
-                f"this base has no trained null condition, so guidance {self.guidance:g} cannot be had: set matching_guidance to 1"
+                f"this base has no trained null condition, so guidance {self.guidance:g} cannot be had: "
+                "set matching_guidance to 1"
             )
         return nulls

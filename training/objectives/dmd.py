@@ -1,4 +1,5 @@
-"""DMD (arXiv:2311.18828), as DMD2's data-free form (arXiv:2405.14867): matching without pairs and without a discriminator."""
+"""DMD (arXiv:2311.18828), as DMD2's data-free form (arXiv:2405.14867): matching without pairs and without a
+discriminator."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from ..student import STUDENT, level
 
 @dataclass(frozen=True)
 class Regression:
-    """d(G(z), x_T): the student's step from z, against the end x_T of the teacher's ODE from the same z (arXiv:2311.18828, Eq. 9).
+    """d(G(z), x_T): the student's step from z, against the end x_T of the teacher's ODE from the same z
+    (arXiv:2311.18828, Eq. 9).
 
     At a later step of several, the student starts from x_T with fresh noise of that level. c: width of the pseudo-Huber
     distance's round bottom, in units of the latents; above it errors count linearly.
@@ -35,9 +36,7 @@ class Regression:
             x0 = denoise(self._start(denoise, batch, (noise, target), sigma, step), sigma, batch.cond)
         return pseudo_huber(x0, target, self.c).flatten(1).sum(1).mean()
 
-    def _start(
-        self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor], sigma: Tensor, step: int
-    ) -> Tensor:
+    def _start(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor], sigma: Tensor, step: int) -> Tensor:
         noise, target = pairs
         if step == 0:
             return fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])

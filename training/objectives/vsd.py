@@ -1,4 +1,5 @@
-"""VSD (arXiv:2305.16213) on a generator, as SwiftBrush (arXiv:2312.05239): teacher and critic under the same guidance."""
+"""VSD (arXiv:2305.16213) on a generator, as SwiftBrush (arXiv:2312.05239): teacher and critic under the same
+guidance."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def _weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
 
 
 def vsd(settings: Settings) -> DistributionMatching:
-    """Weight 1 / (e^lambda + e^-lambda), the same k on both sides, the critic taught the null condition one time in ten."""
+    """Weight 1 / (e^lambda + e^-lambda), the same k on both sides, the critic taught the null condition one time in
+    ten."""
     levels = UniformTime(settings.level_low, settings.level_high)
     return DistributionMatching(
         guidance=settings.matching_guidance,
