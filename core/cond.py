@@ -83,8 +83,9 @@ class Cond:
         return replace(self, text=pad(self.text, (0, 0, 0, missing)), mask=pad(mask, (0, missing)))
 
     def _map(self, change: Any) -> Cond:
-        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Cond(**{name: None if value is None else change(value) for name, value in values.items()})
+        present = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values: dict[str, Any] = {name: None if value is None else change(value) for name, value in present.items()}
+        return Cond(**values)
 
 
 def _join(values: list[Tensor | None], name: str) -> Tensor | None:
