@@ -47,7 +47,7 @@ class _Wrapped:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x))
         with captured:
-            prediction = self.network(x, self.schedule.time_of_sigma(sigma), cond).to(x.dtype)
+            prediction = self.network(x, self.schedule.time_of_sigma(sigma).to(x), cond).to(x.dtype)
         return captured.guard(self.x0(x, sigma, prediction))
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:

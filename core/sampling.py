@@ -37,7 +37,7 @@ def sample(
     otherwise.
     """
     schedule = denoise.schedule
-    sigmas = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64, device=noise.device))
+    sigmas = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64))
     levels = [sigma.expand(len(noise)) for sigma in sigmas]
     x = fed_latents(schedule, noise, levels[0], recipe.fed[0])
     for step, sigma in enumerate(levels):
@@ -78,7 +78,7 @@ def teacher_sample(
     """x0 [B, ...] of the teacher's probability-flow ODE in ``steps`` equal first-order steps from unit ``noise`` [B,
     ...]."""
     schedule = denoise.schedule
-    sigmas = schedule.sigma_of_time(schedule.trailing(steps).to(noise.device))
+    sigmas = schedule.sigma_of_time(schedule.trailing(steps))
     x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
     for step, sigma in enumerate(sigmas):
         level = sigma.expand(len(noise))

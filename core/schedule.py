@@ -1,7 +1,8 @@
 """Noise schedules: x = alpha(sigma) x0 + sigma noise, and the network's own time at each level.
 
 Levels are float64 tensors: at the noisy end of a variance-preserving schedule alpha = sqrt(1 - sigma^2), and float32
-would lose a factor of a thousand in its relative error there. Latents keep their own dtype.
+would lose a factor of a thousand in its relative error there. Latents keep their own dtype. They may
+stay on the CPU (some accelerators have no float64): :func:`expand` brings them to a latent's dtype and device.
 """
 
 from __future__ import annotations

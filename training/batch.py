@@ -37,8 +37,8 @@ class Batch:
         return randomness.normal(self.shape, self.seed, stream, self.step, self.samples).to(self.device)
 
     def uniform(self, stream: str) -> Tensor:
-        """[B] in [0, 1), float64."""
-        return randomness.uniform(self.seed, stream, self.step, self.samples).to(self.device)
+        """[B] in [0, 1), float64, on the CPU, where levels live."""
+        return randomness.uniform(self.seed, stream, self.step, self.samples)
 
     def choice(self, high: int, stream: str) -> int:
         """One whole number in 0 .. high - 1 for the step, the same for all of its micro-batches."""

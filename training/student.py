@@ -33,7 +33,7 @@ def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STU
 
 def level(denoise: Denoiser, recipe: Recipe, step: int, batch: Batch) -> Tensor:
     """sigma [B] of the recipe's ``step``."""
-    told = torch.tensor(recipe.told[step], dtype=torch.float64, device=batch.device)
+    told = torch.tensor(recipe.told[step], dtype=torch.float64)
     return denoise.schedule.sigma_of_time(told).expand(len(batch))
 
 

@@ -155,10 +155,8 @@ class DistributionMatching:
         return self._weighed(denoise, scores, -(self.guidance - 1) * (scores.real - scores.null))
 
     def _weighed(self, denoise: Denoiser, scores: Scores, delta: Tensor) -> Tensor:
-        weight = self.weight(denoise.schedule, scores, self.guidance)
-        if self.ratio is not None:
-            weight = weight * self.ratio(scores)
-        return expand(weight, delta) * delta
+        weighed = expand(self.weight(denoise.schedule, scores, self.guidance), delta) * delta
+        return weighed if self.ratio is None else expand(self.ratio(scores), delta) * weighed
 
     def _levels(self, denoise: Denoiser, levels: LevelSampler, batch: Batch, stream: str) -> Tensor:
         return levels(denoise.schedule, batch.uniform(stream))
