@@ -69,6 +69,8 @@ FLUX_DOUBLE = (
 
 FLUX_SINGLE = (
     Row("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+    # Only in LoRA files: some trainers adapt q, k and v of linear1 without the MLP.
+    Row("linear1_qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
     Row("linear2", ("proj_out",)),
     Row("modulation.lin", ("norm.linear",)),
 )

@@ -123,7 +123,7 @@ def fit(state: Mapping[str, tuple[Tensor, Tensor]], targets: Sequence[Target]) -
 
 
 def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str | None) -> str:
-    found = metadata.get("onestep.family") or family_of_keys(keys)
+    found = metadata.get("onestep.family") or family_of_keys(keys) or wanted
     # Attention layers alone are named alike in SD3 and Flux: what is wanted decides then.
     if wanted == "flux" and found == "sd3" and "onestep.family" not in metadata:
         found = "flux"

@@ -43,6 +43,9 @@ PREFIXES = (
     "lycoris_",
 )
 
+# diffusers (0.42) drops the number from lora_unet_add_embedding_linear_1; both hosts read the older name.
+KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -77,7 +80,7 @@ class KeyMap:
 def family_of_keys(keys: Iterable[str]) -> str | None:
     """The family whose blocks the keys name, or None. Attention alone does not tell Flux from SD3; SD3 is said then."""
     text = "\n".join(keys)
-    if re.search(r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]", text):
+    if re.search(r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|^unet\.", text, re.M):
         return "unet"
     if re.search(r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d", text):
         return "flux"
@@ -87,13 +90,13 @@ def family_of_keys(keys: Iterable[str]) -> str | None:
 def key_of(family: str, name: str) -> tuple[str, str]:
     """The keys under which both hosts find A and B: kohya's for U-Nets, peft's with "transformer." for the others."""
     if family == "unet":
-        return f"lora_unet_{_flat(name)}.lora_down.weight", f"lora_unet_{_flat(name)}.lora_up.weight"
+        return f"{_kohya(name)}.lora_down.weight", f"{_kohya(name)}.lora_up.weight"
     return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight"
 
 
 def alpha_key_of(family: str, name: str) -> str | None:
     """Kohya's files carry alpha; diffusers refuses or misreads it beside "transformer." keys."""
-    return f"lora_unet_{_flat(name)}.alpha" if family == "unet" else None
+    return f"{_kohya(name)}.alpha" if family == "unet" else None
 
 
 def refuse_kinds(keys: Iterable[str]) -> None:
@@ -102,6 +105,10 @@ def refuse_kinds(keys: Iterable[str]) -> None:
         kind = next((kind for pattern, kind in REFUSED.items() if re.search(pattern, key)), None)
         if kind is not None:
             raise OneStepError(f"This file holds a {kind} ({key[:120]!r}), which cannot be read: use a plain LoRA.")
+
+
+def _kohya(name: str) -> str:
+    return f"lora_unet_{_flat(KOHYA_NAMES.get(name, name))}"
 
 
 def _without_prefix(path: str) -> str:
