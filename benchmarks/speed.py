@@ -1,4 +1,5 @@
-"""What sharing one base costs: role rows against separate forwards, and the share of a training step inside the network.
+"""What sharing one base costs: role rows against separate forwards, and the share of a training step inside the
+network.
 
     python benchmarks/speed.py [--layout sd15] [--batch 8] [--size 64] [--out benchmarks/results/speed.md]
 
@@ -26,7 +27,8 @@ from onestep.training.student import STUDENT, generate
 
 
 def networks(layout: str) -> Any:
-    """A random-weight network in the layout of a real family, behind the contract, with student and critic away from 0."""
+    """A random-weight network in the layout of a real family, behind the contract, with student and critic away from
+    0."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from onestep.core.denoiser import EpsDenoiser
