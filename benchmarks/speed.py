@@ -162,7 +162,8 @@ def main() -> None:
     ratios, difference = rows_against_separate(denoise, args.batch, shape, args.runs)
     shares = share_in_network(denoise, max(1, args.batch // 2), shape, max(2, args.runs // 2))
     lines = [
-        f"{args.layout} U-Net, {args.size} px, rank {args.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{args.layout} U-Net, {args.size} px, rank {args.rank}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
         "",
         "| measure | median | least | greatest |",
         "|---|---|---|---|",

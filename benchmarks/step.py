@@ -103,7 +103,7 @@ class Separate:
 
     def _forward(self, x: torch.Tensor, time: torch.Tensor, cond: Cond) -> torch.Tensor:
         answers = []
-        with torch.autocast(x.device.type, self.dtype):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             for role, rows in self.roles.slices(len(x)):
                 answers.append(NETWORKS["unet"](self.networks[role])(x[rows], time[rows], cond[rows]))
         return torch.cat(answers)
