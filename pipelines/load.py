@@ -27,7 +27,7 @@ BIGGEST_INDEX_BYTES = 1 << 20
 def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
 
-    dtype: of the weights; float32 on a CPU and bfloat16 elsewhere where it is None. Raises OneStepError with what to do.
+    dtype: of the weights; None is float32 on a CPU and bfloat16 elsewhere. Raises OneStepError with what to do.
     """
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -112,7 +112,7 @@ def attempt(path: Path, loading: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         why = (str(error).strip().splitlines() or [""])[0][:180]
-        raise OneStepError(f"{path.name[:80]} cannot be loaded, is it complete? {type(error).__name__}: {why}") from error
+        raise OneStepError(f"{path.name[:80]} cannot be loaded; is it whole? {type(error).__name__}: {why}") from error
 
 
 def refuse_broken(pipe: Any, path: Path) -> None:
@@ -134,7 +134,7 @@ def _single_file(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _left_out(cls: Any, index: Mapping[str, Any]) -> dict[str, Any]:
-    """None for each part that the folder lacks, as SD3 without T5, and for the safety checker, which nothing here uses."""
+    """None for each part that the folder lacks, as SD3 without T5, and for the safety checker, never used here."""
     wanted = inspect.signature(cls.__init__).parameters
     empty = inspect.Parameter.empty
     absent = {name: None for name in wanted if wanted[name].default is empty and index.get(name) == [None, None]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,10 @@ def quiet() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers renames its arguments; the old names serve old and new versions
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library, verbosity, shown in zip(libraries, verbosities, bars, strict=True):
             library.set_verbosity(verbosity)

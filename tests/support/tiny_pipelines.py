@@ -1,0 +1,157 @@
+"""Diffusers pipelines of every family with random weights, a few channels wide, made without any download."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+WIDTH = 32  # of every text encoder
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({piece: at for at, piece in enumerate(pieces)}, [], model_max_length=16)
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "dog": 5, "red": 6}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+    )
+
+
+def clip(projection: bool = False) -> Any:
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=8, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=channels, sample_size=16, **more
+    )
+
+
+def unet(xl: bool = False, **more: Any) -> UNet2DConditionModel:
+    if xl:
+        more = {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
+            "projection_class_embeddings_input_dim": WIDTH + 48, "transformer_layers_per_block": (1, 2), **more,
+        }
+    settings = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2,
+        "cross_attention_dim": 2 * WIDTH if xl else WIDTH, **more,
+    }  # fmt: skip
+    return UNet2DConditionModel(**settings)
+
+
+def ddim(**more: Any) -> DDIMScheduler:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return DDIMScheduler(**{**settings, "timestep_spacing": "trailing", "steps_offset": 1, **more})
+
+
+def sd(**scheduler: Any) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(), scheduler=ddim(**scheduler),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+
+
+def sdxl(**scheduler: Any) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=vae(scaling_factor=0.13), text_encoder=clip(), text_encoder_2=clip(True), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=unet(xl=True), scheduler=ddim(**scheduler), add_watermarker=False,
+    )
+
+
+def sd3(with_t5: bool = False, **scheduler: Any) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )
+    # as SD3's T5: as wide as what the transformer reads
+    encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae(shift_factor=0.06, scaling_factor=1.5), text_encoder=clip(True), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=encoder if with_t5 else None, tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )
+
+
+def flux(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=embedded, axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+def make(name: str, seed: int = 0, **scheduler: Any) -> Any:
+    """The pipeline of a name in MAKERS, with random weights away from every zero that initialisation leaves."""
+    torch.manual_seed(seed)
+    pipe = MAKERS[name](**scheduler)
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    randomise(network)
+    for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        if isinstance(getattr(pipe, part, None), nn.Module):
+            getattr(pipe, part).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def randomise(network: nn.Module) -> None:
+    """Weights of the size that keeps activations' scale; nothing is zero."""
+    for name, weight in network.named_parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(weight, mean=float(name.endswith("weight")), std=0.1)
