@@ -1,0 +1,66 @@
+"""What a command says, and where: results on standard output, all else on standard error; with --json, JSON alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from ..core.errors import OneStepError
+
+LONGEST = 399
+
+
+class RunFailed(OneStepError):
+    """Not the input was bad: a run went wrong that had begun."""
+
+
+@dataclass
+class Console:
+    """out: where results go. as_json: results are one JSON document, and nothing else goes to ``out``."""
+
+    out: TextIO
+    as_json: bool = False
+
+    def result(self, text: str, value: Any) -> None:
+        """The command's answer: ``text`` for a person, ``value`` for a program."""
+        shown = json.dumps(value, indent=1, default=str) if self.as_json else text
+        print(shown, file=self.out, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line on standard error; above the progress bar where one is drawn."""
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    def bar(self, total: int, title: str) -> Any:
+        """A progress bar on standard error; none where that is no terminal."""
+        from tqdm import tqdm
+
+        shape = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+        return tqdm(total=total, desc=title, file=sys.stderr, disable=None, dynamic_ncols=True, bar_format=shape)
+
+
+@contextmanager
+def console(as_json: bool) -> Iterator[Console]:
+    """A console; within, what libraries print goes to standard error."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield Console(out, as_json)
+
+
+def complain(message: str) -> None:
+    """One message on standard error, in one line, of less than 400 characters."""
+    line = " ".join(f"onestep: {message}".split())
+    print(line if len(line) <= LONGEST else line[: LONGEST - 3] + "...", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """47 s, 5 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

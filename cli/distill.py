@@ -1,0 +1,149 @@
+"""onestep distill: a checkpoint and prompts to a LoRA, in a run that may be stopped and continued at any time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OneStepError
+from .console import Console, RunFailed, duration
+from .model import at_native_size, open_host, read_prompts, read_settings
+
+CURVE = ("distance", "content", "variety", "spread")
+
+
+def run(args: Namespace, console: Console) -> None:
+    prompts = read_prompts(args.prompts)
+    settings, given = read_settings(args)
+    folder, existing = Path(args.out), _existing(args)
+    if existing == "stop" and (folder / "config.json").is_file():
+        raise OneStepError(
+            f"a run is already in {str(folder)[-200:]}: add --resume or --restart, or give another --out"
+        )
+    host = open_host(args.model, settings.targets, args.device)
+    settings = at_native_size(settings, given, host)
+    if args.resume and not any(folder.glob("state-*/complete")):
+        console.note(f"no run in {folder} to continue: starting anew")
+    result = train(host, prompts, settings, folder, existing, console)
+    console.result(_told(result), _facts(result))
+
+
+def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: str, console: Console) -> Any:
+    """`training.distil.distil` with a progress bar, a curve in text, and a clean end on Ctrl-C."""
+    from ..training.distil import distil
+
+    shown = Shown(console)
+    try:
+        with cancellable(host, console), shown:
+            return distil(host, prompts, settings, folder, existing=existing, report=shown.report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_cancelled(folder, shown.updates)) from None
+    except OneStepError as error:
+        if not shown.updates:
+            raise
+        raise RunFailed(str(error)) from error
+
+
+class Shown:
+    """Progress as a person sees it: the bar, and a line for each new measure."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.updates, self.notes = console, 0, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> Shown:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def report(self, progress: Any) -> None:
+        if self.bar is None:
+            self.bar = self.console.bar(progress.total, progress.phase)
+        self.updates = self.bar.n = progress.update
+        self.bar.set_description(progress.phase, refresh=False)
+        self.bar.set_postfix_str(f"{duration(progress.eta)} to go", refresh=True)
+        if "distance" in progress.numbers:
+            self.console.note(curve_line(progress))
+        for note in progress.notes[self.notes :]:
+            self.console.note(note)
+        self.notes = len(progress.notes)
+
+
+def curve_line(progress: Any) -> str:
+    """update 50/1000, dmd: distance 0.123, content ..., 5 min to go"""
+    told = ", ".join(f"{name} {progress.numbers[name]:.3f}" for name in CURVE if name in progress.numbers)
+    late = progress.numbers.get("no_gain", 0)
+    gain = f"; no gain for {late:.0f} updates" if late else ""
+    return f"update {progress.update}/{progress.total}, {progress.phase}: {told}{gain}; {duration(progress.eta)} to go"
+
+
+@contextmanager
+def cancellable(host: Any, console: Console) -> Iterator[None]:
+    """Within, Ctrl-C (or a polite kill) ends the run between two of its steps; a second one ends it at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    def poll() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    signals = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, ask) for number in signals}
+    host.on_poll = poll
+    try:
+        yield
+    finally:
+        host.on_poll = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _existing(args: Namespace) -> str:
+    return "continue" if args.resume else "restart" if args.restart else "stop"
+
+
+def _cancelled(folder: Path, updates: int) -> str:
+    if not updates:
+        return f"cancelled before the first update; start it again with --resume --out {folder}"
+    partial = folder / "partial.safetensors"
+    kept = f"; what it learnt so far is in {partial}" if partial.is_file() else ""
+    return f"cancelled after {updates} updates; the run is saved{kept}. Go on with --resume"
+
+
+def _told(result: Any) -> str:
+    lines = [
+        f"{result.path}",
+        f"  {result.updates} updates in {duration(result.seconds)}; the file holds the {result.role} weights",
+        f"  {result.check}",
+        f"  draws in {result.recipe.steps} step{'s' * (result.recipe.steps > 1)}; see: onestep inspect {result.path}",
+        *(f"  {note}" for note in result.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _facts(result: Any) -> dict[str, Any]:
+    import json
+
+    curve = [line for line in result.metrics if "distance" in line]
+    return {
+        "path": str(result.path),
+        "run": str(result.run),
+        "role": result.role,
+        "updates": result.updates,
+        "seconds": round(result.seconds, 3),
+        "check": result.check,
+        "recipe": json.loads(result.recipe.to_json()),
+        "curve": curve,
+        "notes": list(result.notes),
+    }

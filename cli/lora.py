@@ -1,0 +1,70 @@
+"""A LoRA file with the way to sample it, checked against the model it is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OneStepError
+from ..core.lora_file import fit, load_lora
+from ..core.recipe import PRESETS, Recipe
+from ..core.roles import State
+from ..training.settings import nearest
+
+
+@dataclass(frozen=True)
+class Lora:
+    """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent."""
+
+    name: str
+    state: State
+    recipe: Recipe
+    settings: dict[str, Any]
+
+
+def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
+    """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
+    targets = list(host.denoiser.roles.targets.values())
+    loaded = load_lora(file, [target.name for target in targets], host.family)
+    chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)
+    if chosen.family != host.family:
+        raise OneStepError(
+            f"the recipe is for {chosen.family!r} models, {host.name} is {host.family!r}: choose another --recipe"
+        )
+    settings = settings_in(loaded.metadata)
+    return Lora(Path(file).name, fit(loaded.state, targets), chosen, settings)
+
+
+def own_recipe(text: str | None, file: str) -> Recipe:
+    if text is None:
+        raise OneStepError(
+            f"{Path(file).name[:100]} does not say how it is sampled: add --recipe NAME, one of {', '.join(PRESETS)}"
+        )
+    return Recipe.from_json(text)
+
+
+def preset_recipe(name: str, host: Any) -> Recipe:
+    if name not in PRESETS:
+        raise OneStepError(f"no recipe {name[:60]!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def settings_in(metadata: dict[str, str]) -> dict[str, Any]:
+    """The run's settings that our files hold; {} for others'."""
+    try:
+        told = json.loads(metadata.get("onestep.settings", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def in_steps(recipe: Recipe, host: Any, steps: int | None) -> Recipe:
+    """``recipe``, or the plain one of another number of steps."""
+    if steps is None or steps == recipe.steps:
+        return recipe
+    if not 1 <= steps <= 64:
+        raise OneStepError(f"--steps is {steps}: a LoRA draws in 1 to 64 steps")
+    plain = Recipe.for_student(host.denoiser.schedule, steps, recipe.family, recipe.sizes)
+    return replace(plain, guidance=recipe.guidance, lora_scale=recipe.lora_scale, prediction=recipe.prediction)

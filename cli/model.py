@@ -1,0 +1,99 @@
+"""From what a person types to what training and sampling take: a host, prompts, settings, a size."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OneStepError
+from ..training.prompts import check_prompts
+from ..training.settings import PRESETS, Settings, nearest, preset
+
+MOST_BYTES = 64 * 2**20
+
+
+def open_host(model: str, targets: str = "all", device: str | None = None) -> Any:
+    """MODEL as a host (pipelines.adapt.DiffusersHost), its adapters' hooks installed."""
+    from ..pipelines.adapt import adapt
+    from ..pipelines.load import load
+
+    return adapt(load(model, device=device_of(device)), targets=targets)
+
+
+def device_of(name: str | None) -> Any:
+    """The device of this name, or the best one here. Raises OneStepError where there is none such."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().split("\n")[0][:120]
+        raise OneStepError(f"device {name[:40]!r} cannot be used ({why}): give cpu, or leave --device out") from None
+
+
+def read_prompts(file: str) -> list[str]:
+    """The prompts of a text file, one a line. Raises OneStepError for a file that holds none, or no text."""
+    path = Path(file)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise OneStepError(
+                f"{path.name[:100]} has {path.stat().st_size >> 20} MiB: a prompt list has one prompt a line"
+            )
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise OneStepError(f"the prompts {file[-150:]!r} cannot be read: {error.strerror}. Check the path") from None
+    except UnicodeDecodeError as error:
+        raise OneStepError(
+            f"{path.name[:100]} is no UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line"
+        ) from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise OneStepError(
+            f"{path.name[:100]} holds no prompt: write one a line; 200 to 1000 that you would really use do well"
+        )
+    return check_prompts(prompts)
+
+
+def read_settings(args: Namespace) -> tuple[Settings, set[str]]:
+    """Preset, --method, --steps and --set as settings, with the names of those that the person gave."""
+    if args.preset not in PRESETS:
+        raise OneStepError(f"no preset {args.preset[:60]!r}{nearest(args.preset, PRESETS)}")
+    texts = dict(_pair(text) for text in args.set)
+    texts |= {name: value for name, value in (("method", args.method), ("steps", args.steps)) if value is not None}
+    return preset(args.preset).with_texts(texts), set(texts)
+
+
+def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:
+    """Where no size was asked for, the model's own."""
+    if "sizes" in given:
+        return settings
+    width, height = native_size(host)
+    return replace(settings, sizes=f"{width}x{height}")
+
+
+def native_size(host: Any) -> tuple[int, int]:
+    """(width, height) in pixels at which the model was trained."""
+    told = host.network.config.get("sample_size") or 128  # Flux' config does not say
+    latent = told if isinstance(told, int) else max(told)
+    unit = 2 ** (len(host.pipe.vae.config.block_out_channels) - 1)
+    return latent * unit, latent * unit
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "512x512"."""
+    sizes = Settings(sizes=text).size_list
+    if len(sizes) != 1:
+        raise OneStepError(f"--size is {text[:60]!r}: give one size, like 512x512")
+    return sizes[0]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise OneStepError(f"--set {text[:80]!r} has no '=': write it like --set rank=32")
+    return name.strip(), value.strip()

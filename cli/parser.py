@@ -1,0 +1,221 @@
+"""The words of the command line. Settings are described where they are defined: their help is read from there."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..core.errors import OneStepError
+from ..training.settings import PRESETS, Settings
+
+MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
+WHOLE = {"debug": "show the whole trace of an error"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name, instead of printing its usage and leaving."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise OneStepError(f"{message[:250]}. See: {self.prog} --help")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command and its options. Raises OneStepError for words that make no sense, SystemExit after --help."""
+    parser, commands = _parser()
+    if not words:
+        parser.print_help(sys.stdout)
+        raise SystemExit(0)
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in commands:
+        raise OneStepError(f"no command {first[:60]!r}{_nearest(first, commands)} See: onestep --help")
+    for word in words if first is not None else ():
+        _check_option(word.split("=")[0], str(first), commands[str(first)])
+    return parser.parse_args(words)
+
+
+def _check_option(word: str, command: str, parser: Parser) -> None:
+    """argparse would first complain of what is missing, which a mistyped option is the reason of."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    if word.startswith("--") and word not in known:
+        raise OneStepError(f"onestep {command} has no {word[:60]}{_nearest(word, known)} See: onestep {command} --help")
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="onestep", description="Make a diffusion checkpoint draw in one step.")
+    parser.add_argument("--debug", action="store_true", help=WHOLE["debug"])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for add in (_distill, _generate, _evaluate, _methods, _inspect, _doctor, _demo):
+        made = add(commands)
+        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=WHOLE["debug"])
+    return parser, dict(commands.choices)
+
+
+def _distill(commands: Any) -> Parser:
+    made: Parser = commands.add_parser(
+        "distill",
+        help="learn a one-step LoRA from a checkpoint and prompts",
+        description="Distil MODEL on prompts into RUN/result.safetensors. Ctrl-C saves the run; --resume goes on.",
+        epilog=_settings_help(),
+    )
+    _model(made)
+    made.add_argument(
+        "--prompts", required=True, metavar="FILE", help="a text file, one prompt a line; empty lines are skipped"
+    )
+    made.add_argument("--method", metavar="NAME", help="how the student learns; see: onestep methods")
+    made.add_argument("--steps", metavar="N", help=_help("steps"))
+    made.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    made.add_argument("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} (default: Balanced)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated"
+    )
+    existing = made.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the run in RUN; start it where there is none"
+    )
+    existing.add_argument("--restart", action="store_true", help="delete the run in RUN and start anew")
+    _device(made)
+    _json(made)
+    return made
+
+
+def _generate(commands: Any) -> Parser:
+    made: Parser = commands.add_parser(
+        "generate",
+        help="draw pictures, with or without a LoRA",
+        description="Draw a picture for each prompt: with a LoRA by its recipe, without in the model's own many steps."
+        " The noise of picture i is that of ComfyUI's KSampler and of diffusers at seed + i.",
+    )
+    _model(made)
+    made.add_argument("--lora", metavar="FILE", help="a .safetensors LoRA")
+    made.add_argument("--recipe", metavar="PRESET", help="how to sample a LoRA that does not say so itself, e.g. lcm-4")
+    made.add_argument(
+        "--prompt",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="TEXT",
+        help="what to draw, quoted; several give several pictures",
+    )
+    made.add_argument("--out", required=True, metavar="FILE.png", help="the picture; several side by side in one file")
+    made.add_argument("--seed", type=int, default=0, help="seed of the first picture's noise (default: 0)")
+    made.add_argument("--steps", type=int, metavar="N", help="steps (default: the recipe's, or 25 without a LoRA)")
+    made.add_argument(
+        "--guidance", type=float, metavar="K", help=f"guidance scale (default: the recipe's, or {Settings.guidance:g})"
+    )
+    made.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
+    made.add_argument("--size", metavar="WxH", help="in pixels (default: the recipe's, or the model's own)")
+    _device(made)
+    _json(made)
+    return made
+
+
+def _evaluate(commands: Any) -> Parser:
+    made: Parser = commands.add_parser(
+        "evaluate",
+        help="measure LoRAs against the checkpoint they came from",
+        description="Compare pictures in equal numbers: the teacher's in 25 steps, in 1 step, with another seed (the"
+        " floor of every distance), and each LoRA's by its recipe. The bundled models have a judge; others get"
+        " the measures that need none.",
+    )
+    _model(made)
+    made.add_argument(
+        "--lora", action="append", default=[], metavar="FILE", help="a .safetensors LoRA; may be repeated"
+    )
+    made.add_argument("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line")
+    made.add_argument("--samples", type=int, default=256, metavar="N", help="pictures a row (default: 256)")
+    made.add_argument("--reference", metavar="FILE.npz", help="real pictures: `image` [N, H, W, 3], 0..255")
+    made.add_argument(
+        "--guidance", type=float, metavar="K", help="the teacher's (default: what the first LoRA was trained at)"
+    )
+    made.add_argument("--teacher-steps", type=int, default=25, metavar="N", help="(default: 25)")
+    made.add_argument("--size", metavar="WxH", help="in pixels (default: the LoRA's, or the model's own)")
+    made.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    made.add_argument("--json", metavar="FILE", help="write the table there too; - writes it to standard output, alone")
+    _device(made)
+    return made
+
+
+def _methods(commands: Any) -> Parser:
+    made: Parser = commands.add_parser("methods", help="list the methods of distillation")
+    _json(made)
+    return made
+
+
+def _inspect(commands: Any) -> Parser:
+    made: Parser = commands.add_parser(
+        "inspect", help="what a LoRA file holds, and how to sample it in ComfyUI and diffusers"
+    )
+    made.add_argument("file", metavar="FILE.safetensors")
+    _json(made)
+    return made
+
+
+def _doctor(commands: Any) -> Parser:
+    made: Parser = commands.add_parser("doctor", help="what is installed here, what works, and why something does not")
+    _json(made)
+    return made
+
+
+def _demo(commands: Any) -> Parser:
+    made: Parser = commands.add_parser(
+        "demo",
+        help="distil the bundled tiny model to one step, on any machine, in minutes",
+        description="Distil `tiny` to one step from nothing and show it beside its teacher: comparison.png, a table.",
+    )
+    made.add_argument("--out", metavar="RUN", default="runs/demo", help="folder of the run (default: runs/demo)")
+    made.add_argument("--steps", type=int, metavar="N", help=argparse.SUPPRESS)
+    made.add_argument("--samples", type=int, default=512, metavar="N", help=argparse.SUPPRESS)
+    _json(made)
+    return made
+
+
+def _model(made: Parser) -> None:
+    made.add_argument("model", metavar="MODEL", help=MODEL)
+
+
+def _device(made: Parser) -> None:
+    made.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+
+
+def _json(made: Parser) -> None:
+    made.add_argument("--json", action="store_true", help="JSON alone on standard output")
+
+
+def _help(name: str) -> str:
+    return next(str(entry.metadata["help"]) for entry in fields(Settings) if entry.name == name)
+
+
+def _settings_help() -> str:
+    """Every setting with its default, range and help, for the end of `distill --help`."""
+    lines = ["settings (--set KEY=VALUE; the preset's values win over these defaults):"]
+    for entry in fields(Settings):
+        meta = entry.metadata
+        bounds = "|".join(meta["choices"]) or (f"{meta['low']}..{meta['high']}" if meta["low"] is not None else "")
+        about = f"{meta['help']} [{entry.default if entry.default != '' else 'empty'}{'; ' + bounds if bounds else ''}]"
+        lines += textwrap.wrap(f"{entry.name:<22}{about}", 110, initial_indent="  ", subsequent_indent=" " * 24)
+    changes = {name: ", ".join(f"{key}={value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
+    return "\n".join([*lines, "", "presets:", *(f"  {name:<10}{text}" for name, text in changes.items())])
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {close[0]}?" if close else f": there are {', '.join(known)}."
+
+
+def existing_parent(path: Path) -> None:
+    """Raises OneStepError where a file cannot be put at ``path``: found before any work is done for it."""
+    if not path.parent.is_dir():
+        raise OneStepError(
+            f"there is no folder {str(path.parent)[-150:]} for {path.name[:100]}: make it, or choose another place"
+        )
+    if path.is_dir():
+        raise OneStepError(f"{str(path)[-150:]} is a folder: give the name of a file in it")
