@@ -22,7 +22,9 @@ FLOAT32 = {"dtype": torch.float32}  # half precision would be the default on a G
 class TinyTokenizer(comfy.sd1_clip.SDTokenizer):  # type: ignore[misc]
     """A folder's own tokenizer, padded to the encoder's length with its own padding token."""
 
-    def __init__(self, folder: Path, config: Config, embedding_directory: Any = None, tokenizer_data: Config | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: Config, embedding_directory: Any = None, tokenizer_data: Config | None = None
+    ) -> None:
         super().__init__(
             str(folder),
             max_length=config["max_position_embeddings"],
@@ -36,7 +38,9 @@ class TinyTokenizer(comfy.sd1_clip.SDTokenizer):  # type: ignore[misc]
 class TinyEncoder(comfy.sd1_clip.SDClipModel):  # type: ignore[misc]
     """A CLIP text model of any size. ComfyUI's class ignores vocab_size and always has a square projection: both are set here."""
 
-    def __init__(self, config: Config, projected: bool, hidden: bool, device: Any, dtype: Any, model_options: Config) -> None:
+    def __init__(
+        self, config: Config, projected: bool, hidden: bool, device: Any, dtype: Any, model_options: Config
+    ) -> None:
         tokens = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["pad_token_id"]}
         super().__init__(
             **{"device": device, "dtype": dtype, "model_options": model_options, "textmodel_json_config": dict(config)},
@@ -57,7 +61,10 @@ class TinyPairTokenizer:
     """Both tokenizers of SD3's layout."""
 
     def __init__(self, l: Any, g: Any, embedding_directory: Any = None, tokenizer_data: Config | None = None) -> None:
-        self.clip_l, self.clip_g = l(embedding_directory=embedding_directory), g(embedding_directory=embedding_directory)
+        self.clip_l, self.clip_g = (
+            l(embedding_directory=embedding_directory),
+            g(embedding_directory=embedding_directory),
+        )
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Config:
         return {
@@ -73,17 +80,19 @@ class TinyPairTokenizer:
 
 
 class TinyPair(torch.nn.Module):
-    """What StableDiffusion3Pipeline.encode_prompt makes of a prompt without T5.
+    """What StableDiffusion3Pipeline.encode_prompt(max_sequence_length=0) makes of a prompt without T5.
 
-    The last but one hidden states of both encoders side by side, padded with zeros to the transformer's text width, then
-    zero tokens where T5's would be; pooled: both projections side by side.
+    The last but one hidden states of both encoders side by side, padded with zeros to the transformer's text width;
+    pooled: both projections side by side. No zero tokens stand where T5's would be: core's SD3 has none either.
     """
 
-    def __init__(self, l: Any, g: Any, width: int, zero_tokens: int, device: Any = "cpu", dtype: Any = None, model_options: Config | None = None) -> None:
+    def __init__(
+        self, l: Any, g: Any, width: int, device: Any = "cpu", dtype: Any = None, model_options: Config | None = None
+    ) -> None:
         super().__init__()
         build = {"device": device, "dtype": dtype, "model_options": model_options or {}}
         self.clip_l, self.clip_g = l(**build), g(**build)
-        self.width, self.zero_tokens = width, zero_tokens
+        self.width = width
         self.dtypes = {dtype}
 
     def set_clip_options(self, options: Config) -> None:
@@ -99,7 +108,7 @@ class TinyPair(torch.nn.Module):
         text_g, pooled_g = self.clip_g.encode_token_weights(tokens["g"])
         length = min(text_l.shape[1], text_g.shape[1])
         text = torch.cat([text_l[:, :length], text_g[:, :length]], -1)
-        return pad(text, (0, self.width - text.shape[-1], 0, self.zero_tokens)), torch.cat([pooled_l, pooled_g], -1)
+        return pad(text, (0, self.width - text.shape[-1])), torch.cat([pooled_l, pooled_g], -1)
 
     def load_sd(self, weights: Weights) -> Any:
         return self.load_state_dict(weights, strict=False)
@@ -125,20 +134,16 @@ def load_pair(folder: Path) -> comfy.sd.CLIP:
     configs = [read_config(folder, part) for part in ("text_encoder", "text_encoder_2")]
     transformer = read_config(folder, "transformer")
     tokenizers = [
-        partial(TinyTokenizer, folder / part, config) for part, config in zip(("tokenizer", "tokenizer_2"), configs, strict=True)
+        partial(TinyTokenizer, folder / part, config)
+        for part, config in zip(("tokenizer", "tokenizer_2"), configs, strict=True)
     ]
     encoders = [partial(TinyEncoder, config, True, True) for config in configs]
     target = comfy.supported_models_base.ClipTarget(
         partial(TinyPairTokenizer, *tokenizers),
-        partial(TinyPair, *encoders, transformer["joint_attention_dim"], zero_tokens(folder)),
+        partial(TinyPair, *encoders, transformer["joint_attention_dim"]),
     )
     weights = encoder_weights(folder, "text_encoder", "clip_l.") | encoder_weights(folder, "text_encoder_2", "clip_g.")
     return assembled(target, weights)
-
-
-def zero_tokens(folder: Path) -> int:
-    """Zero tokens in T5's place: diffusers' default for max_sequence_length."""
-    return 256
 
 
 def encoder_weights(folder: Path, part: str, prefix: str) -> Weights:
@@ -155,5 +160,7 @@ def assembled(target: Any, weights: Weights) -> comfy.sd.CLIP:
     wanted = {name for name in clip.cond_stage_model.state_dict() if not name.endswith("logit_scale")}
     if wanted != set(weights):
         odd = sorted(wanted ^ set(weights))
-        raise OneStepError(f"the text encoder and its weights differ in {len(odd)} names, {odd[0]} the first: install the pack again")
+        raise OneStepError(
+            f"the text encoder and its weights differ in {len(odd)} names, {odd[0]} the first: install the pack again"
+        )
     return clip

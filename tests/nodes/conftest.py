@@ -57,9 +57,25 @@ def checkpoints(comfy: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfy_server(comfy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One real server for the whole run, with this pack under custom_nodes in an oddly named folder."""
-    with comfy_support.running_server(comfy, tmp_path_factory.mktemp("comfy")) as server:
+def pack(tmp_path_factory: pytest.TempPathFactory, random_tiny: dict[str, Path]) -> Path:
+    """This pack under custom_nodes in an oddly named folder; tiny models that are not there yet have random weights."""
+    place = comfy_support.place_pack(tmp_path_factory.mktemp("comfy") / "custom_nodes")
+    for name in ("tiny", "tiny-flow"):
+        if not (place / "pipelines" / "tiny" / name / "model_index.json").is_file():
+            shutil.copytree(random_tiny[name], place / "pipelines" / "tiny" / name, dirs_exist_ok=True)
+    return place
+
+
+@pytest.fixture(scope="session")
+def bundled(pack: Path) -> dict[str, Path]:
+    """Folders of the tiny models that the server's nodes load."""
+    return {name: pack / "pipelines" / "tiny" / name for name in ("tiny", "tiny-flow")}
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfy: Any, pack: Path) -> Iterator[Any]:
+    """One real server for the whole run."""
+    with comfy_support.running_server(comfy, pack.parents[1]) as server:
         yield server
 
 

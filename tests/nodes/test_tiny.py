@@ -38,7 +38,9 @@ def both(request: Any, random_tiny: dict[str, Path], run_inside: Callable[..., s
 
 def encode(pipe: Any, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     if hasattr(pipe, "text_encoder_2"):
-        text, _, pooled, _ = pipe.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompt, prompt, prompt, do_classifier_free_guidance=False, max_sequence_length=0
+        )
         return text, pooled
     return pipe.encode_prompt(prompt, "cpu", 1, False)[0], None
 

@@ -78,14 +78,10 @@ def free_port() -> int:
 
 
 def place_pack(custom_nodes: Path, folder: str = PACK_FOLDER) -> Path:
-    """Put the checkout under custom_nodes: linked, or copied where links need rights."""
-    custom_nodes.mkdir(parents=True, exist_ok=True)
+    """Copy what a clone holds under custom_nodes."""
     place = custom_nodes / folder
-    try:
-        place.symlink_to(PACK, target_is_directory=True)
-    except OSError:
-        skipped = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__", "build", "*.egg-info")
-        shutil.copytree(PACK, place, ignore=skipped)
+    skipped = shutil.ignore_patterns(".*", "runs", "tests", "benchmarks", "__pycache__", "build", "*.egg-info")
+    shutil.copytree(PACK, place, ignore=skipped)
     return place
 
 

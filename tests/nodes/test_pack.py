@@ -1,0 +1,101 @@
+"""The pack in a running server: every node is there, and the tiny models draw what diffusers draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+# Node ids are for ever: shared workflows name them.
+IDS = {
+    "OneStepLoadTinyModel",
+    "OneStepPromptList",
+    "OneStepDistil",
+    "OneStepDistillationSettings",
+    "OneStepLoadLoRA",
+    "OneStepSample",
+    "OneStepSampler",
+    "OneStepSigmas",
+}
+
+
+def test_every_node_is_there_with_tooltips_and_a_help_page(comfy_server: Any, root: Path) -> None:
+    known = comfy_server.get("/object_info")
+    ours = {name: node for name, node in known.items() if name.startswith("OneStep")}
+    assert set(ours) == IDS
+    assert "OneStep: the nodes of" not in comfy_server.log()
+    for name, node in ours.items():
+        assert node["category"].startswith("OneStep/") and node["description"], name
+        inputs = {key: value for kind in ("required", "optional") for key, value in node["input"].get(kind, {}).items()}
+        silent = [key for key, value in inputs.items() if len(value) < 2 or not value[1].get("tooltip")]
+        assert silent == [], f"{name}: no tooltip on {silent}"
+        assert (root / "web" / "docs" / f"{name}.md").is_file(), f"{name} has no help page"
+
+
+def test_a_broken_module_is_named_and_the_others_live(run_inside: Any) -> None:
+    told = json.loads(run_inside("broken_module").strip().splitlines()[-1])
+    assert told["nodes"] and "OneStepLoadTinyModel" in told["nodes"]
+    assert "no_such_module" in told["log"]
+
+
+def text_to_image(name: str, seed: int, steps: int = 4, cfg: float = 3.0) -> dict[str, Any]:
+    return {
+        "1": {"class_type": "OneStepLoadTinyModel", "inputs": {"name": name}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red dragon", "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["1", 1]}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 32, "height": 32, "batch_size": 1}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                **{"seed": seed, "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"},
+                **{
+                    "denoise": 1.0,
+                    "model": ["1", 0],
+                    "positive": ["2", 0],
+                    "negative": ["3", 0],
+                    "latent_image": ["4", 0],
+                },
+            },
+        },
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "pack"}},
+    }
+
+
+@torch.no_grad()
+def drawn_by_diffusers(folder: Path, seed: int, flow: bool) -> numpy.ndarray[Any, Any]:
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if flow else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    # Equal steps before the shift, as "simple" takes them; diffusers' own end elsewhere.
+    more = {"max_sequence_length": 0, "sigmas": [1.0, 0.75, 0.5, 0.25]} if flow else {}
+    picture = pipe(
+        "a red dragon",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=noise,
+        width=32,
+        height=32,
+        output_type="np",
+        **more,
+    ).images[0]
+    return (picture * 255).round()
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow"])
+def test_core_nodes_on_a_tiny_model_draw_diffusers_picture(
+    comfy_server: Any, bundled: dict[str, Path], name: str
+) -> None:
+    finished = comfy_server.run(text_to_image(name, seed=5))
+    ours = comfy_server.images(finished, "7")[0][..., :3].astype(float)
+    theirs = drawn_by_diffusers(bundled[name], 5, name == "tiny-flow")
+    assert ours.shape == theirs.shape == (32, 32, 3)
+    assert abs(ours - theirs).max() <= 1, "8 bit pictures may differ by one rounding"
