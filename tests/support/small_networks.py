@@ -34,14 +34,19 @@ def sdxl() -> nn.Module:
     )
 
 
-def sd3() -> nn.Module:
-    """SD3.5-medium's layout: the first block attends twice, queries and keys are normed."""
+def sd3(**more: Any) -> nn.Module:
+    """SD3-medium's layout."""
     return SD3Transformer2DModel(
         **{"sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2},
         **{"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
         **{"joint_attention_dim": 24, "pooled_projection_dim": 16, "pos_embed_max_size": 8},
-        **{"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+        **more,
     )
+
+
+def sd35() -> nn.Module:
+    """SD3.5-medium's layout: the first block attends twice, queries and keys are normed."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 def flux() -> nn.Module:
@@ -111,6 +116,7 @@ CASES = {
     "sd15": Case("unet", sd15, unet_inputs, run_unet),
     "sdxl": Case("unet", sdxl, sdxl_inputs, run_unet),
     "sd3": Case("sd3", sd3, sd3_inputs, run_sd3),
+    "sd35": Case("sd3", sd35, sd3_inputs, run_sd3),
     "flux": Case("flux", flux, flux_inputs, run_flux),
 }
 

@@ -1,0 +1,167 @@
+"""target_hosts.py FOLDER CASE...: the cases' networks, built from ComfyUI's own classes with the weights of diffusers'.
+
+Reads CASE.json (ComfyUI's unet_config), CASE.weights / .inputs / .lora.safetensors; writes CASE.out.safetensors and
+CASE.report.json for the test to compare.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models as supported
+import comfy.utils
+import torch
+from comfy.supported_models_base import BASE
+from safetensors.torch import load_file, save_file
+
+from onestep.core.checkpoint import clone_inputs
+from onestep.core.families import FAMILIES, bind_comfy, changed_in_place, detect
+from onestep.core.lora_file import fit, load_lora
+from onestep.core.roles import Roles
+
+
+class SmallUNet(BASE):
+    """Any U-Net: ComfyUI itself only knows the published widths."""
+
+    unet_config, unet_extra_config, latent_format = {}, {}, supported.SD15.latent_format
+    memory_usage_factor = 1.0
+
+
+CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux}
+MAPS = {
+    "unet": comfy.utils.unet_to_diffusers,
+    "sd3": comfy.utils.mmdit_to_diffusers,
+    "flux": comfy.utils.flux_to_diffusers,
+}
+
+
+def build(family, config, dtype):
+    settings = CLASSES[family]({**config})
+    settings.set_inference_dtype(dtype, None)
+    return settings.get_model({}, "", device="cpu").to(dtype)
+
+
+def place_of(entry):
+    """ComfyUI's word for a diffusers key: its key, (axis, start, length) or None, a function of the weight or None."""
+    return (entry, None, None) if isinstance(entry, str) else (*entry, None, None)[:3]
+
+
+def fill(model, weights, key_map):
+    """diffusers' weights into ComfyUI's layers by ComfyUI's own maps; returns the keys that nothing was written to."""
+    state = model.diffusion_model.state_dict()
+    written = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in state.items()}
+    for name, value in weights.items():
+        key, rows, change = place_of(key_map[name])
+        start, length = (0, len(state[key])) if rows is None else rows[1:]
+        state[key][start : start + length] = value if change is None else change(value)
+        written[key][start : start + length] = True
+    return [key for key, done in written.items() if not done.all()]
+
+
+def predict(family, network, inputs):
+    if family == "flux":
+        return network(inputs["x"], inputs["time"], inputs["text"], inputs["pooled"], inputs["guidance"])
+    y = inputs.get("y", inputs.get("pooled"))
+    return network(inputs["x"], inputs["time"], context=inputs["text"], **({} if y is None else {"y": y}))
+
+
+def adapted(family, network, targets, state, inputs):
+    """The prediction with adapters on all targets, and the gradients of input and factors, in the network's dtype."""
+    roles = Roles(targets)
+    roles.load("student", state)
+    roles._factors["student"] = {
+        name: tuple(factor.detach().to(inputs["x"]).requires_grad_(True) for factor in factors)
+        for name, factors in roles._factors["student"].items()
+    }
+    x = inputs["x"].clone().requires_grad_(True)
+    roles.install()
+    try:
+        with clone_inputs(changed_in_place(family, network)), roles.use("student"), roles.capture(len(x)):
+            prediction = predict(family, network, {**inputs, "x": x})
+    finally:
+        roles.remove()
+    (prediction * inputs["g"]).sum().backward()
+    out = {"adapted": prediction.detach(), "grad": x.grad}
+    for name, factors in roles._factors["student"].items():
+        for letter, factor in zip("AB", factors, strict=True):
+            out[f"{letter}|{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
+    return out
+
+
+def by_lora_loader(family, model, path, inputs):
+    """What core's LoraLoader makes of the file: (prediction with merged weights, complaints it logged)."""
+    complaints = []
+    handler = logging.Handler()
+    handler.emit = lambda record: complaints.append(record.getMessage())
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    merged, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0)
+    comfy.model_management.load_models_gpu([merged])
+    with torch.no_grad():
+        prediction = predict(family, merged.model.diffusion_model, inputs)
+    merged.unpatch_model()
+    logging.getLogger().removeHandler(handler)
+    return prediction, complaints
+
+
+def table_of(targets, network):
+    """Our table in ComfyUI's words: name -> [key of the weight, first row, rows, order of the rows]."""
+    paths = {id(module): path for path, module in network.named_modules()}
+    order = lambda target: None if target.permutation is None else target.permutation.tolist()  # noqa: E731
+    return {t.name: [f"{paths[id(t.module)]}.weight", t.row_range[0], t.out_rows, order(t)] for t in targets}
+
+
+def their_table(key_map, network):
+    """The same from ComfyUI's own map, for the layers that exist."""
+    state, table = network.state_dict(), {}
+    for name, entry in key_map.items():
+        key, rows, change = place_of(entry)
+        if name.endswith(".weight") and key in state and state[key].ndim > 1:
+            start, length = (0, len(state[key])) if rows is None else rows[1:]
+            order = None if change is None else change(torch.arange(len(state[key]))).tolist()
+            table[name.removesuffix(".weight")] = [key, start, length, order]
+    return table
+
+
+def without_reason(family, targets, network):
+    """Weights that are neither in the table nor known as not adapted."""
+    bound = {id(target.module) for target in targets}
+    return [
+        path
+        for path, module in network.named_modules()
+        if list(module.parameters(recurse=False)) and id(module) not in bound and not FAMILIES[family].reason(path)
+    ]
+
+
+def run(folder, case):
+    config = json.loads((folder / f"{case}.json").read_text())
+    family, config, dtype = config["family"], config["unet_config"], getattr(torch, config["dtype"])
+    weights, inputs = (load_file(folder / f"{case}.{part}.safetensors") for part in ("weights", "inputs"))
+    lora = folder / f"{case}.lora.safetensors"
+    model = build(family, config, dtype)
+    network, key_map = model.diffusion_model.requires_grad_(False), MAPS[family](config)
+    unwritten = fill(model, weights, key_map)
+    targets = bind_comfy(detect(network), network, model.model_config.unet_config)
+    state = fit(load_lora(lora, [target.name for target in targets]).state, targets)
+    with torch.no_grad():
+        out = {"plain": predict(family, network, inputs)}
+    out |= adapted(family, network, targets, state, inputs)
+    out["merged"], complaints = by_lora_loader(family, model, lora, inputs)
+    with torch.no_grad():
+        out["after"] = predict(family, network, inputs)
+    report = {"unwritten": unwritten, "complaints": complaints, "names": [target.name for target in targets]}
+    report |= {"table": table_of(targets, network), "theirs": their_table(key_map, network)}
+    report |= {"without_reason": without_reason(family, targets, network)}
+    save_file({key: value.contiguous() for key, value in out.items()}, folder / f"{case}.out.safetensors")
+    (folder / f"{case}.report.json").write_text(json.dumps(report))
+
+
+comfy.model_management.in_training = True
+for case in sys.argv[2:]:
+    run(Path(sys.argv[1]), case)

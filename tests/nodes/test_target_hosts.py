@@ -1,0 +1,169 @@
+"""One adapter, two hosts: the same weights and adapters in ComfyUI's classes and in diffusers' give equal numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_networks as small
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onestep.core.families import bind_diffusers
+from onestep.core.families_table import natural
+from onestep.core.lora_file import save_lora
+from onestep.core.roles import Roles
+
+pytestmark = pytest.mark.comfy
+
+UNET = {
+    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True},
+    **{"legacy": False, "use_checkpoint": False, "context_dim": 24, "use_temporal_attention": False},
+    **{"use_temporal_resblock": False, "adm_in_channels": None},
+}
+SD3 = {
+    **{"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None, "adm_in_channels": 16},
+    **{"num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None},
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        **UNET,
+        **{"channel_mult": [1, 2], "num_res_blocks": [2, 2], "transformer_depth": [1, 1, 0, 0]},
+        **{"transformer_depth_output": [1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1},
+        **{"use_linear_in_transformer": False, "num_heads": 4, "num_head_channels": -1},
+    },
+    "sdxl": {
+        **UNET,
+        **{"channel_mult": [1, 2, 2], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 1, 1, 2, 2]},
+        **{"transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2},
+        **{"use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16},
+        **{"num_classes": "sequential", "adm_in_channels": 64},
+    },
+    "sd3": {**SD3, "x_block_self_attn_layers": []},
+    "sd35": {**SD3, "x_block_self_attn_layers": [0], "qk_norm": "rms"},
+    "flux": {
+        **{"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16},
+        **{"context_in_dim": 24, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1},
+        **{"depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
+        **{"guidance_embed": True, "txt_ids_dims": []},
+    },
+}
+# Flux' rotary positions are float32 in both hosts, and so are diffusers' RMS norms: float64 does not help there.
+DTYPES = {**dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64), **dict.fromkeys(("sd35", "flux"), torch.float32)}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module")
+def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By case: (diffusers' tensors, ComfyUI's tensors, ComfyUI's report, tolerance)."""
+    folder = tmp_path_factory.mktemp("hosts")
+    ours = {name: in_diffusers(name, folder) for name in CONFIGS}
+    run_inside("target_hosts", folder, *CONFIGS)
+    results = {}
+    for name in CONFIGS:
+        report = json.loads((folder / f"{name}.report.json").read_text())
+        results[name] = ours[name], load_file(folder / f"{name}.out.safetensors"), report, TOLERANCE[DTYPES[name]]
+    return results
+
+
+def in_diffusers(name: str, folder: Path) -> dict[str, Tensor]:
+    """Writes what ComfyUI shall use; returns what diffusers' network gives."""
+    dtype, case = DTYPES[name], small.CASES[name]
+    network: Any = small.network_of(name, dtype)
+    inputs = small.inputs_of(name, dtype)
+    inputs["g"] = small.seeded(4)(*inputs["x"].shape).to(dtype)
+    if "sizes" in inputs:
+        embedded = network.add_time_proj(inputs["sizes"].flatten()).reshape(len(inputs["x"]), -1)
+        inputs["y"] = torch.cat([inputs["pooled"], embedded.to(dtype)], -1)
+    targets = bind_diffusers(network)
+    state = small.random_state(targets)
+    save_file(network.state_dict(), folder / f"{name}.weights.safetensors")
+    save_file(inputs, folder / f"{name}.inputs.safetensors")
+    save_lora(folder / f"{name}.lora.safetensors", state, case.family)
+    told = {"family": case.family, "dtype": str(dtype).removeprefix("torch."), "unet_config": CONFIGS[name]}
+    (folder / f"{name}.json").write_text(json.dumps(told))
+    plain = case.run(network, inputs)
+    return {"plain": plain, **adapted(case, network, targets, state, inputs)}
+
+
+def adapted(case: small.Case, network: Any, targets: Any, state: Any, inputs: small.Inputs) -> dict[str, Tensor]:
+    """The same as in inside/target_hosts.py: factors are leaves in the network's dtype, to see gradients in float64."""
+    roles = Roles(targets)
+    roles.load("student", state)
+    leaves = {
+        name: tuple(factor.detach().to(inputs["x"]).requires_grad_(True) for factor in factors)
+        for name, factors in state.items()
+    }
+    roles._factors["student"] = leaves  # type: ignore[assignment]
+    x = inputs["x"].clone().requires_grad_(True)
+    roles.install()
+    with roles.use("student"), roles.capture(len(x)):
+        prediction = case.run(network, {**inputs, "x": x})
+    roles.remove()
+    (prediction * inputs["g"]).sum().backward()
+    assert x.grad is not None
+    out = {"adapted": prediction.detach(), "grad": x.grad}
+    for name, factors in leaves.items():
+        for letter, factor in zip("AB", factors, strict=True):
+            out[f"{letter}|{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
+    return out
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_hosts_bind_the_same_targets_in_the_same_order(name: str, hosts: dict[str, Any]) -> None:
+    ours, _, report, _ = hosts[name]
+    names = {key[2:] for key in ours if key.startswith("A|")}
+    assert report["names"] == sorted(names, key=natural)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_is_comfyuis_own(name: str, hosts: dict[str, Any]) -> None:
+    """Layer, rows and order of every target are what comfy.utils says of diffusers' keys; no other layer exists."""
+    _, _, report, _ = hosts[name]
+    table, theirs = report["table"], report["theirs"]
+    for target, place in table.items():
+        # ComfyUI gives SDXL's two names (class_embedding, add_embedding) and Flux' LyCORIS names to one layer.
+        assert theirs[target] == place, target
+    assert {place[0] for place in theirs.values()} == {place[0] for place in table.values()}
+    assert report["unwritten"] == [] and report["without_reason"] == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_cover_each_fused_layer_without_overlap(name: str, hosts: dict[str, Any]) -> None:
+    _, tensors, report, _ = hosts[name]
+    ends: dict[str, int] = {}
+    for target, (key, start, rows, _) in sorted(report["table"].items(), key=lambda item: (item[1][0], item[1][1])):
+        assert start == ends.get(key, 0), target
+        assert len(tensors[f"B|{target}"]) == rows
+        ends[key] = start + rows
+    weights = {place[0]: place for place in report["theirs"].values()}
+    assert ends.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prediction_and_every_gradient_agree(name: str, hosts: dict[str, Any]) -> None:
+    ours, comfys, _, tolerance = hosts[name]
+    assert gap(comfys["plain"], ours["plain"]) < tolerance
+    assert gap(comfys["adapted"], ours["plain"]) > 0.05
+    scale = max(float(value.norm()) for key, value in ours.items() if "|" in key)
+    for key, value in ours.items():
+        # A gradient of (nearly) nothing, such as the last block's unused queries, is measured against the largest.
+        assert float((comfys[key] - value).norm()) < tolerance * max(float(value.norm()), 1e-3 * scale), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_core_lora_loader_reads_every_key_and_gives_the_same_prediction(name: str, hosts: dict[str, Any]) -> None:
+    ours, comfys, report, _ = hosts[name]
+    assert report["complaints"] == []
+    effect = (ours["adapted"] - ours["plain"]).norm()
+    assert float((comfys["merged"] - ours["adapted"]).norm()) < 1e-5 * float(effect)
+    assert torch.equal(comfys["after"], comfys["plain"])
