@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -58,13 +59,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.told) <= 64 or len(self.fed) != len(self.told):
-            raise OneStepError(f"a recipe needs 1 to 64 steps with one fed level each, not {self.told} and {self.fed}")
+            raise OneStepError(
+                f"a recipe needs 1 to 64 steps with one fed level each, not {len(self.told)} and {len(self.fed)}"
+            )
+        if self.log_snr and len(self.log_snr) != len(self.told):
+            raise OneStepError(f"a recipe of {len(self.told)} steps has {len(self.log_snr)} log-SNRs: give one each")
+        self._check_numbers()
         if any(later >= earlier for earlier, later in zip(self.told, self.told[1:], strict=False)):
-            raise OneStepError(f"a recipe's times must fall, noisiest first, not {self.told}")
+            raise OneStepError(f"a recipe's times must fall, noisiest first, not {_times(self.told)[:200]}")
         if self.family not in FAMILIES:
-            raise OneStepError(f"a recipe is for one of {FAMILIES}, not {self.family!r}")
+            raise OneStepError(f"a recipe is for one of {FAMILIES}, not {self.family!r:.40}")
         if not 0 <= self.eta <= 1:
             raise OneStepError(f"eta is {self.eta}: it must lie in 0 (deterministic) to 1 (fresh noise)")
+
+    def _check_numbers(self) -> None:
+        numbers = [
+            *self.told,
+            *self.fed,
+            self.eta,
+            self.guidance,
+            self.lora_scale,
+            *(side for s in self.sizes for side in s),
+        ]
+        numbers += [number for number in (*self.log_snr, self.shift) if number is not None]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise OneStepError(f"a recipe holds {number!r:.40} where a finite number is needed")
+        texts = [self.source, *self.teacher_loras, *([] if self.prediction is None else [self.prediction])]
+        if not all(isinstance(text, str) for text in texts):
+            raise OneStepError("a recipe's source, prediction and teacher_loras must be texts")
 
     @property
     def steps(self) -> int:
@@ -91,20 +114,24 @@ class Recipe:
             found = json.loads(text)
             version = found.pop("version")
             values = {name: _frozen(value) for name, value in found.items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise OneStepError(
-                f"the LoRA's recipe cannot be read ({error}): choose a preset by name instead"
+                f"the LoRA's recipe cannot be read ({str(error)[:100]}): choose a preset by name instead"
             ) from error
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if version != VERSION or unknown:
             raise OneStepError(
-                f"the recipe is of version {version!r} with unknown {unknown}: "
+                f"the recipe is of version {version!r:.20} with unknown {str(unknown)[:100]}: "
                 "update OneStep, or choose a preset by name"
             )
         try:
             return cls(**values)
-        except TypeError as error:
-            raise OneStepError(f"the LoRA's recipe is incomplete ({error}): choose a preset by name instead") from error
+        except OneStepError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise OneStepError(
+                f"the LoRA's recipe is incomplete ({str(error)[:100]}): choose a preset by name instead"
+            ) from error
 
     def ksampler(self, schedule: NoiseSchedule) -> KSampler | str:
         """The KSampler widgets that reproduce this on a model of ``schedule``, or the reason why none can."""
@@ -113,8 +140,11 @@ class Recipe:
         if any(fed != 1 for fed in self.fed):
             return f"KSampler starts from unit noise, this recipe feeds {self.fed[0]:g}"
         trailing = tuple(schedule.trailing(self.steps).tolist())
-        if self.told != trailing:
+        if any(abs(told - time) > 1e-3 for told, time in zip(self.told, trailing, strict=True)):
             return f"KSampler's schedulers give the times {_times(trailing)}, this recipe tells {_times(self.told)}"
+        if 1000 % self.steps:
+            # its table holds 1000 levels, and it rounds down where trailing spacing rounds to the nearest
+            return f"KSampler's schedulers round {self.steps} steps otherwise; 1, 2, 4, 5 or 8 come out the same"
         if 0 < self.eta < 1:
             return f"no sampler of KSampler's has eta {self.eta:g}"
         sampler = "lcm" if self.steps > 1 and (self.renoise or self.eta == 1) else "euler"
