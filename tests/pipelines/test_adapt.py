@@ -122,7 +122,8 @@ def test_padding_under_a_mask_changes_nothing(name: str) -> None:
     short = Cond(cond.text[:, :5], pooled=cond.pooled, size=cond.size, guidance=cond.guidance)
     longer = Cond.concat([short, Cond(cond.text, pooled=cond.pooled, size=cond.size, guidance=cond.guidance)])[:2]
     level = host.denoiser.schedule.sigma_at(torch.tensor([0.5, 0.9]))
-    torch.testing.assert_close(host.denoiser(x, level, longer), host.denoiser(x, level, short), rtol=0, atol=1e-5)
+    expected = host.denoiser(x, level, short)
+    torch.testing.assert_close(host.denoiser(x, level, longer), expected, rtol=0, atol=1e-5 * float(expected.std()))
 
 
 def test_sd3_refuses_padding_that_it_would_attend_to() -> None:

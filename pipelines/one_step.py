@@ -1,0 +1,219 @@
+"""OneStepPipeline: text to image as a recipe says, for U-Nets, SD3 and Flux alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import bind_diffusers, detect
+from ..core.lora_file import load_lora
+from ..core.recipe import PRESETS, Recipe
+from ..core.sampling import sample
+from .adapt import DiffusersHost, denoiser_of, network_of
+from .load import class_for
+from .networks import pack, unpack
+from .plain import DiffusersSettings, diffusers_settings
+from .quiet import quiet
+
+Generator = torch.Generator | list[torch.Generator] | None
+TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
+
+
+class OneStepPipeline(DiffusionPipeline):
+    """Text to image in one step, or in the few that a recipe says.
+
+    The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline:
+    `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
+    recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = [*TEXT_PARTS, "unet", "transformer"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        unet: UNet2DConditionModel | None = None,
+        transformer: SD3Transformer2DModel | FluxTransformer2DModel | None = None,
+        recipe: str | None = None,
+    ) -> None:
+        super().__init__()
+        texts = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
+        self.register_modules(vae=vae, scheduler=scheduler, unet=unet, transformer=transformer)
+        self.register_modules(**dict(zip(TEXT_PARTS, texts, strict=True)))
+        self.register_to_config(recipe=recipe)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **parts: Any) -> OneStepPipeline:
+        """This pipeline over a loaded one's parts, which the base class would cast to float32; ``parts`` replace some."""
+        wanted = cls._get_signature_keys(cls)[0]
+        return cls(**{name: part for name, part in pipeline.components.items() if name in wanted} | parts)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How this pipeline draws. Raises OneStepError where nothing has said so."""
+        return recipe_of(self.config.recipe)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        recipe: Recipe | str | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Pictures of ``prompt``, ``num_images_per_prompt`` of each in a row.
+
+        recipe: a Recipe or a preset's name, for this call. negative_prompt: used where the recipe's guidance is not 1.
+        height, width: in pixels; by default what the recipe was trained at, else the model's own size.
+        generator, seed: where the noise comes from; a seed draws it on the CPU. latents: standard normal [B, C, h, w]
+        noise to start from instead.
+        output_type: "pil", "np", "pt" or "latent".
+        """
+        recipe = self.recipe if recipe is None else recipe_of(recipe)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+        host = self.host(recipe)
+        size = self._size(host, recipe, width, height)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        cond = host.encode(prompts, size).repeat(num_images_per_prompt)
+        null = host.encode([negative_prompt], size).repeat(len(cond)) if recipe.guidance != 1 else None
+        noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
+        start = noise() if latents is None else latents.to(host.device, torch.float32)
+        x0 = sample(host.denoiser, recipe, *_on(host, cond), start, lambda step: noise(packed=True), *_on(host, null))
+        pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def load_one_step_lora(
+        self, path: str | Path, recipe: Recipe | str | None = None, adapter_name: str = "onestep"
+    ) -> Recipe:
+        """Load a LoRA by the family's own `load_lora_weights` and draw by its recipe, which is returned.
+
+        recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
+        """
+        path, network = Path(path).expanduser(), network_of(self)
+        names = [name.replace(".base_layer", "") for name in _names(network)]
+        header = load_lora(path, names, detect(network)).recipe
+        if recipe is None and header is None:
+            raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
+        found = recipe_of(recipe if recipe is not None else header)
+        _check_family(found, network)
+        with quiet():
+            self.plain().load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
+        for module in network.modules():
+            if adapter_name in getattr(module, "lora_A", {}):
+                module.set_scale(adapter_name, found.lora_scale)
+        self.register_to_config(recipe=found.to_json())
+        return found
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRAs off again."""
+        self.plain().unload_lora_weights()
+
+    def diffusers_settings(self, recipe: Recipe | str | None = None) -> DiffusersSettings:
+        """What the family's own pipeline needs to draw the same; print its ``script()``."""
+        return diffusers_settings(self.recipe if recipe is None else recipe_of(recipe))
+
+    def plain(self) -> Any:
+        """The family's own pipeline over these parts."""
+        parts = {name: part for name, part in self.components.items() if part is not None}
+        index = {name: ["", type(part).__name__] for name, part in parts.items()}
+        cls = getattr(diffusers, class_for(index))
+        wanted = cls._get_signature_keys(cls)[0]
+        flags = {"requires_safety_checker": False} if "safety_checker" in wanted else {}
+        with quiet():
+            return cls(**{name: parts.get(name) for name in wanted}, **flags)
+
+    def host(self, recipe: Recipe) -> DiffusersHost:
+        """The parts behind the contract, as ``recipe`` wants the network read."""
+        network = network_of(self)
+        _check_family(recipe, network)
+        plain = self.plain()
+        return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), self._execution_device)
+
+    def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
+        own = host.network.config.get("sample_size") or 128
+        side = (own if isinstance(own, int) else own[0]) * self.vae_scale_factor
+        trained = recipe.sizes[0] if recipe.sizes else (side, side)
+        return width or trained[0], height or trained[1]
+
+    def _pictures(self, pictures: Tensor, output_type: str) -> Any:
+        return self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
+
+
+def recipe_of(recipe: Recipe | str | None) -> Recipe:
+    """A Recipe, a preset's name or a recipe's JSON as a Recipe."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is None or (recipe not in PRESETS and not recipe.lstrip().startswith("{")):
+        raise OneStepError(f"no recipe {recipe!r}: load a One-Step LoRA, or name a preset: {', '.join(PRESETS)}")
+    return PRESETS[recipe] if recipe in PRESETS else Recipe.from_json(recipe)
+
+
+class _Noise:
+    """Standard normal latents as the family's own pipeline would draw them, one batch a call."""
+
+    def __init__(self, shape: tuple[int, ...], generator: Generator, host: DiffusersHost) -> None:
+        self._shape, self._generator, self._host = shape, generator, host
+
+    def __call__(self, packed: bool = False) -> Tensor:
+        """packed: in the order in which Flux' scheduler would, who sees patches."""
+        height, width = self._shape[2:]
+        packed = packed and self._host.family == "flux"
+        shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
+        noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
+        return (unpack(noise, height, width) if packed else noise).float()
+
+
+def _on(host: DiffusersHost, cond: Cond | None) -> tuple[Cond, ...]:
+    return () if cond is None else (cond.to(host.device),)
+
+
+def _names(network: Any) -> list[str]:
+    """Names of the targets, also where a LoRA is attached."""
+    try:
+        return [target.name for target in bind_diffusers(network)]
+    except OneStepError:
+        return [path for path, module in network.named_modules() if hasattr(module, "lora_A")]
+
+
+def _check_family(recipe: Recipe, network: Any) -> None:
+    family = detect(network)
+    if recipe.family != family:
+        raise OneStepError(f"the recipe is for the family {recipe.family!r}, this model is {family!r}: choose another")

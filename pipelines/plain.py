@@ -1,0 +1,99 @@
+"""How diffusers alone, without any class of ours, draws what a recipe draws: which scheduler, set how, called how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+
+from ..core.errors import OneStepError
+from ..core.recipe import Recipe
+
+TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
+
+
+@dataclass(frozen=True)
+class DiffusersSettings:
+    """scheduler: the class, made from the pipeline's own scheduler's configuration with ``changes``.
+
+    call: arguments of the pipeline's call. latents_scale: factor on the unit noise it starts from.
+    """
+
+    scheduler: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    latents_scale: float = 1.0
+
+    def apply(self, pipe: Any) -> dict[str, Any]:
+        """Give ``pipe`` the scheduler; returns the arguments to call it with."""
+        pipe.scheduler = getattr(diffusers, self.scheduler).from_config(pipe.scheduler.config, **self.changes)
+        return self._call(pipe)
+
+    def script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float = 1.0) -> str:
+        """At most ten lines of Python for ``pipe``'s class that draw seed 0; what to print for a person."""
+        name, without_t5 = type(pipe).__name__, _without_t5(pipe)
+        more = ", text_encoder_3=None, tokenizer_3=None" if without_t5 else ""
+        changes = "".join(f", {key}={value!r}" for key, value in self.changes.items())
+        call = "".join(f", {key}={value!r}" for key, value in self._call(pipe).items())
+        lines = [
+            "import torch",
+            f"from diffusers import {name}, {self.scheduler}",
+            f"pipe = {name}.from_pretrained({model!r}{more})",
+            f"pipe.load_lora_weights({file!r})",
+            f"pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config{changes})",
+            "torch.manual_seed(0)",
+        ]
+        if lora_scale != 1:
+            lines.insert(4, f"pipe.fuse_lora(lora_scale={lora_scale!r})")
+        if self.latents_scale != 1:
+            lines.append("# start from this times standard normal latents")
+            call += f", latents={self.latents_scale!r} * latents"
+        return "\n".join([*lines, f'pipe({prompt!r}{call}).images[0].save("picture.png")'])
+
+    def _call(self, pipe: Any) -> dict[str, Any]:
+        """ComfyUI appends nothing where SD3 has no T5, and diffusers zeros, if not told otherwise."""
+        return {**self.call, "max_sequence_length": 0} if _without_t5(pipe) else dict(self.call)
+
+
+def _without_t5(pipe: Any) -> bool:
+    return "text_encoder_3" in pipe.components and pipe.text_encoder_3 is None
+
+
+def diffusers_settings(recipe: Recipe) -> DiffusersSettings:
+    """The settings that reproduce ``recipe``. Raises OneStepError, with the reason, where no scheduler can."""
+    settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe)
+    # SDXL would take zeros for a negative prompt that is not given
+    negative = {"negative_prompt": ""} if recipe.guidance != 1 else {}
+    size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
+    return DiffusersSettings(settings.scheduler, settings.changes, {**settings.call, **negative, **size}, recipe.fed[0])
+
+
+def _vp(recipe: Recipe) -> DiffusersSettings:
+    """LCMScheduler for one step or fresh noise, DDIM for none, TCD between: all start from unit noise."""
+    times = [round(time) for time in recipe.told]
+    changes = {"clip_sample": False} | ({"prediction_type": recipe.prediction} if recipe.prediction else {})
+    call: dict[str, Any] = {"num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
+    if recipe.steps == 1 or recipe.renoise or recipe.eta == 1:
+        return DiffusersSettings("LCMScheduler", changes, call | {"timesteps": times})
+    if recipe.eta > 0:
+        return DiffusersSettings("TCDScheduler", changes, call | {"timesteps": times, "eta": recipe.eta})
+    trailing = [round(TRAINING_TIMES * left / recipe.steps) - 1 for left in range(recipe.steps, 0, -1)]
+    if times != trailing:
+        raise OneStepError(
+            f"no scheduler of diffusers goes the times {times} without fresh noise: draw with OneStepPipeline"
+        )
+    changes |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    return DiffusersSettings("DDIMScheduler", changes, call)
+
+
+def _flow(recipe: Recipe) -> DiffusersSettings:
+    """FlowMatchEulerDiscreteScheduler over the told levels themselves, which are shifted already."""
+    if 0 < recipe.eta < 1:
+        raise OneStepError(f"no flow scheduler of diffusers has eta {recipe.eta:g}: draw with OneStepPipeline")
+    stochastic = recipe.steps > 1 and (recipe.renoise or recipe.eta == 1)
+    changes = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": stochastic}
+    call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.told]}
+    # Flux' argument of this name is the guidance that is embedded, which is no part of a recipe
+    call |= {"guidance_scale": recipe.guidance} if recipe.family == "sd3" else {}
+    return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call)
