@@ -137,6 +137,7 @@ def _evaluate(commands: Any) -> Parser:
         "--guidance", type=float, metavar="K", help="the teacher's (default: what the first LoRA was trained at)"
     )
     made.add_argument("--teacher-steps", type=int, default=25, metavar="N", help="(default: 25)")
+    made.add_argument("--judge", metavar="FOLDER", help="a judge of your own (default: the bundled models')")
     made.add_argument("--size", metavar="WxH", help="in pixels (default: the LoRA's, or the model's own)")
     made.add_argument("--seed", type=int, default=0, help="(default: 0)")
     made.add_argument("--json", metavar="FILE", help="write the table there too; - writes it to standard output, alone")
