@@ -123,8 +123,8 @@ def bootstrap(
 ) -> Estimate:
     """``statistic(rows)`` of all rows, with the 95 % interval of redrawing prompts, ``each`` rows of one together.
 
-    The normal interval, v -+ 1.96 sd of the redrawn values (Efron and Tibshirani 1993, ch. 12.4): sets redrawn with doubles
-    lie farther apart than the real ones do, so that their quantiles would miss v itself.
+    The normal interval, v -+ 1.96 sd of the redrawn values (Efron and Tibshirani 1993, ch. 12.4): sets redrawn with
+    doubles lie farther apart than the real ones do, so that their quantiles would miss v itself.
     """
     rows = torch.arange(prompts * each).unflatten(0, (prompts, each))
     value = statistic(rows.flatten())
