@@ -167,3 +167,12 @@ def test_core_lora_loader_reads_every_key_and_gives_the_same_prediction(name: st
     effect = (ours["adapted"] - ours["plain"]).norm()
     assert float((comfys["merged"] - ours["adapted"]).norm()) < 1e-5 * float(effect)
     assert torch.equal(comfys["after"], comfys["plain"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_lora_in_comfyuis_own_fused_names_means_the_same_to_us(name: str, hosts: dict[str, Any]) -> None:
+    """Fused layers come apart, swapped rows return, alpha is folded: our reading equals core's merge of that file."""
+    _, comfys, _, _ = hosts[name]
+    effect = (comfys["native_merged"] - comfys["plain"]).norm()
+    assert float(effect) > 0.05 * float(comfys["plain"].norm())
+    assert float((comfys["native"] - comfys["native_merged"]).norm()) < 1e-5 * float(effect)
