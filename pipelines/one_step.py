@@ -73,7 +73,7 @@ class OneStepPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **parts: Any) -> OneStepPipeline:
-        """This pipeline over a loaded one's parts, which the base class would cast to float32; ``parts`` replace some."""
+        """This pipeline over a loaded one's parts, which the base class would cast; ``parts`` replace some."""
         wanted = cls._get_signature_keys(cls)[0]
         return cls(**{name: part for name, part in pipeline.components.items() if name in wanted} | parts)
 

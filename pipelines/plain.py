@@ -52,8 +52,13 @@ class DiffusersSettings:
         return "\n".join([*lines, f'pipe({prompt!r}{call}).images[0].save("picture.png")'])
 
     def _call(self, pipe: Any) -> dict[str, Any]:
-        """ComfyUI appends nothing where SD3 has no T5, and diffusers zeros, if not told otherwise."""
-        return {**self.call, "max_sequence_length": 0} if _without_t5(pipe) else dict(self.call)
+        """diffusers puts zeros where SD3 has no T5, and for SDXL's empty negative prompt, if not told otherwise."""
+        call = dict(self.call)
+        if _without_t5(pipe):
+            call["max_sequence_length"] = 0
+        if call.get("guidance_scale", 1) != 1 and pipe.config.get("force_zeros_for_empty_prompt"):
+            call["negative_prompt"] = ""
+        return call
 
 
 def _without_t5(pipe: Any) -> bool:
@@ -63,10 +68,8 @@ def _without_t5(pipe: Any) -> bool:
 def diffusers_settings(recipe: Recipe) -> DiffusersSettings:
     """The settings that reproduce ``recipe``. Raises OneStepError, with the reason, where no scheduler can."""
     settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe)
-    # SDXL would take zeros for a negative prompt that is not given
-    negative = {"negative_prompt": ""} if recipe.guidance != 1 else {}
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
-    return DiffusersSettings(settings.scheduler, settings.changes, {**settings.call, **negative, **size}, recipe.fed[0])
+    return DiffusersSettings(settings.scheduler, settings.changes, {**settings.call, **size}, recipe.fed[0])
 
 
 def _vp(recipe: Recipe) -> DiffusersSettings:
