@@ -3,13 +3,11 @@ r"""Teacher, student, critic: one frozen base, seen with this low-rank adapter, 
     W x  ->  W x + B (A x),   A [r, in], B [out, r]      (LoRA, arXiv:2106.09685, Eq. 3, alpha = r)
 
 Adapters live beside the network, never in it: forward hooks add their product to a layer's output, so no module is
-renamed,
-no parameter enters the module tree, and nobody's ``requires_grad`` is touched at a switch.
+renamed, no parameter enters the module tree, and nobody's ``requires_grad`` is touched at a switch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import low_rank_conv, low_rank_linear
 from .errors import OneStepError
-from .randomness import generator
+from .factors import State as State
+from .factors import blended, initial, leaf
 from .targets import Target
 
 TEACHER = "teacher"
-State = dict[str, tuple[Tensor, Tensor]]
 Blocks = tuple[tuple[str, int | None], ...]
 
 
@@ -111,7 +109,7 @@ class Roles:
         if rank < 1:
             raise OneStepError(f"rank must be at least 1, not {rank}: 16 to 128 is usual, 64 the default")
         self._factors[role] = {
-            name: (_leaf(_initial(target, rank, seed), device), _leaf(torch.zeros(target.shape_b(rank)), device))
+            name: (leaf(initial(target, rank, seed), device), leaf(torch.zeros(target.shape_b(rank)), device))
             for name, target in self.targets.items()
         }
         self._lineage[role] = seed
@@ -126,7 +124,7 @@ class Roles:
             )
         for name, (a, b) in state.items():
             self._check_shapes(name, a, b)
-        self._factors[role] = {name: (_leaf(a, device), _leaf(b, device)) for name, (a, b) in state.items()}
+        self._factors[role] = {name: (leaf(a, device), leaf(b, device)) for name, (a, b) in state.items()}
         self._lineage[role] = lineage
 
     def drop(self, role: str) -> None:
@@ -145,9 +143,12 @@ class Roles:
         return list(self._factors)
 
     def copy(self, source: str, into: str) -> None:
-        """``into`` becomes a copy of ``source``. Live tensors are written in place, so an optimiser keeps them."""
-        if into in self._factors:
-            self._blend(into, source, 1.0)
+        """``into`` becomes a copy of ``source``. Live tensors of its shapes are written in place, so an optimiser keeps
+        them."""
+        if self._alike(into, source):
+            for mine, theirs in zip(self.parameters(into), self.parameters(source), strict=True):
+                mine.detach().copy_(theirs.detach())
+            self._lineage[into] = self._lineage[source]
         else:
             self.load(into, self.state(source), self._device(source), self._lineage[source])
 
@@ -155,20 +156,23 @@ class Roles:
     def lerp(self, into: str, other: str, weight: float) -> None:
         """``into`` <- (1 - weight) ``into`` + weight ``other``, of the products B A.
 
-        Roles of one lineage are blended factor by factor, in place (approximately right: they share their A's start).
-        Foreign ones are blended exactly: the stacked factors' product, its rank found by SVD.
+        Roles of one lineage and rank are blended factor by factor, in place (approximately right: they share their A's
+        start). Others are blended exactly: the stacked factors' product, its rank found by SVD, in new tensors.
         """
-        if self._lineage[into] == self._lineage[other] >= 0:
-            self._blend(into, other, weight)
+        if self._lineage[into] == self._lineage[other] >= 0 and self._alike(into, other):
+            for factor, towards in zip(self.parameters(into), self.parameters(other), strict=True):
+                factor.lerp_(towards.to(factor), weight)
         else:
             mine, theirs = self.state(into), self.state(other)
-            blended = {name: _blended_product(mine.get(name), theirs.get(name), weight) for name in {**mine, **theirs}}
-            self.load(into, blended, self._device(into))
+            products = {name: blended(mine.get(name), theirs.get(name), weight) for name in {**mine, **theirs}}
+            self.load(into, products, self._device(into))
 
-    @torch.no_grad()
-    def _blend(self, into: str, other: str, weight: float) -> None:
-        for mine, theirs in zip(self.parameters(into), self.parameters(other), strict=True):
-            mine.lerp_(theirs.to(mine), weight)
+    def _alike(self, role: str, other: str) -> bool:
+        """Whether two roles have factors of equal shapes on the same targets."""
+        shapes = [
+            {name: (a.shape, b.shape) for name, (a, b) in self._factors.get(r, {}).items()} for r in (role, other)
+        ]
+        return role in self._factors and shapes[0] == shapes[1]
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -288,29 +292,3 @@ class Captured:
                 f"a graph built as {self._map.blocks} was run backward under {now.blocks}: "
                 "run backward where the forward was made, or outside of every role"
             )
-
-
-def _leaf(value: Tensor, device: torch.device | str) -> Tensor:
-    return value.detach().to(device, torch.float32, copy=True).contiguous().requires_grad_(True)
-
-
-def _initial(target: Target, rank: int, seed: int) -> Tensor:
-    shape = target.shape_a(rank)
-    uniform = torch.rand(shape, generator=generator(seed, target.name))
-    return (2 * uniform - 1) / math.sqrt(math.prod(shape[1:]))
-
-
-def _blended_product(
-    mine: tuple[Tensor, Tensor] | None, theirs: tuple[Tensor, Tensor] | None, weight: float
-) -> tuple[Tensor, Tensor]:
-    """Factors of (1 - w) B1 A1 + w B2 A2, as few as its rank needs, by SVD in float64."""
-    terms = [(pair, share) for pair, share in ((mine, 1 - weight), (theirs, weight)) if pair is not None]
-    a = torch.cat([pair[0].double() for pair, _ in terms])
-    b = torch.cat([share * pair[1].double() for pair, share in terms], 1)
-    u, s, v = torch.linalg.svd(b.flatten(1) @ a.flatten(1), full_matrices=False)
-    rank = max(1, int((s > s[0] * 1e-12).sum()))
-    rank = min(rank, a.shape[0])
-    root = s[:rank].sqrt()
-    new_a = (root[:, None] * v[:rank]).reshape(rank, *a.shape[1:])
-    new_b = (u[:, :rank] * root).reshape(b.shape[0], rank, *b.shape[2:])
-    return new_a.float(), new_b.float()
