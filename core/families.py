@@ -26,7 +26,6 @@ class Family:
 
     marks: names of the root's children that tell ComfyUI's tree. not_adapted: (pattern of module paths, reason).
     rows: the table of a layout. default: the largest layout known, for files that are read without their base.
-    in_place: pattern of ComfyUI's layers whose input its blocks write to afterwards, while autograd still needs it.
     """
 
     title: str
@@ -37,7 +36,6 @@ class Family:
     layout_of_comfy: Callable[[Iterable[str]], Any]
     rows: Callable[[Any], Iterator[Row]]
     not_adapted: tuple[tuple[str, str], ...]
-    in_place: str = ""
 
     def reason(self, path: str) -> str | None:
         """Why the module of this path is not adapted, or None."""
@@ -76,7 +74,6 @@ FLUX = Family(
     dit.layout_of_comfy,
     dit.flux_rows,
     dit.FLUX_NOT_ADAPTED,
-    dit.FLUX_IN_PLACE,
 )
 FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX}
 NOT_ADAPTED = {name: family.not_adapted for name, family in FAMILIES.items()}
@@ -133,12 +130,6 @@ def bind_comfy(family: str, diffusion_model: nn.Module, config: Mapping[str, Any
     _check_width(family, layers, config or {})
     targets = (_split(table[path], layer) for path, layer in layers.items() if path in table)
     return _ordered(target for split in targets for target in split)
-
-
-def changed_in_place(family: str, diffusion_model: nn.Module) -> list[nn.Module]:
-    """ComfyUI's layers that must see copies of their inputs in training: see `checkpoint.clone_inputs`."""
-    pattern = FAMILIES[family].in_place
-    return [module for path, module in diffusion_model.named_modules() if re.fullmatch(pattern, path) and path]
 
 
 def select(targets: Sequence[Target], which: str) -> list[Target]:

@@ -77,9 +77,6 @@ FLUX_SINGLE = (
 
 FLUX_NOT_ADAPTED = ((r".*\.(query_norm|key_norm|norm_q|norm_k|norm_added_q|norm_added_k)", NORM),)
 
-# ComfyUI's blocks add to x what they computed from norm(x), in place.
-FLUX_IN_PLACE = r"double_blocks\.\d+\.(img|txt)_norm[12]|single_blocks\.\d+\.pre_norm"
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -51,8 +51,10 @@ class Layout:
 
 
 def layout_of_canonical(names: Iterable[str]) -> Layout:
-    """Read from diffusers' module paths."""
+    """Read from diffusers' module paths; the largest known where they are a selection without residual blocks."""
     names = list(names)
+    if not any(".resnets." in name for name in names):
+        return Layout()
     down = tuple(count(names, rf"down_blocks\.{x}\.resnets") for x in range(count(names, r"down_blocks")))
     up = tuple(count(names, rf"up_blocks\.{x}\.resnets") for x in range(count(names, r"up_blocks")))
     return Layout(down, up, count(names, r".*\.transformer_blocks"))

@@ -220,8 +220,8 @@ def _refuse_foreign(state: Mapping[str, Any], names: Iterable[str] | None, famil
     foreign = [] if names is None else sorted(set(state) - set(names))
     if foreign:
         raise OneStepError(
-            f"This LoRA was made for another base: {len(foreign)} of its {len(state)} layers are not in this model, "
-            f"{foreign[0]!r} the first. Choose the base that it was trained on."
+            f"This LoRA was made for another base: {len(foreign)} of its {len(state)} layers are not among those "
+            f"adapted in this model, {foreign[0]!r} the first. Choose the base that it was trained on."
         )
 
 

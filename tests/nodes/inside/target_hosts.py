@@ -20,7 +20,7 @@ from comfy.supported_models_base import BASE
 from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import clone_inputs
-from onestep.core.families import FAMILIES, bind_comfy, changed_in_place, detect
+from onestep.core.families import FAMILIES, bind_comfy, detect
 from onestep.core.lora_file import fit, load_lora
 from onestep.core.roles import Roles
 from onestep.core.targets import Target, is_adaptable
@@ -71,6 +71,12 @@ def predict(family, network, inputs):
     return network(inputs["x"], inputs["time"], context=inputs["text"], **({} if y is None else {"y": y}))
 
 
+def changed_in_place(network):
+    """Flux' blocks add to x, in place, what they computed from these norms of x."""
+    norms = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")
+    return [module for path, module in network.named_modules() if path.split(".")[-1] in norms]
+
+
 def adapted(family, network, targets, state, inputs):
     """The prediction with adapters on all targets, and the gradients of input and factors, in the network's dtype."""
     roles = Roles(targets)
@@ -82,7 +88,7 @@ def adapted(family, network, targets, state, inputs):
     x = inputs["x"].clone().requires_grad_(True)
     roles.install()
     try:
-        with clone_inputs(changed_in_place(family, network)), roles.use("student"), roles.capture(len(x)):
+        with clone_inputs(changed_in_place(network)), roles.use("student"), roles.capture(len(x)):
             prediction = predict(family, network, {**inputs, "x": x})
     finally:
         roles.remove()

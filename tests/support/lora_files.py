@@ -1,0 +1,38 @@
+"""LoRA files for the tests: ours on small networks, and those of others, written by safetensors itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import small_networks as small
+import torch
+from torch import Tensor, nn
+
+from onestep.core.families import bind_diffusers
+
+State = dict[str, tuple[Tensor, Tensor]]
+
+
+def case(name: str) -> tuple[nn.Module, Any, State]:
+    network = small.network_of(name, torch.float32)
+    targets = bind_diffusers(network)
+    return network, targets, small.random_state(targets)
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, factors in expected.items():
+        assert all(torch.equal(f, e) and f.shape == e.shape for f, e in zip(found[name], factors, strict=True)), name
+
+
+def foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """A file as others write it: by safetensors' own writer."""
+    safetensors.torch.save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path, metadata)
+    return path
+
+
+def factors(rank: int = 4, inputs: int = 8, outputs: int = 8, seed: int = 5) -> tuple[Tensor, Tensor]:
+    draw = small.seeded(seed)
+    return draw(rank, inputs).float(), draw(outputs, rank).float()
