@@ -1,1 +1,25 @@
-"""The diffusers host: the only place that imports diffusers."""
+"""The diffusers host: the only place that imports diffusers. Its names are imported when they are first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "OneStepPipeline": ".one_step",
+    "adapt": ".adapt",
+    "DiffusersHost": ".adapt",
+    "diffusers_settings": ".plain",
+    "distill": ".distill",
+    "load": ".load",
+    "path_of": ".bundled",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    # importing the submodule has put it here under its own name
+    globals()[name] = found
+    return found

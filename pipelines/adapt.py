@@ -161,6 +161,14 @@ class DiffusersHost:
         channels = self.network.config.in_channels // (4 if self.family == "flux" else 1)
         return channels, height // factor, width // factor
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels at which the model was trained."""
+        side = self.network.config.get("sample_size") or 128  # Flux' configuration does not say
+        height, width = (side, side) if isinstance(side, int) else side
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return width * factor, height * factor
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     @contextmanager

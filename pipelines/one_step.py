@@ -168,9 +168,7 @@ class OneStepPipeline(DiffusionPipeline):
         return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), self._execution_device)
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
-        own = host.network.config.get("sample_size") or 128
-        side = (own if isinstance(own, int) else own[0]) * self.vae_scale_factor
-        trained = recipe.sizes[0] if recipe.sizes else (side, side)
+        trained = recipe.sizes[0] if recipe.sizes else host.native_size
         return width or trained[0], height or trained[1]
 
     def _pictures(self, pictures: Tensor, output_type: str) -> Any:

@@ -1,0 +1,70 @@
+"""onestep.distill: from a loaded diffusers pipeline and prompts to a one-step LoRA, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import OneStepError
+from ..training import settings as known_settings
+from ..training.distil import Report, Result, distil
+from ..training.settings import Settings, nearest
+from .adapt import adapt
+from .load import load
+
+
+def distill(
+    pipe: Any,
+    prompts: Sequence[str] | Path,
+    method: str = "dmd",
+    *,
+    out: str | Path = "runs/onestep",
+    preset: str = "Balanced",
+    existing: str = "stop",
+    device: torch.device | str | None = None,
+    report: Report | None = None,
+    **settings: Any,
+) -> Result:
+    """Distil a loaded pipeline, or MODEL as `load` takes it, on ``prompts`` into ``out``/result.safetensors.
+
+    prompts: 200 to 1000 that you would really use, or a file with one a line. preset: Fast, Balanced or Best.
+    existing: "continue", "restart" or "stop" where ``out`` already holds a run. report: called after each update with a
+    `Progress`; True ends the run early. settings: fields of `training.settings.Settings` (steps, rank, sizes ...); where sizes is
+    not given it is the model's own. The pipeline is given back as it was.
+    Raises OneStepError for bad input before anything is written.
+    """
+    chosen = _settings(method, preset, settings)
+    texts = _prompts(prompts)
+    host = adapt(_pipe(pipe, device), targets=chosen.targets, device=device)
+    try:
+        if "sizes" not in settings:
+            chosen = _settings(method, preset, {**settings, "sizes": "{}x{}".format(*host.native_size)})
+        return distil(host, texts, chosen, Path(out).expanduser(), existing=existing, report=report)
+    finally:
+        host.release()
+
+
+def _pipe(pipe: Any, device: torch.device | str | None) -> Any:
+    return load(pipe, device=device or "cpu") if isinstance(pipe, str | Path) else pipe
+
+
+def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:
+    known = {entry.name for entry in fields(Settings)}
+    for unknown in sorted(set(changes) - known):
+        raise OneStepError(f"no setting {unknown!r}{nearest(unknown, known)}")
+    return known_settings.preset(name, **{"method": method, **changes})
+
+
+def _prompts(prompts: Sequence[str] | Path) -> list[str]:
+    if isinstance(prompts, Path):
+        try:
+            return [line for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise OneStepError(f"the prompts {str(prompts)[-150:]} cannot be read: {str(error)[:100]}") from None
+    if isinstance(prompts, str):
+        raise OneStepError("prompts is one text: give a list of prompts, or a pathlib.Path of a file with one a line")
+    return list(prompts)
