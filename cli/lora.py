@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
+from ..core.factors import State
 from ..core.lora_file import fit, load_lora
 from ..core.recipe import PRESETS, Recipe
-from ..core.roles import State
 from ..training.settings import nearest
 
 

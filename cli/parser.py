@@ -173,8 +173,11 @@ def _demo(commands: Any) -> Parser:
         description="Distil `tiny` to one step from nothing and show it beside its teacher: comparison.png, a table.",
     )
     made.add_argument("--out", metavar="RUN", default="runs/demo", help="folder of the run (default: runs/demo)")
-    made.add_argument("--steps", type=int, metavar="N", help=argparse.SUPPRESS)
-    made.add_argument("--samples", type=int, default=512, metavar="N", help=argparse.SUPPRESS)
+    made.add_argument("--steps", type=int, metavar="N", help="updates of each phase, to have it shorter")
+    made.add_argument(
+        "--samples", type=int, default=512, metavar="N", help="pictures a row of the table (default: 512)"
+    )
+    made.add_argument("--restart", action="store_true", help="delete the run in RUN and start anew")
     _json(made)
     return made
 

@@ -17,8 +17,9 @@ from ..core import randomness
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
+from ..core.factors import State
 from ..core.recipe import Recipe
-from ..core.roles import TEACHER, State
+from ..core.roles import TEACHER
 from ..core.sampling import sample, teacher_sample
 from .host import Host
 from .measures import peak_bytes, reset_peak

@@ -54,7 +54,7 @@ class Table:
         return json.dumps(plain(asdict(self)), indent=1)
 
     def to_text(self) -> str:
-        """Aligned columns with 95 % intervals, and what they mean."""
+        """Aligned columns, and what they mean."""
         shown = [name for name in TITLES if any(name in row.measures for row in self.rows)]
         head = ["", "steps", "forwards", "ms", "peak MiB", *(TITLES[name] for name in shown)]
         body = [[*_costs(row), *(_cell(row.measures.get(name)) for name in shown)] for row in self.rows]
@@ -62,7 +62,7 @@ class Table:
         lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in [head, *body]]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
         notes = [LEGEND[name] for name in shown if name in LEGEND]
-        costs = f"forwards, ms: for one picture; peak: {self.counted}; [ ]: 95 % interval"
+        costs = f"forwards, ms: for one picture; peak: {self.counted}; ±: 95 % interval"
         return "\n".join([*(line.rstrip() for line in lines), "", about, *notes, costs])
 
 
@@ -74,7 +74,11 @@ def _costs(row: Row) -> list[str]:
 def _cell(measure: Estimate | None) -> str:
     if measure is None or not math.isfinite(measure.value):
         return "-"
-    return f"{measure.value:.3f} [{measure.low:.3f}, {measure.high:.3f}]"
+    half = (measure.high - measure.low) / 2
+    if not math.isfinite(half):
+        return f"{measure.value:.3g}"
+    digits = max(0, 2 - math.floor(math.log10(max(abs(measure.value), 0.01))))
+    return f"{measure.value:.{digits}f} ±{max(half, measure.high - measure.value):.{digits}f}"
 
 
 def plain(value: Any) -> Any:
