@@ -49,11 +49,11 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def clip(projection: bool = False) -> Any:
+def clip(projection: bool = False, width: int = WIDTH) -> Any:
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=WIDTH,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=width,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
