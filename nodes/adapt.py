@@ -1,0 +1,281 @@
+"""ComfyUI's MODEL, CLIP and VAE as a training host: a private copy of the plugged model, gone when the run is over."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management as management
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import bind_comfy, detect, select
+from ..core.roles import Roles
+from .check import check_file
+from .denoiser import ComfyDenoiser, encode, guidance_of, schedule_of, with_sizes
+
+PROBE = ("a photograph of a red apple on a wooden table", "")
+BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
+# Flux adds to its stream in place after these norms have kept it for backward.
+IN_PLACE = {
+    "DoubleStreamBlock": ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"),
+    "SingleStreamBlock": ("pre_norm",),
+}
+
+
+@contextmanager
+def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterator[ComfyHost]:
+    """``model`` as a host: a deep copy with its weight and sampling patches baked in. Outside inference mode within.
+
+    Raises OneStepError for a MODEL with other patches, or of an architecture that is not known.
+    """
+    refuse_patches(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model))
+        try:
+            yield host
+        finally:
+            host.release()
+
+
+@dataclass
+class ComfyHost:
+    """See `training.host.Host`. patcher: a private ModelPatcher of ordinary tensors, its patches baked in."""
+
+    patcher: Any
+    clip: Any
+    vae: Any
+    targets: str
+    name: str
+
+    def __post_init__(self) -> None:
+        self.model = self.patcher.model
+        network = self.network = self.model.diffusion_model
+        self.family = detect(network)
+        refuse_variant(self.family, self.model)
+        config = self.model.model_config.unet_config
+        roles = Roles(select(bind_comfy(self.family, network, config), self.targets))
+        schedule = schedule_of(self.model.model_sampling)
+        options = {"optimized_attention_override": differentiable_attention}
+        self.denoiser = ComfyDenoiser(self.model, schedule, roles, guidance_of(self.model, self.family), options)
+        self.device = torch.device(self.patcher.load_device)
+        self.blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
+        self.in_place = [
+            getattr(block, name) for block in self.blocks for name in IN_PLACE.get(type(block).__name__, ())
+        ]
+        self._training = False
+
+    @cached_property
+    def base_hash(self) -> str:
+        return hash_of(self.network)
+
+    @cached_property
+    def encoder_hash(self) -> str:
+        """Of what the encoder makes of two texts: that holds its weights, its LoRAs and its clip skip."""
+        return encode(self.clip, PROBE, "unet", self._pooled).fingerprint()
+
+    # -- text and pictures --------------------------------------------------------------------------------------------
+
+    @property
+    def _pooled(self) -> bool:
+        return self.family != "unet" or self._sdxl
+
+    @property
+    def _sdxl(self) -> bool:
+        return isinstance(self.model, comfy.model_base.SDXL)
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        cond = encode(self.clip, prompts, self.family, self._pooled)
+        if self._sdxl:
+            return with_sizes(cond, size)
+        embedded = self.denoiser.guidance == "embedded"
+        return cond.with_(guidance=torch.full((len(cond),), 3.5)) if embedded else cond
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            made = self.vae.decode(self.model.process_latent_out(latents.detach().cpu()))
+        pictures = made.movedim(-1, 1).to("cpu", torch.float32, copy=True).clamp(0, 1)
+        with torch.inference_mode(False):
+            pictures = pictures.clone()
+            if self._training:
+                self._load()  # the VAE may have taken its place
+        return pictures
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        width, height = size
+        latent = self.model.latent_format
+        factor = int(latent.spacial_downscale_ratio)
+        unit = max(8, factor * (1 if self.family == "unet" else 2))
+        if width % unit or height % unit or min(width, height) < unit:
+            raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
+        return int(latent.latent_channels), height // factor, width // factor
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        before = management.in_training
+        management.in_training = self._training = True
+        try:
+            management.unload_all_models()
+            self._load()
+            yield
+        finally:
+            management.in_training, self._training = before, False
+
+    def _load(self) -> None:
+        """Put the network on the training device, and the others off it where it is a graphics card."""
+        for loaded in management.current_loaded_models[:]:
+            if self.device.type != "cpu" and loaded.model is not None and loaded.model is not self.patcher:
+                management.unload_model_and_clones(loaded.model)
+        management.load_models_gpu([self.patcher])
+        make_ordinary(self.network)
+
+    def check_file(self, path: Path) -> str:
+        return check_file(self.model, list(self.denoiser.roles.targets.values()), self.family, path)
+
+    def poll(self) -> None:
+        management.throw_exception_if_processing_interrupted()
+
+    def release(self) -> None:
+        """Unload the copy and forget it; nothing else may hold it."""
+        self.denoiser.roles.remove()
+        for role in self.denoiser.roles.names():
+            self.denoiser.roles.drop(role)
+        management.unload_model_and_clones(self.patcher)
+        self.denoiser.roles.targets.clear()
+        self.__dict__ = {"name": self.name, "family": self.family}
+        gc.collect()
+        management.cleanup_models_gc()
+        management.soft_empty_cache()
+
+
+def differentiable_attention(kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's own attention, whatever ComfyUI was started with: some fast kernels have no backward."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+# -- the copy ---------------------------------------------------------------------------------------------------------
+
+
+def name_of(model: Any) -> str:
+    """The checkpoint's file name, where the loader left it."""
+    told = (model.cached_patcher_init or ((), ()))[1]
+    paths = [value for value in told if isinstance(value, str | Path)]
+    return Path(paths[0]).stem if paths else type(model.model).__name__
+
+
+def private_copy(model: Any) -> Any:
+    """A patcher on weights of its own, in ordinary tensors, with the plugged model's patches baked in."""
+    try:
+        copy = model.clone(disable_dynamic=True, force_deepcopy=True)
+    except RuntimeError as error:
+        raise OneStepError(
+            f"this MODEL's loader cannot make a copy of it ({error}): load it with ComfyUI's own loaders"
+        ) from None
+    bake(copy)
+    make_ordinary(copy.model)
+    copy.model.requires_grad_(False).eval()
+    _avoid_half(copy)
+    return copy
+
+
+@torch.no_grad()
+def bake(copy: Any) -> None:
+    """Weight patches (a LoRA stack) and the sampling patch become part of the copy: they are part of the teacher."""
+    for key in list(copy.patches):
+        weight = copy.patch_weight_to_device(key, device_to=copy.load_device, return_weight=True)
+        comfy.utils.set_attr_param(copy.model, key, weight.to(copy.offload_device))
+    for key, value in copy.object_patches.items():
+        comfy.utils.set_attr(copy.model, key, value)
+    copy.patches.clear()
+    copy.object_patches.clear()
+    copy.model.current_weight_patches_uuid = None
+
+
+def make_ordinary(network: nn.Module) -> None:
+    """Replace inference tensors, which autograd refuses; a move under inference mode leaves such."""
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if value.is_inference():
+                setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
+        for name, value in list(module.named_buffers(recurse=False)):
+            if value.is_inference():
+                setattr(module, name, value.detach().clone())
+
+
+def _avoid_half(copy: Any) -> None:
+    """Gradients vanish in float16: compute in bfloat16, or in float32 where the card lacks it; weights are cast on use."""
+    if copy.model.get_dtype_inference() != torch.float16:
+        return
+    wide = torch.bfloat16 if management.should_use_bf16(copy.load_device) else torch.float32
+    copy.model.manual_cast_dtype = wide
+    for module in copy.model.diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+
+
+def hash_of(network: nn.Module) -> str:
+    """Of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_patches(model: Any) -> None:
+    """What changes more than weights and sampling could not be differentiated, or would be lost in the LoRA."""
+    found = _strange_options(model) + [
+        f"the object patch {key}" for key in model.object_patches if key != "model_sampling"
+    ]
+    for attribute, word in (
+        ("weight_wrapper_patches", "a weight wrapper"),
+        ("wrappers", "a wrapper"),
+        ("injections", "an injection"),
+        ("hook_patches", "a hook"),
+        ("additional_models", "an additional model"),
+    ):
+        found += [f"{word} ({key})" for key, value in getattr(model, attribute, {}).items() if value]
+    if found:
+        raise OneStepError(
+            f"the MODEL to distil carries {', '.join(found)[:200]}: plug in the model before that node; LoRAs and ModelSampling "
+            "nodes may stay, they are part of the teacher"
+        )
+
+
+def _strange_options(model: Any) -> list[str]:
+    options = dict(model.model_options)
+    inner = options.pop("transformer_options", {})
+    found = [f"the option {name}" for name, value in options.items() if value and name != "disable_cfg1_optimization"]
+    for name, value in inner.items():
+        patches = [key for key, entry in value.items() if entry] if isinstance(value, dict) else [""] * bool(value)
+        found += [f"the patch {name} {key}".rstrip() for key in patches]
+    return found
+
+
+def refuse_variant(family: str, model: Any) -> None:
+    """Models of a known network that are told more than a text."""
+    config = model.model_config.unet_config
+    channels = config.get("in_channels", model.latent_format.latent_channels)
+    if channels != model.latent_format.latent_channels:
+        raise OneStepError(
+            f"this model takes {channels} input channels (inpainting, depth or editing): use a text-to-image base"
+        )
+    if family == "unet" and model.adm_channels and not isinstance(model, comfy.model_base.SDXL):
+        raise OneStepError(f"{type(model).__name__} is told more than a text: use SD1.5, SD2 or the SDXL base")

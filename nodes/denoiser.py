@@ -1,0 +1,148 @@
+"""ComfyUI's own model behind the contract: D(x, sigma, cond) -> x0 through `apply_model` and `extra_conds`.
+
+ComfyUI keeps noise- and v-predicting models in variance-exploding form, x_ve = x0 + s n with s = sigma / alpha; the
+contract's x = alpha x0 + sigma n is alpha x_ve, so D(x, sigma) = apply_model(x / alpha, sigma / alpha). Flow models are
+the same on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_base
+import comfy.model_sampling as sampling
+import torch
+from torch import Tensor
+
+from ..core.cond import Cond
+from ..core.denoiser import Guidance
+from ..core.errors import OneStepError
+from ..core.roles import Roles
+from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
+
+
+@dataclass
+class ComfyDenoiser:
+    """See `core.denoiser.Denoiser`. model: a loaded `BaseModel`. options: its transformer_options, copied at each call."""
+
+    model: Any
+    schedule: NoiseSchedule
+    roles: Roles
+    guidance: Guidance
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        captured = self.roles.capture(len(x))
+        with captured:
+            x0 = self._apply(x, sigma, cond).to(x.dtype)
+        return captured.guard(x0)
+
+    def _apply(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        alpha = signal(self.schedule, sigma)
+        options = {name: dict(value) if isinstance(value, dict) else value for name, value in self.options.items()}
+        told = conditions(self.model, cond, x)
+        return self.model.apply_model(x / expand(alpha, x), (sigma / alpha).to(x), transformer_options=options, **told)
+
+
+def signal(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """What divides x and sigma on the way to ComfyUI's form: alpha for variance-preserving schedules, else 1."""
+    if isinstance(schedule, FlowSchedule):
+        return torch.ones_like(sigma.double())
+    # alpha = 0 of a zero-terminal schedule does not occur: ComfyUI keeps it just above
+    return schedule.alpha(sigma).clamp_min(0.5 * math.sqrt(1 - schedule.sigma_max**2))
+
+
+def guidance_of(model: Any, family: str) -> Guidance:
+    if family != "flux":
+        return "cfg"
+    return "embedded" if model.model_config.unet_config.get("guidance_embed") else "none"
+
+
+def schedule_of(model_sampling: Any) -> NoiseSchedule:
+    """The schedule that a MODEL's (possibly patched) model_sampling describes. OneStepError for one of another kind."""
+    kind = type(model_sampling)
+    if isinstance(model_sampling, sampling.CONST) and getattr(model_sampling, "noise_scale", 1.0) == 1:
+        if isinstance(model_sampling, sampling.ModelSamplingFlux):
+            return FlowSchedule(math.exp(model_sampling.shift))  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
+        if isinstance(model_sampling, sampling.ModelSamplingDiscreteFlow):
+            return FlowSchedule(float(model_sampling.shift))
+    discrete = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep
+    if discrete and getattr(kind, "calculate_input", None) is sampling.EPS.calculate_input:
+        return VPSchedule(1 / (1 + model_sampling.sigmas.cpu().double() ** 2))
+    bases = ", ".join(base.__name__ for base in kind.__mro__[1:3])
+    raise OneStepError(
+        f"the model's sampling ({bases}) is not known here: use eps, v-prediction or flow, without an LCM patch"
+    )
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+def conditions(model: Any, cond: Cond, x: Tensor) -> dict[str, Any]:
+    """What the model's extra_conds makes of ``cond``: keyword arguments of apply_model."""
+    if cond.size is None or bool((cond.size == cond.size[:1]).all()):
+        return _told(model, cond, x)
+    rows = [_told(model, cond[row : row + 1], x[row : row + 1]) for row in range(len(x))]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _told(model: Any, cond: Cond, x: Tensor) -> dict[str, Any]:
+    text, sizes = even_lengths(cond), {}
+    if cond.size is not None:
+        names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
+        sizes = dict(zip(names, cond.size[0].tolist(), strict=True))
+    values = model.extra_conds(
+        cross_attn=text, pooled_output=cond.pooled, noise=x, device=x.device, prompt_type="positive", **sizes
+    )
+    told = {
+        name: value.process_cond(batch_size=len(x), device=x.device, area=None).cond for name, value in values.items()
+    }
+    return told | ({"guidance": cond.guidance} if cond.guidance is not None else {})
+
+
+def even_lengths(cond: Cond) -> Tensor:
+    """[B, L, C] text of one length: each row's real tokens, repeated as often as ComfyUI repeats them in a batch.
+
+    Cross-attention gives the same answer to tokens repeated equally often. Joint attention does not: such prompts were
+    refused when they were encoded.
+    """
+    if cond.mask is None or bool(cond.mask.all()):
+        return cond.text
+    lengths = cond.mask.sum(1).tolist()
+    common = math.lcm(*lengths)
+    rows = [text[:length].repeat(common // length, 1) for text, length in zip(cond.text, lengths, strict=True)]
+    return torch.stack(rows)
+
+
+def encode(clip: Any, prompts: Any, family: str, pooled: bool) -> Cond:
+    """The CLIP's conditions of ``prompts``, on the CPU, float32, in ordinary tensors."""
+    with torch.inference_mode():
+        made = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in prompts]
+    with torch.inference_mode(False):
+        parts = [Cond(_own(text), pooled=_own(told.get("pooled_output")) if pooled else None) for text, told in made]
+    if family != "unet":
+        _refuse_lengths([part.text.shape[1] for part in parts], prompts)
+    return Cond.concat(parts)
+
+
+def _own(value: Tensor | None) -> Any:
+    return None if value is None else value.detach().to("cpu", torch.float32, copy=True).clone()
+
+
+def _refuse_lengths(lengths: list[int], prompts: Any) -> None:
+    shortest = min(lengths)
+    if max(lengths) > shortest:
+        number = lengths.index(max(lengths))
+        raise OneStepError(
+            f"prompt {number + 1} takes {max(lengths)} text tokens, others {shortest}, and this model attends to every token of "
+            f"a batch: shorten it ({prompts[number][:60]!r}...)"
+        )
+
+
+def with_sizes(cond: Cond, size: tuple[int, int]) -> Cond:
+    """``cond`` with SDXL's six numbers for a picture of ``size`` (width, height)."""
+    width, height = size
+    ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+    return replace(cond, size=ids.expand(len(cond), 6).clone())
