@@ -1,0 +1,153 @@
+"""`Load One-Step LoRA`: a few-step LoRA merged into a MODEL, with the recipe to sample it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_sampling as sampling
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..core.errors import OneStepError
+from ..core.families import bind_comfy, detect
+from ..core.lora_file import fit, load_lora
+from ..core.recipe import PRESETS, Recipe
+from ..core.schedule import NoiseSchedule
+from ..core.tensor_file import read_header
+from .denoiser import schedule_of
+
+RecipeSocket = io.Custom("ONESTEP_RECIPE")
+FROM_FILE = "from the file"
+NO_LORA = "none (the model is few-step itself)"
+PREDICTIONS = {"sample": sampling.X0, "epsilon": sampling.EPS, "v_prediction": sampling.V_PREDICTION}
+
+
+class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
+    """Merge a LoRA made by OneStep, or one of the public few-step LoRAs, and say how to sample it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepLoadLoRA",
+            display_name="Load One-Step LoRA",
+            category="OneStep/loaders",
+            description="Merges a few-step LoRA into the model and reads its recipe: the steps, the levels and the noise it was made for.",
+            search_aliases=["one step", "turbo", "lightning", "hyper", "dmd2", "lcm", "few step"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The base that the LoRA was made for."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    tooltip="A file in models/loras. 'none' takes the model as it is, for merged checkpoints such as SD-Turbo.",
+                ),
+                io.Combo.Input(
+                    "recipe",
+                    options=[FROM_FILE, *PRESETS],
+                    default=FROM_FILE,
+                    tooltip="How to sample it. Files made by OneStep say so themselves; for others choose the preset of their kind.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the LoRA merged at the recipe's strength."),
+                RecipeSocket.Output(
+                    display_name="recipe", tooltip="For One-Step Sample, One-Step Sampler and One-Step Sigmas."
+                ),
+                io.String.Output(
+                    display_name="how to sample",
+                    tooltip="The KSampler values that give the same picture, or why none do.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **unused: Any) -> Any:
+        path = folder_paths.get_full_path("loras", lora_name)
+        return path and (Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
+
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, recipe: str) -> io.NodeOutput:
+        path = None if lora_name == NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        found = recipe_of(path, recipe)
+        family = detect(model.model.diffusion_model)
+        if found.family != family:
+            raise OneStepError(
+                f"the recipe is for {found.family!r} models, this MODEL is {family!r}: choose the base it was made for"
+            )
+        patched = merged(model, path, family, found.lora_scale) if path else model.clone()
+        patched = with_prediction(patched, found)
+        said = how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
+        return io.NodeOutput(patched, found, said, ui=ui.PreviewText(said))
+
+
+def recipe_of(path: Path | None, name: str) -> Recipe:
+    """The named preset, or what the file's header says."""
+    if name != FROM_FILE:
+        return PRESETS[name]
+    told = read_header(path).metadata.get("onestep.recipe") if path else None
+    if told is None:
+        what = f"{path.name[:80]} holds no recipe" if path else "a model alone has no recipe"
+        raise OneStepError(f"{what}: choose the preset of its kind under 'recipe' ({', '.join(PRESETS)})")
+    return Recipe.from_json(told)
+
+
+def merged(model: Any, path: Path, family: str, strength: float) -> Any:
+    """A clone of ``model`` with the file's patches, as LoraLoader adds them. OneStepError where they do not fit."""
+    metadata = read_header(path).metadata
+    if "onestep.recipe" in metadata:  # ours are checked to the last shape; others only by ComfyUI
+        targets = bind_comfy(family, model.model.diffusion_model, model.model.model_config.unet_config)
+        fit(load_lora(path, [target.name for target in targets], family).state, targets)
+    file = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path), safe_load=True))
+    patches = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+    clone = model.clone()
+    taken = clone.add_patches(patches, strength)
+    if not taken:
+        raise OneStepError(
+            f"none of the layers in {path.name[:80]} are in this model: choose the base that the LoRA was made for"
+        )
+    if len(taken) < len(patches):
+        logging.warning(
+            "OneStep: %d of the %d layers in %s are not in this model",
+            len(patches) - len(taken),
+            len(patches),
+            path.name,
+        )
+    return clone
+
+
+def with_prediction(model: Any, recipe: Recipe) -> Any:
+    """``model`` read as answering what the recipe says, where that is not its own habit."""
+    if recipe.prediction is None:
+        return model
+    before = model.get_model_object("model_sampling")
+
+    class Told(sampling.ModelSamplingDiscrete, PREDICTIONS[recipe.prediction]):  # type: ignore[misc]
+        pass
+
+    told = Told(model.model.model_config)
+    told.set_sigmas(before.sigmas)
+    model.add_object_patch("model_sampling", told)
+    return model
+
+
+def how_to_sample(recipe: Recipe, schedule: NoiseSchedule) -> str:
+    """For a person: KSampler's widgets, or why One-Step Sample is needed."""
+    # with_prediction has told the model already
+    widgets = replace(recipe, prediction=None).ksampler(schedule)
+    sizes = ", ".join(f"{width}x{height}" for width, height in recipe.sizes[:6])
+    made_for = f"\nMade for {sizes}." if sizes else ""
+    if isinstance(widgets, str):
+        return f"Use One-Step Sample (or One-Step Sampler and Sigmas): {widgets}.{made_for}"
+    return (
+        f"One-Step Sample, or KSampler with steps {widgets.steps}, cfg {widgets.cfg:g}, sampler {widgets.sampler_name}, "
+        f"scheduler {widgets.scheduler}, denoise 1.{made_for}"
+    )
+
+
+NODES = [LoadOneStepLoRA]
