@@ -21,9 +21,10 @@ from .errors import OneStepError
 from .families import FAMILIES
 from .lora_keys import KEY, TEXT_ENCODER, KeyMap, Place, alpha_key_of, family_of_keys, key_of, refuse_kinds
 from .targets import Target
-from .tensor_file import digest, read_header, read_tensors, write_tensors
+from .tensor_file import Entry, digest, read_header, read_tensors, write_tensors
 
 MAX_RANK = 4096
+MAX_BYTES = 16 * 2**30
 
 State = dict[str, tuple[Tensor, Tensor]]
 
@@ -92,6 +93,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     unused = tuple(sorted(key for key in header.tensors if TEXT_ENCODER.match(key)))
     keys = [key for key in header.tensors if key not in unused]
     family = _family(path, keys, header.metadata, family)
+    _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)
     _check_state(state)
     _refuse_foreign(state, names, family)
@@ -138,6 +140,17 @@ def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str
             f"but this model is {FAMILIES[wanted].title}. Choose a LoRA of this model."
         )
     return found
+
+
+def _check_entries(path: Any, entries: Mapping[str, Entry]) -> None:
+    """Before anything large is read: a checkpoint in a LoRA's place is found by its names alone."""
+    for key in entries:
+        _parse(key)
+    total = sum(entry.stop - entry.start for entry in entries.values())
+    if total > MAX_BYTES:
+        raise OneStepError(
+            f"{Path(path).name[:80]} holds {total / 2**30:.0f} GiB, too much for a LoRA: choose another."
+        )
 
 
 def _assemble(tensors: Mapping[str, Tensor], keys: KeyMap, metadata: Mapping[str, str]) -> State:

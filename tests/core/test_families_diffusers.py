@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import small_networks as small
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from published_networks import PUBLISHED, on_meta
 from torch import Tensor, nn
 
 from onestep.core import families
@@ -18,44 +18,15 @@ from onestep.core.families_table import natural
 from onestep.core.lora_keys import KeyMap, key_of
 from onestep.core.roles import Roles
 
-WHOLE = {
-    "sd15": ("unet", UNet2DConditionModel, {"cross_attention_dim": 768}),
-    "sdxl": (
-        "unet",
-        UNet2DConditionModel,
-        {
-            **{"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "use_linear_projection": True},
-            **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
-            **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
-            **{"transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20)},
-            **{"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
-            **{"projection_class_embeddings_input_dim": 2816},
-        },
-    ),
-    "sd3": ("sd3", SD3Transformer2DModel, {}),
-    "sd35_medium": (
-        "sd3",
-        SD3Transformer2DModel,
-        {"num_layers": 24, "num_attention_heads": 24, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
-    ),
-    "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
-}
-# Linear and Conv2d modules of the published models: SD1.5 and SDXL as counted in their kohya files.
+# Linear and Conv2d modules of the published models, as counted in their kohya files.
 COUNTS = {"sd15": 282, "sdxl": 794}
 
 
-def on_meta(name: str) -> nn.Module:
-    """The published model's full module tree, without memory for its weights."""
-    _, network, config = WHOLE[name]
-    with torch.device("meta"):
-        return network(**config)
-
-
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_layer_of_the_published_models_is_a_target_or_has_a_reason(name: str) -> None:
     network = on_meta(name)
-    family = FAMILIES[WHOLE[name][0]]
-    assert detect(network) == WHOLE[name][0]
+    family = FAMILIES[PUBLISHED[name][0]]
+    assert detect(network) == PUBLISHED[name][0]
     names = [target.name for target in bind_diffusers(network)]
     layers = [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     assert sorted(names) == sorted(layers)
@@ -67,10 +38,10 @@ def test_every_layer_of_the_published_models_is_a_target_or_has_a_reason(name: s
     assert not any(family.reason(path) for path in names)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_kohya_names_of_the_published_models_are_unambiguous(name: str) -> None:
     names = [target.name for target in bind_diffusers(on_meta(name))]
-    family = WHOLE[name][0]
+    family = PUBLISHED[name][0]
     for keys in (KeyMap(family, names), KeyMap(family)):
         for layer in names:
             place = keys.find(key_of(family, layer)[0].removesuffix(".lora_down.weight").removesuffix(".lora_A.weight"))

@@ -16,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline as SDXLPipeline
 from lora_files import assert_same, case, factors, foreign
 from torch import Tensor
 
+from onestep.core import lora_file
 from onestep.core.errors import OneStepError
 from onestep.core.families import select
 from onestep.core.lora_file import LoraFile, fit, load_lora, save_lora
@@ -195,6 +196,22 @@ def test_a_lora_of_another_base_is_refused(tmp_path: Path) -> None:
         fit({**state, "conv_in": (torch.cat([a, a], 1), b)}, targets)
     with pytest.raises(OneStepError, match="another base"):
         fit(state, targets[1:])
+
+
+def test_a_file_too_large_for_a_lora_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = factors()
+    path = foreign(tmp_path / "a.safetensors", {"unet.conv_in.lora_A.weight": a, "unet.conv_in.lora_B.weight": b})
+    monkeypatch.setattr(lora_file, "MAX_BYTES", 100)
+    monkeypatch.setattr(lora_file, "read_tensors", None)
+    with pytest.raises(OneStepError, match="too much for a LoRA"):
+        load_lora(path)
+
+
+def test_a_checkpoint_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = foreign(tmp_path / "a.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)})
+    monkeypatch.setattr(lora_file, "read_tensors", None)
+    with pytest.raises(OneStepError, match="no part of a LoRA"):
+        load_lora(path)
 
 
 def test_an_empty_lora_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""published_trees.py CONFIGS OUT: bind the published models' full networks in ComfyUI's classes, without weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import comfy.ops
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from onestep.core.families import bind_comfy, detect
+
+CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux}
+
+report = {}
+for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():
+    network = CLASSES[family](**config, device="meta", operations=comfy.ops.disable_weight_init)
+    targets = bind_comfy(detect(network), network, config)
+    report[name] = [[target.name, target.shape_a(1), target.shape_b(1)] for target in targets]
+Path(sys.argv[2]).write_text(json.dumps(report))

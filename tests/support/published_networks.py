@@ -1,0 +1,71 @@
+"""The published models' full networks in diffusers' classes, on the meta device: names and shapes without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
+
+XL: dict[str, Any] = {
+    **{"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "use_linear_projection": True},
+    **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
+    **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
+    **{"transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20)},
+    **{"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
+    **{"projection_class_embeddings_input_dim": 2816},
+}
+SD3: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+V2: dict[str, Any] = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20)}
+
+# By name: (family, diffusers' class, its config).
+PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "sd15": ("unet", UNet2DConditionModel, {"cross_attention_dim": 768, "attention_head_dim": 8}),
+    "sd2": ("unet", UNet2DConditionModel, V2),
+    "sdxl": ("unet", UNet2DConditionModel, XL),
+    "sd3": ("sd3", SD3Transformer2DModel, SD3),
+    "sd35_medium": (
+        "sd3",
+        SD3Transformer2DModel,
+        {**SD3, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+    ),
+    "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
+}
+# The same models as ComfyUI detects them.
+UNET: dict[str, Any] = {
+    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True},
+    **{"legacy": False, "use_checkpoint": False, "use_temporal_attention": False, "use_temporal_resblock": False},
+    **{"channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0]},
+    **{"transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1},
+}
+MMDIT: dict[str, Any] = {
+    **{"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 24, "input_size": None},
+    **{"adm_in_channels": 2048, "num_patches": 36864, "pos_embed_max_size": 192, "pos_embed_scaling_factor": None},
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
+}
+IN_COMFY: dict[str, dict[str, Any]] = {
+    "sd15": {**UNET, "context_dim": 768, "num_heads": 8, "num_head_channels": -1, "use_linear_in_transformer": False},
+    "sd2": {**UNET, "context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True},
+    "sdxl": {
+        **{**UNET, "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10]},
+        **{"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10},
+        **{"context_dim": 2048, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True},
+        **{"num_classes": "sequential", "adm_in_channels": 2816},
+    },
+    "sd3": {**MMDIT, "x_block_self_attn_layers": []},
+    "sd35_medium": {**MMDIT, "x_block_self_attn_layers": list(range(13)), "qk_norm": "rms"},
+    "flux": {
+        **{"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768},
+        **{"context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19},
+        **{"depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
+        **{"guidance_embed": True, "txt_ids_dims": []},
+    },
+}
+
+
+def on_meta(name: str) -> nn.Module:
+    """The published model in diffusers' class, without memory for its weights."""
+    _, network, config = PUBLISHED[name]
+    with torch.device("meta"):
+        return network(**config)
