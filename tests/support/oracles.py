@@ -30,7 +30,7 @@ WORDS = 3
 TAU = 0.7
 
 
-# -- what is expected, in NumPy --------------------------------------------------------------------------------------
+# -- what is expected, in NumPy ---------------------------------------------------------------------------------------
 
 
 def posterior_mean(x: Array, alpha: Array | float, sigma: Array | float, mean: Array) -> Array:
@@ -47,7 +47,7 @@ def stable_diffusion_levels(time: int, zero_terminal: bool = False) -> tuple[flo
     return float(root[time]), float(np.sqrt(1 - root[time] ** 2))
 
 
-# -- the networks ----------------------------------------------------------------------------------------------------
+# -- the networks -----------------------------------------------------------------------------------------------------
 
 
 class GaussianNetwork(nn.Module):
@@ -98,6 +98,18 @@ CASES = [
         *stable_diffusion_levels(999, zero_terminal=True),
     ),
 ]
+
+
+def levels_in_numpy(case: Case, u: Array) -> tuple[Array, Array]:
+    """(alpha, sigma) [B, 1] at U[0.02, 0.98] of the network's time."""
+    time = 0.02 + 0.96 * u
+    if "flow" in case.name:
+        shift = 3 if "t = 1" in case.name else 1
+        sigma = shift * time / (1 + (shift - 1) * time)
+        return 1 - sigma[:, None], sigma[:, None]
+    index = np.round(time * 999).astype(int)
+    table = np.array([stable_diffusion_levels(i, zero_terminal="zero" in case.name) for i in index])
+    return table[:, :1], table[:, 1:]
 
 
 class World:
