@@ -1,1 +1,1 @@
-"""The contract: one denoiser, its noise schedule, conditions, adapter roles and recipes. Imports torch and kernels only."""
+"""The contract: one denoiser, its noise schedule, conditions, adapter roles, recipes. Imports torch and kernels."""

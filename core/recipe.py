@@ -95,10 +95,22 @@ class Recipe:
 
     @classmethod
     def for_student(
-        cls, schedule: NoiseSchedule, steps: int, family: str, sizes: tuple[tuple[int, int], ...], **more: Any
+        cls,
+        schedule: NoiseSchedule,
+        steps: int,
+        family: str,
+        sizes: tuple[tuple[int, int], ...],
+        start: float = 1.0,
+        **more: Any,
     ) -> Recipe:
-        """The recipe a student is trained at: ``steps`` trailing times from unit noise, fresh noise between them."""
-        times = schedule.trailing(steps)
+        """The recipe a student is trained at: ``steps`` trailing times from unit noise, fresh noise between them.
+
+        start: the share of the model's time that the first step is told. Below 1 the same unit noise is told as a lower
+        level, as DMD2 (time 399) and SiD (625) do: at a low alpha, eps-prediction multiplies every error by 1 / alpha.
+        """
+        shares = start * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+        lower = schedule.time_of_sigma(schedule.sigma_at(shares))
+        times = schedule.trailing(steps) if start == 1 else lower
         levels = log_snr(schedule, schedule.sigma_of_time(times)).tolist()
         told, fed = tuple(times.tolist()), (1.0,) * steps
         lambdas = tuple(None if level == -torch.inf else level for level in levels)

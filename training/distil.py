@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
-from ..core.lora_file import fit, load_lora, save_lora
-from ..core.recipe import Recipe
+from ..core.lora_file import save_lora
 from ..core.roles import State
 from ..core.tensor_file import read_tensors, write_tensors
 from .host import Host
+from .inputs import config_of, initial_state, recipe_of
 from .methods import METHODS
 from .objectives.distribution_matching import CRITIC
 from .pairs import Pairs
 from .previews import write_grid
+from .progress import Progress, Report, Result, Stopped
 from .prompts import Prompts, check_prompts, embed
 from .run import STOP, Run, opened
 from .settings import Settings
@@ -33,43 +30,7 @@ from .student import STUDENT
 from .trainer import EMA, Numbers, Trainer
 from .watch import EACH, Watch
 
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run says of itself after each update. eta: seconds still to go. preview: a new picture, if there is
-    one."""
-
-    update: int
-    total: int
-    phase: str
-    seconds: float
-    eta: float
-    numbers: Numbers = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    preview: Path | None = None
-
-
-Report = Callable[[Progress], bool | None]
-"""Called after each update; True asks the run to finish now."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """path: the LoRA. role: "ema" or "student", whichever the watch found nearer. check: what its load-back proved."""
-
-    path: Path
-    recipe: Recipe
-    metrics: list[dict[str, Any]]
-    run: Path
-    role: str
-    check: str
-    updates: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-class Stopped(OneStepError):
-    """The run stopped itself at its last good state; the message says why."""
+__all__ = ["Progress", "Report", "Result", "Stopped", "distil"]
 
 
 def distil(
@@ -92,13 +53,13 @@ def distil(
     prompts = check_prompts(prompts)
     for size in settings.size_list:
         host.latent_shape(size)
-    initial = _initial(host, settings)
+    initial = initial_state(host, settings)
     if host.denoiser.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
         raise OneStepError(
             f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
             "cannot be had: set it to 1"
         )
-    config = _config(host, prompts, settings)
+    config = config_of(host, prompts, settings)
     with opened(folder, config, existing) as (run, goes_on):
         return _Session(host, prompts, settings, run, report, initial).run_all(goes_on)
 
@@ -154,7 +115,7 @@ class _Session:
         roles.copy(STUDENT, EMA)
         if objective is not None:
             roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
-        recipe = Recipe.for_student(host.denoiser.schedule, settings.student_steps, host.family, settings.size_list)
+        recipe = recipe_of(host, settings)
         pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
         return Trainer(host, settings, recipe, prompts, pairs, objective)
 
@@ -317,36 +278,3 @@ class _Session:
             "modelspec.resolution": settings.sizes.split(",")[0].strip(),
         }
         return header | ({"onestep.prompts": json.dumps(self.texts)} if settings.keep_prompts else {})
-
-
-def _initial(host: Host, settings: Settings) -> State | None:
-    """The initial LoRA's factors, filled up with zeros to the run's rank where it has less, in every target."""
-    if not settings.initial_lora:
-        return None
-    targets = list(host.denoiser.roles.targets.values())
-    file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
-    state = fit(file.state, targets)
-    largest = max(len(a) for a, _ in state.values())
-    if largest > settings.rank:
-        raise OneStepError(
-            f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}"
-        )
-    host.denoiser.roles.add("initial", settings.rank, settings.seed)
-    grown = host.denoiser.roles.state("initial")
-    for name, (a, b) in state.items():
-        grown[name][0][: len(a)] = a
-        grown[name][1][:, : len(a)] = b
-    host.denoiser.roles.drop("initial")
-    return grown
-
-
-def _config(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
-    return {
-        "settings": asdict(settings),
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "base": host.base_hash,
-        "checkpoint": host.name,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-        "device": str(host.device),
-    }

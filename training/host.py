@@ -27,10 +27,16 @@ class Host(Protocol):
     """The network's blocks, in order: what gradient checkpointing recomputes one by one."""
     in_place: list[nn.Module]
     """Layers whose input the host overwrites afterwards: they are handed a copy in training."""
-    encoder_hash: str
-    """Of the text encoders' weights; with a prompt it names a cached embedding."""
-    base_hash: str
-    """Of the denoising network's weights, LoRA stack included."""
+
+    @property
+    def encoder_hash(self) -> str:
+        """Of the text encoders' weights; with a prompt it names a cached embedding."""
+        ...
+
+    @property
+    def base_hash(self) -> str:
+        """Of the denoising network's weights, LoRA stack included."""
+        ...
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """The conditions of ``prompts`` at ``size`` (width, height) in pixels, on the CPU, float32."""

@@ -78,7 +78,7 @@ class Scores:
             found = bootstrap(lambda rows: measure(x[rows], y[rows]), count, self.each, self.seed)
             return replace(found, low=max(0.0, found.low))
 
-        found = {f"sw{to}": between(sliced, a.flat, b.flat)}
+        found = {f"sliced{to}": between(sliced, a.flat, b.flat)}
         if a.features is not None and b.features is not None:
             x, y = (side[: count * self.each] for side in (a.features, b.features))
             found[f"fd{to}"] = between(frechet, x, y)

@@ -25,6 +25,13 @@ class Settings:
     method: str = setting("dmd", "How the student learns.", choices=("dmd", "vsd", "regression"))
     steps: int = setting(1000, "Student updates after the warm start.", 0, 1_000_000)
     student_steps: int = setting(1, "Steps in which the student draws: 1, 2 or 4.", 1, 8)
+    start: float = setting(
+        1.0,
+        "Share of the model's time that the student's first step is told: 1 = pure noise, which KSampler reproduces; "
+        "0.4 to 0.6 is easier to learn for eps-prediction.",
+        0.05,
+        1,
+    )
     rank: int = setting(64, "Rank of the student's adapters; one step wants 64 or more.", 1, 512)
     critic_rank: int = setting(0, "Rank of the critic's adapters; 0 = the student's.", 0, 512)
     targets: str = setting("all", "Which layers are adapted.", choices=("all", "attention+mlp", "attention"))
@@ -89,6 +96,11 @@ class Settings:
             raise OneStepError(f"level_low {self.level_low} must be below level_high {self.level_high}")
         if self.batch % self.accumulation:
             raise OneStepError(f"accumulation {self.accumulation} must divide batch {self.batch}")
+        if self.follow and self.critic_rank not in (0, self.rank):
+            raise OneStepError(
+                f"follow {self.follow} needs a critic of the student's rank {self.rank}, not {self.critic_rank}: "
+                "set critic_rank to 0"
+            )
         if self.steps + self.first_steps == 0:
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
         self.size_list  # noqa: B018  (refuses what is no size)
@@ -124,36 +136,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str, **changes: Any) -> Settings:
     """The settings of a preset, with changes. Raises OneStepError for an unknown name."""
     if name not in PRESETS:
-        raise OneStepError(f"no preset {name!r}: the presets are {', '.join(PRESETS)}")
+        raise OneStepError(f"no preset {name!r:.60}: the presets are {', '.join(PRESETS)}")
     return Settings(**{**PRESETS[name], **changes})
 
 
 def nearest(name: str, known: Any) -> str:
     """ ", did you mean X?" for a name that is almost one of ``known``."""
     close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    names = ", ".join(known)
+    return f"; known are {names}" if len(names) < 250 else f"; known are {names[:250].rsplit(', ', 1)[0]} and more"
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+}
 
 
 def _check(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
-    if kind in ("int", "float") and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
-        raise OneStepError(f"{name} is {value!r}: it must be a number")
-    if kind == "int" and value != int(value):
-        raise OneStepError(f"{name} is {value!r}: it must be a whole number")
+    wanted, words = KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool") or value != value:
+        raise OneStepError(f"{name} is {value!r:.60}: it must be {words}")
     if meta["choices"] and value not in meta["choices"]:
-        raise OneStepError(f"{name} is {value!r}{nearest(str(value), meta['choices'])}")
+        raise OneStepError(f"{name} is {value!r:.60}{nearest(value, meta['choices'])}")
     if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
-        raise OneStepError(f"{name} is {value}: it must lie in {meta['low']:g} to {meta['high']:g}. {meta['help']}")
+        raise OneStepError(f"{name} is {value:g}: it must lie in {meta['low']:g} to {meta['high']:g}. {meta['help']}")
 
 
 def _parsed(name: str, text: str, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
-        raise OneStepError(f"no setting {name!r}{nearest(name, kinds)}")
+        raise OneStepError(f"no setting {name!r:.60}{nearest(name, kinds)}")
     parse: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _bool}
     try:
         return parse[kinds[name]](text)
     except ValueError:
         raise OneStepError(
-            f"{name} is {text!r}: it must be of type {kinds[name]}, like {name}={getattr(Settings, name)}"
+            f"{name} is {text!r:.60}: it must be {KINDS[kinds[name]][1]}, like {name}={getattr(Settings, name)}"
         ) from None
 
 
@@ -168,8 +190,10 @@ def _size(text: str) -> tuple[int, int]:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise OneStepError(
-            f"size {text.strip()!r} is not WIDTHxHEIGHT: write it like 512x512 or 512x512,640x448"
+            f"size {text.strip()!r:.60} is not WIDTHxHEIGHT: write it like 512x512 or 512x512,640x448"
         ) from None
     if width % 8 or height % 8 or not 8 <= width <= 8192 or not 8 <= height <= 8192:
-        raise OneStepError(f"size {width}x{height}: width and height must be multiples of 8 between 8 and 8192 pixels")
+        raise OneStepError(
+            f"size {text.strip()[:60]}: width and height must be multiples of 8 between 8 and 8192 pixels"
+        )
     return width, height

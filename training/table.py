@@ -11,9 +11,9 @@ from .measures import Estimate
 
 TITLES = {
     "fd": "FD-local",
-    "sw": "SW",
+    "sliced": "sliced W",
     "fd_real": "FD-local real",
-    "sw_real": "SW real",
+    "sliced_real": "sliced W real",
     "group": "group",
     "colour": "colour",
     "brightness": "brightness",
@@ -22,7 +22,7 @@ TITLES = {
 """The measures that a person is shown, in this order; JSON holds them all."""
 LEGEND = {
     "fd": "FD-local: squared Frechet distance in the judge's features to the teacher's pictures",
-    "sw": "SW: sliced Wasserstein distance of the pixels to the teacher's pictures",
+    "sliced": "sliced W: sliced Wasserstein distance of the pixels to the teacher's pictures",
     "fd_real": "real: the same to real pictures",
     "group": "group, colour, brightness: share of pictures in which the judge finds what the prompt asks for",
     "variety": "variety: mean distance between the pictures of a prompt, as a share of the teacher's",
