@@ -164,7 +164,9 @@ def _check(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
     if meta["choices"] and value not in meta["choices"]:
         raise OneStepError(f"{name} is {value!r:.60}{nearest(value, meta['choices'])}")
     if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
-        raise OneStepError(f"{name} is {value:g}: it must lie in {meta['low']:g} to {meta['high']:g}. {meta['help']}")
+        raise OneStepError(
+            f"{name} is {str(value)[:30]}: it must lie in {meta['low']:g} to {meta['high']:g}. {meta['help']}"
+        )
 
 
 def _parsed(name: str, text: str, kinds: Mapping[str, Any]) -> Any:
