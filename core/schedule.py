@@ -23,8 +23,11 @@ def expand(level: Tensor, like: Tensor) -> Tensor:
 class NoiseSchedule(Protocol):
     """What a family of models knows of noise. Every level is a float64 tensor of any shape."""
 
-    sigma_min: float
-    sigma_max: float
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
 
     def alpha(self, sigma: Tensor) -> Tensor:
         """The signal's factor at ``sigma``; 0 is legal (pure noise)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import fit, load_lora
-from .quiet import quiet
+from .load import attempt
 
+Factors = Mapping[str, tuple[Tensor, Tensor]]
 ADAPTER = "onestep-check"
 TOLERANCE = 1e-6  # of a layer's largest difference: peft may fold alpha in float32
 
@@ -26,29 +28,33 @@ def check_file(pipe: Any, path: Path) -> str:
     network = getattr(pipe, "unet", None) or pipe.transformer
     targets = bind_diffusers(network)
     ours = fit(load_lora(path, [target.name for target in targets], detect(network)).state, targets)
-    theirs = _loaded(pipe, network, path)
-    missing, added = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-    if missing or added:
-        raise OneStepError(
-            f"diffusers {diffusers.__version__} reads {path.name[:80]} differently: {len(missing)} layers missing, "
-            f"{len(added)} added, the first: {(missing + added)[0]}. Please report it with the family of your model."
-        )
-    worst = max(_difference(ours[name], theirs[name]) for name in ours)
-    if worst > TOLERANCE:
-        raise OneStepError(
-            f"diffusers {diffusers.__version__} reads other numbers from {path.name[:80]}: they differ by {worst:.2g} "
-            "of a layer's largest change. Please report it with the family of your model."
-        )
+    worst = compare(ours, _loaded(pipe, network, path), path.name)
     return f"diffusers {diffusers.__version__} loads all {len(ours)} layers; largest relative difference {worst:.1g}"
 
 
-def _loaded(pipe: Any, network: Any, path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def compare(ours: Factors, theirs: Factors, name: str) -> float:
+    """The largest relative difference of a layer's change B A. Raises OneStepError where the two are not the same."""
+    missing, added = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    if missing or added:
+        raise OneStepError(
+            f"diffusers {diffusers.__version__} reads {name[:80]} differently: {len(missing)} layers missing, "
+            f"{len(added)} added, the first: {(missing + added)[0]}. Please report it with the family of your model."
+        )
+    worst = max(_difference(ours[layer], theirs[layer]) for layer in ours)
+    if not worst <= TOLERANCE:
+        raise OneStepError(
+            f"diffusers {diffusers.__version__} reads other numbers from {name[:80]}: they differ by {worst:.2g} "
+            "of a layer's largest change. Please report it with the family of your model."
+        )
+    return worst
+
+
+def _loaded(pipe: Any, network: Any, path: Path) -> Factors:
     """(A, scale B) by module path, as the pipeline's own load_lora_weights puts them into a network."""
     shell = _hollow(network)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     empty = type(pipe)(**{**dict.fromkeys(pipe.components), "scheduler": pipe.scheduler, name: shell}, **_flags(pipe))
-    with quiet():
-        empty.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER)
+    attempt(path, lambda: empty.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER))
     return {path: _factors(module) for path, module in shell.named_modules() if hasattr(module, "lora_A")}
 
 

@@ -22,7 +22,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import load_lora
@@ -111,11 +110,11 @@ class OneStepPipeline(DiffusionPipeline):
         host = self.host(recipe)
         size = self._size(host, recipe, width, height)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        cond = host.encode(prompts, size).repeat(num_images_per_prompt)
-        null = host.encode([negative_prompt], size).repeat(len(cond)) if recipe.guidance != 1 else None
+        cond = host.encode(prompts, size).repeat(num_images_per_prompt).to(host.device)
+        null = None if recipe.guidance == 1 else cond.null_like(host.encode([negative_prompt], size).to(host.device))
         noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
-        x0 = sample(host.denoiser, recipe, *_on(host, cond), start, lambda step: noise(packed=True), *_on(host, null))
+        x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
@@ -197,10 +196,6 @@ class _Noise:
         shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
         noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
         return (unpack(noise, height, width) if packed else noise).float()
-
-
-def _on(host: DiffusersHost, cond: Cond | None) -> tuple[Cond, ...]:
-    return () if cond is None else (cond.to(host.device),)
 
 
 def _names(network: Any) -> list[str]:
