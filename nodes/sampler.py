@@ -94,16 +94,14 @@ def started(schedule: NoiseSchedule, recipe: Recipe, noise: Tensor, latent: Tens
     """The noise from which core's sampler starts: as it is for an empty latent, else the picture's own noisy version."""
     if latent is None or torch.count_nonzero(latent) == 0:
         return noise
-    sigma = schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64, device=noise.device)).expand(
-        len(noise)
-    )
+    sigma = schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
     unit = (schedule.alpha(sigma) ** 2 + sigma**2).sqrt()
     return add_noise(schedule, latent, noise, sigma) / expand(recipe.fed[0] * unit, noise)
 
 
 def contract_levels(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     """ComfyUI's sigmas as the contract's levels."""
-    sigmas = sigmas.double()
+    sigmas = sigmas.cpu().double()
     flow = schedule.sigma_max == 1 and schedule.sigma_min == 0
     return sigmas if flow else sigmas / (1 + sigmas**2).sqrt()
 

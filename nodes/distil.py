@@ -1,0 +1,165 @@
+"""`Distil One-Step LoRA`: the whole distillation as one node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..core.tensor_file import read_tensors
+from ..training.distil import Result, distil
+from ..training.methods import METHODS
+from ..training.prompts import check_prompts
+from ..training.run import CONTINUE, RESTART, STOP
+from ..training.settings import PRESETS, Settings
+from ..training.settings import preset as of_preset
+from .adapt import adapted
+from .finish import running
+from .places import checked_name, publish, run_folder
+from .progress import Reporter, as_image, last_preview, loss_map, viewed
+from .prompts import lines
+from .settings import SettingsSocket
+
+BY_PRESET = "by preset"
+NO_LORA = "none"
+
+
+def help_of(name: str) -> str:
+    """A setting's own help."""
+    return str(Settings.__dataclass_fields__[name].metadata["help"])
+
+
+def model_inputs() -> list[Any]:
+    return [
+        io.Model.Input(
+            "model", tooltip="The teacher: LoRAs and ModelSampling patches on it are part of it. It stays as it is."
+        ),
+        io.Clip.Input("clip", tooltip="Encodes the prompts once, before training."),
+        io.Vae.Input("vae", tooltip="Decodes the previews."),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            dynamic_prompts=False,
+            tooltip="One prompt a line, or from Prompt List: what the student learns to draw. No pictures are needed.",
+        ),
+        io.String.Input("negative", multiline=True, default="", dynamic_prompts=False, tooltip=help_of("negative")),
+    ]
+
+
+def plan_inputs() -> list[Any]:
+    return [
+        io.Combo.Input("method", options=[BY_PRESET, *METHODS], default=BY_PRESET, tooltip=help_of("method")),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default="Balanced",
+            tooltip="Fast: regression on the teacher's pairs. Balanced: that, then distribution matching. Best: longer, with a surer critic.",
+        ),
+        io.Int.Input("steps", default=0, min=0, max=1_000_000, tooltip=help_of("steps") + " 0 = the preset's."),
+        io.Combo.Input("student_steps", options=["1", "2", "4"], default="1", tooltip=help_of("student_steps")),
+        io.Int.Input("rank", default=64, min=1, max=512, tooltip=help_of("rank")),
+        io.String.Input("sizes", default="512x512", tooltip=help_of("sizes")),
+        io.Int.Input("teacher_steps", default=20, min=1, max=1000, tooltip=help_of("teacher_steps")),
+        io.Float.Input("guidance", default=4.0, min=0.0, max=30.0, step=0.1, tooltip=help_of("guidance")),
+        io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip=help_of("seed")),
+    ]
+
+
+def run_inputs() -> list[Any]:
+    return [
+        io.String.Input("name", default="my-one-step", tooltip="Of the run and of its LoRA in models/loras/onestep."),
+        io.Combo.Input(
+            "existing",
+            options=[CONTINUE, RESTART, STOP],
+            default=CONTINUE,
+            tooltip="Where a run of this name is there: go on from its last state (same settings only), begin anew, or stop with a word.",
+        ),
+        io.Combo.Input(
+            "initial_lora",
+            options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+            default=NO_LORA,
+            tooltip=help_of("initial_lora"),
+        ),
+        SettingsSocket.Input(
+            "settings", optional=True, tooltip="From Distillation Settings: replaces the preset's finer values."
+        ),
+    ]
+
+
+class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
+    """Distil the plugged model into a LoRA that makes it draw in one step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepDistil",
+            display_name="Distil One-Step LoRA",
+            category="OneStep/training",
+            description="Trains a LoRA with which the model draws in one, two or four steps, from prompts alone. Cancel keeps what is "
+            "learnt; queue again with 'continue' to go on.",
+            search_aliases=["distillation", "train", "turbo", "few step"],
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[*model_inputs(), *plan_inputs(), *run_inputs()],
+            outputs=[
+                io.LoraModel.Output(display_name="lora", tooltip="For Load LoRA Model and Save LoRA."),
+                io.LossMap.Output(
+                    display_name="loss_map", tooltip="Distance to the teacher at each measure, for Plot Loss Graph."
+                ),
+                io.Image.Output(
+                    display_name="preview", tooltip="The last preview: teacher above student, the same noise."
+                ),
+                io.String.Output(display_name="file", tooltip="The LoRA's name for the LoRA loaders."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **unused: Any) -> float:
+        """Every queue runs: what is already there is 'existing's business."""
+        return float("nan")
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        prompts: str,
+        name: str,
+        existing: str,
+        settings: Any = None,
+        **widgets: Any,
+    ) -> io.NodeOutput:
+        name, texts = checked_name(name), check_prompts(lines(prompts))
+        chosen = settings_of(settings or {}, **widgets)
+        with running(name) as finish, adapted(model, clip, vae, targets=chosen.targets) as host:
+            report = Reporter(cls.hidden.unique_id, name, finish)
+            result = distil(host, texts, chosen, run_folder(name), existing=existing, report=report)
+        return outputs(result, publish(result.path, name))
+
+
+def settings_of(
+    finer: dict[str, Any], method: str, preset: str, steps: int, initial_lora: str, **shown: Any
+) -> Settings:
+    """The preset, then the finer settings, then what the node shows."""
+    changes = {**finer, **shown, "student_steps": int(shown["student_steps"]), "negative": shown["negative"].strip()}
+    if method != BY_PRESET:
+        changes["method"] = method
+    if steps:
+        changes["steps"] = steps
+    if initial_lora != NO_LORA:
+        changes["initial_lora"] = folder_paths.get_full_path_or_raise("loras", initial_lora)
+    return of_preset(preset, **changes)
+
+
+def outputs(result: Result, file: str) -> io.NodeOutput:
+    preview = last_preview(result.run)
+    said = [f"{file} ({result.updates} updates, {result.seconds:.0f} s, {result.role})", result.check, *result.notes]
+    shown = {"text": ["\n".join(said)], "onestep_preview": [viewed(preview)]}
+    return io.NodeOutput(read_tensors(result.path), loss_map(result.metrics), as_image(preview), file, ui=shown)
+
+
+NODES = [DistilOneStepLoRA]

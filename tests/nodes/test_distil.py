@@ -1,0 +1,274 @@
+"""The distillation node in a running server: it trains, resumes, stops, finishes early, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_support import GraphRefused
+from onestep.core.lora_file import load_lora
+from onestep.core.recipe import Recipe
+from onestep.training.run import Run
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = "a red dragon\na blue wall\na wall"
+# As little as a whole run can be: each phase, each turn, measures and previews.
+SMALL = {
+    **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "batch": 2, "pairs": 4, "warm_up": 1},
+    **{"watch_every": 2, "watch_samples": 4, "preview_every": 2, "preview_samples": 1, "save_every": 2},
+}
+
+
+def settings_node(server: Any, **changes: Any) -> dict[str, Any]:
+    """Distillation Settings with its own defaults, and changes."""
+    known = server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]["input"]["required"]
+    values = {name: told[1]["default"] for name, told in known.items()}
+    return {"class_type": "OneStepDistillationSettings", "inputs": {**values, **SMALL, **changes}}
+
+
+def distil_node(name: str, **changes: Any) -> dict[str, Any]:
+    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "settings": ["settings", 0]}
+    plan = {"method": "by preset", "preset": "Balanced", "steps": 3, "student_steps": "1", "rank": 2, "sizes": "32x32"}
+    more = {
+        "teacher_steps": 2,
+        "guidance": 2.0,
+        "seed": 0,
+        "name": name,
+        "existing": "continue",
+        "initial_lora": "none",
+    }
+    return {
+        "class_type": "OneStepDistil",
+        "inputs": {"prompts": PROMPTS, "negative": "", **plan, **more, **plugs, **changes},
+    }
+
+
+def graph(
+    server: Any, name: str, model: str = "tiny", finer: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    return {
+        "model": {"class_type": "OneStepLoadTinyModel", "inputs": {"name": model}},
+        "settings": settings_node(server, **(finer or {})),
+        "distil": distil_node(name, **changes),
+    }
+
+
+def lora_of(server: Any, name: str) -> Any:
+    return load_lora(server.base / "models" / "loras" / "onestep" / f"{name}.safetensors")
+
+
+def run_of(server: Any, name: str) -> Run:
+    return Run(server.base / "output" / "onestep" / name)
+
+
+@pytest.fixture(scope="module")
+def plain(comfy_server: Any) -> Any:
+    """One finished run of the tiny U-Net, to which the others are compared."""
+    finished = comfy_server.run(graph(comfy_server, "plain"))
+    assert finished.status == "success", finished.error
+    return finished
+
+
+def test_a_run_learns_shows_itself_and_leaves_a_lora(plain: Any, comfy_server: Any) -> None:
+    lora = lora_of(comfy_server, "plain")
+    assert lora.family == "unet" and any(bool(b.any()) for _, b in lora.state.values())
+    recipe = Recipe.from_json(lora.recipe)
+    assert recipe.told == (999.0,) and recipe.sizes == ((32, 32),)
+    told = plain.named("onestep.progress")
+    assert [data["update"] for data in told][-1] == told[0]["total"] == 6  # 2 warm start, 1 critic, 3 of the method
+    assert all(data["node"] == "distil" and data["name"] == "plain" and data["eta"] >= 0 for data in told)
+    assert {"distance", "variety"} <= set(told[-1]["numbers"])
+    pictures = [data["preview"] for data in told if data["preview"]]
+    assert pictures and comfy_server.pixels(pictures[-1]).shape[0] > 64
+    assert plain.previews, "previews also go through ComfyUI's own channel"
+    assert plain.outputs["distil"]["text"][0].startswith("onestep/plain.safetensors")
+    assert "ComfyUI" in plain.outputs["distil"]["text"][0]
+
+
+def test_the_loaders_list_the_result(plain: Any, comfy_server: Any) -> None:
+    known = comfy_server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"]
+    options = known[0] if isinstance(known[0], list) else known[1]["options"]
+    assert "onestep/plain.safetensors" in [option.replace("\\", "/") for option in options]
+
+
+def test_a_second_queue_does_what_existing_says(plain: Any, comfy_server: Any) -> None:
+    before = lora_of(comfy_server, "plain").state
+    updates = len(run_of(comfy_server, "plain").metrics())
+    again = comfy_server.run(graph(comfy_server, "plain"))
+    assert again.status == "success" and len(run_of(comfy_server, "plain").metrics()) == updates
+    stopped = comfy_server.run(graph(comfy_server, "plain", existing="stop"))
+    assert stopped.status == "error" and "already" in stopped.error and len(stopped.error) < 400
+    other = comfy_server.run(graph(comfy_server, "plain", seed=1))
+    assert other.status == "error" and "seed" in other.error and "restart" in other.error
+    anew = comfy_server.run(graph(comfy_server, "plain", existing="restart"))
+    assert anew.status == "success" and anew.named("onestep.progress")[-1]["total"] == 6
+    after = lora_of(comfy_server, "plain").state
+    assert all(torch.equal(x, y) for name in before for x, y in zip(before[name], after[name], strict=True))
+
+
+def test_cancel_keeps_what_is_learnt_and_the_run_goes_on(plain: Any, comfy_server: Any) -> None:
+    def cancel(name: str, data: dict[str, Any], prompt_id: str) -> None:
+        if name == "onestep.progress" and data["update"] == 3:
+            comfy_server.interrupt(prompt_id)
+
+    cut = comfy_server.run(graph(comfy_server, "cut"), on_event=cancel)
+    assert cut.named("execution_interrupted"), cut.status
+    run = run_of(comfy_server, "cut")
+    at = run.states()[-1]
+    assert 3 <= at < 6
+    partial = load_lora(run.folder / "partial.safetensors")
+    assert partial.state.keys() == lora_of(comfy_server, "plain").state.keys()
+    shown = comfy_server.run(graph(comfy_server, "cut"))
+    assert shown.status == "success", shown.error
+    assert shown.named("onestep.progress")[0]["update"] == at + 1
+    assert not (run.folder / "partial.safetensors").exists()
+    whole, resumed = lora_of(comfy_server, "plain").state, lora_of(comfy_server, "cut").state
+    assert all(torch.equal(x, y) for name in whole for x, y in zip(whole[name], resumed[name], strict=True))
+
+
+def test_finish_now_ends_after_the_step_and_returns(comfy_server: Any) -> None:
+    def finish(name: str, data: dict[str, Any], prompt_id: str) -> None:
+        if name == "onestep.progress" and data["update"] == 2:
+            assert comfy_server.post("/onestep/finish", {"name": "early"}) == {"finishing": True}
+
+    finished = comfy_server.run(graph(comfy_server, "early", steps=500), on_event=finish)
+    assert finished.status == "success", finished.error
+    assert "finished early" in finished.outputs["distil"]["text"][0]
+    assert lora_of(comfy_server, "early").state
+    for body in ({"name": "early"}, {"name": "../early"}, {"name": ["early"]}):
+        with pytest.raises(GraphRefused, match="404"):
+            comfy_server.post("/onestep/finish", body)
+    with pytest.raises(GraphRefused, match="400"):
+        comfy_server.post("/onestep/finish", {"path": "early"})
+
+
+def test_the_flow_model_is_distilled_too(comfy_server: Any) -> None:
+    finished = comfy_server.run(graph(comfy_server, "flow", "tiny-flow", preset="Fast", steps=2, student_steps="2"))
+    assert finished.status == "success", finished.error
+    recipe = Recipe.from_json(lora_of(comfy_server, "flow").recipe)
+    assert recipe.family == "sd3" and recipe.steps == 2
+
+
+def with_patch(workflow: dict[str, Any], node: str, **values: Any) -> dict[str, Any]:
+    workflow["patch"] = {"class_type": node, "inputs": {"model": ["model", 0], **values}}
+    workflow["distil"]["inputs"]["model"] = ["patch", 0]
+    return workflow
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "word"),
+    [
+        ("HyperTile", {"tile_size": 32, "swap_size": 2, "max_depth": 0, "scale_depth": False}, "attn1_patch"),
+        ("RescaleCFG", {"multiplier": 0.7}, "sampler_cfg_function"),
+        ("FreeU_V2", {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}, "output_block_patch"),
+    ],
+)
+def test_patches_on_the_teacher_are_refused_by_name(comfy_server: Any, node: str, values: Any, word: str) -> None:
+    refused = comfy_server.run(with_patch(graph(comfy_server, "patched"), node, **values))
+    assert word in refused.error and len(refused.error) < 400
+    assert not (comfy_server.base / "output" / "onestep" / "patched").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "finer", "words"),
+    [
+        ({"name": "../escape"}, {}, "name"),
+        ({"name": "nul"}, {}, "name"),
+        ({"prompts": " \n "}, {}, "prompts"),
+        ({"prompts": "x" * 10_000}, {}, "Shorten"),
+        ({"sizes": "33x32"}, {}, "33x32"),
+        ({"sizes": "large"}, {}, "large"),
+        ({}, {"accumulation": 3}, "accumulation"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_written(comfy_server: Any, changes: Any, finer: Any, words: str) -> None:
+    before = sorted((comfy_server.base / "output").rglob("*"))
+    refused = comfy_server.run(graph(comfy_server, **{"name": "bad", **changes}, finer=finer))
+    assert words in refused.error and len(refused.error) < 400, refused.error
+    assert sorted((comfy_server.base / "output").rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [{"rank": 0}, {"method": "magic"}, {"initial_lora": "../../secret.safetensors"}])
+def test_what_no_widget_offers_is_refused_by_the_server(comfy_server: Any, changes: Any) -> None:
+    with pytest.raises(GraphRefused):
+        comfy_server.run(graph(comfy_server, "bad", **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sd3", "flux"])
+def test_checkpoints_of_each_layout_are_distilled_and_loaded_by_core(server_with_checkpoints: Any, kind: str) -> None:
+    """A few steps of the whole method; then core's own LoraLoader takes every key of the file."""
+    server, text = server_with_checkpoints, "sd3" if kind == "flux" else kind
+    workflow = graph(
+        server, f"from-{kind}", finer={"matching_guidance": 1.0 if kind == "flux" else 2.0}, sizes="64x64", steps=1
+    )
+    workflow["model"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{kind}.safetensors"}}
+    workflow["text"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{text}.safetensors"}}
+    workflow["distil"]["inputs"]["clip"] = ["text", 1]
+    finished = server.run(workflow)
+    assert finished.status == "success", finished.error
+    assert "ComfyUI" in finished.outputs["distil"]["text"][0]
+    logged = len(server.log())
+    told = {"lora_name": f"onestep/from-{kind}.safetensors", "strength_model": 1.0, "strength_clip": 0.0}
+    loaded = {
+        **{key: workflow[key] for key in ("model", "text")},
+        "lora": {"class_type": "LoraLoader", "inputs": {**told, "model": ["model", 0], "clip": ["text", 1]}},
+        "prompt": {"class_type": "CLIPTextEncode", "inputs": {"text": "a wall", "clip": ["text", 1]}},
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "sample": {
+            "class_type": "KSampler",
+            "inputs": {
+                **{"seed": 3, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0},
+                **{
+                    "model": ["lora", 0],
+                    "positive": ["prompt", 0],
+                    "negative": ["prompt", 0],
+                    "latent_image": ["empty", 0],
+                },
+            },
+        },
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["model", 2]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": kind}},
+    }
+    assert server.images(server.run(loaded), "save")[0].shape == (64, 64, 3)
+    assert "lora key not loaded" not in server.log()[logged:] and "NOT LOADED" not in server.log()[logged:]
+    assert "ERROR lora" not in server.log()[logged:]
+
+
+def test_prompts_come_from_files_and_pictures(comfy_server: Any) -> None:
+    (comfy_server.base / "input" / "some.txt").write_text("a red dragon\n\na wall\na wall\n", encoding="utf-8")
+    picture = comfy_server.run(saved_picture())
+    entry = picture.outputs["save"]["images"][0]
+    (comfy_server.base / "input" / "drawn.png").write_bytes(
+        (comfy_server.base / "output" / entry["subfolder"] / entry["filename"]).read_bytes()
+    )
+    for file, expected in (("some.txt", "2 prompts:\na red dragon\na wall"), ("drawn.png", "1 prompts:\na green cave")):
+        finished = comfy_server.run(listed(file))
+        assert finished.outputs["list"]["text"] == [expected], finished.error
+    for file in ("../secret.txt", "/etc/passwd", "absent.txt"):
+        refused = comfy_server.run(listed(file))
+        assert "input folder" in refused.error and len(refused.error) < 400
+
+
+def saved_picture() -> dict[str, Any]:
+    widgets = {"seed": 1, "steps": 1, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    plugs = {"model": ["model", 0], "positive": ["yes", 0], "negative": ["no", 0], "latent_image": ["empty", 0]}
+    return {
+        "model": {"class_type": "OneStepLoadTinyModel", "inputs": {"name": "tiny"}},
+        "yes": {"class_type": "CLIPTextEncode", "inputs": {"text": "a green\ncave", "clip": ["model", 1]}},
+        "no": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurred", "clip": ["model", 1]}},
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 32, "height": 32, "batch_size": 1}},
+        "sample": {"class_type": "KSampler", "inputs": widgets | plugs},
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["model", 2]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "prompted"}},
+    }
+
+
+def listed(file: str) -> dict[str, Any]:
+    return {
+        "list": {"class_type": "OneStepPromptList", "inputs": {"text": "", "file": file, "unique": True}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["list", 0]}},
+    }
