@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ from ..core.errors import OneStepError
 from ..core.lora_file import fit, load_lora
 from ..core.recipe import Recipe
 from ..core.roles import State
+from ..core.schedule import NoiseSchedule
 from .host import Host
 from .settings import Settings
 
@@ -40,8 +42,25 @@ def initial_state(host: Host, settings: Settings) -> State | None:
 
 def recipe_of(host: Host, settings: Settings) -> Recipe:
     """How the student will draw."""
-    schedule, sizes = host.denoiser.schedule, settings.size_list
-    return Recipe.for_student(schedule, settings.student_steps, host.family, sizes, settings.start)
+    schedule, steps = host.denoiser.schedule, settings.student_steps
+    start = settings.start or automatic_start(schedule, steps)
+    return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)
+
+
+def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
+    """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057).
+
+    An eps-prediction's x0 has its error divided by alpha, which is 0.07 at Stable Diffusion's noisiest time and 0.37
+    here.
+    Schedules that end at alpha = 0 (flow, zero-terminal SNR) belong to networks that never divide by it: they begin
+    at 1, and
+    so do students of several steps, whose later steps mend the first.
+    """
+    noisiest = torch.tensor(schedule.sigma_max, dtype=torch.float64)
+    if steps > 1 or float(schedule.alpha(noisiest)) < 1e-3:
+        return 1.0
+    level = schedule.sigma_of_log_snr(torch.tensor(-math.log(2.5)))
+    return float(schedule.time_of_sigma(level) / schedule.time_of_sigma(noisiest))
 
 
 def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:

@@ -26,10 +26,10 @@ class Settings:
     steps: int = setting(1000, "Student updates after the warm start.", 0, 1_000_000)
     student_steps: int = setting(1, "Steps in which the student draws: 1, 2 or 4.", 1, 8)
     start: float = setting(
-        1.0,
+        0.0,
         "Share of the model's time that the student's first step is told: 1 = pure noise, which KSampler reproduces; "
-        "0.4 to 0.6 is easier to learn for eps-prediction.",
-        0.05,
+        "0 = automatic: lower for one step of a model that divides by a small alpha there, because it learns far faster.",
+        0,
         1,
     )
     rank: int = setting(64, "Rank of the student's adapters; one step wants 64 or more.", 1, 512)
