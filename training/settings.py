@@ -28,7 +28,7 @@ class Settings:
     start: float = setting(
         0.0,
         "Share of the model's time that the student's first step is told: 1 = pure noise, which KSampler reproduces; "
-        "0 = automatic: lower for one step of a model that divides by a small alpha there, because it learns far faster.",
+        "0 = automatic: lower for one step of a model that divides by a small alpha there; it then learns far faster.",
         0,
         1,
     )
