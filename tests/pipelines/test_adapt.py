@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adapted import SIZE, noisy, with_student
 from tiny_pipelines import MAKERS, make
 from torch import Tensor
 
-from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
-from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.pipelines.adapt import adapt
 from onestep.pipelines.networks import pack, schedule_of, unpack
 
-SIZE = (16, 16)
 FAMILIES = list(MAKERS)
 RESCALED = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 PREDICTIONS = [
@@ -31,10 +29,6 @@ PREDICTIONS = [
     ("sd3", {}),
     ("flux", {}),
 ]
-
-
-def noisy(host: DiffusersHost, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, *host.latent_shape(SIZE), dtype=dtype)
 
 
 def asked_by_hand(pipe: Any, name: str, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -223,234 +217,3 @@ def test_a_half_precision_network_answers_in_the_latents_precision(name: str) ->
     assert half.dtype == torch.float32
     # diffusers' Flux also rounds the time and the guidance that it is told
     assert 0 < (half - full).square().mean().sqrt() < (0.3 if name == "flux" else 0.1) * full.std()
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
-
-
-def with_student(host: DiffusersHost, role: str = "student", seed: int = 1) -> list[Tensor]:
-    """The parameters of a role away from B = 0."""
-    host.denoiser.roles.add(role, 2, seed)
-    parameters = host.denoiser.roles.parameters(role)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter += 0.1 * torch.randn_like(parameter)
-    return parameters
-
-
-# diffusers rounds to float32 within: the rotation of Flux' queries and keys, SD3.5's norms of them
-@pytest.mark.parametrize(
-    ("name", "step", "tolerance"), [("sd", 1e-5, 1e-6), ("sdxl", 1e-5, 1e-6), ("sd3", 1e-3, 1e-3), ("flux", 1e-3, 1e-3)]
-)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_of_d_is_the_finite_difference(name: str, step: float, tolerance: float, checkpointing: bool) -> None:
-    host = adapt(make(name))
-    host.network.double()
-    parameters = with_student(host)
-    x, cond = noisy(host, dtype=torch.float64), host.encode(["a cat", "red"], SIZE).to(torch.float64)
-    sigma, weight = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8])), noisy(host, dtype=torch.float64)
-
-    def loss() -> Tensor:
-        return (weight * host.denoiser(x, sigma, cond)).sum()
-
-    with host.training(), host.denoiser.roles.use("student"):
-        blocks = host.blocks if checkpointing else []
-        with checkpoint_blocks(blocks, host.denoiser.roles):
-            value = loss()
-            value.backward()
-    gradients = [parameter.grad for parameter in parameters]
-    assert all(gradient is not None for gradient in gradients)
-    # what SD3's last block asks of the text is thrown away: its query has no effect
-    silent = [index for index, gradient in enumerate(gradients) if not gradient.any()]
-    assert {sorted(host.denoiser.roles.targets)[index // 2] for index in silent} == (
-        {"transformer_blocks.1.attn.add_q_proj"} if name == "sd3" else set()
-    )
-
-    generator = torch.Generator().manual_seed(2)
-    start = [parameter.detach().clone() for parameter in parameters]
-    steps = [step * torch.randn(p.shape, generator=generator) for p in parameters]
-    values, places = [], []
-    with torch.no_grad(), host.denoiser.roles.use("student"):
-        for sign in (1, -1):
-            for parameter, at, move in zip(parameters, start, steps, strict=True):
-                parameter.copy_(at + sign * move)
-            values.append(loss())
-            places.append([parameter.double() for parameter in parameters])
-    # the parameters are float32: the step is what they really moved by
-    moved = [high - low for high, low in zip(*places, strict=True)]
-    slope = sum((gradient.double() * move).sum() for gradient, move in zip(gradients, moved, strict=True))
-    # of a direction's chance slope, the gradients' length is the scale
-    length = sum(gradient.double().square().sum() for gradient in gradients).sqrt()
-    scale = float(length * sum(move.square().sum() for move in moved).sqrt()) / len(start) ** 0.5
-    assert float(slope) == pytest.approx(float(values[0] - values[1]), rel=tolerance, abs=tolerance * scale)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointed_gradients_are_the_same(name: str) -> None:
-    host = adapt(make(name))
-    parameters = with_student(host)
-    x, cond = noisy(host), host.encode(["a cat", "red"], SIZE)
-    sigma = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8]))
-    found = []
-    for blocks in ([], host.blocks):
-        with host.training(), host.denoiser.roles.use("student"), checkpoint_blocks(blocks, host.denoiser.roles):
-            host.denoiser(x, sigma, cond).square().sum().backward()
-        found.append([parameter.grad.clone() for parameter in parameters])
-        for parameter in parameters:
-            parameter.grad = None
-    for plain, checkpointed in zip(*found, strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_after_another_role_was_used_is_right_or_refused(checkpointing: bool) -> None:
-    """peft gives None gradients here; recomputation would see the critic."""
-    host = adapt(make("sd"))
-    roles = host.denoiser.roles
-    student, critic = with_student(host), with_student(host, "critic", 5)
-    x, cond = noisy(host), host.encode(["a cat", "red"], SIZE)
-    sigma = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8]))
-    with host.training(), checkpoint_blocks(host.blocks if checkpointing else [], roles):
-        with roles.use("student"):
-            host.denoiser(x, sigma, cond).sum().backward()
-        expected = [parameter.grad.clone() for parameter in student]
-        for parameter in student:
-            parameter.grad = None
-        with roles.use("student"):
-            loss = host.denoiser(x, sigma, cond).sum()
-        with roles.use("critic"), torch.no_grad():
-            host.denoiser(x, sigma, cond)
-        loss.backward()
-        with roles.use("student"):
-            again = host.denoiser(x, sigma, cond).sum()
-        with roles.use("critic"), pytest.raises(OneStepError, match="run backward"):
-            again.backward()
-    for parameter, gradient in zip(student, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-    assert all(parameter.grad is None for parameter in critic)
-
-
-# -- roles ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_role_rows_equal_separate_forwards(name: str) -> None:
-    host = adapt(make(name))
-    with_student(host), with_student(host, "critic", 5)
-    x, cond = noisy(host, 4), host.encode(["a cat", "red", "dog", "a"], SIZE)
-    sigma = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8, 0.2, 0.9]))
-    with host.denoiser.roles.rows([("teacher", 1), ("critic", 2), ("student", 1)]):
-        together = host.denoiser(x, sigma, cond)
-    for role, rows in [("teacher", slice(0, 1)), ("critic", slice(1, 3)), ("student", slice(3, 4))]:
-        with host.denoiser.roles.use(role):
-            alone = host.denoiser(x[rows], sigma[rows], cond[rows])
-        torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
-    with host.denoiser.roles.use("student"):
-        student = host.denoiser(x, sigma, cond)
-    assert (student - host.denoiser(x, sigma, cond)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_a_role_equals_pefts_lora(name: str) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    host = adapt(make(name))
-    with_student(host)
-    x, cond = noisy(host), host.encode(["a cat", "red"], SIZE)
-    sigma = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8]))
-    with host.denoiser.roles.use("student"):
-        ours = host.denoiser(x, sigma, cond)
-    state = host.denoiser.roles.state("student")
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=list(state)), host.network)
-    for path, module in host.network.named_modules():
-        if hasattr(module, "lora_A"):
-            a, b = state.pop(path)
-            module.lora_A["default"].weight.copy_(a)
-            module.lora_B["default"].weight.copy_(b)
-    assert not state
-    theirs = host.denoiser(x, sigma, cond)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
-
-
-def test_requires_grad_and_mode_are_given_back() -> None:
-    pipe = make("sd")
-    pipe.unet.train()
-    pipe.unet.enable_gradient_checkpointing()
-    host = adapt(pipe)
-    flags = [parameter.requires_grad for parameter in pipe.unet.parameters()]
-    with host.training():
-        assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
-        assert not pipe.unet.training and not pipe.unet.is_gradient_checkpointing
-    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags and all(flags)
-    assert pipe.unet.training and pipe.unet.is_gradient_checkpointing
-
-
-def test_release_leaves_the_pipeline_as_it_was() -> None:
-    pipe = make("sd")
-    before = {path: len(module._forward_hooks) for path, module in pipe.unet.named_modules()}
-    names = list(pipe.unet.state_dict())
-    host = adapt(pipe)
-    assert any(module._forward_hooks for module in pipe.unet.modules())
-    with_student(host)
-    assert list(pipe.unet.state_dict()) == names
-    host.release()
-    assert {path: len(module._forward_hooks) for path, module in pipe.unet.named_modules()} == before
-
-
-def copies(network: torch.nn.Module) -> list[str]:
-    """Names of weights of which another live storage holds the same numbers, in any dtype or shape."""
-    gc.collect()
-    live = [found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)]
-    own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
-    others: dict[int, list[Tensor]] = {}
-    for found in live:
-        if found.untyped_storage().data_ptr() not in own:
-            others.setdefault(found.numel(), []).append(found.detach())
-    return [
-        name
-        for name, weight in network.named_parameters()
-        for other in others.get(weight.numel(), [])
-        if torch.allclose(other.flatten().double(), weight.detach().flatten().double(), rtol=1e-2)
-    ]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_base_weight_exists_once(name: str) -> None:
-    """At three points of a step, and a role adds its adapters alone."""
-    host = adapt(make(name))
-    weights = list(host.network.parameters())
-    addresses = {weight.untyped_storage().data_ptr() for weight in weights}
-    assert len(addresses) == len(weights)
-    witness = weights[0].detach().clone().bfloat16()
-    assert len(copies(host.network)) == 1  # it would be seen
-    del witness
-    x, cond = noisy(host).requires_grad_(), host.encode(["a cat", "red"], SIZE)
-    sigma = host.denoiser.schedule.sigma_at(torch.tensor([0.4, 0.8]))
-    parameters = with_student(host) + with_student(host, "critic", 3)
-    seen = []
-    with host.training(), checkpoint_blocks(host.blocks, host.denoiser.roles):
-        seen.append(copies(host.network))
-        with host.denoiser.roles.rows([("student", 1), ("critic", 1)]):
-            loss = host.denoiser(x, sigma, cond).square().sum()
-        seen.append(copies(host.network))
-        parameters[len(parameters) // 4].register_hook(lambda _: seen.append(copies(host.network)))
-        loss.backward()
-    assert len(seen) == 3 and seen == [[], [], []]
-    targets = host.denoiser.roles.targets.values()
-    expected = sum(4 * 2 * (target.in_features * len_of_kernel(target) + target.out_rows) for target in targets)
-    assert sum(parameter.nbytes for parameter in parameters) == 2 * expected
-    assert {weight.untyped_storage().data_ptr() for weight in host.network.parameters()} == addresses
-
-
-def len_of_kernel(target: Any) -> int:
-    return int(np.prod(target.module.kernel_size)) if target.is_conv else 1
-
-
-def test_hashes_tell_weights_apart() -> None:
-    one, other = adapt(make("sd")), adapt(make("sd"))
-    assert one.base_hash == other.base_hash and one.encoder_hash == other.encoder_hash
-    changed = adapt(make("sd", seed=1))
-    assert changed.base_hash != one.base_hash and changed.encoder_hash != one.encoder_hash
