@@ -1,0 +1,118 @@
+"""onestep inspect: what a LoRA's file holds, and how to sample it in ComfyUI and in diffusers."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OneStepError
+from ..core.families import FAMILIES
+from ..core.lora_file import LoraFile, load_lora
+from ..core.recipe import KSampler, Recipe
+from ..core.schedule import FlowSchedule, VPSchedule
+from .console import Console
+from .lora import settings_in
+
+TITLE, SETTINGS, PROMPTS = "modelspec.title", "onestep.settings", "onestep.prompts"
+LONG = 80
+SHIFTS = {"sd3": 3.0, "flux": 1.15}  # of the bases as they are published, where the recipe does not say
+
+
+def run(args: Namespace, console: Console) -> None:
+    path = Path(args.file)
+    file = load_lora(path)
+    facts = describe(file, path)
+    console.result(told(facts), facts)
+
+
+def describe(file: LoraFile, path: Path) -> dict[str, Any]:
+    """Everything that is said of a file, as plain values."""
+    recipe = None if file.recipe is None else Recipe.from_json(file.recipe)
+    ranks = sorted({len(a) for a, _ in file.state.values()})
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "family": file.family,
+        "model": FAMILIES[file.family].title,
+        "layers": len(file.state),
+        "ranks": ranks,
+        "unused": len(file.unused),
+        "recipe": None if recipe is None else json.loads(recipe.to_json()),
+        "ksampler": None if recipe is None else ksampler(recipe),
+        "diffusers": None if recipe is None else in_diffusers(recipe, path),
+        "settings": settings_in(file.metadata),
+        "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS)},
+    }
+
+
+def ksampler(recipe: Recipe) -> dict[str, Any] | str:
+    """ComfyUI's KSampler widgets for the family as it is published, or why there are none."""
+    flow = FlowSchedule(SHIFTS.get(recipe.family, 1.0) if recipe.shift is None else recipe.shift)
+    found = recipe.ksampler(VPSchedule.scaled_linear() if recipe.family == "unet" else flow)
+    return asdict(found) if isinstance(found, KSampler) else found
+
+
+def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
+    """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
+    from ..pipelines.plain import diffusers_settings
+
+    try:
+        settings = diffusers_settings(recipe)
+    except OneStepError as error:
+        return [f"# {error}"]
+    changes = "".join(f", {name}={value!r}" for name, value in settings.changes.items())
+    call = "".join(f", {name}={value!r}" for name, value in settings.call.items())
+    if settings.latents_scale != 1:
+        call += f", latents={settings.latents_scale!r} * latents  # of standard normal latents"
+    return [
+        f"pipe.load_lora_weights({str(path)!r})",
+        *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
+        f"pipe.scheduler = diffusers.{settings.scheduler}.from_config(pipe.scheduler.config{changes})",
+        f'pipe("your prompt"{call})',
+    ]
+
+
+def told(facts: dict[str, Any]) -> str:
+    """The same for a person."""
+    ranks = ", ".join(map(str, facts["ranks"]))
+    unused = f"; {facts['unused']} keys of text encoders are left alone" if facts["unused"] else ""
+    lines = [
+        f"{facts['path']}: a LoRA for {facts['model']}",
+        f"  {facts['layers']} layers, rank {ranks}, {facts['bytes'] / 2**20:.1f} MiB{unused}",
+    ]
+    if facts["recipe"] is None:
+        lines.append("  It does not say how it is sampled: onestep generate takes a preset with --recipe.")
+    else:
+        lines += recipe_lines(facts)
+    changed = {
+        name: value for name, value in facts["settings"].items() if name in ("method", "steps", "rank", "guidance")
+    }
+    if changed:
+        lines.append("  trained with " + ", ".join(f"{name} {value}" for name, value in changed.items()))
+    return "\n".join([*lines, "header:", *(f"  {name}: {_short(text)}" for name, text in facts["header"].items())])
+
+
+def recipe_lines(facts: dict[str, Any]) -> list[str]:
+    recipe, widgets = facts["recipe"], facts["ksampler"]
+    sizes = ", ".join(f"{width}x{height}" for width, height in recipe["sizes"]) or "any size"
+    times = ", ".join(f"{time:g}" for time in recipe["told"])
+    between = ", fresh noise between them" if recipe["renoise"] else ""
+    how = f"strength {recipe['lora_scale']:g}, guidance {recipe['guidance']:g}"
+    if isinstance(widgets, dict):
+        comfy = "LoraLoader, then KSampler: " + ", ".join(f"{name} {value}" for name, value in widgets.items())
+    else:
+        comfy = f"Load One-Step LoRA, then One-Step Sample ({widgets})"
+    return [
+        f"  draws in {len(recipe['told'])} step(s) at time {times}{between}; {how}; trained at {sizes}",
+        f"  ComfyUI: {comfy}",
+        "  diffusers:",
+        *(f"    {line}" for line in facts["diffusers"]),
+    ]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONG else text[: LONG - 3] + "..."
