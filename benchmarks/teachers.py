@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     judge = Judge.load(args.models / "judge")
-    first, second, prompts = halves(data.load(args.data), judge, args.seed, args.samples)
+    first, second, prompts = halves(data.load(args.data), judge, args)
     rows = [row("real tiles, other half", judge, first, prompts, second)]
     grids = [first]
     rows.append(row("autoencoder of `tiny`", judge, through_autoencoder(args.models / "tiny", first), prompts, second))
@@ -54,14 +55,15 @@ def main() -> None:
     write(args, judge, rows, grids, len(first))
 
 
-def halves(tiles: data.Tiles, judge: Judge, seed: int, samples: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Two random halves of the tiles of the judge's groups, [n, 3, 32, 32] in [0, 1], and the captions of the first."""
+def halves(tiles: data.Tiles, judge: Judge, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
+    """Two random halves of the tiles of the judge's groups, [n, 3, 32, 32] in [0, 1], and the prompts of the first."""
     known = torch.nonzero(judge.asked(list(tiles.captions))["group"] >= 0)[:, 0]
-    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
-    n = min(len(known) // 2, samples or len(known))
+    known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(args.seed))]
+    n = min(len(known) // 2, args.samples or len(known))
     first, second = known[:n], known[n : 2 * n]
     images = tiles.images.float() / 255.0
-    return images[first], images[second], [tiles.captions[at] for at in first]
+    prompts = [data.prompt(tiles.captions[at], tiles.words[at], True, args.words, args.words) for at in first]
+    return images[first], images[second], prompts
 
 
 def load(folder: Path) -> DiffusionPipeline:
@@ -106,32 +108,39 @@ def row(name: str, judge: Judge, images: Tensor, prompts: list[str], real: Tenso
 
 
 def write(args: argparse.Namespace, judge: Judge, rows: list[Row], grids: list[Tensor], samples: int) -> None:
-    """Print the table; with --out, write teachers.md and teachers.png there."""
+    """Print the table; with --out, write it there with a grid of pictures."""
     table = markdown(judge, rows, samples, args)
     print(table)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "teachers.md").write_text(table, encoding="utf-8")
-        save_grids(grids, args.out / "teachers.png")
+        name = "teachers_words" if args.words else "teachers"
+        (args.out / f"{name}.md").write_text(table, encoding="utf-8")
+        save_grids(grids, args.out / f"{name}.png")
 
 
 def markdown(judge: Judge, rows: list[Row], samples: int, args: argparse.Namespace) -> str:
     """The table with what it takes to make it again."""
     held, floor = judge.config["held_out"], rows[0]["fd_local"]
+    options = f"--steps {args.steps} --guidance {args.guidance:g} --seed {args.seed} --samples {args.samples}"
+    own = ", ".join(f"{head} {share:.3f}" for head, share in held.items())
     lines = [
         "# The bundled teachers", "",
-        "    python benchmarks/teachers.py --data tiles.npz"
-        f" --steps {args.steps} --guidance {args.guidance:g} --seed {args.seed} --samples {args.samples}", "",
-        f"{samples} pictures a row; guidance {args.guidance:g}. The judge on held-out caption stems: "
-        f"group {held['group']:.3f}, colour {held['colour']:.3f}, brightness {held['brightness']:.3f}.", "",
-        "| pictures | group agreement | of the judge's own | FD-local to real | of the floor | seconds |",
-        "|---|---|---|---|---|---|",
+        f"    python benchmarks/teachers.py --data tiles.npz {options}{' --words' * args.words}", "",
+        f"{samples} pictures a row, guidance {args.guidance:g}. Agreement: share of the pictures in which the judge",
+        f"sees what the prompt asks for. The judge's own accuracy on held-out caption stems: {own}.", "",
+        "| pictures | group | of the judge's own | colour | brightness | FD-local to real | of the floor | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for each in rows:
-        group, distance = each["group"], each["fd_local"]
-        cells = (each["what"], f"{group:.3f}", f"{group / held['group']:.2f}x", f"{distance:.2f}")
-        lines.append(f"| {' | '.join(cells)} | {distance / floor:.2f}x | {each['seconds']:.0f} |")
+        of_own = (f"{each['group'] / held['group']:.2f}x",)
+        cells = (each["what"], _share(each["group"]), *of_own, _share(each["colour"]), _share(each["brightness"]))
+        distance = f"{each['fd_local']:.2f} | {each['fd_local'] / floor:.2f}x"
+        lines.append(f"| {' | '.join(cells)} | {distance} | {each['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _share(value: float) -> str:
+    return "not asked" if math.isnan(value) else f"{value:.3f}"
 
 
 def save_grids(grids: list[Tensor], path: Path, scale: int = 2) -> None:
@@ -154,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for teachers.md and teachers.png")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--words", action="store_true", help="ask for each tile's own colour and brightness too")
     parser.add_argument("--samples", type=int, default=0, help="pictures a row; 0 = half of the tiles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
