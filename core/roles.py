@@ -128,8 +128,9 @@ class Roles:
         self._lineage[role] = lineage
 
     def drop(self, role: str) -> None:
-        """Forget ``role`` and its factors."""
-        del self._factors[role], self._lineage[role]
+        """Forget ``role`` and its factors, if it is there."""
+        self._factors.pop(role, None)
+        self._lineage.pop(role, None)
 
     def state(self, role: str) -> State:
         """The factors by target name, detached, sharing memory with the live ones."""

@@ -19,11 +19,12 @@ from .host import Host
 from .inputs import config_of, initial_state, recipe_of
 from .methods import METHODS
 from .objectives.distribution_matching import CRITIC
+from .optimizer import refuse_missing
 from .pairs import Pairs
 from .previews import write_grid
 from .progress import Progress, Report, Result, Stopped
 from .prompts import Prompts, check_prompts, embed
-from .run import STOP, Run, opened
+from .run import CONTINUE, STOP, Run, opened
 from .settings import Settings
 from .state import restore, snapshot
 from .student import STUDENT
@@ -44,11 +45,9 @@ def distil(
 ) -> Result:
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
-    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad
-    input, before
-    anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through,
-    after the
-    state and partial.safetensors are saved.
+    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad input,
+    before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes
+    through, after the state and partial.safetensors are saved.
     """
     prompts = check_prompts(prompts)
     for size in settings.size_list:
@@ -59,9 +58,13 @@ def distil(
             f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
             "cannot be had: set it to 1"
         )
+    refuse_missing(settings)
     config = config_of(host, prompts, settings)
     with opened(folder, config, existing) as (run, goes_on):
-        return _Session(host, prompts, settings, run, report, initial).run_all(goes_on)
+        session = _Session(host, prompts, settings, run, report, initial)
+        if existing == CONTINUE and not goes_on:
+            session.notes.append(f"no run to continue in {folder}: started anew")
+        return session.run_all(goes_on)
 
 
 class _Session:
@@ -72,7 +75,7 @@ class _Session:
     ) -> None:
         self.host, self.settings, self.run = host, settings, run
         self.report = report or (lambda progress: None)
-        self.texts, self.initial = prompts, initial
+        self.texts, self.initial, self.notes = prompts, initial, list[str]()
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at = 0, time.monotonic()
         self.best: dict[str, float] | None = None
@@ -85,6 +88,7 @@ class _Session:
             stack.enter_context(self.host.training())
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
+            self.trainer.notes += self.notes
             if goes_on:
                 self._restore()
             else:
@@ -101,9 +105,15 @@ class _Session:
         """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
         roles = self.host.denoiser.roles
         stack.enter_context(roles.installed())
+        stack.callback(self._forget_roles)
         stack.enter_context(clone_inputs(self.host.in_place))
         blocks = checkpoint_blocks(self.host.blocks, roles) if self.settings.checkpointing else nullcontext()
         stack.enter_context(blocks)
+
+    def _forget_roles(self) -> None:
+        """The host is as it was: a second run on it starts from nothing, and frees nothing twice."""
+        for role in (STUDENT, EMA, CRITIC):
+            self.host.denoiser.roles.drop(role)
 
     def _trainer(self, prompts: Prompts) -> Trainer:
         host, settings = self.host, self.settings
@@ -115,9 +125,18 @@ class _Session:
         roles.copy(STUDENT, EMA)
         if objective is not None:
             roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
-        recipe = recipe_of(host, settings)
+            self._share_start()
         pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
-        return Trainer(host, settings, recipe, prompts, pairs, objective)
+        return Trainer(host, settings, recipe_of(host, settings), prompts, pairs, objective)
+
+    @torch.no_grad()
+    def _share_start(self) -> None:
+        """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0."""
+        roles = self.host.denoiser.roles
+        for name, (a, _) in roles.state(CRITIC).items():
+            start = roles.state(STUDENT)[name][0]
+            if start.shape == a.shape:
+                a.copy_(start)
 
     def _watch(self, prompts: Prompts) -> Watch | None:
         """The teacher's pictures of the watch: made once in a run, and kept."""
@@ -133,48 +152,46 @@ class _Session:
     def _train(self) -> None:
         total = self.trainer.total
         if self.update == 0:
-            self._look({})
+            self._look(0, {})
         while self.update < total:
             began = time.monotonic()
             phase = self.trainer.phase(self.update)[0]
             numbers = self.trainer.step(self.update)
-            self.update += 1
-            if self.trainer.bad >= self.settings.patience:
+            if self.trainer.stuck >= self.settings.patience:
                 self._roll_back()
-            numbers, preview = self._look(numbers)
-            self.run.log({"update": self.update, "phase": phase, "seconds": time.monotonic() - began, **numbers})
+            numbers, preview = self._look(self.update + 1, numbers)
+            self.run.log({"update": self.update + 1, "phase": phase, "seconds": time.monotonic() - began, **numbers})
+            self.update += 1
             self._save_if_due()
             if self.report(self._progress(phase, numbers, preview)):
                 self.trainer.notes.append(f"finished early, after {self.update} of {total} updates")
                 return
 
-    def _look(self, numbers: Numbers) -> tuple[Numbers, Path | None]:
-        """Watch and preview, where one is due; a new best state is saved."""
+    def _look(self, update: int, numbers: Numbers) -> tuple[Numbers, Path | None]:
+        """Watch and preview after ``update`` updates, where one is due."""
         every, watch = self.settings.watch_every, self.watch
-        if watch is not None and every and (self.update % every == 0 or self.update == self.trainer.total):
+        if watch is not None and every and (update % every == 0 or update == self.trainer.total):
             measured = watch(self.host, self.trainer.recipe, self._shown)
-            numbers = numbers | measured | {"no_gain": self._gain(measured["distance"])}
+            numbers = numbers | measured | {"no_gain": self._gain(update, measured["distance"])}
         due = self.settings.preview_every
-        if watch is None or not due or self.update % due:
+        if watch is None or not due or update % due:
             return numbers, None
-        return numbers, self._preview(watch)
+        return numbers, self._preview(update, watch)
 
     @property
     def _shown(self) -> str:
         return EMA if self.settings.ema else STUDENT
 
-    def _gain(self, distance: float) -> float:
+    def _gain(self, update: int, distance: float) -> float:
         """Updates since the watch's distance last fell."""
         if self.best is None or distance < self.best["distance"]:
-            self.best = {"distance": distance, "update": float(self.update)}
-            if self.update:
-                self._save()
-        return self.update - self.best["update"]
+            self.best = {"distance": distance, "update": float(update)}
+        return update - self.best["update"]
 
-    def _preview(self, watch: Watch) -> Path:
+    def _preview(self, update: int, watch: Watch) -> Path:
         rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
         student = watch.student(self.host, self.trainer.recipe, self._shown)
-        path = self.run.folder / "previews" / f"{self.update:06d}.png"
+        path = self.run.folder / "previews" / f"{update:06d}.png"
         write_grid(path, [self.host.decode(watch.teacher[rows]), self.host.decode(student[rows])])
         return path
 
@@ -200,8 +217,10 @@ class _Session:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
+        """Every so often, at the end, and where the watch has just found the best so far."""
         late = time.monotonic() - self.saved_at > 60
-        if late or self.update % self.settings.save_every == 0 or self.update == self.trainer.total:
+        best = self.best is not None and self.best["update"] == self.update
+        if late or best or self.update % self.settings.save_every == 0 or self.update == self.trainer.total:
             self._save()
 
     def _save(self) -> None:
@@ -221,7 +240,8 @@ class _Session:
 
     def _roll_back(self) -> None:
         reason = (
-            f"{self.trainer.bad} updates in a row were no numbers (loss or gradient), the last at update {self.update}"
+            f"{self.trainer.stuck} steps in a row were no numbers (loss or gradient), "
+            f"the last in update {self.update + 1}"
         )
         self._restore()
         raise Stopped(
@@ -233,7 +253,7 @@ class _Session:
         """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
         if isinstance(error, OneStepError) and not isinstance(error, Stopped):
             return
-        if self.update and self.trainer.bad == 0:
+        if self.update and self.trainer.whole and not self.trainer.stuck:
             self._save()
             self._write("partial.safetensors", self._shown)
 

@@ -30,6 +30,14 @@ def eight_bit() -> Any:
         return None
 
 
+def refuse_missing(settings: Settings) -> None:
+    """Raises OneStepError where the optimiser that ``settings`` ask for is not there."""
+    if settings.optimizer == "adamw8bit" and eight_bit() is None:
+        raise OneStepError(
+            "optimizer is 'adamw8bit', but bitsandbytes cannot be imported here: install it, or set optimizer=adamw"
+        )
+
+
 def make(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
     """AdamW, with 8-bit moments where asked or, under "auto", where bitsandbytes works and the factors are on a GPU."""
     options: dict[str, Any] = {
@@ -39,10 +47,6 @@ def make(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
     }
     on_gpu = bool(parameters) and parameters[0].is_cuda
     small = eight_bit() if settings.optimizer == "adamw8bit" or (settings.optimizer == "auto" and on_gpu) else None
-    if settings.optimizer == "adamw8bit" and small is None:
-        raise OneStepError(
-            "optimizer is 'adamw8bit', but bitsandbytes cannot be imported here: install it, or set optimizer=adamw"
-        )
     return (small or torch.optim.AdamW)(parameters, **options)  # type: ignore[no-any-return]
 
 

@@ -39,7 +39,7 @@ class Pairs:
         size = self._size(update if block is not None else batch.choice(self.blocks, "pair size"))
         blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
-        ends = [tuple(side[row] for side in self._block(at)) for at, row in zip(blocks, rows, strict=True)]
+        ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
         noise, target = (torch.stack(side).to(batch.device) for side in zip(*ends, strict=True))
         chosen = torch.stack([self._prompt(at, row) for at, row in zip(blocks, rows, strict=True)])
         return self.prompts.of(size, chosen, batch.step, batch.samples), (noise, target)
@@ -59,13 +59,13 @@ class Pairs:
     def _prompt(self, block: int, row: int) -> Tensor:
         return randomness.integers(len(self.prompts), self.settings.seed, "pair prompt", block, [row])[0]
 
-    def _block(self, block: int) -> tuple[Tensor, Tensor]:
-        """(z, x_T) of a block, [batch, C, h, w] each, on the CPU."""
+    def _block(self, block: int, micro: int) -> tuple[Tensor, Tensor]:
+        """(z, x_T) of a block, [batch, C, h, w] each, on the CPU; made in slices of ``micro`` where it is new."""
         if block not in self._kept:
             path = self.folder / f"{block:06d}.safetensors"
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, {"x": self._solve(block)})
+                write_tensors(path, {"x": self._solve(block, micro)})
             self._kept[block] = self._noise(block), read_tensors(path)["x"]
         return self._kept[block]
 
@@ -73,10 +73,9 @@ class Pairs:
         shape = self.prompts.shapes[self._size(block)]
         return randomness.normal(shape, self.settings.seed, "pair noise", block, range(self.settings.batch))
 
-    def _solve(self, block: int) -> Tensor:
-        """x_T of a block, in slices of a micro-batch."""
+    def _solve(self, block: int, micro: int) -> Tensor:
+        """x_T of a block, in slices of ``micro`` samples."""
         noise, size = self._noise(block), self._size(block)
-        micro = self.settings.batch // self.settings.accumulation
         ends = []
         for rows in torch.arange(self.settings.batch).split(micro):
             self.host.poll()

@@ -11,6 +11,7 @@ result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class Run:
     def states(self) -> list[int]:
         """Updates after which a whole state was saved, oldest first."""
         found = [path for path in self.folder.glob("state-*") if (path / "complete").is_file()]
-        return sorted(int(path.name.removeprefix("state-")) for path in found)
+        numbers = (path.name.removeprefix("state-") for path in found)
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def save(self, update: int, tensors: dict[str, Tensor], notes: dict[str, Any], best: int | None) -> None:
         """Write the state after ``update`` whole in a temporary folder, sync, rename, mark; then drop what is old."""
@@ -56,6 +58,8 @@ class Run:
             raise OneStepError(
                 f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact"
             ) from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         self._prune(best)
 
     def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,8 +86,15 @@ class Run:
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def log(self, line: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append a line. What is no number is written as null: NaN is not JSON, and browsers refuse it."""
+        known = {key: value if _is_json(value) else None for key, value in line.items()}
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(known) + "\n")
+        except OSError as error:
+            raise OneStepError(
+                f"metrics.jsonl in {self.folder} could not be written: {error.strerror}. Free some space, then continue"
+            ) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl."""
@@ -102,9 +113,8 @@ def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tupl
     """The run at ``folder`` and whether it goes on from a state; made where it is absent.
 
     existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop".
-    Raises
-    OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of another
-    config.
+    Raises OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of
+    another config.
     """
     _check_existing(folder, config, existing)
     try:
@@ -112,7 +122,7 @@ def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tupl
     except OSError as error:
         raise OneStepError(f"the run's folder {folder} cannot be made: {error.strerror}. Choose another one") from None
     with _locked(folder / "run.lock"):
-        if existing == RESTART:
+        if existing == RESTART and (folder / "config.json").is_file():
             _clear(folder)
         for leftover in folder.glob(".state-*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -146,20 +156,30 @@ def _differences(before: dict[str, Any], now: dict[str, Any], keys: list[str]) -
     return "settings, " + ", ".join(changed[:3])
 
 
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _clear(folder: Path) -> None:
-    """Delete what a run made, in an order that never leaves a state without its config; caches stay."""
-    for path in [*folder.glob("state-*"), folder / "previews"]:
+    """Delete what a run made; its config last, so that a clearing that was killed is known and done again. Embeddings
+    stay: they are named by what they are of."""
+    for path in [*folder.glob("state-[0-9]*"), folder / "previews", folder / "pairs"]:
         (path / "complete").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "pairs", ignore_errors=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """An operating-system lock, which dies with its process: a killed run leaves nothing to clean up."""
-    with open(path, "a+b") as file:
+    try:
+        file = open(path, "a+b")  # noqa: SIM115  (closed below; opening and locking fail for different reasons)
+    except OSError as error:
+        raise OneStepError(
+            f"nothing can be written in {path.parent}: {error.strerror}. Choose another folder"
+        ) from None
+    with file:
         try:
             _lock(file)
         except OSError:

@@ -10,6 +10,8 @@ from torch import Tensor
 from . import optimizer as adam
 from .trainer import Trainer
 
+COUNTERS = ("place", "numbers", "accumulation", "bad", "dropped")
+
 
 def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Roles and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
@@ -23,7 +25,7 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         packed, plain = adam.pack(optimizer, role)
         tensors |= packed
         numbers |= plain
-    counters = {name: getattr(trainer, name) for name in ("turn", "accumulation", "bad", "dropped")}
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
     return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
 
 
@@ -40,4 +42,4 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
         adam.unpack(optimizer, role, moments, notes["numbers"])
     for name, value in notes["counters"].items():
         setattr(trainer, name, value)
-    trainer.notes = list(notes["notes"])
+    trainer.notes, trainer.whole = list(notes["notes"]), True

@@ -30,8 +30,10 @@ Loss = Callable[[Batch, float], Numbers]
 class Trainer:
     """One run's learning. Every update is a function of the settings, the update's index and the state below.
 
-    turn: turns of the running update that are done; a state between two turns is as good as one between updates.
-    accumulation: micro-batches of a batch; doubled where memory runs out. bad: steps dropped in a row.
+    place: (update, its turns that are done); a state between two turns is as good as one between updates. numbers: what
+    these turns gave. accumulation: micro-batches of a batch; doubled where memory runs out. bad: each role's steps
+    dropped in a row. dropped: all of them. whole: not in the middle of a step, where a state would be neither here nor
+    there.
     """
 
     host: Host
@@ -40,11 +42,13 @@ class Trainer:
     prompts: Prompts
     pairs: Pairs
     objective: DistributionMatching | None
-    turn: int = 0
+    place: tuple[int, int] = (0, 0)
+    numbers: Numbers = field(default_factory=dict)
     accumulation: int = 1
-    bad: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
     notes: list[str] = field(default_factory=list)
+    whole: bool = True
 
     def __post_init__(self) -> None:
         roles = self.host.denoiser.roles
@@ -91,14 +95,22 @@ class Trainer:
 
     def step(self, update: int) -> Numbers:
         """Do ``update``, or what is left of it; its numbers, for metrics.jsonl."""
+        if self.place[0] != update:
+            self.place, self.numbers = (update, 0), {}
         name, index, length = self.phase(update)
         rates = self._rates(name, index, length)
-        numbers: Numbers = {}
-        for turn, (role, loss) in list(enumerate(self._plan(name)))[self.turn :]:
-            numbers |= self._update(role, update, turn, rates, loss)
-            self.turn = turn + 1
-        self.turn = 0
-        return numbers
+        for turn, (role, loss) in list(enumerate(self._plan(name)))[self.place[1] :]:
+            found = self._accumulate(role, update * self._turns + turn, loss)
+            self.whole = False
+            self.numbers |= found | {f"{role}_norm": self._apply(role, rates[role], found)}
+            self.place = (update, turn + 1)
+            self.whole = True
+        return dict(self.numbers)
+
+    @property
+    def stuck(self) -> int:
+        """Steps dropped in a row, of the role that has dropped most."""
+        return max(self.bad.values(), default=0)
 
     def _plan(self, name: str) -> Sequence[tuple[str, Loss]]:
         """(role, its loss) of each turn of an update in this phase."""
@@ -116,42 +128,42 @@ class Trainer:
         critic = adam.rate(index, length if name != "critic" else 10**9, settings.critic_learning_rate, settings)
         return {STUDENT: (adam.rate(index, length, height, settings), 0.9 if regress else 0.0), CRITIC: (critic, 0.0)}
 
-    def _update(self, role: str, update: int, turn: int, rates: dict[str, tuple[float, float]], loss: Loss) -> Numbers:
-        """Accumulate ``loss`` over the micro-batches of one batch, then one optimiser step of ``role``."""
+    def _accumulate(self, role: str, key: int, loss: Loss) -> Numbers:
+        """Gradients and numbers of ``loss`` over the batch ``key``, in the micro-batches that fit into memory."""
         while True:
             try:
-                numbers = self._accumulate(role, update, turn, loss)
-                break
+                return self._accumulated(role, key, loss)
             except torch.OutOfMemoryError:
-                self._halve(role)
-        optimizer = self.optimizers[role]
-        optimizer.param_groups[0]["lr"], beta = rates[role]
-        optimizer.param_groups[0]["betas"] = (beta, 0.99)
-        return numbers | {f"{role}_norm": self._apply(role, numbers)}
+                if self.accumulation >= self.settings.batch:
+                    raise
+            # outside of the except clause, whose traceback holds on to the tensors of the step that failed
+            self._halve(role)
 
-    def _accumulate(self, role: str, update: int, turn: int, loss: Loss) -> Numbers:
+    def _accumulated(self, role: str, key: int, loss: Loss) -> Numbers:
         self.optimizers[role].zero_grad(set_to_none=True)
         total: Numbers = {}
-        for batch in self.batches(update * self._turns + turn):
+        for batch in self.batches(key):
             self.host.poll()
             share = len(batch) / self.settings.batch
-            for key, value in loss(batch, share).items():
-                total[key] = total.get(key, 0.0) + share * value
+            for name, value in loss(batch, share).items():
+                total[name] = total.get(name, 0.0) + share * value
         return total
 
-    def _apply(self, role: str, numbers: Numbers) -> float:
+    def _apply(self, role: str, rate: tuple[float, float], numbers: Numbers) -> float:
         """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before
         clipping."""
+        optimizer = self.optimizers[role]
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"] = rate[0], (rate[1], 0.99)
         parameters = [p for p in self.host.denoiser.roles.parameters(role) if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
         if not all(map(math.isfinite, [norm, *numbers.values()])):
-            self.bad, self.dropped = self.bad + 1, self.dropped + 1
+            self.bad[role], self.dropped = self.bad.get(role, 0) + 1, self.dropped + 1
         else:
-            self.bad = 0
-            self.optimizers[role].step()
+            self.bad[role] = 0
+            optimizer.step()
             if role == STUDENT:
                 self._follow()
-        self.optimizers[role].zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _follow(self) -> None:
@@ -167,8 +179,6 @@ class Trainer:
     def _halve(self, role: str) -> None:
         """Out of memory: half the micro-batch, twice the accumulation; the batch stays what it was."""
         self.optimizers[role].zero_grad(set_to_none=True)
-        if self.accumulation >= self.settings.batch:
-            raise
         self.accumulation = min(self.settings.batch, self.accumulation * 2)
         torch.cuda.empty_cache()
         self.notes.append(
