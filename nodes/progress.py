@@ -86,7 +86,7 @@ def as_image(path: Path | None) -> Tensor:
 def loss_map(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
     """LOSS_MAP: the watch's distance to the teacher at each measure; the losses where it was measured less than twice."""
     for key in ("distance", "regression", "critic"):
-        values = [float(line[key]) for line in metrics if math.isfinite(line.get(key, math.nan))]
+        values = [float(line[key]) for line in metrics if line.get(key) is not None]
         if len(values) > 1:
             return {"loss": values}
     return {"loss": [0.0, 0.0]}
