@@ -253,5 +253,6 @@ def _upcast(vae: Any) -> Iterator[None]:
 
 
 def _place(module: Any, device: torch.device) -> None:
-    if module.device != device:
+    """Move a module, but not one that CPU offload moves by itself."""
+    if module.device != device and not hasattr(module, "_hf_hook"):
         module.to(device)

@@ -27,6 +27,7 @@ BIGGEST_INDEX_BYTES = 1 << 20
 def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
 
+    device: where the U-Net or transformer lies. Text encoders and VAE stay on the CPU, to be lent to it when they work.
     dtype: of the weights; None is float32 on a CPU and bfloat16 elsewhere. Raises OneStepError with what to do.
     """
     device = torch.device(device)
@@ -39,7 +40,9 @@ def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.
         )
     pipe = load_folder(path, dtype) if path.is_dir() else _single_file(path, dtype)
     refuse_broken(pipe, path)
-    return pipe.to(device)
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    network.to(device)
+    return pipe
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> Any:

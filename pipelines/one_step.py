@@ -164,7 +164,9 @@ class OneStepPipeline(DiffusionPipeline):
         network = network_of(self)
         _check_family(recipe, network)
         plain = self.plain()
-        return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), self._execution_device)
+        # where parts lie apart, the network decides; under CPU offload it lies on the CPU and works elsewhere
+        device = self._execution_device if network.device.type == "cpu" else network.device
+        return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), device)
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size
