@@ -1,0 +1,129 @@
+"""A whole host in miniature: a real network of convolutions and Linears on 4 x 4 latents, its text, its decoder.
+
+Nothing in it stands in for anything: it is a checkpoint like another, only random and tiny.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep.core.cond import Cond
+from onestep.core.denoiser import PREDICTIONS, Denoiser
+from onestep.core.errors import OneStepError
+from onestep.core.lora_file import load_lora
+from onestep.core.roles import Roles
+from onestep.core.schedule import FlowSchedule, VPSchedule
+from onestep.core.targets import Target
+from onestep.training.settings import Settings
+
+PROMPTS = ["a red house", "a blue tree", "two birds", "the sea at night", "stones"]
+WIDTH, TOKENS, WORDS = 8, 3, 6
+# Where the layers would stand in a U-Net, so that its LoRA is a U-Net's.
+NAMES = {
+    "conv_in": "conv_in",
+    "time": "time_embedding.linear_1",
+    "blocks.0.conv": "mid_block.resnets.0.conv1",
+    "blocks.0.text": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "blocks.1.conv": "mid_block.resnets.1.conv1",
+    "blocks.1.text": "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+    "conv_out": "conv_out",
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.text = nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.Linear(WORDS, WIDTH)
+
+    def forward(self, h: Tensor, text: Tensor) -> Tensor:
+        return h + torch.tanh(self.conv(h) + self.text(text).mean(1)[..., None, None])
+
+
+class Network(nn.Module):
+    """(x [B, 2, h, w], time [B], cond) -> [B, 2, h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv2d(2, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, 2, 3, padding=1)
+        self.time, self.blocks = nn.Linear(2, WIDTH), nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        wave = torch.stack([torch.sin(time / 160), torch.cos(time / 160)], 1).to(x)
+        h = self.conv_in(x) + self.time(wave)[..., None, None]
+        for block in self.blocks:
+            h = block(h, cond.text.to(x))
+        return x + self.conv_out(h)
+
+
+@dataclass
+class SmallHost:
+    """See training.host.Host. ``on_poll`` is called at every micro-step and may raise, as a person who cancels does."""
+
+    prediction: str = "epsilon"
+    seed: int = 0
+    on_poll: Callable[[], None] | None = None
+    name: str = "small"
+    family: str = "unet"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    encoder_hash: str = "words"
+
+    def __post_init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.network = Network().requires_grad_(False)
+        layers = dict(self.network.named_modules())
+        roles = Roles([Target(name, layers[path]) for path, name in NAMES.items()])
+        schedule = FlowSchedule() if self.prediction == "flow" else VPSchedule.scaled_linear()
+        self.denoiser: Denoiser = PREDICTIONS[self.prediction](self.network, schedule, roles)
+        self.blocks: list[nn.Module] = list(self.network.blocks)
+        self.in_place: list[nn.Module] = []
+        self.encoded = 0
+
+    @property
+    def base_hash(self) -> str:
+        weights = b"".join(value.numpy().tobytes() for value in self.network.state_dict().values())
+        return hashlib.sha256(weights).hexdigest()
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        self.encoded += len(prompts)
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little") for prompt in prompts]
+        draws = [torch.randn(TOKENS, WORDS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return Cond(torch.stack(draws))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        mix = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, -0.5]])
+        pictures = torch.einsum("rc,bchw->brhw", mix, latents.float().cpu())
+        return torch.sigmoid(pictures).repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        if size[0] > 512 or size[1] > 512:
+            raise OneStepError(f"small draws up to 512 pixels, not {size[0]}x{size[1]}")
+        return 2, size[1] // 8, size[0] // 8
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        yield
+
+    def check_file(self, path: Path) -> str:
+        file = load_lora(path, list(self.denoiser.roles.targets), self.family)
+        return f"{len(file.state)} layers read back"
+
+    def poll(self) -> None:
+        if self.on_poll is not None:
+            self.on_poll()
+
+
+def small(**changes: Any) -> Settings:
+    """A run of a few updates that goes through every phase."""
+    values: dict[str, Any] = {"sizes": "32x32", "rank": 2, "batch": 4, "teacher_steps": 3, "pairs": 8, "warm_start": 3}
+    values |= {"critic_warm_up": 2, "steps": 4, "critic_updates": 2, "warm_up": 2, "save_every": 1, "watch_every": 3}
+    values |= {"watch_samples": 8, "preview_every": 4, "preview_samples": 2, "learning_rate": 1e-2, "seed": 3}
+    return Settings(**{**values, **changes})
