@@ -27,8 +27,6 @@ def run(args: Namespace, console: Console) -> None:
         )
     host = open_host(args.model, settings.targets, args.device)
     settings = at_native_size(settings, given, host)
-    if args.resume and not any(folder.glob("state-*/complete")):
-        console.note(f"no run in {folder} to continue: starting anew")
     result = train(host, prompts, settings, folder, existing, console)
     console.result(_told(result), _facts(result))
 

@@ -61,10 +61,12 @@ def settings_in(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def in_steps(recipe: Recipe, host: Any, steps: int | None) -> Recipe:
-    """``recipe``, or the plain one of another number of steps."""
+    """``recipe``, or the plain one of another number of steps that begins at the same level."""
     if steps is None or steps == recipe.steps:
         return recipe
     if not 1 <= steps <= 64:
         raise OneStepError(f"--steps is {steps}: a LoRA draws in 1 to 64 steps")
-    plain = Recipe.for_student(host.denoiser.schedule, steps, recipe.family, recipe.sizes)
+    schedule = host.denoiser.schedule
+    start = min(1.0, recipe.told[0] / float(schedule.trailing(1)))
+    plain = Recipe.for_student(schedule, steps, recipe.family, recipe.sizes, start)
     return replace(plain, guidance=recipe.guidance, lora_scale=recipe.lora_scale, prediction=recipe.prediction)

@@ -37,16 +37,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     first = next((word for word in words if not word.startswith("-")), None)
     if first is not None and first not in commands:
         raise OneStepError(f"no command {first[:60]!r}{_nearest(first, commands)} See: onestep --help")
-    for word in words if first is not None else ():
-        _check_option(word.split("=")[0], str(first), commands[str(first)])
+    for word in words:
+        _check_option(word.split("=")[0], commands[first] if first is not None else parser)
     return parser.parse_args(words)
 
 
-def _check_option(word: str, command: str, parser: Parser) -> None:
+def _check_option(word: str, parser: Parser) -> None:
     """argparse would first complain of what is missing, which a mistyped option is the reason of."""
     known = [option for action in parser._actions for option in action.option_strings]
     if word.startswith("--") and word not in known:
-        raise OneStepError(f"onestep {command} has no {word[:60]}{_nearest(word, known)} See: onestep {command} --help")
+        raise OneStepError(f"{parser.prog} has no {word[:60]}{_nearest(word, known)} See: {parser.prog} --help")
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
