@@ -46,8 +46,8 @@ class Settings:
 
     batch: int = setting(4, "Samples for each update.", 1, 4096)
     accumulation: int = setting(1, "Micro-batches that make up a batch; more = less memory, slower.", 1, 4096)
-    learning_rate: float = setting(1e-4, "Student's step size.", 0, 1)
-    critic_learning_rate: float = setting(2e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
+    learning_rate: float = setting(2e-4, "Student's step size.", 0, 1)
+    critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
     warm_up: int = setting(20, "Updates over which step sizes rise from 0.", 0, 1_000_000)
     final_rate: float = setting(0.1, "Step sizes fall along a cosine to this share of their height.", 0, 1)
     clip: float = setting(1.0, "Largest norm of a gradient; 0 = no limit.", 0, 1e9)
@@ -62,7 +62,7 @@ class Settings:
     warm_start: int = setting(
         300, "Updates of regression on the teacher's pairs before dmd or vsd; 0 = none.", 0, 1_000_000
     )
-    warm_start_rate: float = setting(2e-4, "Student's step size in regression.", 0, 1)
+    warm_start_rate: float = setting(5e-4, "Student's step size in regression.", 0, 1)
     pairs: int = setting(1024, "Different teacher pairs kept on disk; then they are used again.", 1, 1_000_000)
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
@@ -127,8 +127,8 @@ class Settings:
 
 # The presets are changes to the defaults: Fast is the warm start alone, Best matches for longer with a surer critic.
 PRESETS: dict[str, dict[str, Any]] = {
-    "Fast": {"method": "regression", "steps": 400, "learning_rate": 2e-4},
-    "Balanced": {"method": "dmd", "steps": 600, "warm_start": 400},
+    "Fast": {"method": "regression", "steps": 600, "learning_rate": 5e-4},
+    "Balanced": {"method": "dmd", "steps": 600, "warm_start": 600},
     "Best": {"method": "dmd", "steps": 3000, "warm_start": 1000, "critic_updates": 5, "pairs": 4096},
 }
 
