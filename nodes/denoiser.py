@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import comfy.model_base
 import comfy.model_sampling as sampling
 import torch
 from torch import Tensor

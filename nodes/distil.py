@@ -16,6 +16,7 @@ from ..training.settings import PRESETS, Settings
 from ..training.settings import preset as of_preset
 from .adapt import adapted
 from .finish import running
+from .load_lora import RecipeSocket
 from .places import checked_name, publish, run_folder
 from .progress import Reporter, as_image, last_preview, loss_map, viewed
 from .prompts import lines
@@ -112,6 +113,7 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                     display_name="preview", tooltip="The last preview: teacher above student, the same noise."
                 ),
                 io.String.Output(display_name="file", tooltip="The LoRA's name for the LoRA loaders."),
+                RecipeSocket.Output(display_name="recipe", tooltip="How to sample it, for One-Step Sample."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -159,7 +161,9 @@ def outputs(result: Result, file: str) -> io.NodeOutput:
     preview = last_preview(result.run)
     said = [f"{file} ({result.updates} updates, {result.seconds:.0f} s, {result.role})", result.check, *result.notes]
     shown = {"text": ["\n".join(said)], "onestep_preview": [viewed(preview)]}
-    return io.NodeOutput(read_tensors(result.path), loss_map(result.metrics), as_image(preview), file, ui=shown)
+    return io.NodeOutput(
+        read_tensors(result.path), loss_map(result.metrics), as_image(preview), file, result.recipe, ui=shown
+    )
 
 
 NODES = [DistilOneStepLoRA]

@@ -16,7 +16,9 @@ NAMES = ("tiny", "tiny-flow")
 def bundled_folder(name: str) -> Path:
     folder = BUNDLED / name
     if name not in NAMES or not (folder / "model_index.json").is_file():
-        raise OneStepError(f"the tiny model {name!r} is not in this installation: choose one of {', '.join(NAMES)}, or install the pack again")
+        raise OneStepError(
+            f"the tiny model {name!r} is not in this installation: choose one of {', '.join(NAMES)}, or install the pack again"
+        )
     return folder
 
 

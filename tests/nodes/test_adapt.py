@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from onestep.core.cond import Cond
-from onestep.pipelines.adapt import adapt
 from safetensors.torch import load_file, save_file
 
+from onestep.core.cond import Cond
+from onestep.core.lora_file import save_lora
+from onestep.pipelines.adapt import adapt
+
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
+ABSENT = {"tiny-flow": {"text_encoder_3": None, "tokenizer_3": None}}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
@@ -44,8 +47,7 @@ def exact_norms(network: torch.nn.Module) -> None:
 def hosts(request: Any, random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path_factory: Any) -> Any:
     """(diffusers' host, the inputs, what ComfyUI's host made of them), in float64, adapters far from B = 0."""
     folder, place = random_tiny[request.param], tmp_path_factory.mktemp("hosts")
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if request.param == "tiny-flow" else {}
-    host = adapt(DiffusionPipeline.from_pretrained(folder, **absent))
+    host = adapt(DiffusionPipeline.from_pretrained(folder, **ABSENT.get(request.param, {})))
     exact_norms(host.network.double())
     draw = torch.Generator().manual_seed(0)
     cond = host.encode(["a red dragon", "wall"], (32, 32))
@@ -101,3 +103,42 @@ def test_the_denoiser_and_every_gradient_are_diffusers(hosts: Any) -> None:
     scale = max(float(gradient.abs().max()) for gradient in gradients)
     theirs = [comfy[f"{kind}/{name}"] for name in sorted(roles.targets) for kind in "AB"]
     assert max(float((g - t).abs().max()) for g, t in zip(gradients, theirs, strict=True)) < 1e-10 * scale
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-flow"])
+def two_runs(request: Any, random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path_factory: Any) -> Any:
+    """What a process says that made two whole runs."""
+    work = tmp_path_factory.mktemp("runs")
+    return json.loads(run_inside("runs", random_tiny[request.param], work).strip().splitlines()[-1])
+
+
+def test_two_runs_leave_what_one_leaves_and_the_plugged_model_as_it_was(two_runs: Any) -> None:
+    told = two_runs
+    assert told["unchanged"], "the plugged MODEL draws the same picture before and after"
+    assert told["one"] == told["two"], "memory after two runs is memory after one"
+    assert told["one"] - told["start"] < 0.01 * told["base"], "a run leaves nothing of the model's size"
+    assert told["equal_runs"] and not told["in_training"]
+
+
+def test_each_base_tensor_is_there_once_beside_comfyuis_own(two_runs: Any) -> None:
+    """While training: ComfyUI's copy, ours, the adapters, their moments and gradients; nothing of the base's size."""
+    told = two_runs
+    for live in told["live"]:
+        assert live["same"] and live["roles"] == 3
+        # start holds ComfyUI's copy; two roles learn, each with a gradient's and two moments' worth
+        bound = told["start"] + told["base"] + 4 * live["adapters"] + 0.1 * told["base"]
+        assert live["total"] < bound, (live, told)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow"])
+def test_a_lora_stack_and_a_sampling_patch_are_part_of_the_teacher(
+    name: str, random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    network = adapt(DiffusionPipeline.from_pretrained(random_tiny[name], **ABSENT.get(name, {})))
+    roles, draw = network.denoiser.roles, torch.Generator().manual_seed(5)
+    roles.add("style", 2, 1)
+    for _, b in roles.state("style").values():
+        b.copy_(torch.randn(b.shape, generator=draw) * 0.2)
+    save_lora(tmp_path / "style.safetensors", roles.state("style"), network.family)
+    told = json.loads(run_inside("baked", random_tiny[name], tmp_path / "style.safetensors").strip().splitlines()[-1])
+    assert told["effect"] > 0.05 and told["apart"] < 1e-4 and told["unchanged"], told

@@ -76,7 +76,7 @@ def test_a_run_learns_shows_itself_and_leaves_a_lora(plain: Any, comfy_server: A
     lora = lora_of(comfy_server, "plain")
     assert lora.family == "unet" and any(bool(b.any()) for _, b in lora.state.values())
     recipe = Recipe.from_json(lora.recipe)
-    assert recipe.told == (999.0,) and recipe.sizes == ((32, 32),)
+    assert recipe.steps == 1 and recipe.sizes == ((32, 32),)
     told = plain.named("onestep.progress")
     assert [data["update"] for data in told][-1] == told[0]["total"] == 6  # 2 warm start, 1 critic, 3 of the method
     assert all(data["node"] == "distil" and data["name"] == "plain" and data["eta"] >= 0 for data in told)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
 from onestep.core.families import bind_diffusers, detect
 from onestep.core.lora_file import save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
-from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 SEED, PROMPT, TOLERANCE = 11, "a red dragon", 1e-5

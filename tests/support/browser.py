@@ -95,6 +95,13 @@ class Page:
         self.until(ENDED, seconds)
         return list(self.script("return window.__events"))
 
+    def dismiss(self) -> None:
+        """Close the template browser that greets a new user."""
+        time.sleep(1)
+        if self.script("return !!document.querySelector('[role=dialog]')"):
+            self.driver.switch_to.active_element.send_keys("\ue00c")  # Escape
+            self.until("return !document.querySelector('[role=dialog]')", 10)
+
     def screenshot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
 
@@ -124,6 +131,7 @@ def open_page(url: str, vue: bool = False) -> Iterator[Page]:
         page.until(READY)
         trouble = page.asynchronous(SETTINGS, vue)
         assert trouble is None, trouble
+        page.dismiss()
         yield page
     finally:
         driver.quit()

@@ -25,7 +25,8 @@ from typing import Any
 
 PACK = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("comfy_launch.py")
-PACK_FOLDER = "One.Step pack (1)"  # dots, spaces and brackets: a clone may be called anything
+# Dots and brackets: a clone may be called anything. Not a space: ComfyUI serves no browser part from such a folder.
+PACK_FOLDER = "One.Step-pack_(1)"
 Graph = dict[str, dict[str, Any]]
 
 

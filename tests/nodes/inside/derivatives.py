@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import comfy.sd
 import torch
+
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
 from onestep.nodes.adapt import adapted

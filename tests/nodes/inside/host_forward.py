@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from onestep.core.cond import Cond
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny
-from safetensors.torch import load_file, save_file
 
 as_float = torch.Tensor.float
 given = load_file(sys.argv[2])

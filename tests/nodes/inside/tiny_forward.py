@@ -5,8 +5,9 @@ from pathlib import Path
 
 import comfy.model_management as management
 import torch
-from onestep.nodes.tiny_models.model import load_tiny
 from safetensors.torch import load_file, save_file
+
+from onestep.nodes.tiny_models.model import load_tiny
 
 folder, given, out = Path(sys.argv[1]), load_file(sys.argv[2]), {}
 prompts = ["a red dragon", "Zürich, (blue) wall!", ""]
@@ -42,6 +43,8 @@ with torch.inference_mode(False):
     out["copy"] = network(copy, out["text0"].clone(), out["pooled0"].clone() if flow else None)
     weights = list(copy.model.diffusion_model.parameters())
     assert weights and not any(weight.is_inference() for weight in weights)
-    shared = {weight.data_ptr() for weight in weights} & {w.data_ptr() for w in model.model.diffusion_model.parameters()}
+    shared = {weight.data_ptr() for weight in weights} & {
+        w.data_ptr() for w in model.model.diffusion_model.parameters()
+    }
     assert not shared, "the deep copy shares weights with the plugged model"
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in out.items()}, sys.argv[3])
