@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -32,7 +33,7 @@ class DiffusersSettings:
 
     def script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float = 1.0) -> str:
         """At most ten lines of Python for ``pipe``'s class that draw seed 0; what to print for a person."""
-        name, without_t5 = type(pipe).__name__, _without_t5(pipe)
+        name, without_t5, path = type(pipe).__name__, _without_t5(pipe), Path(file)
         more = ", text_encoder_3=None, tokenizer_3=None" if without_t5 else ""
         changes = "".join(f", {key}={value!r}" for key, value in self.changes.items())
         call = "".join(f", {key}={value!r}" for key, value in self._call(pipe).items())
@@ -40,7 +41,7 @@ class DiffusersSettings:
             "import torch",
             f"from diffusers import {name}, {self.scheduler}",
             f"pipe = {name}.from_pretrained({model!r}{more})",
-            f"pipe.load_lora_weights({file!r})",
+            f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})",
             f"pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config{changes})",
             "torch.manual_seed(0)",
         ]
