@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import load_lora
@@ -43,6 +45,7 @@ class OneStepPipeline(DiffusionPipeline):
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
+    embedded_guidance: what Flux-dev is told, saved too; None is 3.5, or what the LoRA was trained at.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
@@ -61,12 +64,13 @@ class OneStepPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel | None = None,
         transformer: SD3Transformer2DModel | FluxTransformer2DModel | None = None,
         recipe: str | None = None,
+        embedded_guidance: float | None = None,
     ) -> None:
         super().__init__()
         texts = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
         self.register_modules(vae=vae, scheduler=scheduler, unet=unet, transformer=transformer)
         self.register_modules(**dict(zip(TEXT_PARTS, texts, strict=True)))
-        self.register_to_config(recipe=recipe)
+        self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -110,7 +114,7 @@ class OneStepPipeline(DiffusionPipeline):
         host = self.host(recipe)
         size = self._size(host, recipe, width, height)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        cond = host.encode(prompts, size).repeat(num_images_per_prompt).to(host.device)
+        cond = self._told(host.encode(prompts, size)).repeat(num_images_per_prompt).to(host.device)
         null = None if recipe.guidance == 1 else cond.null_like(host.encode([negative_prompt], size).to(host.device))
         noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
@@ -128,17 +132,17 @@ class OneStepPipeline(DiffusionPipeline):
         """
         path, network = Path(path).expanduser(), network_of(self)
         names = [name.replace(".base_layer", "") for name in _names(network)]
-        header = load_lora(path, names, detect(network)).recipe
-        if recipe is None and header is None:
+        file = load_lora(path, names, detect(network))
+        if recipe is None and file.recipe is None:
             raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
-        found = recipe_of(recipe if recipe is not None else header)
+        found = recipe_of(recipe if recipe is not None else file.recipe)
         _check_family(found, network)
         with quiet():
             self.plain().load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
         for module in network.modules():
             if adapter_name in getattr(module, "lora_A", {}):
                 module.set_scale(adapter_name, found.lora_scale)
-        self.register_to_config(recipe=found.to_json())
+        self.register_to_config(recipe=found.to_json(), embedded_guidance=_trained_at(file.metadata))
         return found
 
     def unload_lora_weights(self) -> None:
@@ -147,7 +151,8 @@ class OneStepPipeline(DiffusionPipeline):
 
     def diffusers_settings(self, recipe: Recipe | str | None = None) -> DiffusersSettings:
         """What the family's own pipeline needs to draw the same; print its ``script()``."""
-        return diffusers_settings(self.recipe if recipe is None else recipe_of(recipe))
+        recipe = self.recipe if recipe is None else recipe_of(recipe)
+        return diffusers_settings(recipe, self.config.embedded_guidance)
 
     def plain(self) -> Any:
         """The family's own pipeline over these parts."""
@@ -168,12 +173,26 @@ class OneStepPipeline(DiffusionPipeline):
         device = self._execution_device if network.device.type == "cpu" else network.device
         return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), device)
 
+    def _told(self, cond: Cond) -> Cond:
+        """``cond``, whose embedded guidance, where it has one, is this pipeline's."""
+        if cond.guidance is None or self.config.embedded_guidance is None:
+            return cond
+        return cond.with_(guidance=torch.full((len(cond),), float(self.config.embedded_guidance)))
+
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size
         return width or trained[0], height or trained[1]
 
     def _pictures(self, pictures: Tensor, output_type: str) -> Any:
         return self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
+
+
+def _trained_at(metadata: Mapping[str, str]) -> float | None:
+    """The guidance in the settings of our own file's run; None for others' files."""
+    try:
+        return float(json.loads(metadata.get("onestep.settings", "{}"))["guidance"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def recipe_of(recipe: Recipe | str | None) -> Recipe:

@@ -66,9 +66,12 @@ def _without_t5(pipe: Any) -> bool:
     return "text_encoder_3" in pipe.components and pipe.text_encoder_3 is None
 
 
-def diffusers_settings(recipe: Recipe) -> DiffusersSettings:
-    """The settings that reproduce ``recipe``. Raises OneStepError, with the reason, where no scheduler can."""
-    settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe)
+def diffusers_settings(recipe: Recipe, embedded_guidance: float | None = None) -> DiffusersSettings:
+    """The settings that reproduce ``recipe``. Raises OneStepError, with the reason, where no scheduler can.
+
+    embedded_guidance: what Flux-dev is told; the pipeline's own default where it is None.
+    """
+    settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe, embedded_guidance)
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
     return DiffusersSettings(settings.scheduler, settings.changes, {**settings.call, **size}, recipe.fed[0])
 
@@ -91,7 +94,7 @@ def _vp(recipe: Recipe) -> DiffusersSettings:
     return DiffusersSettings("DDIMScheduler", changes, call)
 
 
-def _flow(recipe: Recipe) -> DiffusersSettings:
+def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
     """FlowMatchEulerDiscreteScheduler over the told levels themselves, which are shifted already."""
     if 0 < recipe.eta < 1:
         raise OneStepError(f"no flow scheduler of diffusers has eta {recipe.eta:g}: draw with OneStepPipeline")
@@ -99,5 +102,6 @@ def _flow(recipe: Recipe) -> DiffusersSettings:
     changes = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": stochastic}
     call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.told]}
     # Flux' argument of this name is the guidance that is embedded, which is no part of a recipe
-    call |= {"guidance_scale": recipe.guidance} if recipe.family == "sd3" else {}
+    guidance = recipe.guidance if recipe.family == "sd3" else embedded_guidance
+    call |= {} if guidance is None else {"guidance_scale": guidance}
     return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call)

@@ -205,6 +205,25 @@ def test_the_recipe_comes_from_the_file(tmp_path: Path) -> None:
     assert not any(hasattr(module, "lora_A") for module in ours.unet.modules())
 
 
+def test_flux_is_told_the_guidance_it_was_distilled_at(tmp_path: Path) -> None:
+    pipe = make("flux")
+    ours = OneStepPipeline.from_pipe(pipe)
+    call = {**CALL, "num_images_per_prompt": 1, "seed": 0}
+    usual = ours("a", recipe="flux-schnell-4", **call).images
+    host = adapt(pipe)
+    host.denoiser.roles.add("student", 1, 0)
+    state, recipe = host.denoiser.roles.state("student"), PRESETS["flux-schnell-4"].to_json()
+    save_lora(tmp_path / "x.safetensors", state, "flux", recipe, {"onestep.settings": '{"guidance": 1.5}'})
+    host.release()
+    ours.load_one_step_lora(tmp_path / "x.safetensors")  # B = 0: the guidance alone makes the difference
+    told = ours("a", **call).images
+    assert ours.config.embedded_guidance == 1.5 and (told - usual).abs().max() > 1e-3
+    arguments = ours.diffusers_settings().apply(pipe)
+    torch.manual_seed(0)
+    plain = latents_of(pipe, pipe("a", **{**CALL, "num_images_per_prompt": 1}, **arguments).images)
+    torch.testing.assert_close(told, plain, rtol=0, atol=1e-5 * float(plain.std()))
+
+
 def test_a_foreign_file_needs_a_preset(tmp_path: Path) -> None:
     file = lora(make("sd"), tmp_path / "foreign.safetensors", None)
     ours = OneStepPipeline.from_pipe(make("sd"))
