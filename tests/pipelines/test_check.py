@@ -76,3 +76,22 @@ def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:
     path = written(adapt(make("sdxl")), tmp_path / "x.safetensors")
     with pytest.raises(OneStepError, match="another base|which this model does not have"):
         adapt(make("sd")).check_file(path)
+
+
+@torch.no_grad()
+def test_a_lora_under_the_teacher_is_fused_first(tmp_path: Path) -> None:
+    """An attached one is refused with what to do; after that it is part of the base, and of its hash."""
+    plain, pipe = adapt(make("sd")), make("sd")
+    path = written(plain, tmp_path / "x.safetensors")
+    pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
+    with pytest.raises(OneStepError, match="fuse_lora"):
+        adapt(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = adapt(pipe)
+    x, level = torch.randn(1, 4, 8, 8), torch.tensor([0.7], dtype=torch.float64)
+    cond = plain.encode(["a"], (16, 16))
+    with plain.denoiser.roles.use("student"):
+        expected = plain.denoiser(x, level, cond)
+    torch.testing.assert_close(fused.denoiser(x, level, cond), expected, rtol=0, atol=1e-3 * float(expected.std()))
+    assert fused.base_hash != plain.base_hash
