@@ -23,7 +23,7 @@ from .pictures import comparison
 
 MODEL, PRESET = "tiny", "Balanced"
 # A machine of two cores has minutes, not hours; its memory is no concern at this size.
-SMALLER = {"steps": 300, "warm_start": 500, "batch": 16, "checkpointing": False, "watch_every": 100}
+SMALLER = {"steps": 150, "warm_start": 300, "pairs": 512, "batch": 16, "checkpointing": False}
 TEACHER_STEPS = 25
 SHOWN = 10
 GOAL = 0.5
