@@ -216,7 +216,7 @@ def make_ordinary(network: nn.Module) -> None:
 
 
 def _avoid_half(copy: Any) -> None:
-    """Gradients vanish in float16: compute in bfloat16, or in float32 where the card lacks it; weights are cast on use."""
+    """Gradients vanish in float16: compute in bfloat16, or in float32 where the card lacks it."""
     if copy.model.get_dtype_inference() != torch.float16:
         return
     wide = torch.bfloat16 if management.should_use_bf16(copy.load_device) else torch.float32
@@ -254,7 +254,8 @@ def refuse_patches(model: Any) -> None:
         found += [f"{word} ({key})" for key, value in getattr(model, attribute, {}).items() if value]
     if found:
         raise OneStepError(
-            f"the MODEL to distil carries {', '.join(found)[:200]}: plug in the model before that node; LoRAs and ModelSampling "
+            f"the MODEL to distil carries {', '.join(found)[:200]}: plug in the model before that node; LoRAs "
+            f"and ModelSampling "
             "nodes may stay, they are part of the teacher"
         )
 

@@ -36,7 +36,8 @@ def check_file(model: Any, targets: Sequence[Target], family: str, path: Path) -
     worst = max(_difference(here, ours, key, theirs.get(key, [])) for key, here in layers.items())
     if worst > TOLERANCE:
         raise OneStepError(
-            f"ComfyUI reads other numbers from {path.name[:80]}: they differ by {worst:.2g} of a layer's largest change. "
+            f"ComfyUI reads other numbers from {path.name[:80]}: they differ by {worst:.2g} of a layer's "
+            f"largest change. "
             "Please report it with the name of your model"
         )
     version = comfyui_version.__version__

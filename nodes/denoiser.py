@@ -24,7 +24,7 @@ from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
 
 @dataclass
 class ComfyDenoiser:
-    """See `core.denoiser.Denoiser`. model: a loaded `BaseModel`. options: its transformer_options, copied at each call."""
+    """See `core.denoiser.Denoiser`. model: a `BaseModel`. options: its transformer_options, copied at each call."""
 
     model: Any
     schedule: NoiseSchedule
@@ -135,7 +135,8 @@ def _refuse_lengths(lengths: list[int], prompts: Any) -> None:
     if max(lengths) > shortest:
         number = lengths.index(max(lengths))
         raise OneStepError(
-            f"prompt {number + 1} takes {max(lengths)} text tokens, others {shortest}, and this model attends to every token of "
+            f"prompt {number + 1} takes {max(lengths)} text tokens, others {shortest}, and this model attends "
+            f"to every token of "
             f"a batch: shorten it ({prompts[number][:60]!r}...)"
         )
 

@@ -56,7 +56,8 @@ def plan_inputs() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default="Balanced",
-            tooltip="Fast: regression on the teacher's pairs. Balanced: that, then distribution matching. Best: longer, with a surer critic.",
+            tooltip="Fast: regression on the teacher's pairs. Balanced: that, then distribution matching. Best: "
+            "longer, with a surer critic.",
         ),
         io.Int.Input("steps", default=0, min=0, max=1_000_000, tooltip=help_of("steps") + " 0 = the preset's."),
         io.Combo.Input("student_steps", options=["1", "2", "4"], default="1", tooltip=help_of("student_steps")),
@@ -75,7 +76,8 @@ def run_inputs() -> list[Any]:
             "existing",
             options=[CONTINUE, RESTART, STOP],
             default=CONTINUE,
-            tooltip="Where a run of this name is there: go on from its last state (same settings only), begin anew, or stop with a word.",
+            tooltip="Where a run of this name is there: go on from its last state (same settings only), begin "
+            "anew, or stop with a word.",
         ),
         io.Combo.Input(
             "initial_lora",
@@ -98,7 +100,8 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             node_id="OneStepDistil",
             display_name="Distil One-Step LoRA",
             category="OneStep/training",
-            description="Trains a LoRA with which the model draws in one, two or four steps, from prompts alone. Cancel keeps what is "
+            description="Trains a LoRA with which the model draws in one, two or four steps, from prompts "
+            "alone. Cancel keeps what is "
             "learnt; queue again with 'continue' to go on.",
             search_aliases=["distillation", "train", "turbo", "few step"],
             is_output_node=True,

@@ -36,7 +36,7 @@ def ask(name: Any) -> bool:
 
 
 async def finish_now(request: web.Request) -> web.Response:
-    """POST /onestep/finish {"name": ...}: 200 where the run will end, 404 where there is none, 400 for anything else."""
+    """POST /onestep/finish {"name": ...}: 200 where the run will end, 404 where there is none, 400 for all else."""
     try:
         told = await request.json()
         name = told["name"]

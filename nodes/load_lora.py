@@ -37,7 +37,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             node_id="OneStepLoadLoRA",
             display_name="Load One-Step LoRA",
             category="OneStep/loaders",
-            description="Merges a few-step LoRA into the model and reads its recipe: the steps, the levels and the noise it was made for.",
+            description="Merges a few-step LoRA into the model and reads its recipe: the steps, the levels and "
+            "the noise it was made for.",
             search_aliases=["one step", "turbo", "lightning", "hyper", "dmd2", "lcm", "few step"],
             has_intermediate_output=True,
             inputs=[
@@ -45,13 +46,15 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "lora_name",
                     options=[NO_LORA, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file in models/loras. 'none' takes the model as it is, for merged checkpoints such as SD-Turbo.",
+                    tooltip="A file in models/loras. 'none' takes the model as it is, for merged checkpoints "
+                    "such as SD-Turbo.",
                 ),
                 io.Combo.Input(
                     "recipe",
                     options=[FROM_FILE, *PRESETS],
                     default=FROM_FILE,
-                    tooltip="How to sample it. Files made by OneStep say so themselves; for others choose the preset of their kind.",
+                    tooltip="How to sample it. Files made by OneStep say so themselves; for others choose the "
+                    "preset of their kind.",
                 ),
             ],
             outputs=[
@@ -145,7 +148,8 @@ def how_to_sample(recipe: Recipe, schedule: NoiseSchedule) -> str:
     if isinstance(widgets, str):
         return f"Use One-Step Sample (or One-Step Sampler and Sigmas): {widgets}.{made_for}"
     return (
-        f"One-Step Sample, or KSampler with steps {widgets.steps}, cfg {widgets.cfg:g}, sampler {widgets.sampler_name}, "
+        f"One-Step Sample, or KSampler with steps {widgets.steps}, cfg {widgets.cfg:g}, sampler "
+        f"{widgets.sampler_name}, "
         f"scheduler {widgets.scheduler}, denoise 1.{made_for}"
     )
 

@@ -21,7 +21,8 @@ def checked_name(name: str) -> str:
     name = name.strip()
     if not NAME.fullmatch(name) or name.endswith(".") or name.split(".")[0].lower() in RESERVED:
         raise OneStepError(
-            f"the name {name[:80]!r} cannot be used: take 1 to 80 letters, digits, spaces, dots, dashes or underscores, "
+            f"the name {name[:80]!r} cannot be used: take 1 to 80 letters, digits, spaces, dots, dashes or "
+            f"underscores, "
             "a letter or digit first; it becomes a file's name"
         )
     return name

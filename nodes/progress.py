@@ -23,7 +23,7 @@ SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "c
 
 
 class Reporter:
-    """Called after each update; tells the run to finish when the button was pressed. The bar raises where it is cancelled."""
+    """Called after each update: True once the button was pressed; ComfyUI's bar raises where it is cancelled."""
 
     def __init__(self, node: str | None, name: str, finish: threading.Event) -> None:
         self.node, self.name, self.finish = node, name, finish
@@ -84,7 +84,7 @@ def as_image(path: Path | None) -> Tensor:
 
 
 def loss_map(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """LOSS_MAP: the watch's distance to the teacher at each measure; the losses where it was measured less than twice."""
+    """LOSS_MAP: the watch's distance to the teacher at each measure; a loss where that was measured but once."""
     for key in ("distance", "regression", "critic"):
         values = [float(line[key]) for line in metrics if line.get(key) is not None]
         if len(values) > 1:

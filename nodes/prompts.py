@@ -41,7 +41,8 @@ class PromptList(io.ComfyNode):  # type: ignore[misc]
                 io.String.Input(
                     "file",
                     default="",
-                    tooltip="A name under ComfyUI's input folder, or empty: a .txt with one prompt a line, a picture that "
+                    tooltip="A name under ComfyUI's input folder, or empty: a .txt with one prompt a line, a "
+                    "picture that "
                     "ComfyUI saved, or a folder of such pictures, whose positive prompts are read.",
                 ),
                 io.Boolean.Input("unique", default=True, tooltip="Keep each prompt once."),

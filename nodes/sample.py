@@ -26,7 +26,8 @@ class OneStepSample(io.ComfyNode):  # type: ignore[misc]
             node_id="OneStepSample",
             display_name="One-Step Sample",
             category="OneStep/sampling",
-            description="Draws in the one, two or four steps that the recipe names. The same seed gives KSampler's noise.",
+            description="Draws in the one, two or four steps that the recipe names. The same seed gives "
+            "KSampler's noise.",
             search_aliases=["few step", "turbo", "ksampler"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load One-Step LoRA."),

@@ -25,7 +25,7 @@ NOTHING = Cond(torch.zeros(1, 1, 1))  # the guider holds the conditions
 
 
 class RecipeSampler(comfy.samplers.Sampler):  # type: ignore[misc]
-    """Draws at the levels of SIGMAS, by the recipe's rules between them; with One-Step Sigmas that is the whole recipe."""
+    """Draws at the levels of SIGMAS, by the recipe's rules between them."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -58,7 +58,8 @@ class RecipeSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         """The recipe at the levels of ``sigmas``; guidance is the guider's."""
         if len(sigmas) < 2 or float(sigmas[-1]) != 0:
             raise OneStepError(
-                f"the recipe's sampler draws down to sigma 0, the sigmas given are {sigmas.tolist()[:8]}: plug in all of them"
+                f"the recipe's sampler draws down to sigma 0, the sigmas given are {sigmas.tolist()[:8]}: plug "
+                f"in all of them"
             )
         own = comfy_sigmas(schedule, self.recipe)
         if own.shape == sigmas.shape and torch.allclose(own, sigmas.to(own), rtol=1e-5):
@@ -91,7 +92,7 @@ class _Guided:
 
 
 def started(schedule: NoiseSchedule, recipe: Recipe, noise: Tensor, latent: Tensor | None) -> Tensor:
-    """The noise from which core's sampler starts: as it is for an empty latent, else the picture's own noisy version."""
+    """The noise that core's sampler starts from: as it is for an empty latent, else the picture's noisy version."""
     if latent is None or torch.count_nonzero(latent) == 0:
         return noise
     sigma = schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))

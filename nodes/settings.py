@@ -45,7 +45,8 @@ class DistillationSettings(io.ComfyNode):  # type: ignore[misc]
             node_id="OneStepDistillationSettings",
             display_name="Distillation Settings",
             category="OneStep/training",
-            description="The finer settings of Distil One-Step LoRA. Connected, all values here replace those of its preset.",
+            description="The finer settings of Distil One-Step LoRA. Connected, all values here replace those "
+            "of its preset.",
             search_aliases=["advanced training settings", "learning rate"],
             inputs=[widget(entry) for entry in fields(Settings) if entry.name not in SHOWN],
             outputs=[SettingsSocket.Output(display_name="settings", tooltip="For Distil One-Step LoRA.")],

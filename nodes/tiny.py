@@ -17,13 +17,14 @@ def bundled_folder(name: str) -> Path:
     folder = BUNDLED / name
     if name not in NAMES or not (folder / "model_index.json").is_file():
         raise OneStepError(
-            f"the tiny model {name!r} is not in this installation: choose one of {', '.join(NAMES)}, or install the pack again"
+            f"the tiny model {name!r} is not in this installation: choose one of {', '.join(NAMES)}, or install "
+            f"the pack again"
         )
     return folder
 
 
 class LoadTinyDemoModel(io.ComfyNode):  # type: ignore[misc]
-    """A real text-to-image model in miniature, to try the other nodes on within seconds, even without a graphics card."""
+    """A real text-to-image model in miniature, on which the other nodes can be tried within seconds."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,13 +32,15 @@ class LoadTinyDemoModel(io.ComfyNode):  # type: ignore[misc]
             node_id="OneStepLoadTinyModel",
             display_name="Load Tiny Demo Model",
             category="OneStep/loaders",
-            description="A bundled miniature text-to-image model (32x32 pictures of dungeon tiles) on which everything can be tried.",
+            description="A bundled miniature text-to-image model (32x32 pictures of dungeon tiles) on which "
+            "everything can be tried.",
             search_aliases=["demo", "test model", "toy"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=list(NAMES),
-                    tooltip="tiny: a Stable Diffusion style U-Net that predicts noise. tiny-flow: an SD3 style transformer with flow matching.",
+                    tooltip="tiny: a Stable Diffusion style U-Net that predicts noise. tiny-flow: an SD3 style "
+                    "transformer with flow matching.",
                 )
             ],
             outputs=[

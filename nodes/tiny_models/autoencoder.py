@@ -53,7 +53,9 @@ def architecture(config: Config) -> Config:
     """The configuration in the words of ComfyUI's Encoder and Decoder."""
     widths = config["block_out_channels"]
     if any(width % widths[0] for width in widths):
-        raise OneStepError(f"the autoencoder's widths {widths} are no multiples of the first, which ComfyUI's class needs")
+        raise OneStepError(
+            f"the autoencoder's widths {widths} are no multiples of the first, which ComfyUI's class needs"
+        )
     return {
         **{"double_z": True, "z_channels": config["latent_channels"], "resolution": 256, "in_channels": 3, "out_ch": 3},
         **{"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]},
@@ -81,7 +83,7 @@ def pointwise(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def complete(weights: Weights, config: Config) -> Weights:
-    """Add what ComfyUI's class always has as the identity: middle attention, and the convolutions around the latents."""
+    """Add, as the identity, what ComfyUI's class always has: middle attention and convolutions at the latents."""
     width = config["block_out_channels"][-1]
     for side in ("encoder", "decoder"):
         if f"{side}.mid.attn_1.q.weight" not in weights:

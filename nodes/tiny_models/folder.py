@@ -25,7 +25,10 @@ def read_config(folder: Path, part: str) -> Config:
     """The configuration of one part ("unet", "vae", "scheduler", ...)."""
     file = folder / part / CONFIGS.get(part, "config.json")
     if not file.is_file() or file.stat().st_size > BIGGEST_CONFIG_BYTES:
-        raise OneStepError(f"{file} is missing or too long to be a configuration: install the pack again, its tiny models are incomplete")
+        raise OneStepError(
+            f"{file} is missing or too long to be a configuration: install the pack again, its "
+            f"tiny models are incomplete"
+        )
     config: Config = json.loads(file.read_text(encoding="utf-8"))
     return config
 
@@ -35,11 +38,15 @@ def read_weights(folder: Path, part: str) -> Weights:
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
         if (file := folder / part / name).is_file():
             return {key: tensor.float() for key, tensor in load_file(file).items()}
-    raise OneStepError(f"no safetensors weights in {folder / part}: install the pack again, its tiny models are incomplete")
+    raise OneStepError(
+        f"no safetensors weights in {folder / part}: install the pack again, its tiny models are incomplete"
+    )
 
 
 def require(part: str, config: Config, wanted: Config) -> None:
     """Refuse a configuration that ComfyUI's class cannot express; an absent entry has the wanted (default) value."""
     for key, value in wanted.items():
         if (found := config.get(key, value)) != value:
-            raise OneStepError(f"{part} has {key} = {found!r}; ComfyUI's own class draws the same picture only with {value!r}")
+            raise OneStepError(
+                f"{part} has {key} = {found!r}; ComfyUI's own class draws the same picture only with {value!r}"
+            )

@@ -24,7 +24,10 @@ def mmdit_setup(folder: Path) -> tuple[TinySD3, Weights]:
     given = read_weights(folder, "transformer")
     weights = comfy.model_detection.convert_diffusers_mmdit(given, "")
     if weights is None or given:
-        raise OneStepError(f"{len(given)} transformer weights are unknown to ComfyUI's SD3 class, {min(given)} the first: this layout is not supported")
+        raise OneStepError(
+            f"{len(given)} transformer weights are unknown to ComfyUI's SD3 class, {min(given)} "
+            f"the first: this layout is not supported"
+        )
     setup = TinySD3(comfy.model_detection.detect_unet_config(weights, ""))
     setup.sampling_settings = sampling_settings(schedule)
     return setup, weights
@@ -32,5 +35,8 @@ def mmdit_setup(folder: Path) -> tuple[TinySD3, Weights]:
 
 def sampling_settings(schedule: Config) -> Config:
     if schedule.get("use_dynamic_shifting"):
-        raise OneStepError("the scheduler shifts by the picture's size (use_dynamic_shifting), which SD3 in ComfyUI does not: give a fixed shift")
+        raise OneStepError(
+            "the scheduler shifts by the picture's size (use_dynamic_shifting), which SD3 in "
+            "ComfyUI does not: give a fixed shift"
+        )
     return {"shift": schedule.get("shift", 1.0), "multiplier": 1000}

@@ -36,7 +36,7 @@ class TinyTokenizer(comfy.sd1_clip.SDTokenizer):  # type: ignore[misc]
 
 
 class TinyEncoder(comfy.sd1_clip.SDClipModel):  # type: ignore[misc]
-    """A CLIP text model of any size. ComfyUI's class ignores vocab_size and always has a square projection: both are set here."""
+    """A CLIP text model of any size: vocabulary and projection, which ComfyUI's class fixes, are set here."""
 
     def __init__(
         self, config: Config, projected: bool, hidden: bool, device: Any, dtype: Any, model_options: Config
@@ -60,10 +60,12 @@ class TinyEncoder(comfy.sd1_clip.SDClipModel):  # type: ignore[misc]
 class TinyPairTokenizer:
     """Both tokenizers of SD3's layout."""
 
-    def __init__(self, l: Any, g: Any, embedding_directory: Any = None, tokenizer_data: Config | None = None) -> None:
+    def __init__(
+        self, clip_l: Any, clip_g: Any, embedding_directory: Any = None, tokenizer_data: Config | None = None
+    ) -> None:
         self.clip_l, self.clip_g = (
-            l(embedding_directory=embedding_directory),
-            g(embedding_directory=embedding_directory),
+            clip_l(embedding_directory=embedding_directory),
+            clip_g(embedding_directory=embedding_directory),
         )
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Config:
@@ -87,11 +89,17 @@ class TinyPair(torch.nn.Module):
     """
 
     def __init__(
-        self, l: Any, g: Any, width: int, device: Any = "cpu", dtype: Any = None, model_options: Config | None = None
+        self,
+        clip_l: Any,
+        clip_g: Any,
+        width: int,
+        device: Any = "cpu",
+        dtype: Any = None,
+        model_options: Config | None = None,
     ) -> None:
         super().__init__()
         build = {"device": device, "dtype": dtype, "model_options": model_options or {}}
-        self.clip_l, self.clip_g = l(**build), g(**build)
+        self.clip_l, self.clip_g = clip_l(**build), clip_g(**build)
         self.width = width
         self.dtypes = {dtype}
 

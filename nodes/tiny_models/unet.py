@@ -84,7 +84,9 @@ def heads(config: Config) -> Config:
         return {"num_heads": given, "num_head_channels": -1}
     head_widths = {width // count for width, count in zip(config["block_out_channels"], given, strict=True)}
     if len(head_widths) != 1:
-        raise OneStepError(f"the U-Net has heads {given}: ComfyUI's class needs one number of heads or one head width for all levels")
+        raise OneStepError(
+            f"the U-Net has heads {given}: ComfyUI's class needs one number of heads or one head width for all levels"
+        )
     return {"num_heads": -1, "num_head_channels": head_widths.pop()}
 
 
@@ -92,7 +94,10 @@ def rename(weights: Weights, unet_config: Config) -> Weights:
     """ComfyUI's own map of diffusers' names; nothing may be left over."""
     names = comfy.utils.unet_to_diffusers(unet_config)
     if foreign := sorted(set(weights) - set(names)):
-        raise OneStepError(f"{len(foreign)} U-Net weights are unknown to ComfyUI's class, {foreign[0]} the first: this layout is not supported")
+        raise OneStepError(
+            f"{len(foreign)} U-Net weights are unknown to ComfyUI's class, {foreign[0]} the "
+            f"first: this layout is not supported"
+        )
     return {names[name]: tensor for name, tensor in weights.items()}
 
 

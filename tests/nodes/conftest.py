@@ -102,7 +102,7 @@ def open_page(comfy_server: Any) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def random_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders laid out like the bundled tiny models, with random weights: "tiny", "tiny-flow", and a v-predicting U-Net."""
+    """Folders laid out like the bundled tiny models, with random weights, and a v-predicting U-Net."""
     base = tmp_path_factory.mktemp("random_tiny")
     return {
         "tiny": tiny_folders.unet_folder(base / "tiny"),

@@ -1,13 +1,13 @@
-"""The distillation node in a running server: it trains, resumes, stops, finishes early, and refuses what it cannot do."""
+"""The distillation node in a running server: it trains, resumes, stops, finishes early, refuses what it cannot."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_support import GraphRefused
+
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.training.run import Run

@@ -1,4 +1,4 @@
-"""One LoRA, the same latents: core's LoraLoader + KSampler, our nodes, and diffusers alone; float32, 1e-5 of their std."""
+"""One LoRA, the same latents: core's LoraLoader + KSampler, our nodes, diffusers alone; 1e-5 of their std."""
 
 from __future__ import annotations
 

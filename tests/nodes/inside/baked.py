@@ -9,6 +9,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
 from onestep.core.sampling import teacher_sample
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny

@@ -1,4 +1,4 @@
-"""derivatives.py CHECKPOINT...: <gradient, direction> of D against finite differences, float64, checkpointing on and off."""
+"""derivatives.py CHECKPOINT...: <gradient, direction> of D against finite differences, float64."""
 
 import json
 import sys

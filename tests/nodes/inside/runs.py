@@ -1,4 +1,4 @@
-"""runs.py FOLDER WORK: two whole runs in one process, as the node makes them; what they leave behind, and what is live within."""
+"""runs.py FOLDER WORK: two whole runs in one process, as the node makes them; what is live, and what they leave."""
 
 import gc
 import json
@@ -9,6 +9,7 @@ import comfy.model_management as management
 import comfy.sample
 import comfy.samplers
 import torch
+
 from onestep.core.lora_file import load_lora
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny

@@ -1,0 +1,96 @@
+"""The shared workflows: the front end loads them whole, they are their API twins, and they run on the tiny model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import ENDED, QUEUE
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+NAMES = ["distil", "sample"]
+TO_PROMPT = """
+const done = arguments[0];
+window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
+PANEL = """
+const panel = document.querySelector('.onestep-panel');
+if (!panel || !panel.querySelector('polyline')) return null;
+const picture = panel.querySelector('img.onestep-preview');
+return {status: panel.querySelector('.onestep-status').textContent, width: panel.getBoundingClientRect().width,
+        points: panel.querySelector('polyline').getAttribute('points'), picture: picture.naturalWidth,
+        idle: panel.querySelector('.onestep-finish').disabled}"""
+CENTRE = """
+const node = window.app.rootGraph._nodes.find(node => node.type === 'OneStepDistil');
+window.app.canvas.ds.scale = 0.8;
+window.app.canvas.centerOnNode(node)"""
+RUNNING = "const b = document.querySelector('.onestep-finish'); return !!b && !b.disabled"
+
+
+def workflow(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def made_small(graph: dict[str, Any], name: str, steps: int = 4) -> dict[str, Any]:
+    """The same graph, as short as it can be."""
+    graph = copy.deepcopy(graph)
+    for node in graph.values():
+        if node["class_type"] == "OneStepDistil":
+            node["inputs"] |= {"steps": steps, "rank": 2, "teacher_steps": 1, "name": name, "existing": "restart"}
+    return graph
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_are_listed_with_a_thumbnail(comfy_server: Any, pack: Path, root: Path, name: str) -> None:
+    assert name in comfy_server.get("/workflow_templates")[pack.name]
+    thumbnail = root / "workflows" / f"{name}.jpg"
+    assert thumbnail.read_bytes()[:2] == b"\xff\xd8" and thumbnail.stat().st_size < 200_000
+
+
+@pytest.fixture(scope="module")
+def distilled(comfy_server: Any, root: Path) -> Any:
+    """The distil workflow over HTTP, cut short; it makes the LoRA that the sample workflow loads."""
+    return comfy_server.run(made_small(workflow(root, "distil.api"), "tiny-one-step"))
+
+
+def test_distil_runs_over_http(distilled: Any, comfy_server: Any) -> None:
+    assert distilled.status == "success", distilled.error
+    assert comfy_server.images(distilled, "11")[0].shape == (32, 32, 3)
+    assert comfy_server.images(distilled, "4") and comfy_server.images(distilled, "5")
+
+
+def test_sample_runs_over_http(distilled: Any, comfy_server: Any, root: Path) -> None:
+    finished = comfy_server.run(workflow(root, "sample.api"))
+    for node in ("8", "11", "14"):
+        assert len(comfy_server.images(finished, node)) == 4
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
+def test_the_front_end_loads_both_and_shows_a_run(
+    distilled: Any, open_page: Any, root: Path, tmp_path: Path, vue: bool
+) -> None:
+    with open_page(vue) as page:
+        for name in reversed(NAMES):
+            types = page.load(workflow(root, name))
+            assert types and page.script("return window.app.rootGraph._nodes.every(node => !node.has_errors)")
+            made, twin = page.asynchronous(TO_PROMPT), workflow(root, f"{name}.api")
+            assert {key: node["class_type"] for key, node in made.items()} == {
+                k: n["class_type"] for k, n in twin.items()
+            }
+            for key, node in twin.items():
+                assert {i: made[key]["inputs"].get(i) for i in node["inputs"]} == node["inputs"], f"{name}: {key}"
+        page.load(made_small(workflow(root, "distil.api"), "in-the-browser", steps=300))
+        page.script(CENTRE)  # off the screen LiteGraph hides a node's widgets
+        page.asynchronous(QUEUE)
+        page.until(RUNNING, 120)
+        page.until("return (document.querySelector('polyline')?.getAttribute('points') || '').includes(' ')", 200)
+        page.script("document.querySelector('.onestep-finish').click()")
+        page.until(ENDED, 120)
+        page.until("return document.querySelector('img.onestep-preview').naturalWidth > 0", 20)
+        told = page.script(PANEL)
+        page.screenshot(tmp_path / f"run-{vue}.png")
+        assert told["idle"] and told["width"] > 100 and told["picture"] > 64, told
+        assert "onestep/in-the-browser.safetensors" in told["status"]
+        assert page.errors() == []
