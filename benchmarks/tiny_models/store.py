@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def save(pipe: DiffusionPipeline, folder: Path) -> None:
         tokens.save(getattr(pipe, part.name), part)
     for path in new.rglob("*.safetensors"):
         halve(path)
+    for path in new.rglob("config.json"):
+        forget_origin(path)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
@@ -28,6 +31,13 @@ def save(pipe: DiffusionPipeline, folder: Path) -> None:
 def halve(path: Path) -> None:
     """Round the weights of a safetensors file to float16 in place."""
     save_file({name: tensor.half().contiguous() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+def forget_origin(path: Path) -> None:
+    """Take the folder that a network was once read from out of its config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None):
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def hashes(root: Path) -> dict[str, str]:
