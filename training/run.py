@@ -126,6 +126,8 @@ def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tupl
             _clear(folder)
         for leftover in folder.glob(".state-*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.rglob(".*.tmp"):  # of a file that was being written when the run was killed
+            leftover.unlink(missing_ok=True)
         run = Run(folder)
         goes_on = bool(run.states())
         if not goes_on:
