@@ -1,0 +1,195 @@
+"""Kills whole runs at chosen instants and lets them go on; a program of its own, as it forks: torch is loaded once.
+
+An instant is the n-th of the events that a run goes through: a forward, a poll, half a write, a whole one, a sync, a
+rename, a deletion. The first run, which nobody kills, says which there are. Prints one line of JSON for each run.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def _load() -> None:
+    """The checkout as `onestep`, and these helpers, as pytest has them."""
+    spec = importlib.util.spec_from_file_location("conftest", HERE.parent / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    sys.path.insert(0, str(HERE))
+
+
+class Clock:
+    """Counts events; at the one told, this process dies as the kernel would kill it: no handler, no flush."""
+
+    def __init__(self, deadly: int = 0) -> None:
+        self.deadly, self.saving = deadly, False
+        self.events: list[tuple[str, bool]] = []
+
+    def tick(self, kind: str) -> None:
+        self.events.append((kind, self.saving))
+        if len(self.events) == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Watched:
+    """An open file whose every write is two events: half of it is on the disk, all of it is."""
+
+    def __init__(self, file: Any, clock: Clock) -> None:
+        self._file, self._clock = file, clock
+
+    def write(self, data: Any) -> int:
+        middle = len(data) // 2
+        for part, kind in ((data[:middle], "half a write"), (data[middle:], "a write")):
+            self._file.write(part)
+            self._file.flush()
+            self._clock.tick(kind)
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._file.close()
+
+
+def watch(clock: Clock, folder: Path) -> None:
+    """Make every event under ``folder`` tick, after it has happened."""
+    from onestep.training.run import Run
+
+    def after(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            result = real(*args, **more)
+            clock.tick(name)
+            return result
+
+        setattr(module, name, call)
+
+    for name in ("fsync", "replace", "unlink", "rmdir"):
+        after(os, name)
+    opened = builtins.open
+
+    def watched(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
+        made = opened(file, mode, *args, **more)
+        ours = isinstance(file, str | Path) and str(file).startswith(str(folder)) and not str(file).endswith(".lock")
+        return Watched(made, clock) if ours and set(mode) & set("wa") else made
+
+    builtins.open = watched  # type: ignore[assignment]
+    save = Run.save
+
+    def saving(*args: Any) -> None:
+        clock.saving = True
+        save(*args)
+        clock.saving = False
+
+    Run.save = saving  # type: ignore[method-assign, assignment]
+
+
+def forked(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives in a process of its own, or None where that was killed."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "w") as pipe:
+                json.dump(work(), pipe)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return None
+    if status:
+        raise RuntimeError(f"a run failed with status {status}")
+    return json.loads(answer)
+
+
+def run_until(folder: Path, deadly: int) -> Any:
+    """A run that starts or goes on in ``folder``, killed at its ``deadly``-th event (0: never)."""
+
+    def work() -> Any:
+        from small_host import SmallHost, small
+        from small_runs import left, run
+
+        clock = Clock(deadly)
+        host = SmallHost(on_poll=lambda: clock.tick("a poll"))
+        host.network.register_forward_hook(lambda *args: clock.tick("a forward"))
+        first: list[int] = []
+        watch(clock, folder)
+        settings = small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
+        run(folder, settings, host=host, report=lambda now: first.append(now.update), existing="continue")
+        found = left(folder)
+        # that a run was started anew is said in its notes, and is no part of what it learnt
+        found["state"].pop("notes")
+        return {"left": found, "events": clock.events, "updates": first}
+
+    return forked(work)
+
+
+def instants(events: list[tuple[str, bool]], seed: int) -> list[int]:
+    """30 event numbers: 3 of each kind inside a save, the rest anywhere."""
+    choose = random.Random(seed)
+    chosen: set[int] = set()
+    for kind in ("half a write", "a write", "fsync", "replace", "unlink"):
+        inside = [number for number, event in enumerate(events, 1) if event == [kind, True]]
+        chosen |= set(choose.sample(inside, 3))
+    chosen |= set(choose.sample([n for n in range(1, len(events) + 1) if n not in chosen], 30 - len(chosen)))
+    return sorted(chosen)
+
+
+def main() -> None:
+    _load()
+    import torch
+    import torch._dynamo  # noqa: F401  (checkpointing reads its settings, and it takes seconds to load)
+    from PIL import Image  # noqa: F401
+    from small_host import SmallHost  # noqa: F401  (loaded before the forks)
+    from small_runs import run  # noqa: F401
+
+    torch.set_num_threads(1)
+    # in memory where there is such a place: a kill loses nothing that was written, and syncing a disk takes its time
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as base:
+        whole = run_until(Path(base) / "whole" / "run", 0)
+        print(json.dumps({"left": whole["left"], "updates": whole["updates"]}), flush=True)
+        for count, instant in enumerate(instants(whole["events"], seed=7)):
+            folder = Path(base) / str(count) / "run"
+            deaths = 0
+            # every third run is killed once more while it goes on
+            for deadly in (instant, *([3 + 5 * count] if count % 3 == 0 else []), 0):
+                end = run_until(folder, deadly)
+                deaths += end is None
+                if end is not None:
+                    break
+            event = whole["events"][instant - 1]
+            record = {
+                "instant": instant,
+                "event": event,
+                "deaths": deaths,
+                "left": end["left"],
+                "updates": end["updates"],
+            }
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
