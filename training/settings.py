@@ -40,13 +40,13 @@ class Settings:
         20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000
     )
     guidance: float = setting(4.0, "Teacher's guidance in pairs and previews; 1 = none.", 0, 30)
-    matching_guidance: float = setting(2.0, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
+    matching_guidance: float = setting(1.5, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
     negative: str = setting("", "Negative text: what guidance steers away from; empty = the empty prompt.")
     seed: int = setting(0, "Seed of everything random in the run.", 0, 2**63 - 1)
 
     batch: int = setting(4, "Samples for each update.", 1, 4096)
     accumulation: int = setting(1, "Micro-batches that make up a batch; more = less memory, slower.", 1, 4096)
-    learning_rate: float = setting(2e-4, "Student's step size.", 0, 1)
+    learning_rate: float = setting(1e-4, "Student's step size.", 0, 1)
     critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
     warm_up: int = setting(20, "Updates over which step sizes rise from 0.", 0, 1_000_000)
     final_rate: float = setting(0.1, "Step sizes fall along a cosine to this share of their height.", 0, 1)
@@ -71,7 +71,7 @@ class Settings:
         1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
     )
     anchor: float = setting(
-        0.0, "Weight of regression on the teacher's pairs beside dmd or vsd; keeps composition.", 0, 100
+        0.25, "Weight of regression on the teacher's pairs beside dmd or vsd; keeps composition.", 0, 100
     )
     separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
