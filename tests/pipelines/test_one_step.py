@@ -17,6 +17,7 @@ from onestep.core.lora_file import save_lora
 from onestep.core.recipe import PRESETS, Recipe
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.one_step import OneStepPipeline
+from onestep.pipelines.plain import diffusers_settings
 
 PROMPTS = ["a cat", "red dog"]
 CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent", "num_images_per_prompt": 2}
@@ -134,7 +135,7 @@ def test_starting_noise_of_another_size_is_printed_too() -> None:
 )
 def test_what_diffusers_cannot_draw_is_said(recipe: Recipe, why: str) -> None:
     with pytest.raises(OneStepError, match=why):
-        OneStepPipeline.diffusers_settings(None, recipe)  # type: ignore[arg-type]
+        diffusers_settings(recipe)
 
 
 # -- a pipeline like any other ----------------------------------------------------------------------------------------
