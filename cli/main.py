@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from ..core.errors import OneStepError
@@ -18,6 +19,7 @@ FAILED, BAD_INPUT = 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _hush()
     try:
         args = parse(words)
         with console(getattr(args, "json", None) in (True, "-")) as told:
@@ -30,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         return _failed(error, "--debug" in words)
+
+
+def _hush() -> None:
+    """The libraries' advice to programmers is not for whoever types a command; nor may they look for a network."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
 
 def _failed(error: Exception, debug: bool) -> int:
