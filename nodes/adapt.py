@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cond import Cond
+from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect, select
 from ..core.roles import Roles
@@ -68,7 +69,9 @@ class ComfyHost:
         roles = Roles(select(bind_comfy(self.family, network, config), self.targets))
         schedule = schedule_of(self.model.model_sampling)
         options = {"optimized_attention_override": differentiable_attention}
-        self.denoiser = ComfyDenoiser(self.model, schedule, roles, guidance_of(self.model, self.family), options)
+        self.denoiser: Denoiser = ComfyDenoiser(
+            self.model, schedule, roles, guidance_of(self.model, self.family), options
+        )
         self.device = torch.device(self.patcher.load_device)
         self.blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
         self.in_place = [
@@ -210,9 +213,9 @@ def make_ordinary(network: nn.Module) -> None:
         for name, value in list(module.named_parameters(recurse=False)):
             if value.is_inference():
                 setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
-        for name, value in list(module.named_buffers(recurse=False)):
-            if value.is_inference():
-                setattr(module, name, value.detach().clone())
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_inference():
+                setattr(module, name, buffer.detach().clone())
 
 
 def _avoid_half(copy: Any) -> None:

@@ -129,8 +129,9 @@ def with_prediction(model: Any, recipe: Recipe) -> Any:
     if recipe.prediction is None:
         return model
     before = model.get_model_object("model_sampling")
+    answers: Any = PREDICTIONS[recipe.prediction]
 
-    class Told(sampling.ModelSamplingDiscrete, PREDICTIONS[recipe.prediction]):  # type: ignore[misc]
+    class Told(sampling.ModelSamplingDiscrete, answers):  # type: ignore[misc]
         pass
 
     told = Told(model.model.model_config)

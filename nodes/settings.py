@@ -33,7 +33,8 @@ def widget(entry: Field[Any]) -> Any:
 
 def step_of(entry: Field[Any]) -> float:
     """Fine enough for the default: 1e-05 for 1e-4, 0.01 for 0.99."""
-    return 1e-5 if 0 < entry.default < 1e-2 else 0.001 if entry.default and entry.default < 1 else 0.01
+    default: Any = entry.default
+    return 1e-5 if 0 < default < 1e-2 else 0.001 if 0 < default < 1 else 0.01
 
 
 class DistillationSettings(io.ComfyNode):  # type: ignore[misc]

@@ -147,8 +147,8 @@ def load_pair(folder: Path) -> comfy.sd.CLIP:
     ]
     encoders = [partial(TinyEncoder, config, True, True) for config in configs]
     target = comfy.supported_models_base.ClipTarget(
-        partial(TinyPairTokenizer, *tokenizers),
-        partial(TinyPair, *encoders, transformer["joint_attention_dim"]),
+        partial(TinyPairTokenizer, tokenizers[0], tokenizers[1]),
+        partial(TinyPair, encoders[0], encoders[1], transformer["joint_attention_dim"]),
     )
     weights = encoder_weights(folder, "text_encoder", "clip_l.") | encoder_weights(folder, "text_encoder_2", "clip_g.")
     return assembled(target, weights)

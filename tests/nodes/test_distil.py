@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_support import GraphRefused
+from small_runs import settings_node
 
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
@@ -15,18 +16,6 @@ from onestep.training.run import Run
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = "a red dragon\na blue wall\na wall"
-# As little as a whole run can be: each phase, each turn, measures and previews.
-SMALL = {
-    **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "batch": 2, "pairs": 4, "warm_up": 1},
-    **{"watch_every": 2, "watch_samples": 4, "preview_every": 2, "preview_samples": 1, "save_every": 2},
-}
-
-
-def settings_node(server: Any, **changes: Any) -> dict[str, Any]:
-    """Distillation Settings with its own defaults, and changes."""
-    known = server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]["input"]["required"]
-    values = {name: told[1]["default"] for name, told in known.items()}
-    return {"class_type": "OneStepDistillationSettings", "inputs": {**values, **SMALL, **changes}}
 
 
 def distil_node(name: str, **changes: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from browser import ENDED, QUEUE
+from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 NAMES = ["distil", "sample"]
@@ -33,18 +34,19 @@ def workflow(root: Path, name: str) -> dict[str, Any]:
     return json.loads((root / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def made_small(graph: dict[str, Any], name: str, steps: int = 4) -> dict[str, Any]:
+def made_small(server: Any, graph: dict[str, Any], name: str, steps: int = 2) -> dict[str, Any]:
     """The same graph, as short as it can be."""
-    graph = copy.deepcopy(graph)
+    graph = copy.deepcopy(graph) | {"99": settings_node(server)}
     for node in graph.values():
         if node["class_type"] == "OneStepDistil":
             node["inputs"] |= {"steps": steps, "rank": 2, "teacher_steps": 1, "name": name, "existing": "restart"}
+            node["inputs"]["settings"] = ["99", 0]
     return graph
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_templates_are_listed_with_a_thumbnail(comfy_server: Any, pack: Path, root: Path, name: str) -> None:
-    assert name in comfy_server.get("/workflow_templates")[pack.name]
+    assert sorted(comfy_server.get("/workflow_templates")[pack.name]) == NAMES, "the API twins are no templates"
     thumbnail = root / "workflows" / f"{name}.jpg"
     assert thumbnail.read_bytes()[:2] == b"\xff\xd8" and thumbnail.stat().st_size < 200_000
 
@@ -52,7 +54,7 @@ def test_templates_are_listed_with_a_thumbnail(comfy_server: Any, pack: Path, ro
 @pytest.fixture(scope="module")
 def distilled(comfy_server: Any, root: Path) -> Any:
     """The distil workflow over HTTP, cut short; it makes the LoRA that the sample workflow loads."""
-    return comfy_server.run(made_small(workflow(root, "distil.api"), "tiny-one-step"))
+    return comfy_server.run(made_small(comfy_server, workflow(root, "api/distil"), "tiny-one-step"))
 
 
 def test_distil_runs_over_http(distilled: Any, comfy_server: Any) -> None:
@@ -62,26 +64,26 @@ def test_distil_runs_over_http(distilled: Any, comfy_server: Any) -> None:
 
 
 def test_sample_runs_over_http(distilled: Any, comfy_server: Any, root: Path) -> None:
-    finished = comfy_server.run(workflow(root, "sample.api"))
+    finished = comfy_server.run(workflow(root, "api/sample"))
     for node in ("8", "11", "14"):
         assert len(comfy_server.images(finished, node)) == 4
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
 def test_the_front_end_loads_both_and_shows_a_run(
-    distilled: Any, open_page: Any, root: Path, tmp_path: Path, vue: bool
+    distilled: Any, comfy_server: Any, open_page: Any, root: Path, tmp_path: Path, vue: bool
 ) -> None:
     with open_page(vue) as page:
         for name in reversed(NAMES):
             types = page.load(workflow(root, name))
             assert types and page.script("return window.app.rootGraph._nodes.every(node => !node.has_errors)")
-            made, twin = page.asynchronous(TO_PROMPT), workflow(root, f"{name}.api")
+            made, twin = page.asynchronous(TO_PROMPT), workflow(root, f"api/{name}")
             assert {key: node["class_type"] for key, node in made.items()} == {
                 k: n["class_type"] for k, n in twin.items()
             }
             for key, node in twin.items():
                 assert {i: made[key]["inputs"].get(i) for i in node["inputs"]} == node["inputs"], f"{name}: {key}"
-        page.load(made_small(workflow(root, "distil.api"), "in-the-browser", steps=300))
+        page.load(made_small(comfy_server, workflow(root, "api/distil"), "in-the-browser", steps=5000))
         page.script(CENTRE)  # off the screen LiteGraph hides a node's widgets
         page.asynchronous(QUEUE)
         page.until(RUNNING, 120)
