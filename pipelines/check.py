@@ -88,4 +88,3 @@ def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> f
     mine, other = (b.flatten(1).double() @ a.flatten(1).double() for a, b in (ours, theirs))
     scale = max(float(mine.abs().max()), torch.finfo(torch.float32).tiny)
     return float((mine - other).abs().max()) / scale
-

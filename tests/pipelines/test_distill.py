@@ -20,9 +20,7 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("sd", "dmd"), ("sdxl", "vsd"), ("sd3", "dmd"), ("flux", "regression")]
-)
+@pytest.mark.parametrize(("name", "method"), [("sd", "dmd"), ("sdxl", "vsd"), ("sd3", "dmd"), ("flux", "regression")])
 def test_a_pipeline_is_distilled(name: str, method: str, tmp_path: Path) -> None:
     pipe = make(name)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

@@ -1,4 +1,5 @@
-"""Folders in the layout of the bundled tiny models with seeded random weights, written by diffusers and transformers."""
+"""Folders in the layout of the bundled tiny models with seeded random weights, written by diffusers and
+transformers."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def autoencoder(scale: float, shift: float | None = None, plain: bool = False) -
 
 
 def shaken(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights of which none is at its special start (zero biases, unit norms, zero-initialised output layers)."""
+    """Random weights of which none is at its special start (zero biases, unit norms, zero-initialised output
+    layers)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

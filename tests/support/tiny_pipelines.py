@@ -52,9 +52,16 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 def clip(projection: bool = False, width: int = WIDTH) -> Any:
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
@@ -65,16 +72,26 @@ def t5() -> T5EncoderModel:
 
 def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=channels, sample_size=16, **more
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        sample_size=16,
+        **more,
     )
 
 
 def unet(xl: bool = False, **more: Any) -> UNet2DConditionModel:
     if xl:
         more = {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
-            "projection_class_embeddings_input_dim": WIDTH + 48, "transformer_layers_per_block": (1, 2), **more,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "use_linear_projection": True,
+            "projection_class_embeddings_input_dim": WIDTH + 48,
+            "transformer_layers_per_block": (1, 2),
+            **more,
         }
     settings = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
@@ -92,42 +109,81 @@ def ddim(**more: Any) -> DDIMScheduler:
 
 def sd(**scheduler: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(), scheduler=ddim(**scheduler),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(),
+        scheduler=ddim(**scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
 def sdxl(**scheduler: Any) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
-        vae=vae(scaling_factor=0.13), text_encoder=clip(), text_encoder_2=clip(True), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), unet=unet(xl=True), scheduler=ddim(**scheduler), add_watermarker=False,
+        vae=vae(scaling_factor=0.13),
+        text_encoder=clip(),
+        text_encoder_2=clip(True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet(xl=True),
+        scheduler=ddim(**scheduler),
+        add_watermarker=False,
     )
 
 
 def sd3(with_t5: bool = False, **scheduler: Any) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
-        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,),
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
     )
     # as SD3's T5: as wide as what the transformer reads
     encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
-        vae=vae(shift_factor=0.06, scaling_factor=1.5), text_encoder=clip(True), tokenizer=clip_tokenizer(),
-        text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(),
-        text_encoder_3=encoder if with_t5 else None, tokenizer_3=t5_tokenizer() if with_t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae(shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=clip(True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=encoder if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
     )
 
 
 def flux(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=embedded, axes_dims_rope=(4, 6, 6),
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=embedded,
+        axes_dims_rope=(4, 6, 6),
     )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae(shift_factor=0.1, scaling_factor=0.4),
-        text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
         transformer=transformer,
     )
 
