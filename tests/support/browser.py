@@ -18,6 +18,7 @@ FLAGS = (
 HARMLESS = (
     *("user.css", "user.js", "workflows", "templates", "userdata", "favicon", "/api/assets"),
     "before initialization",
+    "missingModelMetadata",
 )
 READY = "return !!(window.app && window.app.graph && window.app.extensionManager && document.querySelector('canvas'))"
 SETTINGS = """

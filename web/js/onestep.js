@@ -40,7 +40,7 @@ class Panel {
     this.chart = svg("svg", { viewBox: "0 0 300 110", preserveAspectRatio: "none", class: "onestep-chart" });
     Object.assign(this.chart.style, { flex: "none", width: "100%", height: "110px", background: "rgba(0,0,0,.25)" });
     this.legend = element("div", { flex: "none", display: "flex", gap: "10px", flexWrap: "wrap" });
-    this.picture = element("img", { flex: "1 1 0", minHeight: "0", width: "100%", objectFit: "contain", display: "none" },
+    this.picture = element("img", { flex: "1 1 0", minHeight: "60px", width: "100%", objectFit: "contain", display: "none" },
       { className: "onestep-preview", alt: "teacher above student" });
     this.button = element("button", { flex: "none", padding: "3px", cursor: "pointer" },
       { className: "onestep-finish", textContent: "Finish now", disabled: true, title: "End after the current step and keep the result" });
