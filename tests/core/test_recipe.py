@@ -92,6 +92,16 @@ def test_a_students_recipe_on_a_flow_model() -> None:
     np.testing.assert_allclose(recipe.log_snr[1:], [math.log(1 / 9), math.log(1 / 3), 0], atol=1e-12)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("start", "told"), [(0.4, [400]), (0.5, [500, 250])])
+def test_a_student_may_start_below_pure_noise(start: float, told: list[int]) -> None:
+    """Unit noise still, told a lower time (DMD2's 399, SiD's 625); KSampler cannot, and the recipe says so."""
+    recipe = Recipe.for_student(SCHEDULE, len(told), "unet", ((64, 64),), start)
+    assert recipe.told == tuple(map(float, told)) and set(recipe.fed) == {1.0}
+    levels = [stable_diffusion_levels(time) for time in told]
+    np.testing.assert_allclose(recipe.log_snr, [math.log(alpha / sigma) for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
+    assert f"this recipe tells {told[0]}" in str(recipe.ksampler(SCHEDULE))
+
+
 # -- the public models, after the schedulers that their model cards name ----------------------------------------------
 
 

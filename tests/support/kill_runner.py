@@ -129,7 +129,7 @@ def run_until(folder: Path, deadly: int) -> Any:
 
     def work() -> Any:
         from small_host import SmallHost, small
-        from small_runs import left, run
+        from whole_runs import left, run
 
         clock = Clock(deadly)
         host = SmallHost(on_poll=lambda: clock.tick("a poll"))
@@ -163,7 +163,7 @@ def main() -> None:
     import torch._dynamo  # noqa: F401  (checkpointing reads its settings, and it takes seconds to load)
     from PIL import Image  # noqa: F401
     from small_host import SmallHost  # noqa: F401  (loaded before the forks)
-    from small_runs import run  # noqa: F401
+    from whole_runs import run  # noqa: F401
 
     torch.set_num_threads(1)
     # in memory where there is such a place: a kill loses nothing that was written, and syncing a disk takes its time

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from small_host import NAMES, PROMPTS, SmallHost, small
-from small_runs import Cancelled, at_call, factors, left, newest, run
+from whole_runs import Cancelled, at_call, factors, left, newest, run
 
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora, save_lora

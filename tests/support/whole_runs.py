@@ -1,0 +1,71 @@
+"""Whole runs on the small host, and what they leave: to compare two of them to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from small_host import PROMPTS, SmallHost, small
+
+from onestep.core.tensor_file import read_tensors
+from onestep.training.distil import Report, Result, distil
+from onestep.training.settings import Settings
+
+CLOCKS = ("seconds", "elapsed")
+
+
+def run(
+    folder: Path,
+    settings: Settings | None = None,
+    *,
+    host: SmallHost | None = None,
+    report: Report | None = None,
+    **how: Any,
+) -> Result:
+    return distil(host or SmallHost(), PROMPTS, settings or small(), folder, report=report, **how)
+
+
+def newest(folder: Path) -> Path:
+    """The last state's folder."""
+    states = [path for path in folder.glob("state-*") if (path / "complete").is_file()]
+    return max(states, key=lambda path: int(path.name.removeprefix("state-")))
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """Everything that a run leaves, but for its clocks: the LoRA's bytes, state, metrics, pictures."""
+    state = newest(folder)
+    notes = json.loads((state / "state.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    files = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in ("result.safetensors", "previews/*", "pairs/*", "state-*/state.safetensors")
+        for path in sorted(folder.glob(pattern))
+        if path.parent == folder or not path.parent.name.startswith("state-") or path.parent == state
+    }
+    return {
+        "files": files,
+        "state": {key: value for key, value in notes.items() if key not in CLOCKS},
+        "metrics": [{key: value for key, value in line.items() if key not in CLOCKS} for line in metrics],
+    }
+
+
+def factors(path: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in read_tensors(path).items()}
+
+
+class Cancelled(Exception):
+    """What a host raises where a person cancels."""
+
+
+def at_call(number: int, error: BaseException) -> Callable[[], None]:
+    """Raises ``error`` at its ``number``-th call, and never again."""
+    calls = iter(range(1, 10**9))
+
+    def poll() -> None:
+        if next(calls) == number:
+            raise error
+
+    return poll
