@@ -17,6 +17,9 @@ from .host import Host
 from .prompts import Prompts, Size
 from .settings import Settings
 
+KEPT_BYTES = 2**29
+"""Of pairs in host memory; the others are read from the disk again."""
+
 
 @dataclass
 class Pairs:
@@ -67,7 +70,10 @@ class Pairs:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, {"x": self._solve(block, micro)})
             self._kept[block] = self._noise(block), read_tensors(path)["x"]
-        return self._kept[block]
+        pair = self._kept[block]
+        if len(self._kept) * 2 * pair[0].nbytes > KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return pair
 
     def _noise(self, block: int) -> Tensor:
         shape = self.prompts.shapes[self._size(block)]

@@ -4,8 +4,8 @@ r"""The one training step of every distribution-matching method.
     student:  x = G(z),      G = h w (a_DM (D_F - D_c) - (k - 1) (D_c - D_u)) + Jacobian terms,   <x, sg(G)>.backward()
 
 D_c, D_u: teacher with prompt and with the null condition; D_F: critic. The first difference matches distributions, the
-second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each
-at its own.
+second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each at
+its own.
 A method is a choice of the plug-ins below.
 """
 
@@ -65,11 +65,9 @@ def dmd_weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
 
 @dataclass(frozen=True)
 class DistributionMatching:
-    """guidance: k of the teacher. critic_guidance: k of the critic, in both of its uses. matching: a_DM.
-
-    guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which
-    the critic
-    learns the null condition.
+    """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; it is taught without.
+    matching: a_DM. guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of
+    samples on which the critic learns the null condition.
     """
 
     guidance: float = 2.0
