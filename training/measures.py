@@ -130,7 +130,8 @@ def bootstrap(
     value = statistic(rows.flatten())
     generator = randomness.generator(seed, "bootstrap")
     redrawn = [statistic(rows[torch.randint(prompts, (prompts,), generator=generator)].flatten()) for _ in range(draws)]
-    half = 1.96 * float(torch.tensor([found for found in redrawn if math.isfinite(found)], dtype=torch.float64).std())
+    known = torch.tensor([found for found in redrawn if math.isfinite(found)], dtype=torch.float64)
+    half = 1.96 * float(known.std()) if len(known) > 1 else math.nan
     return Estimate(value, value - half, value + half)
 
 
