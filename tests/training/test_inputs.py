@@ -1,0 +1,42 @@
+"""Where a student begins, and by what a run is known again."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from small_host import PROMPTS, SmallHost, small
+
+from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+from onestep.training.inputs import automatic_start, config_of, recipe_of
+
+
+def test_one_step_of_stable_diffusion_begins_at_625() -> None:
+    """SiD's sigma_init 2.5: t = 625 of 1000, where sigma / alpha is 2.502 (arXiv:2404.04057, section 5)."""
+    recipe = recipe_of(SmallHost(), small(start=0.0))
+    assert recipe.told == (625.0,) and recipe.fed == (1.0,)
+    assert recipe.log_snr[0] == pytest.approx(-math.log(2.502), abs=1e-3)
+    assert recipe_of(SmallHost(), small(start=1.0)).told == (999.0,)
+    assert recipe_of(SmallHost(), small(start=0.4)).told == (400.0,)
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(), FlowSchedule(3.0), VPSchedule.scaled_linear(zero_terminal=True)])
+def test_models_that_never_divide_by_alpha_begin_at_pure_noise(schedule: NoiseSchedule) -> None:
+    assert automatic_start(schedule, 1) == 1
+
+
+def test_several_steps_begin_at_pure_noise() -> None:
+    assert automatic_start(VPSchedule.scaled_linear(), 2) == 1
+    assert recipe_of(SmallHost(), small(start=0.0, student_steps=2)).told == (999.0, 499.0)
+
+
+def test_a_run_is_known_by_settings_prompts_and_base() -> None:
+    config = config_of(SmallHost(), PROMPTS, small())
+    assert config == config_of(SmallHost(), list(PROMPTS), small())
+    for key, other in {
+        "settings": config_of(SmallHost(), PROMPTS, small(rank=3)),
+        "prompts": config_of(SmallHost(), PROMPTS[::-1], small()),
+        "base": config_of(SmallHost(seed=1), PROMPTS, small()),
+    }.items():
+        assert [name for name in config if config[name] != other[name]] == [key]
+    assert {"torch", "python"} <= set(config["versions"]) and config["threads"] >= 1
