@@ -104,8 +104,7 @@ def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond |
     """Classifier-free guidance (arXiv:2207.12598) in x0: D_u + k (D_c - D_u), with cond and null in one forward.
 
     k = ``scale`` = 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1 where the model
-    has no
-    trained null condition.
+    has no trained null condition.
     """
     if scale == 1:
         return denoise(x, sigma, cond)

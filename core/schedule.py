@@ -70,8 +70,7 @@ class VPSchedule:
 
     ``alphas_cumprod`` [T], float64, falling; a last entry of 0 is zero-terminal SNR (arXiv:2305.08891).
     The network's own time is an index 0 .. T - 1; between two indices the angle atan2(sigma, alpha) is interpolated,
-    which
-    stays finite at zero-terminal SNR.
+    which stays finite at zero-terminal SNR.
     """
 
     alphas_cumprod: Tensor

@@ -51,10 +51,8 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
     """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057).
 
     An eps-prediction's x0 has its error divided by alpha, which is 0.07 at Stable Diffusion's noisiest time and 0.37
-    here.
-    Schedules that end at alpha = 0 (flow, zero-terminal SNR) belong to networks that never divide by it: they begin
-    at 1, and
-    so do students of several steps, whose later steps mend the first.
+    here. Schedules that end at alpha = 0 (flow, zero-terminal SNR) belong to networks that never divide by it: they
+    begin at 1, and so do students of several steps, whose later steps mend the first.
     """
     noisiest = torch.tensor(schedule.sigma_max, dtype=torch.float64)
     if steps > 1 or float(schedule.alpha(noisiest)) < 1e-3:
