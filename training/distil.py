@@ -16,7 +16,7 @@ from ..core.lora_file import save_lora
 from ..core.roles import State
 from ..core.tensor_file import read_tensors, write_tensors
 from .host import Host
-from .inputs import config_of, initial_state, recipe_of
+from .inputs import check_base, config_of, initial_state, recipe_of
 from .methods import METHODS
 from .objectives.distribution_matching import CRITIC
 from .optimizer import refuse_missing
@@ -53,11 +53,7 @@ def distil(
     for size in settings.size_list:
         host.latent_shape(size)
     initial = initial_state(host, settings)
-    if host.denoiser.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
-        raise OneStepError(
-            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
-            "cannot be had: set it to 1"
-        )
+    check_base(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     with opened(folder, config, existing) as (run, goes_on):

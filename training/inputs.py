@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..core.denoiser import EpsDenoiser
 from ..core.errors import OneStepError
 from ..core.lora_file import fit, load_lora
 from ..core.recipe import Recipe
@@ -17,6 +18,37 @@ from ..core.roles import State
 from ..core.schedule import NoiseSchedule
 from .host import Host
 from .settings import Settings
+
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_base(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where this checkpoint cannot be distilled, or not by these settings."""
+    denoise = host.denoiser
+    if denoise.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
+            "cannot be had: set it to 1"
+        )
+    noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
+    if isinstance(denoise, EpsDenoiser) and float(denoise.schedule.alpha(noisiest)) == 0:
+        raise OneStepError(
+            f"{host.name} predicts noise and starts from pure noise (zero-terminal SNR), which cannot be: "
+            "correct its prediction type, v-prediction most likely"
+        )
+    broken = [name for name, target in denoise.roles.targets.items() if not _is_finite(target.module)]
+    if broken:
+        raise OneStepError(
+            f"{host.name} is damaged: {len(broken)} of its layers hold numbers that are not finite (NaN or infinite), "
+            f"{broken[0][:80]} the first. Download or export it again"
+        )
+
+
+def _is_finite(layer: torch.nn.Module) -> bool:
+    """Of a layer's plain weight; what is quantised or not in memory is not looked at."""
+    weight: Any = getattr(layer, "weight", None)
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_meta and weight.dtype in PLAIN
+    return not plain or bool(weight.isfinite().all())
 
 
 def initial_state(host: Host, settings: Settings) -> State | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.tensor_file import read_tensors, write_tensors
 from .files import read_json, write_bytes, write_json
+from .settings import nearest
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
@@ -116,6 +117,8 @@ def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tupl
     Raises OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of
     another config.
     """
+    if existing not in (CONTINUE, RESTART, STOP):
+        raise OneStepError(f"an existing run is to be {existing!r:.60}{nearest(existing, (CONTINUE, RESTART, STOP))}")
     _check_existing(folder, config, existing)
     try:
         folder.mkdir(parents=True, exist_ok=True)
