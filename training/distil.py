@@ -56,7 +56,8 @@ def distil(
     check_base(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
-    with opened(folder, config, existing) as (run, goes_on):
+    # whatever the caller switched off around us: a run needs gradients
+    with torch.inference_mode(False), torch.enable_grad(), opened(folder, config, existing) as (run, goes_on):
         session = _Session(host, prompts, settings, run, report, initial)
         if existing == CONTINUE and not goes_on:
             session.notes.append(f"no run to continue in {folder}: started anew")

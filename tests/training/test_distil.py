@@ -94,6 +94,14 @@ def test_checkpointing_changes_no_result(whole: dict[str, Path], tmp_path: Path)
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same(whole: dict[str, Path], tmp_path: Path, around: Any) -> None:
+    host = SmallHost()
+    with around():
+        run(tmp_path / "run", host=host)
+    assert left(tmp_path / "run") == left(whole["dmd"])
+
+
 def test_two_runs_on_one_host_do_not_know_of_each_other(whole: dict[str, Path], tmp_path: Path) -> None:
     """Of another method, rank and schedule of phases: no role, hook or cache is left from the first."""
     host = SmallHost()
