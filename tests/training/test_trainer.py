@@ -102,6 +102,17 @@ def test_the_matching_gradient_is_a_sum_over_elements_and_a_mean_over_samples(tm
     assert near(got, list(wanted))
 
 
+def test_the_anchor_is_that_much_of_the_regression(tmp_path: Path) -> None:
+    """G(anchor) = G(0) + anchor * the gradient of the regression on this update's pairs."""
+    found = {}
+    for anchor in (0.0, 0.5):
+        with trainer(tmp_path / str(anchor), small(anchor=anchor)) as made:
+            away_from_zero(made)
+            found[anchor], _ = gradients(made, "student", "_match", key=9)
+            regression, _ = gradients(made, "student", "_regress", key=9)
+    assert near(found[0.5], [alone + 0.5 * pull for alone, pull in zip(found[0.0], regression, strict=True)])
+
+
 def test_only_the_role_in_turn_is_moved(tmp_path: Path) -> None:
     with trainer(tmp_path, small(warm_start=0, critic_warm_up=1, ema=0.9)) as made:
         roles = made.host.denoiser.roles
