@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import OneStepError
+from .whole_file import short, write_whole
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
@@ -80,23 +82,8 @@ def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a whole file beside its place, sync it, and put it there in one move. Same content, same bytes."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
-    try:
-        with open(beside, "wb") as file:
-            file.write(_head(ordered, metadata or {}))
-            for tensor in ordered.values():
-                file.write(_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OneStepError(
-            f"Cannot write {_short(path)}: {error.strerror or error}. Free some disk space, or choose another folder."
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(Path(path), chain([_head(ordered, metadata or {})], map(_bytes, ordered.values())))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -112,7 +99,7 @@ def _opened(path: Path) -> BinaryIO:
         return open(path, "rb")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise OneStepError(f"Cannot read {_short(path)}: {why}. Check the path.") from None
+        raise OneStepError(f"Cannot read {short(path)}: {why}. Check the path.") from None
 
 
 def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -220,15 +207,10 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
     # A safetensors header of exactly 0x..0280 bytes also begins like a pickle; its upper length bytes are zero then.
     if path.suffix.lower() in {".ckpt", ".pt", ".pth", ".bin", ".pkl"} or zipped or (pickled and any(start[4:8])):
         raise OneStepError(
-            f"{_short(path)} is a pickle, which can run code when it is opened. "
+            f"{short(path)} is a pickle, which can run code when it is opened. "
             "Only .safetensors files are read: convert it first."
         )
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
-    raise OneStepError(f"{_short(path)} is not a sound .safetensors file: {why}. Download or export it again.")
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 120 else "..." + text[-117:]
+    raise OneStepError(f"{short(path)} is not a sound .safetensors file: {why}. Download or export it again.")

@@ -1,31 +1,18 @@
-"""Small text files that are whole or absent, as :mod:`core.tensor_file` writes tensors; and the log, a line at a
-time."""
+"""Small files of text and JSON, whole or absent."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
+from ..core.whole_file import write_whole
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path``, sync it, and put it there in one move."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OneStepError(
-            f"{path} could not be written: {error.strerror}. Free some space or choose another folder"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write ``data`` to ``path``, whole or not at all."""
+    write_whole(path, [data])
 
 
 def write_json(path: Path, value: Any) -> None:
