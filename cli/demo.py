@@ -75,7 +75,9 @@ def demo(args: Namespace, console: Console) -> None:
 def settings_of(args: Namespace) -> Settings:
     """The demo's: its preset with fewer steps."""
     chosen = preset(PRESET, **SMALLER)
-    return chosen if args.steps is None else replace(chosen, steps=args.steps, warm_start=args.steps)
+    if args.steps is None:
+        return chosen
+    return replace(chosen, steps=args.steps, warm_start=args.steps, critic_warm_up=args.steps)
 
 
 def _compare(

@@ -105,7 +105,7 @@ def test_a_full_disk_ends_the_run_in_one_line(onestep: Command, model, prompts, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said.code in (1, 2) and said.out == "" and 20 < len(said.message) < 390
     assert not list(run.glob("*.safetensors")) and not list(run.glob("state-*")) and not list(run.rglob("*.tmp"))
-    assert drawn.code == 2 and "written" in drawn.message and [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert drawn.code == 2 and "Cannot write" in drawn.message and [path.name for path in tmp_path.iterdir()] == ["run"]
     # with room again it is a run like any other
     assert onestep("distill", model, "--prompts", prompts, "--out", run, *SHORT, "--resume").code == 0
 

@@ -28,16 +28,14 @@ def is_bundled() -> bool:
 @pytest.mark.skipif(not is_bundled(), reason="this checkout holds no tiny model")
 def test_a_short_demo(onestep: Command, tmp_path):
     run = tmp_path / "demo"
-    said = onestep("demo", "--out", run, "--steps", 2, "--samples", 8, "--json")
+    said = onestep("demo", "--out", run, "--steps", 2, "--samples", 4, "--json")
     assert said.code == 0, said.err
     told = json.loads(said.out)
     assert [row["name"] for row in told["table"]["rows"]][-1] == "result.safetensors"
     assert all("fd" in row["measures"] for row in told["table"]["rows"][1:])
     assert told["share"] > 0 and json.loads((run / "table.json").read_text()) == told["table"]
     width, height = Image.open(run / "comparison.png").size
-    assert width > 2 * height
-    # done is done: a second demo only measures again
-    assert onestep("demo", "--out", run, "--steps", 2, "--samples", 8).code == 0
+    assert width > 4 * 64 and height > 3 * 64
 
 
 def test_the_demo_is_a_preset_with_fewer_steps():

@@ -104,7 +104,7 @@ def test_variety_is_that_of_the_gaussians_flow():
 
 def test_frechet_to_the_teacher_is_that_of_two_gaussians():
     """One prompt: both rows are Gaussian, so the distance is |dm|^2 + D (s - s')^2, doubled rows and all."""
-    host, table, pictures = table_of(1200, ["two"], batch=600)
+    host, table, pictures = table_of(800, ["two"], batch=400)
     measures = {row.name: row.measures for row in table.rows}
     teacher, untrained = (pictures[name].flatten(1).double().numpy() for name in (TEACHER, UNTRAINED))
     mean = ((teacher.mean(0) - untrained.mean(0)) ** 2).sum()
