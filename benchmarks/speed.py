@@ -1,7 +1,7 @@
 """What sharing one base costs: role rows against separate forwards, and the share of a training step inside the
 network.
 
-    python benchmarks/speed.py [--layout sd15] [--batch 8] [--size 64] [--out benchmarks/results/speed.md]
+    python benchmarks/speed.py [--layout sd15|tiny] [--batch 8] [--size 64] [--out benchmarks/results/speed.md]
 
 Ratios are of paired runs in one process (A B A B ...), their median given with the least and the greatest.
 """
@@ -25,10 +25,19 @@ from onestep.training.batch import Batch
 from onestep.training.objectives.distribution_matching import CRITIC, DistributionMatching
 from onestep.training.student import STUDENT, generate
 
+# (tokens, width) of the text, and the pixels a latent stands for, of each layout.
+TEXT = {"sd15": (77, 768), "sd15-quarter": (77, 768), "tiny": (24, 128)}
+FACTOR = {"sd15": 8, "sd15-quarter": 8, "tiny": 4}
+
 
 def networks(layout: str) -> Any:
     """A random-weight network in the layout of a real family, behind the contract, with student and critic away from
     0."""
+    if layout == "tiny":
+        from onestep.pipelines.adapt import adapt
+        from onestep.pipelines.load import load
+
+        return adapt(load("tiny")).denoiser
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from onestep.core.denoiser import EpsDenoiser
@@ -75,10 +84,12 @@ def synchronise() -> None:
 
 
 @torch.no_grad()
-def rows_against_separate(denoise: Any, batch: int, shape: tuple[int, ...], runs: int) -> tuple[list[float], float]:
+def rows_against_separate(
+    denoise: Any, text: tuple[int, int], batch: int, shape: tuple[int, ...], runs: int
+) -> tuple[list[float], float]:
     """Ratios of one forward of teacher and critic rows to two forwards, and their largest relative difference."""
     x, sigma = torch.randn(batch, *shape), torch.full((batch,), 0.5, dtype=torch.float64)
-    cond = Cond(torch.randn(batch, 77, 768))
+    cond = Cond(torch.randn(batch, *text))
     half = batch // 2
 
     def together() -> Tensor:
@@ -114,9 +125,9 @@ class Clock:
         return answer
 
 
-def share_in_network(denoise: Any, batch: int, shape: tuple[int, ...], runs: int) -> list[float]:
+def share_in_network(denoise: Any, text: tuple[int, int], batch: int, shape: tuple[int, ...], runs: int) -> list[float]:
     """Share of a dmd update (one critic update, one of the student) that is spent in passes of the network."""
-    cond, null = Cond(torch.randn(batch, 77, 768)), Cond(torch.randn(1, 77, 768))
+    cond, null = Cond(torch.randn(batch, *text)), Cond(torch.randn(1, *text))
     host_batch = Batch(cond, null, 0, 0, range(batch), shape, torch.device("cpu"))
     optimizers = {role: torch.optim.AdamW(denoise.roles.parameters(role), 1e-4) for role in (STUDENT, CRITIC)}
     clock, shares = Clock(denoise), []
@@ -149,7 +160,7 @@ def apply(roles: Roles, role: str, optimizer: torch.optim.Optimizer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layout", default="sd15", choices=["sd15", "sd15-quarter"])
+    parser.add_argument("--layout", default="sd15", choices=list(TEXT))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=64, help="picture size in pixels")
     parser.add_argument("--rank", type=int, default=64)
@@ -158,9 +169,10 @@ def main() -> None:
     args = parser.parse_args()
     denoise = networks(args.layout)
     with_adapters(denoise.roles, args.rank)
-    shape = (4, args.size // 8, args.size // 8)
-    ratios, difference = rows_against_separate(denoise, args.batch, shape, args.runs)
-    shares = share_in_network(denoise, max(1, args.batch // 2), shape, max(2, args.runs // 2))
+    text, factor = TEXT[args.layout], FACTOR[args.layout]
+    shape = (4, args.size // factor, args.size // factor)
+    ratios, difference = rows_against_separate(denoise, text, args.batch, shape, args.runs)
+    shares = share_in_network(denoise, text, max(1, args.batch // 2), shape, max(2, args.runs // 2))
     lines = [
         f"{args.layout} U-Net, {args.size} px, rank {args.rank}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
