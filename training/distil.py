@@ -204,9 +204,8 @@ class _Session:
         """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
         per = {"warm start": 3.0, "regression": 3.0, "critic": 4.0}
         full = 4.0 * self.settings.critic_updates + 6.0
-        lengths = [("warm start", self.settings.first_steps), ("critic", self.trainer.critic_first)]
         at, cost = 0, 0.0
-        for name, length in [*lengths, (self.settings.method, self.settings.steps)]:
+        for name, length in self.trainer.phases:
             overlap = max(0, min(last, at + length) - max(first, at))
             cost, at = cost + overlap * per.get(name, full), at + length
         return cost

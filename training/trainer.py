@@ -66,12 +66,18 @@ class Trainer:
     @property
     def total(self) -> int:
         """Updates of the run: warm start, critic alone, then the method."""
-        return self.settings.first_steps + self.critic_first + self.settings.steps
+        return sum(length for _, length in self.phases)
 
     @property
     def critic_first(self) -> int:
         """Updates of the critic alone."""
         return self.settings.critic_warm_up if self.objective is not None and self.settings.steps else 0
+
+    @property
+    def phases(self) -> list[tuple[str, int]]:
+        """(name, updates) of each phase, in order."""
+        first = [("warm start", self.settings.first_steps), ("critic", self.critic_first)]
+        return [*first, (self.settings.method, self.settings.steps)]
 
     @property
     def _turns(self) -> int:
@@ -80,12 +86,7 @@ class Trainer:
 
     def phase(self, update: int) -> tuple[str, int, int]:
         """(name, index within the phase, updates of the phase) of ``update``."""
-        lengths = {
-            "warm start": self.settings.first_steps,
-            "critic": self.critic_first,
-            self.settings.method: self.settings.steps,
-        }
-        for name, length in lengths.items():
+        for name, length in self.phases:
             if update < length:
                 return name, update, length
             update -= length

@@ -53,8 +53,6 @@ Ratio = Callable[[Scores], Tensor]
 """h(r) [B] of f-divergences; 1 for the reverse KL."""
 Jacobian = Callable[[Denoiser, Batch, Scores], Tensor]
 """Cotangent on x of terms through teacher and critic (SiD, SIM)."""
-Extra = Callable[[Denoiser, Batch, Tensor], Tensor]
-"""A further loss of the student's x, with its graph (adversarial, reward, anchor)."""
 
 
 def dmd_weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
