@@ -4,9 +4,9 @@ real pictures.
     python benchmarks/quality.py --model tiny --preset Balanced --minutes 90 --prompts FILE --reference FILE.npz \\
         --samples 3000 --seeds 0 1 2 --runs runs/quality --out benchmarks/results/quality-tiny.md
 
-Each seed is a run of its own and an evaluation of its own. The run ends with its schedule, or after --minutes. The
-table
-gives the mean over seeds and the worst of them; the curve is the watch's, from metrics.jsonl.
+Each seed is a run of its own, which ends with its schedule or after --minutes. All students then draw from the same
+noises, beside one teacher. The table gives their mean and the worst of them; the curve is the watch's, from
+metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onestep.training.distil import Progress, distil
 from onestep.training.evaluation import evaluate
 from onestep.training.settings import Settings, preset
 
-BETTER_LOW = ("fd_real", "fd", "sliced_real", "sliced")
+BETTER_LOW = ("fd_real", "fd", "sliced_real", "sliced", "kd_real", "kd")
 
 
 def train(
@@ -55,43 +55,41 @@ def train(
     return host, result, [line for line in result.metrics if "distance" in line]
 
 
-def measure(args: argparse.Namespace, host: Any, path: Path, prompts: list[str], settings: Settings, seed: int) -> Any:
-    """The evaluation's table of one seed."""
-    reference = None if args.reference is None else read_pictures(args.reference)
-    student = student_of(read_lora(str(path), host), host, "student")
-    judge = judge_of(args.model, args.judge)
+def measure(args: argparse.Namespace, host: Any, paths: dict[str, Path], prompts: list[str], settings: Settings) -> Any:
+    """The evaluation's table: the teacher's rows, and a row of each student."""
     table, _ = evaluate(
         host,
-        [student],
+        [student_of(read_lora(str(path), host), host, name) for name, path in paths.items()],
         prompts,
         args.samples,
-        reference,
-        judge,
-        seed,
+        None if args.reference is None else read_pictures(args.reference),
+        judge_of(args.model, args.judge),
+        args.evaluation_seed,
         size=native_size(host),
         guidance=settings.guidance,
     )
     return table
 
 
-def rows_of(table: Any) -> dict[str, dict[str, float]]:
-    return {row.name: {name: found.value for name, found in row.measures.items()} for row in table.rows}
-
-
-def summary(tables: list[Any]) -> list[str]:
-    """Mean and worst of each measure over the seeds, a line a row."""
-    every = [rows_of(table) for table in tables]
-    names = list(every[0])
-    measures = list(dict.fromkeys(key for row in every[0].values() for key in row))
+def summary(table: Any, students: set[str]) -> list[str]:
+    """A line a row; the students' is their mean, and the worst of them in brackets."""
+    teachers = [row for row in table.rows if row.name not in students]
+    learnt = [row for row in table.rows if row.name in students]
+    measures = list(dict.fromkeys(key for row in table.rows for key in row.measures))
     lines = ["| row | " + " | ".join(measures) + " |", "|---|" + "---|" * len(measures)]
-    for name in names:
-        cells = []
-        for key in measures:
-            values = [rows[name][key] for rows in every if key in rows[name]]
-            worst = max(values, default=0.0) if key in BETTER_LOW else min(values, default=0.0)
-            cells.append(f"{statistics.mean(values):.3f} ({worst:.3f})" if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    for row in teachers:
+        cells = [f"{row.measures[key].value:.3f}" if key in row.measures else "" for key in measures]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return [*lines, f"| students, mean (worst) of {len(learnt)} | " + " | ".join(_spread(learnt, measures)) + " |"]
+
+
+def _spread(rows: list[Any], measures: list[str]) -> list[str]:
+    cells = []
+    for key in measures:
+        values = [row.measures[key].value for row in rows]
+        worst = max(values) if key in BETTER_LOW else min(values)
+        cells.append(f"{statistics.mean(values):.3f} ({worst:.3f})")
+    return cells
 
 
 def curve(lines: list[dict[str, Any]], most: int = 20) -> list[str]:
@@ -115,6 +113,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--evaluation-seed", type=int, default=0, help="of the noises that every row draws from")
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path)
@@ -122,21 +121,26 @@ def main() -> None:
     prompts = read_prompts(args.prompts)
     changes = dict(text.split("=", 1) for text in args.set)
     settings = preset(args.preset).with_texts(changes)
-    tables, curves, seconds = [], [], []
+    paths, curves, seconds = {}, [], []
     for seed in args.seeds:
-        chosen = replace(settings, seed=seed)
-        host, result, lines = train(args, chosen, prompts, args.runs / f"{args.model}-{seed}".replace("/", "_"))
-        began = time.monotonic()
-        tables.append(measure(args, host, result.path, prompts, chosen, seed))
+        folder = args.runs / f"{Path(args.model).name}-{seed}"
+        host, result, lines = train(args, replace(settings, seed=seed), prompts, folder)
+        paths[f"student, seed {seed}"] = result.path
         curves.append(lines)
         seconds.append(result.seconds)
-        print(tables[-1].to_text(), f"\nscored in {time.monotonic() - began:.0f} s", flush=True)
+    began = time.monotonic()
+    table = measure(args, host, paths, prompts, settings)
     told = [
-        f"`{args.model}`, preset {args.preset} with {json.dumps(changes)}, {args.samples} samples, seeds {args.seeds}: "
-        f"mean (worst). Training took {max(seconds) / 60:.0f} minutes at most, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {platform.machine()}.",
+        f"`{Path(args.model).name}`, preset {args.preset} with {json.dumps(changes)}, {args.samples} samples, seeds "
+        f"{args.seeds}. Training took {max(seconds) / 60:.0f} minutes at most, scoring "
+        f"{(time.monotonic() - began) / 60:.0f}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}.",
         "",
-        *summary(tables),
+        *summary(table, set(paths)),
+        "",
+        "Each row with its 95% interval:",
+        "",
+        *("    " + line for line in table.to_text().splitlines()),
         "",
         "The watch along the first run:",
         "",

@@ -40,7 +40,7 @@ class Settings:
         20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000
     )
     guidance: float = setting(4.0, "Teacher's guidance in pairs and previews; 1 = none.", 0, 30)
-    matching_guidance: float = setting(1.5, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
+    matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
     negative: str = setting("", "Negative text: what guidance steers away from; empty = the empty prompt.")
     seed: int = setting(0, "Seed of everything random in the run.", 0, 2**63 - 1)
 
