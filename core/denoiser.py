@@ -45,9 +45,10 @@ class _Wrapped:
     guidance: Guidance = "cfg"
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        captured = self.roles.capture(len(x))
+        time = self.schedule.time_of_sigma(sigma).to(x)
+        captured = self.roles.capture(len(x), time, cond)
         with captured:
-            prediction = self.network(x, self.schedule.time_of_sigma(sigma).to(x), cond).to(x.dtype)
+            prediction = self.network(x, time, cond).to(x.dtype)
         return captured.guard(self.x0(x, sigma, prediction))
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:

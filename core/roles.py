@@ -8,18 +8,19 @@ renamed, no parameter enters the module tree, and nobody's ``requires_grad`` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.low_rank import low_rank_conv, low_rank_linear
+from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
-from .factors import blended, initial, leaf
+from .factors import adapted, blended, initial, leaf
+from .side import Call, Sides
 from .targets import Target
 
 TEACHER = "teacher"
@@ -28,10 +29,15 @@ Blocks = tuple[tuple[str, int | None], ...]
 
 @dataclass(frozen=True)
 class RoleMap:
-    """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them."""
+    """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
+
+    call: what a running call is about; told: what `Roles.use` was given for the sides.
+    """
 
     blocks: Blocks = ((TEACHER, None),)
     train: bool = True
+    told: Mapping[str, Any] = field(default_factory=dict)
+    call: Call | None = None
 
     def sizes(self, batch: int) -> list[int]:
         sizes = [batch if rows is None else rows for _, rows in self.blocks]
@@ -52,6 +58,7 @@ class Roles:
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = {target.name: target for target in targets}
         self._factors: dict[str, State] = {}
+        self.sides = Sides(self.targets)
         self._lineage: dict[str, int] = {}
         self._active = RoleMap()
         self._chosen: RoleMap | None = None
@@ -59,10 +66,10 @@ class Roles:
 
     # -- which role serves a call -------------------------------------------------------------------------------------
 
-    def use(self, role: str, *, train: bool = True) -> Any:
+    def use(self, role: str, *, train: bool = True, **told: Any) -> Any:
         """Within, every call is served by ``role``. ``train=False``: its factors get no gradient, its input still
-        does."""
-        return self._choose(RoleMap(((self._known(role), None),), train))
+        does. told: what the role's side is to know beyond a call's time and conditions."""
+        return self._choose(RoleMap(((self._known(role), None),), train, told))
 
     def rows(self, blocks: Sequence[tuple[str, int]], *, train: bool = True) -> Any:
         """Within, one forward serves contiguous blocks of rows: ``[("teacher", 4), ("critic", 2)]`` for a batch of
@@ -78,11 +85,13 @@ class Roles:
         finally:
             self._chosen = before
 
-    def capture(self, batch: int) -> Captured:
-        """The role map of the call about to be made, checked against its batch."""
+    def capture(self, batch: int, time: Tensor | None = None, cond: Cond | None = None) -> Captured:
+        """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
+        cond are what sides are told."""
         chosen = self._chosen or RoleMap()
         chosen.sizes(batch)
-        return Captured(self, chosen)
+        call = None if time is None or cond is None else Call(time, cond, chosen.told)
+        return Captured(self, replace(chosen, call=call))
 
     @contextmanager
     def serving(self, role_map: RoleMap) -> Iterator[None]:
@@ -127,9 +136,18 @@ class Roles:
         self._factors[role] = {name: (leaf(a, device), leaf(b, device)) for name, (a, b) in state.items()}
         self._lineage[role] = lineage
 
+    def add_side(self, role: str, side: Any) -> None:
+        """``role`` is served by ``side`` (see core.side) as well; without factors it is the base and its side."""
+        self.sides.add(role, side)
+        if self._handles:
+            self.sides.hang(self)
+        self._factors.setdefault(role, {})
+        self._lineage.setdefault(role, 0)
+
     def drop(self, role: str) -> None:
-        """Forget ``role`` and its factors, if it is there."""
+        """Forget ``role``, its factors and its side, if it is there."""
         self._factors.pop(role, None)
+        self.sides.drop(role)
         self._lineage.pop(role, None)
 
     def state(self, role: str) -> State:
@@ -137,7 +155,10 @@ class Roles:
         return {name: (a.detach(), b.detach()) for name, (a, b) in self._factors[self._known(role)].items()}
 
     def parameters(self, role: str) -> list[Tensor]:
-        """A and B of each target, in the order of target names, whatever order the host's tree has."""
+        """A and B of each target, in the order of target names, whatever order the host's tree has; then its side's."""
+        return self._in_order(role) + self.sides.parameters(role)
+
+    def _in_order(self, role: str) -> list[Tensor]:
         return [factor for name in sorted(self._factors[role]) for factor in self._factors[role][name]]
 
     def names(self) -> list[str]:
@@ -146,8 +167,9 @@ class Roles:
     def copy(self, source: str, into: str) -> None:
         """``into`` becomes a copy of ``source``. Live tensors of its shapes are written in place, so an optimiser keeps
         them."""
+        self.sides.copy(source, into)
         if self._alike(into, source):
-            for mine, theirs in zip(self.parameters(into), self.parameters(source), strict=True):
+            for mine, theirs in zip(self._in_order(into), self._in_order(source), strict=True):
                 mine.detach().copy_(theirs.detach())
             self._lineage[into] = self._lineage[source]
         else:
@@ -160,8 +182,9 @@ class Roles:
         Roles of one lineage and rank are blended factor by factor, in place (approximately right: they share their A's
         start). Others are blended exactly: the stacked factors' product, its rank found by SVD, in new tensors.
         """
+        self.sides.lerp(into, other, weight)
         if self._lineage[into] == self._lineage[other] >= 0 and self._alike(into, other):
-            for factor, towards in zip(self.parameters(into), self.parameters(other), strict=True):
+            for factor, towards in zip(self._in_order(into), self._in_order(other), strict=True):
                 factor.lerp_(towards.to(factor), weight)
         else:
             mine, theirs = self.state(into), self.state(other)
@@ -187,6 +210,7 @@ class Roles:
         for module, here in bound.items():
             here.sort(key=lambda target: target.row_range)
             self._handles.append(module.register_forward_hook(self._hook(here)))
+        self.sides.hang(self)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -201,6 +225,7 @@ class Roles:
 
     def remove(self) -> None:
         """Take the hooks off; the network is as it was."""
+        self.sides.unhang()
         while self._handles:
             self._handles.pop().remove()
 
@@ -220,32 +245,12 @@ class Roles:
         pieces = zip(active.blocks, x.split(sizes), output.split(sizes), strict=True)
         return torch.cat([self._adapted(role, here, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
 
+    def _adapted(self, role: str, here: list[Target], x: Tensor, output: Tensor) -> Tensor:
+        return adapted(here, self._factors.get(role, {}), x, output, self._active.train)
+
     def _adapts(self, role: str, here: list[Target]) -> bool:
         factors = self._factors.get(role, {})
         return any(target.name in factors for target in here)
-
-    def _adapted(self, role: str, here: list[Target], x: Tensor, output: Tensor) -> Tensor:
-        """``output`` plus each target's product on its own rows."""
-        factors = self._factors.get(role, {})
-        axis = 1 if here[0].is_conv else output.ndim - 1
-        pieces, at = [], 0
-        for target in (target for target in here if target.name in factors):
-            start, stop = target.row_range
-            if start > at:
-                pieces.append(output.narrow(axis, at, start - at))
-            pieces.append(self._product(target, factors[target.name], x, output.narrow(axis, start, stop - start)))
-            at = stop
-        if at < output.shape[axis]:
-            pieces.append(output.narrow(axis, at, output.shape[axis] - at))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
-
-    def _product(self, target: Target, factors: tuple[Tensor, Tensor], x: Tensor, output: Tensor) -> Tensor:
-        a, b = factors if self._active.train else (factors[0].detach(), factors[1].detach())
-        b = target.host_order(b)
-        if not target.is_conv:
-            return low_rank_linear(output, x, a, b)
-        conv: Any = target.module
-        return low_rank_conv(output, x, a, b, conv.stride, conv.padding, conv.dilation)
 
     # -- small checks -------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class ComfyDenoiser:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        captured = self.roles.capture(len(x))
+        captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)
         with captured:
             x0 = self._apply(x, sigma, cond).to(x.dtype)
         return captured.guard(x0)
