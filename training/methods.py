@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from ..core.recipe import Recipe
+from ..core.roles import State
+from .direct import Direct
+from .host import Host
+from .inputs import recipe_of
 from .objectives.distribution_matching import DistributionMatching
 from .objectives.dmd import dmd
 from .objectives.vsd import vsd
+from .prompts import Prompts
 from .settings import Settings
+from .student import STUDENT
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the README's table. forwards: network forwards of one sample in a student update, backward
-    included."""
+    included.
+
+    direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
+    place of the student's factors. recipe: how the student draws.
+    """
 
     make: Callable[[Settings], DistributionMatching | None]
     title: str
     paper: str
     forwards: str
+    direct: Callable[[Host, Settings, Prompts, Path], Direct] | None = None
+    side: Callable[[Host, Settings], Any] | None = None
+    recipe: Callable[[Host, Settings], Recipe] = recipe_of
 
     def __call__(self, settings: Settings) -> DistributionMatching | None:
         """The engine's objective; None where the student regresses on pairs alone."""
@@ -43,3 +59,17 @@ METHODS: dict[str, Method] = {
         lambda settings: None, "Regression on the teacher's ODE pairs", "arXiv:2311.18828, Eq. 9", "3 + the pair"
     ),
 }
+
+
+def add_student(host: Host, settings: Settings, method: Method, initial: State | None) -> None:
+    """The student's role, as the run begins. initial: the initial LoRA's factors. Where the method has a side, that
+    alone learns, and the initial LoRA stays under it as it is."""
+    roles = host.denoiser.roles
+    if method.side is None:
+        roles.add(STUDENT, settings.rank, settings.seed, host.device)
+    if method.side is not None or initial is not None:
+        roles.load(STUDENT, initial or {}, host.device, lineage=settings.seed)
+    if method.side is not None:
+        for factor in roles.parameters(STUDENT):
+            factor.requires_grad_(False)
+        roles.add_side(STUDENT, method.side(host, settings).to(host.device))

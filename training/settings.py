@@ -10,6 +10,9 @@ from typing import Any
 
 from ..core.errors import OneStepError
 
+MATCHING = ("dmd", "vsd")
+"""The methods with a critic, and with a warm start before it."""
+
 
 def setting(
     default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
@@ -108,7 +111,7 @@ class Settings:
     @property
     def first_steps(self) -> int:
         """Student updates of the warm start."""
-        return 0 if self.method == "regression" else self.warm_start
+        return self.warm_start if self.method in MATCHING else 0
 
     @property
     def size_list(self) -> tuple[tuple[int, int], ...]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.recipe import Recipe
 from . import optimizer as adam
 from .batch import Batch
+from .direct import Direct
 from .host import Host
 from .objectives.distribution_matching import CRITIC, DistributionMatching
 from .objectives.regression import Regression
@@ -30,6 +33,7 @@ Loss = Callable[[Batch, float], Numbers]
 class Trainer:
     """One run's learning. Every update is a function of the settings, the update's index and the state below.
 
+    objective: the method's, where it matches distributions; direct: the method's, where it asks the student at once.
     place: (update, its turns that are done); a state between two turns is as good as one between updates. numbers: what
     these turns gave. accumulation: micro-batches of a batch; doubled where memory runs out. bad: each role's steps
     dropped in a row. dropped: all of them. whole: not in the middle of a step, where a state would be neither here nor
@@ -42,6 +46,7 @@ class Trainer:
     prompts: Prompts
     pairs: Pairs
     objective: DistributionMatching | None
+    direct: Direct | None = None
     place: tuple[int, int] = (0, 0)
     numbers: Numbers = field(default_factory=dict)
     accumulation: int = 1
@@ -54,7 +59,8 @@ class Trainer:
         roles = self.host.denoiser.roles
         self.regression = Regression(self.recipe)
         self.accumulation = self.settings.accumulation
-        self.optimizers = {role: adam.make(roles.parameters(role), self.settings) for role in self.trained}
+        learnt = {role: [p for p in roles.parameters(role) if p.requires_grad] for role in self.trained}
+        self.optimizers = {role: adam.make(parameters, self.settings) for role, parameters in learnt.items()}
 
     @property
     def trained(self) -> list[str]:
@@ -115,6 +121,8 @@ class Trainer:
 
     def _plan(self, name: str) -> Sequence[tuple[str, Loss]]:
         """(role, its loss) of each turn of an update in this phase."""
+        if self.direct is not None:
+            return [(STUDENT, self._ask)]
         if name in ("warm start", "regression"):
             return [(STUDENT, self._regress)]
         if name == "critic":
@@ -124,7 +132,7 @@ class Trainer:
     def _rates(self, name: str, index: int, length: int) -> dict[str, tuple[float, float]]:
         """(step size, first moment's decay) of each role in this phase."""
         settings = self.settings
-        regress = name in ("warm start", "regression")
+        regress = name in ("warm start", "regression") or self.direct is not None
         height = settings.warm_start_rate if name == "warm start" else settings.learning_rate
         critic = adam.rate(index, length if name != "critic" else 10**9, settings.critic_learning_rate, settings)
         return {STUDENT: (adam.rate(index, length, height, settings), 0.9 if regress else 0.0), CRITIC: (critic, 0.0)}
@@ -189,10 +197,18 @@ class Trainer:
     # -- what is learnt -----------------------------------------------------------------------------------------------
 
     def _regress(self, batch: Batch, share: float) -> Numbers:
-        batch, pairs = self.pairs.draw(batch, batch.step // self._turns)
-        loss = self.regression(self.host.denoiser, batch, pairs)
-        (share * loss).backward()
-        return {"regression": float(loss.detach()) / math.prod(batch.shape)}
+        return {"regression": self._backward(self.pairs.draw, self.regression, batch, share)}
+
+    def _ask(self, batch: Batch, share: float) -> Numbers:
+        assert self.direct is not None
+        return {"loss": self._backward(self.direct.draw, self.direct.loss, batch, share)}
+
+    def _backward(self, draw: Any, loss: Callable[..., Tensor], batch: Batch, share: float) -> float:
+        """``share`` of the loss's gradient, on the data that ``draw`` gives; the loss for each element."""
+        batch, data = draw(batch, batch.step // self._turns)
+        value = loss(self.host.denoiser, batch, data)
+        (share * value).backward()
+        return float(value.detach()) / math.prod(batch.shape)
 
     def _teach_critic(self, batch: Batch, share: float) -> Numbers:
         assert self.objective is not None
@@ -209,13 +225,8 @@ class Trainer:
         cotangent, scores = self.objective.cotangent(self.host.denoiser, batch, x)
         x.backward(cotangent * (share / len(batch)))
         if self.settings.anchor:
-            self._anchor(batch, share)
+            self._backward(self.pairs.draw, self.regression, batch, share * self.settings.anchor)
         return score_metrics(scores)
-
-    def _anchor(self, batch: Batch, share: float) -> None:
-        paired, pairs = self.pairs.draw(batch, batch.step // self._turns)
-        loss = self.regression(self.host.denoiser, paired, pairs)
-        (share * self.settings.anchor * loss).backward()
 
     # -- batches ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""A side as small as one can be, and a method that trains it: what a run does with them, not what they are good for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onestep.core.denoiser import Denoiser
+from onestep.core.roles import TEACHER
+from onestep.core.side import Call
+from onestep.training.batch import Batch
+from onestep.training.methods import Method
+from onestep.training.settings import Settings
+from onestep.training.student import STUDENT
+
+AT = "conv_in"
+
+
+@dataclass(frozen=True)
+class Width:
+    width: int = 8
+
+
+class Shift(nn.Module):
+    """Adds a learnt vector, scaled by a buffer, to what the first convolution gives."""
+
+    kind = "shift"
+
+    def __init__(self, config: Width) -> None:
+        super().__init__()
+        self.config = config
+        self.before, self.after = frozenset[str](), frozenset({AT})
+        self.by = nn.Parameter(torch.zeros(config.width))
+        self.register_buffer("scale", torch.linspace(1, 2, config.width))
+
+    @classmethod
+    def from_config(cls, **config: Any) -> Shift:
+        return cls(Width(**config))
+
+    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        return output + (self.by * self.scale)[:, None, None].to(output)
+
+
+@dataclass(frozen=True)
+class Louder:
+    """The student is to answer 1.5 times what its teacher does, on noise of its own."""
+
+    seed: int
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, Tensor]:
+        return batch, batch.normal(f"louder {update}")
+
+    def loss(self, denoise: Denoiser, batch: Batch, data: Tensor) -> Tensor:
+        sigma = denoise.schedule.sigma_at(torch.full((len(batch),), 0.5, dtype=torch.float64))
+        with torch.no_grad(), denoise.roles.use(TEACHER):
+            target = 1.5 * denoise(data, sigma, batch.cond)
+        with denoise.roles.use(STUDENT):
+            return (denoise(data, sigma, batch.cond) - target).square().flatten(1).sum(1).mean()
+
+
+def louder(host: Any, settings: Settings, prompts: Any, folder: Path) -> Louder:
+    return Louder(settings.seed)
+
+
+BY_FACTORS = Method(lambda settings: None, "Louder", "", "4", direct=louder)
+BY_SIDE = Method(lambda settings: None, "Louder", "", "4", direct=louder, side=lambda host, settings: Shift(Width()))
