@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -59,7 +60,9 @@ def complain(message: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """47 s, 5 min, 3 h 20 min."""
+    """47 s, 5 min, 3 h 20 min; ? for what is not known."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -18,7 +18,7 @@ from .adapt import adapted
 from .finish import running
 from .load_lora import RecipeSocket
 from .places import checked_name, publish, run_folder
-from .progress import Reporter, as_image, last_preview, loss_map, viewed
+from .progress import Reporter, as_image, loss_map, viewed
 from .prompts import lines
 from .settings import SettingsSocket
 
@@ -161,11 +161,10 @@ def settings_of(
 
 
 def outputs(result: Result, file: str) -> io.NodeOutput:
-    preview = last_preview(result.run)
     said = [f"{file} ({result.updates} updates, {result.seconds:.0f} s, {result.role})", result.check, *result.notes]
-    shown = {"text": ["\n".join(said)], "onestep_preview": [viewed(preview)]}
+    shown = {"text": ["\n".join(said)], "onestep_preview": [viewed(result.preview)]}
     return io.NodeOutput(
-        read_tensors(result.path), loss_map(result.metrics), as_image(preview), file, result.recipe, ui=shown
+        read_tensors(result.path), loss_map(result.metrics), as_image(result.preview), file, result.recipe, ui=shown
     )
 
 

@@ -23,7 +23,8 @@ SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "c
 
 
 class Reporter:
-    """Called after each update: True once the button was pressed; ComfyUI's bar raises where it is cancelled."""
+    """Called before the first update and after each: True once the button was pressed; ComfyUI's bar raises where it is
+    cancelled."""
 
     def __init__(self, node: str | None, name: str, finish: threading.Event) -> None:
         self.node, self.name, self.finish = node, name, finish
@@ -47,7 +48,8 @@ class Reporter:
         numbers = {key: progress.numbers[key] for key in SHOWN if math.isfinite(progress.numbers.get(key, math.nan))}
         return {
             **{"node": self.node, "name": self.name, "update": progress.update, "total": progress.total},
-            **{"phase": progress.phase, "seconds": progress.seconds, "eta": progress.eta, "numbers": numbers},
+            **{"phase": progress.phase, "seconds": progress.seconds, "numbers": numbers},
+            **{"eta": progress.eta if math.isfinite(progress.eta) else None},
             **{"notes": list(progress.notes), "preview": viewed(progress.preview)},
         }
 
@@ -65,10 +67,6 @@ def viewed(path: Path | None) -> dict[str, str] | None:
         return None
     folder = path.parent.relative_to(folder_paths.get_output_directory())
     return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
-
-
-def last_preview(folder: Path) -> Path | None:
-    return max((folder / "previews").glob("*.png"), default=None)
 
 
 def as_image(path: Path | None) -> Tensor:

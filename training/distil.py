@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -10,19 +11,17 @@ from pathlib import Path
 
 import torch
 
-from ..core.adapter_file import check_adapter, save_adapter
 from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
 from ..core.lora_file import save_lora
 from ..core.roles import State
-from ..core.tensor_file import read_tensors, write_tensors
 from .host import Host
-from .inputs import check_base, config_of, initial_state
-from .methods import METHODS, add_student
+from .inputs import check_base, config_of, initial_state, recipe_of
+from .looks import Looks
+from .methods import METHODS
 from .objectives.distribution_matching import CRITIC
 from .optimizer import refuse_missing
 from .pairs import Pairs
-from .previews import write_grid
 from .progress import Progress, Report, Result, Stopped
 from .prompts import Prompts, check_prompts, embed
 from .run import CONTINUE, STOP, Run, opened
@@ -30,9 +29,11 @@ from .settings import Settings
 from .state import restore, snapshot
 from .student import STUDENT
 from .trainer import EMA, Numbers, Trainer
-from .watch import EACH, Watch
 
 __all__ = ["Progress", "Report", "Result", "Stopped", "distil"]
+
+BEFORE = "before training"
+"""The phase of the untrained student."""
 
 
 def distil(
@@ -76,7 +77,6 @@ class _Session:
         self.texts, self.initial, self.notes = prompts, initial, list[str]()
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at = 0, time.monotonic()
-        self.best: dict[str, float] | None = None
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -87,17 +87,18 @@ class _Session:
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
             self.trainer.notes += self.notes
+            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder)
             if goes_on:
                 self._restore()
             else:
                 self._save()
             try:
-                self.watch = self._watch(prompts)
+                self.looks.prepare(prompts)
                 self._train()
             except BaseException as error:
                 self._leave(error)
                 raise
-            return self._finish(prompts)
+            return self._finish()
 
     def _hang_hooks(self, stack: ExitStack) -> None:
         """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
@@ -114,16 +115,18 @@ class _Session:
             self.host.denoiser.roles.drop(role)
 
     def _trainer(self, prompts: Prompts) -> Trainer:
-        host, settings, method = self.host, self.settings, METHODS[self.settings.method]
-        roles, objective = host.denoiser.roles, method(settings)
-        add_student(host, settings, method, self.initial)
+        host, settings = self.host, self.settings
+        roles = host.denoiser.roles
+        objective = METHODS[settings.method](settings)
+        roles.add(STUDENT, settings.rank, settings.seed, host.device)
+        if self.initial is not None:
+            roles.load(STUDENT, self.initial, host.device, lineage=settings.seed)
         roles.copy(STUDENT, EMA)
         if objective is not None:
             roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
             self._share_start()
         pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
-        direct = None if method.direct is None else method.direct(host, settings, prompts, self.run.folder)
-        return Trainer(host, settings, method.recipe(host, settings), prompts, pairs, objective, direct)
+        return Trainer(host, settings, recipe_of(host, settings), prompts, pairs, objective)
 
     @torch.no_grad()
     def _share_start(self) -> None:
@@ -134,28 +137,18 @@ class _Session:
             if start.shape == a.shape:
                 a.copy_(start)
 
-    def _watch(self, prompts: Prompts) -> Watch | None:
-        """The teacher's pictures of the watch: made once in a run, and kept."""
-        if not (self.settings.watch_every or self.settings.preview_every):
-            return None
-        kept = self.run.folder / "reference.safetensors"
-        teacher = read_tensors(kept)["x"] if kept.is_file() else None
-        watch = Watch.prepare(self.host, self.settings, prompts, teacher)
-        if teacher is None:
-            write_tensors(kept, {"x": watch.teacher})
-        return watch
-
     def _train(self) -> None:
         total = self.trainer.total
         if self.update == 0:
-            self._look(0, {})
+            self._begin()
         while self.update < total:
             began = time.monotonic()
             phase = self.trainer.phase(self.update)[0]
             numbers = self.trainer.step(self.update)
             if self.trainer.stuck >= self.settings.patience:
                 self._roll_back()
-            numbers, preview = self._look(self.update + 1, numbers)
+            seen, preview = self.looks(self.update + 1, last=self.update + 1 == total)
+            numbers |= seen
             self.run.log({"update": self.update + 1, "phase": phase, "seconds": time.monotonic() - began, **numbers})
             self.update += 1
             self._save_if_due()
@@ -163,41 +156,25 @@ class _Session:
                 self.trainer.notes.append(f"finished early, after {self.update} of {total} updates")
                 return
 
-    def _look(self, update: int, numbers: Numbers) -> tuple[Numbers, Path | None]:
-        """Watch and preview after ``update`` updates, where one is due."""
-        every, watch = self.settings.watch_every, self.watch
-        if watch is not None and every and (update % every == 0 or update == self.trainer.total):
-            measured = watch(self.host, self.trainer.recipe, self._shown)
-            numbers = numbers | measured | {"no_gain": self._gain(update, measured["distance"])}
-        due = self.settings.preview_every
-        if watch is None or not due or update % due:
-            return numbers, None
-        return numbers, self._preview(update, watch)
-
-    @property
-    def _shown(self) -> str:
-        return EMA if self.settings.ema else STUDENT
-
-    def _gain(self, update: int, distance: float) -> float:
-        """Updates since the watch's distance last fell."""
-        if self.best is None or distance < self.best["distance"]:
-            self.best = {"distance": distance, "update": float(update)}
-        return update - self.best["update"]
-
-    def _preview(self, update: int, watch: Watch) -> Path:
-        rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
-        student = watch.student(self.host, self.trainer.recipe, self._shown)
-        path = self.run.folder / "previews" / f"{update:06d}.png"
-        write_grid(path, [self.host.decode(watch.teacher[rows]), self.host.decode(student[rows])])
-        return path
+    def _begin(self) -> None:
+        """Measure and show the untrained student, once in a run: where its curve begins."""
+        known = [line["distance"] for line in self.run.metrics() if line["update"] == 0]
+        if known:  # killed since, before its second state
+            self.looks.gain(0, math.nan if known[0] is None else known[0])
+            return
+        began = time.monotonic()
+        numbers, preview = self.looks(0, last=False)
+        if numbers:
+            self.run.log({"update": 0, "phase": BEFORE, "seconds": time.monotonic() - began, **numbers})
+        if numbers or preview:
+            self.report(self._progress(BEFORE, numbers, preview))
 
     def _progress(self, phase: str, numbers: Numbers, preview: Path | None) -> Progress:
         done, left = self._cost(0, self.update), self._cost(self.update, self.trainer.total)
         seconds = self.seconds_before + time.monotonic() - self.started
+        eta = seconds * left / done if done else math.nan
         notes = tuple(self.trainer.notes)
-        return Progress(
-            self.update, self.trainer.total, phase, seconds, seconds * left / max(done, 1), numbers, notes, preview
-        )
+        return Progress(self.update, self.trainer.total, phase, seconds, eta, numbers, notes, preview)
 
     def _cost(self, first: int, last: int) -> float:
         """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
@@ -214,23 +191,24 @@ class _Session:
     def _save_if_due(self) -> None:
         """Every so often, at the end, and where the watch has just found the best so far."""
         late = time.monotonic() - self.saved_at > 60
-        best = self.best is not None and self.best["update"] == self.update
+        best = self.looks.best is not None and self.looks.best["update"] == self.update
         if late or best or self.update % self.settings.save_every == 0 or self.update == self.trainer.total:
             self._save()
 
     def _save(self) -> None:
         tensors, notes = snapshot(self.trainer)
         seconds = self.seconds_before + time.monotonic() - self.started
-        best = None if self.best is None else int(self.best["update"])
-        self.run.save(
-            self.update, tensors, {**notes, "update": self.update, "best": self.best, "elapsed": seconds}, best
-        )
+        best = self.looks.best
+        notes |= {"update": self.update, "best": best, "elapsed": seconds}
+        # nothing is learnt in the untrained state: where that is the best so far, none is kept as the best
+        kept = int(best["update"]) if best else 0
+        self.run.save(self.update, tensors, notes, kept or None)
         self.saved_at = time.monotonic()
 
     def _restore(self) -> None:
         tensors, notes = self.run.load_last()
         restore(self.trainer, tensors, notes)
-        self.update, self.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
+        self.update, self.looks.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
         self.run.forget_after(self.update)
 
     def _roll_back(self) -> None:
@@ -250,36 +228,34 @@ class _Session:
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
             self._save()
-            self._write("partial.safetensors", self._shown)
+            self._write("partial.safetensors", self.looks.shown)
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, prompts: Prompts) -> Result:
+    def _finish(self) -> Result:
         self._save()
-        role = self._better()
+        role = self.looks.better()
         path, check = self._write("result.safetensors", role)
         (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
+        preview = self.looks.last_preview(self.update)
         seconds = self.seconds_before + time.monotonic() - self.started
-        notes = tuple(self.trainer.notes)
         return Result(
-            path, self.trainer.recipe, self.run.metrics(), self.run.folder, role, check, self.update, seconds, notes
+            path=path,
+            recipe=self.trainer.recipe,
+            metrics=self.run.metrics(),
+            run=self.run.folder,
+            role=role,
+            check=check,
+            updates=self.update,
+            seconds=seconds,
+            notes=tuple(self.trainer.notes),
+            preview=preview,
         )
 
-    def _better(self) -> str:
-        """The running mean, unless the watch finds the student itself nearer to the teacher."""
-        if not self.settings.ema or self.watch is None:
-            return self._shown
-        distances = {role: self.watch(self.host, self.trainer.recipe, role)["distance"] for role in (EMA, STUDENT)}
-        return min((EMA, STUDENT), key=lambda role: distances[role])
-
     def _write(self, name: str, role: str) -> tuple[Path, str]:
-        """The result and what its load-back proved: the role's side where it has one, else its factors as a LoRA."""
-        path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
-        recipe = self.trainer.recipe.to_json()
-        if role in roles.sides:
-            save_adapter(path, roles.sides[role], family, self._header(role) | {"onestep.recipe": recipe})
-            return path, check_adapter(path, roles.sides[role], family)
-        save_lora(path, roles.state(role), family, recipe, self._header(role))
+        path = self.run.folder / name
+        recipe = self.trainer.recipe
+        save_lora(path, self.host.denoiser.roles.state(role), self.host.family, recipe.to_json(), self._header(role))
         return path, self.host.check_file(path)
 
     def _header(self, role: str) -> dict[str, str]:

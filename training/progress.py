@@ -14,8 +14,10 @@ from .trainer import Numbers
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run says of itself after each update. eta: seconds still to go. preview: a new picture, if there is
-    one."""
+    """What a run says of itself after ``update`` updates, 0 where it shows its untrained student.
+
+    eta: seconds still to go, NaN before the first update. preview: a new picture, if there is one.
+    """
 
     update: int
     total: int
@@ -28,12 +30,18 @@ class Progress:
 
 
 Report = Callable[[Progress], bool | None]
-"""Called after each update; True asks the run to finish now."""
+"""Called once before the first update, where the untrained student is measured or shown, and after each update; True
+after an update asks the run to finish now."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """path: the LoRA. role: "ema" or "student", whichever the watch found nearer. check: what its load-back proved."""
+    """What a run has made.
+
+    path: the LoRA. role: "ema" or "student", whichever the watch found nearer. check: what its load-back proved.
+    metrics: of each update, the untrained student's first. preview: teacher above student after the last update; None
+    where previews are off.
+    """
 
     path: Path
     recipe: Recipe
@@ -44,6 +52,7 @@ class Result:
     updates: int
     seconds: float
     notes: tuple[str, ...] = ()
+    preview: Path | None = None
 
 
 class Stopped(OneStepError):

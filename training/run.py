@@ -2,7 +2,7 @@
 
 config.json            what the run is; a run of another config is refused
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
-metrics.jsonl          one line an update
+metrics.jsonl          the untrained student's measures, then one line an update
 embeddings/ pairs/     caches; deleting them costs time, nothing else
 previews/              teacher above student, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -35,10 +36,11 @@ def test_distill_says_where_the_lora_is_and_json_is_alone(onestep: Command, mode
     told = json.loads(said.out)
     assert said.code == 0 and said.message == ""
     assert Path(told["path"]) == run / "result.safetensors" and told["updates"] == 1
-    assert [line["update"] for line in told["curve"]] == [1]
+    assert [line["update"] for line in told["curve"]] == [0, 1]
     assert load_lora(told["path"]).recipe is not None
     # a bar is for terminals: here there are lines
     assert "\r" not in said.err and "update 1/1, regression: distance" in said.err
+    assert re.search(r"update 0/1, before training: distance [^;]*; \? to go", said.err)
 
 
 def test_a_run_takes_the_models_own_size(trained):

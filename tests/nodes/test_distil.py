@@ -56,7 +56,8 @@ def run_of(server: Any, name: str) -> Run:
 @pytest.fixture(scope="module")
 def plain(comfy_server: Any) -> Any:
     """One finished run of the tiny U-Net, to which the others are compared."""
-    finished = comfy_server.run(graph(comfy_server, "plain"))
+    preview = {"class_type": "SaveImage", "inputs": {"images": ["distil", 2], "filename_prefix": "preview"}}
+    finished = comfy_server.run(graph(comfy_server, "plain") | {"preview": preview})
     assert finished.status == "success", finished.error
     return finished
 
@@ -68,10 +69,17 @@ def test_a_run_learns_shows_itself_and_leaves_a_lora(plain: Any, comfy_server: A
     assert recipe.steps == 1 and recipe.sizes == ((32, 32),)
     told = plain.named("onestep.progress")
     assert [data["update"] for data in told][-1] == told[0]["total"] == 6  # 2 warm start, 1 critic, 3 of the method
-    assert all(data["node"] == "distil" and data["name"] == "plain" and data["eta"] >= 0 for data in told)
-    assert {"distance", "variety"} <= set(told[-1]["numbers"])
+    assert all(data["node"] == "distil" and data["name"] == "plain" for data in told)
+    assert told[0]["eta"] is None and all(data["eta"] >= 0 for data in told[1:])
+    # the chart begins at the untrained model and ends with the run, as the pictures do
+    assert told[0]["update"] == 0 and all({"distance", "variety"} <= set(told[at]["numbers"]) for at in (0, -1))
     pictures = [data["preview"] for data in told if data["preview"]]
-    assert pictures and comfy_server.pixels(pictures[-1]).shape[0] > 64
+    assert [picture["filename"] for picture in (pictures[0], pictures[-1])] == ["000000.png", "000006.png"]
+    last = comfy_server.pixels(pictures[-1]).astype(int)
+    assert last.shape[0] > 64
+    assert plain.outputs["distil"]["onestep_preview"] == [pictures[-1]]
+    # in [0, 1] and back the node's IMAGE is that picture, to a rounding
+    assert abs(comfy_server.images(plain, "preview")[0].astype(int) - last).max() <= 1
     assert plain.previews, "previews also go through ComfyUI's own channel"
     assert plain.outputs["distil"]["text"][0].startswith("onestep/plain.safetensors")
     assert "ComfyUI" in plain.outputs["distil"]["text"][0]

@@ -94,5 +94,6 @@ def test_the_front_end_loads_both_and_shows_a_run(
         told = page.script(PANEL)
         page.screenshot(tmp_path / f"run-{vue}.png")
         assert told["idle"] and told["width"] > 100 and told["picture"] > 64, told
+        assert told["points"].startswith("0,"), "the curve begins at the untrained model"
         assert "onestep/in-the-browser.safetensors" in told["status"]
         assert page.errors() == []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-# Each phase, each turn, measures and previews.
+# Each phase, each turn, measures and previews, which the last update is not due for.
 SMALL = {
     **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "batch": 2, "pairs": 4, "warm_up": 1},
-    **{"watch_every": 2, "watch_samples": 4, "preview_every": 2, "preview_samples": 1, "save_every": 2},
+    **{"watch_every": 2, "watch_samples": 4, "preview_every": 4, "preview_samples": 1, "save_every": 2},
 }
 
 

@@ -57,17 +57,19 @@ def test_a_run_leaves_a_lora_with_its_recipe(tmp_path: Path, prediction: str) ->
     assert result.check == "7 layers read back" and result.role in ("ema", "student")
     assert json.loads(file.metadata["onestep.settings"])["rank"] == 2
     assert "onestep.prompts" not in read_header(result.path).metadata
-    assert [progress.update for progress in seen] == list(range(1, 10))
-    assert seen[-1].eta == 0 and all(later.eta >= 0 for later in seen)
-    assert [line["update"] for line in result.metrics] == list(range(1, 10))
-    assert [line["phase"] for line in result.metrics] == ["warm start"] * 3 + ["critic"] * 2 + ["dmd"] * 4
+    assert [progress.update for progress in seen] == list(range(10))
+    assert math.isnan(seen[0].eta) and seen[-1].eta == 0 and all(later.eta >= 0 for later in seen[1:])
+    assert [line["update"] for line in result.metrics] == list(range(10))
+    phases = ["before training"] + ["warm start"] * 3 + ["critic"] * 2 + ["dmd"] * 4
+    assert [line["phase"] for line in result.metrics] == phases == [progress.phase for progress in seen]
     assert host.base_hash == before and host.denoiser.roles.names() == []
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in host.network.modules())
 
 
 def test_previews_show_teacher_above_student(whole: dict[str, Path]) -> None:
+    """Of the untrained student first, of the finished one last, though 4 does not divide 9."""
     pictures = sorted(path.name for path in (whole["dmd"] / "previews").iterdir())
-    assert pictures == ["000000.png", "000004.png", "000008.png"]
+    assert pictures == ["000000.png", "000004.png", "000008.png", "000009.png"]
     with Image.open(whole["dmd"] / "previews" / "000000.png") as image:
         assert image.size == (2 * (64 + 4), 2 * (64 + 4))
 
@@ -179,11 +181,12 @@ def test_a_resumed_run_is_not_a_cold_start(whole: dict[str, Path], tmp_path: Pat
 
 
 def test_finish_now_ends_after_the_update_and_may_go_on(whole: dict[str, Path], tmp_path: Path) -> None:
-    result = run(tmp_path / "run", report=lambda progress: progress.update == 4)
-    assert result.updates == 4 and result.path.is_file() and "finished early, after 4 of 9 updates" in result.notes
-    assert read_header(result.path).metadata["ss_steps"] == "4"
+    result = run(tmp_path / "run", report=lambda progress: progress.update in (0, 5))
+    assert result.updates == 5 and result.path.is_file() and "finished early, after 5 of 9 updates" in result.notes
+    assert read_header(result.path).metadata["ss_steps"] == "5"
+    assert result.preview == tmp_path / "run" / "previews" / "000005.png" and result.preview.is_file()
     again = run(tmp_path / "run", existing="continue")
-    assert again.updates == 9
+    assert again.updates == 9 and again.preview == tmp_path / "run" / "previews" / "000009.png"
     assert left(tmp_path / "run")["metrics"] == left(whole["dmd"])["metrics"]
 
 

@@ -45,7 +45,7 @@ def test_enough_were_killed_and_in_the_worst_places(records: list[dict[str, Any]
 def test_they_went_on_and_did_not_start_anew(records: list[dict[str, Any]]) -> None:
     """Killed late, a run does only what was left: fewer updates than a cold start, whose end it shares."""
     whole, *killed = records
-    assert whole["updates"] == [1, 2, 3, 4, 5, 6]
+    assert whole["updates"] == [0, 1, 2, 3, 4, 5, 6]
     for record in killed:
-        assert record["updates"] == whole["updates"][6 - len(record["updates"]) :]
+        assert record["updates"] == whole["updates"][7 - len(record["updates"]) :]
     assert sum(len(record["updates"]) < 6 for record in killed) >= 12

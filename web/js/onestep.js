@@ -56,7 +56,7 @@ class Panel {
   }
 
   show(told) {
-    if (told.name !== this.name || told.update < this.last) this.begin(told.name);
+    if (told.name !== this.name || told.update <= this.last) this.begin(told.name);
     this.last = told.update;
     this.total = told.total;
     for (const { key } of CURVES) if (key in told.numbers) this.points[key].push([told.update, told.numbers[key]]);

@@ -1,0 +1,90 @@
+"""What a run sees of its student: the untrained one first, the finished one last, and the best between them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from small_host import SmallHost, small
+from whole_runs import Cancelled, at_call, left, run
+
+from onestep.training.inputs import recipe_of
+from onestep.training.looks import Looks
+from onestep.training.run import Run
+
+
+def looked(folder: Path) -> list[int]:
+    """Updates after which previews were drawn."""
+    return [int(path.stem) for path in sorted((folder / "previews").glob("*.png"))]
+
+
+def test_the_curve_begins_at_the_untrained_student(tmp_path: Path) -> None:
+    """Whose measures a student that learns nothing keeps."""
+    settings = small(method="regression", steps=6, learning_rate=0.0, ema=0.0)
+    first, *others = [line for line in run(tmp_path / "run", settings).metrics if "distance" in line]
+    assert (first["update"], first["no_gain"]) == (0, 0) and [line["update"] for line in others] == [3, 6]
+    for name in ("distance", "content", "variety", "spread"):
+        assert all(line[name] == first[name] for line in others)
+    assert [line["no_gain"] for line in others] == [3, 6]
+
+
+@pytest.mark.parametrize(("every", "drawn"), [(0, []), (1, [0, 1, 2, 3, 4, 5, 6]), (5, [0, 5, 6]), (100, [0, 6])])
+def test_the_last_preview_is_of_the_finished_student(tmp_path: Path, every: int, drawn: list[int]) -> None:
+    settings = small(method="regression", steps=6, preview_every=every, watch_every=0)
+    result = run(tmp_path / "run", settings)
+    assert looked(tmp_path / "run") == drawn
+    assert result.preview == (tmp_path / "run" / "previews" / "000006.png" if drawn else None)
+    assert [line["update"] for line in result.metrics] == [1, 2, 3, 4, 5, 6], "nothing was measured"
+    assert not any("distance" in line for line in result.metrics)
+
+
+def test_nothing_is_told_of_a_student_that_nobody_looks_at(tmp_path: Path) -> None:
+    seen: list[int] = []
+    run(tmp_path / "run", small(watch_every=0, preview_every=0), report=lambda now: seen.append(now.update))
+    assert seen == list(range(1, 10)) and not (tmp_path / "run" / "reference.safetensors").exists()
+
+
+def test_the_untrained_student_is_measured_once_in_a_run(tmp_path: Path) -> None:
+    """One that goes on from its very start knows that measure from its metrics: here not what it would find."""
+    with pytest.raises(Cancelled):
+        run(tmp_path / "run", report=lambda now: at_call(1, Cancelled())())
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    line = json.loads(metrics.read_text())
+    assert line["update"] == 0 and Run(tmp_path / "run").states() == [0]
+    metrics.write_text(json.dumps(line | {"distance": -1.0}) + "\n")
+    result = run(tmp_path / "run", existing="continue")
+    assert [entry["update"] for entry in result.metrics] == list(range(10)) and result.metrics[0]["distance"] == -1.0
+    assert [entry["no_gain"] for entry in result.metrics if "no_gain" in entry] == [0, 3, 6, 9]
+
+
+def test_a_run_that_only_gets_worse_keeps_no_untrained_state(tmp_path: Path) -> None:
+    """Its last two states stay, and it ends with a result of what it learnt."""
+    host = SmallHost()
+    settings = small(method="regression", steps=6, learning_rate=1.0, warm_up=0, clip=0.0, watch_every=1, ema=0.0)
+    result = run(tmp_path / "run", settings, host=host)
+    assert [line["no_gain"] for line in result.metrics] == list(range(7)), "it was to get worse at once"
+    assert Run(tmp_path / "run").states() == [5, 6]
+    assert result.path.is_file() and result.role == "student" and result.updates == 6
+
+
+def test_a_run_cancelled_while_it_looks_first_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    run(tmp_path / "whole" / "run")
+    for poll in (2, 3):
+        folder = tmp_path / f"cut at {poll}" / "run"
+        with pytest.raises(Cancelled):
+            run(folder, host=SmallHost(on_poll=at_call(poll, Cancelled())))
+        assert Run(folder).metrics() == [] and Run(folder).states() == [0]
+        run(folder, existing="continue")
+        assert left(folder) == left(tmp_path / "whole" / "run")
+
+
+def test_the_best_is_the_least_finite_distance(tmp_path: Path) -> None:
+    """An untrained student whose numbers overflow does not stand for ever as the best."""
+    host = SmallHost()
+    looks = Looks(host, small(), recipe_of(host, small()), tmp_path)
+    assert looks.gain(0, math.nan) == 0 and looks.best is None
+    assert looks.gain(3, 1.0) == 0 and looks.gain(6, math.nan) == 3 and looks.gain(9, 2.0) == 6
+    assert looks.best == {"distance": 1.0, "update": 3.0}
+    assert looks.gain(12, 0.5) == 0

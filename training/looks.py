@@ -1,0 +1,91 @@
+"""What a run sees of its student as it learns: the watch's measures, whether they still fall, and previews."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from ..core.recipe import Recipe
+from ..core.tensor_file import read_tensors, write_tensors
+from .host import Host
+from .previews import write_grid
+from .prompts import Prompts
+from .settings import Settings
+from .student import STUDENT
+from .trainer import EMA, Numbers
+from .watch import EACH, Watch
+
+
+class Looks:
+    """The student beside the teacher, on the same prompts and noise, as often as the settings ask.
+
+    shown: the role that is looked at. watch: None where the settings ask for nothing. best: the least distance to the
+    teacher so far, and the updates after which it was found; 0 updates are the untrained student.
+    """
+
+    def __init__(self, host: Host, settings: Settings, recipe: Recipe, folder: Path) -> None:
+        self.host, self.settings, self.recipe, self.folder = host, settings, recipe, folder
+        self.shown = EMA if settings.ema else STUDENT
+        self.watch: Watch | None = None
+        self.best: dict[str, float] | None = None
+
+    def prepare(self, prompts: Prompts) -> None:
+        """Have the teacher's pictures: made once in a run, and kept."""
+        if not (self.settings.watch_every or self.settings.preview_every):
+            return
+        kept = self.folder / "reference.safetensors"
+        teacher = read_tensors(kept)["x"] if kept.is_file() else None
+        self.watch = Watch.prepare(self.host, self.settings, prompts, teacher)
+        if teacher is None:
+            write_tensors(kept, {"x": self.watch.teacher})
+
+    def __call__(self, update: int, last: bool) -> tuple[Numbers, Path | None]:
+        """Measures and preview after ``update`` updates, where they are due: before the first and after the last too.
+
+        Without measures the numbers are empty; without a preview its path is None.
+        """
+        if self.watch is None:
+            return {}, None
+        measured = _due(self.settings.watch_every, update, last)
+        drawn = _due(self.settings.preview_every, update, last)
+        return self._measure(self.watch, update) if measured else {}, self._draw(self.watch, update) if drawn else None
+
+    def last_preview(self, update: int) -> Path | None:
+        """The preview after ``update``, the run's last one: drawn here where the run was finished between two."""
+        if self.watch is None or not self.settings.preview_every:
+            return None
+        path = self._path(update)
+        return path if path.is_file() else self._draw(self.watch, update)
+
+    def gain(self, update: int, distance: float) -> float:
+        """Updates since the distance last fell; one that is no number neither falls nor is ever the best."""
+        if math.isfinite(distance) and (self.best is None or distance < self.best["distance"]):
+            self.best = {"distance": distance, "update": float(update)}
+        return update - (0.0 if self.best is None else self.best["update"])
+
+    def better(self) -> str:
+        """The role for the file: the running mean, unless the student itself is nearer to the teacher."""
+        if not self.settings.ema or self.watch is None:
+            return self.shown
+        distances = {role: self.watch(self.host, self.recipe, role)["distance"] for role in (EMA, STUDENT)}
+        return min((EMA, STUDENT), key=lambda role: distances[role])
+
+    def _measure(self, watch: Watch, update: int) -> Numbers:
+        measured = watch(self.host, self.recipe, self.shown)
+        return measured | {"no_gain": self.gain(update, measured["distance"])}
+
+    def _draw(self, watch: Watch, update: int) -> Path:
+        rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
+        student = watch.student(self.host, self.recipe, self.shown)
+        path = self._path(update)
+        write_grid(path, [self.host.decode(watch.teacher[rows]), self.host.decode(student[rows])])
+        return path
+
+    def _path(self, update: int) -> Path:
+        return self.folder / "previews" / f"{update:06d}.png"
+
+
+def _due(every: int, update: int, last: bool) -> bool:
+    return bool(every) and (last or update % every == 0)
