@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
+from ..core.adapter_file import check_adapter, save_adapter
 from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
 from ..core.lora_file import save_lora
 from ..core.roles import State
 from .host import Host
-from .inputs import check_base, config_of, initial_state, recipe_of
+from .inputs import check_base, config_of, initial_state
 from .looks import Looks
-from .methods import METHODS
+from .methods import METHODS, add_student
 from .objectives.distribution_matching import CRITIC
 from .optimizer import refuse_missing
 from .pairs import Pairs
@@ -115,18 +116,16 @@ class _Session:
             self.host.denoiser.roles.drop(role)
 
     def _trainer(self, prompts: Prompts) -> Trainer:
-        host, settings = self.host, self.settings
-        roles = host.denoiser.roles
-        objective = METHODS[settings.method](settings)
-        roles.add(STUDENT, settings.rank, settings.seed, host.device)
-        if self.initial is not None:
-            roles.load(STUDENT, self.initial, host.device, lineage=settings.seed)
+        host, settings, method = self.host, self.settings, METHODS[self.settings.method]
+        roles, objective = host.denoiser.roles, method(settings)
+        add_student(host, settings, method, self.initial)
         roles.copy(STUDENT, EMA)
         if objective is not None:
             roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
             self._share_start()
         pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
-        return Trainer(host, settings, recipe_of(host, settings), prompts, pairs, objective)
+        direct = None if method.direct is None else method.direct(host, settings, prompts, self.run.folder)
+        return Trainer(host, settings, method.recipe(host, settings), prompts, pairs, objective, direct)
 
     @torch.no_grad()
     def _share_start(self) -> None:
@@ -253,9 +252,13 @@ class _Session:
         )
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
-        path = self.run.folder / name
-        recipe = self.trainer.recipe
-        save_lora(path, self.host.denoiser.roles.state(role), self.host.family, recipe.to_json(), self._header(role))
+        """The result and what its load-back proved: the role's side where it has one, else its factors as a LoRA."""
+        path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
+        recipe = self.trainer.recipe.to_json()
+        if role in roles.sides:
+            save_adapter(path, roles.sides[role], family, self._header(role) | {"onestep.recipe": recipe})
+            return path, check_adapter(path, roles.sides[role], family)
+        save_lora(path, roles.state(role), family, recipe, self._header(role))
         return path, self.host.check_file(path)
 
     def _header(self, role: str) -> dict[str, str]:
