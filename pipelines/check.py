@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import fit, load_lora
-from .load import attempt
+from .quiet import attempt
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 ADAPTER = "onestep-check"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 from ..core.errors import OneStepError
 from .bundled import path_of
-from .quiet import quiet
+from .quiet import attempt
+from .single_file import load_single_file
 
 BUNDLED = ("tiny", "tiny-flow")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
@@ -38,7 +39,7 @@ def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.
             f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
             "or a .safetensors file of SD1.5, SD2 or SDXL"
         )
-    pipe = load_folder(path, dtype) if path.is_dir() else _single_file(path, dtype)
+    pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype)
     refuse_broken(pipe, path)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     network.to(device)
@@ -106,18 +107,6 @@ def _present(parts: Mapping[str, Any], name: str) -> bool:
     return parts.get(name) not in (None, [None, None])
 
 
-def attempt(path: Path, loading: Callable[[], Any]) -> Any:
-    """``loading()``, quietly; what it raises becomes one line for a person."""
-    try:
-        with quiet():
-            return loading()
-    except OneStepError:
-        raise
-    except Exception as error:
-        why = (str(error).strip().splitlines() or [""])[0][:180]
-        raise OneStepError(f"{path.name[:80]} cannot be loaded; is it whole? {type(error).__name__}: {why}") from error
-
-
 def refuse_broken(pipe: Any, path: Path) -> None:
     """Raise where a weight is not a finite number."""
     for part in WEIGHTS:
@@ -128,12 +117,6 @@ def refuse_broken(pipe: Any, path: Path) -> None:
                     f"{path.name[:80]} is damaged: {part}.{name[:80]} holds numbers that are not finite (NaN or "
                     "infinite); download or export it again"
                 )
-
-
-def _single_file(path: Path, dtype: torch.dtype) -> Any:
-    from .single_file import load_single_file
-
-    return load_single_file(path, dtype)
 
 
 def _left_out(cls: Any, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""diffusers and transformers without their progress bars and advice, while they do our errands."""
+"""diffusers and transformers without their progress bars, advice and long tracebacks, while they do our errands."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
+
+from ..core.errors import OneStepError
 
 
 @contextmanager
@@ -30,3 +34,15 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if shown:
                 library.enable_progress_bar()
+
+
+def attempt(path: Path, loading: Callable[[], Any]) -> Any:
+    """``loading()``, quietly; what it raises becomes one line for a person."""
+    try:
+        with quiet():
+            return loading()
+    except OneStepError:
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0][:180]
+        raise OneStepError(f"{path.name[:80]} cannot be loaded; is it whole? {type(error).__name__}: {why}") from error

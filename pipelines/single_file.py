@@ -17,7 +17,7 @@ import torch
 from ..core.errors import OneStepError
 from ..core.tensor_file import Header, read_header, read_tensors
 from .clip_tokenizer import clip_tokenizer
-from .load import attempt
+from .quiet import attempt
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

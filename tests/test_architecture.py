@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import re
 import sys
@@ -127,8 +128,17 @@ def imported(path: PurePosixPath) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [alias.name for alias in node.names] if module == "onestep" else [""]
+            names = [alias.name if module == "onestep" or is_ours(module, alias.name) else "" for alias in node.names]
             yield from ((f"{module}.{name}".rstrip("."), node.lineno) for name in names)
+
+
+def is_ours(package: str, name: str) -> bool:
+    """Whether ``name`` is a module of one of our packages."""
+    return package.startswith("onestep.") and (ROOT / Path(*package.split(".")[1:]) / f"{name}.py").is_file()
+
+
+def module_of(path: PurePosixPath) -> str:
+    return ".".join(["onestep", *path.with_suffix("").parts]).removesuffix(".__init__")
 
 
 def dotted(node: ast.AST) -> str:
@@ -156,6 +166,12 @@ def trouble_with_import(path: PurePosixPath, module: str) -> str | None:
 def test_imports_run_one_way(path):
     found = [(module, line, trouble_with_import(path, module)) for module, line in imported(path)]
     assert [f"{path}:{line}: {module}: {why}" for module, line, why in found if why] == []
+
+
+def test_no_import_leads_back_to_where_it_began():
+    """Not by way of other modules either, and not inside of a function. A circle is in the error."""
+    shipped = {module_of(path): {module for module, _ in imported(path)} for path in SHIPPED}
+    graphlib.TopologicalSorter({name: uses - {name} for name, uses in shipped.items()}).prepare()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
