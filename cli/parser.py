@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,9 @@ from ..core.errors import OneStepError
 from ..training.settings import PRESETS, Settings
 
 MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
-WHOLE = {"debug": "show the whole trace of an error"}
+DEBUG = "show the whole trace of an error"
+RESTART = "delete the run in RUN and start anew"
+DEFAULT = "(default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,135 +53,91 @@ def _check_option(word: str, parser: Parser) -> None:
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="onestep", description="Make a diffusion checkpoint draw in one step.")
-    parser.add_argument("--debug", action="store_true", help=WHOLE["debug"])
+    parser.add_argument("--debug", action="store_true", help=DEBUG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for add in (_distill, _generate, _evaluate, _methods, _inspect, _doctor, _demo):
-        made = add(commands)
-        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=WHOLE["debug"])
+    for name, (help, fill) in COMMANDS.items():
+        made = commands.add_parser(name, help=help)
+        fill(made)
+        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
     return parser, dict(commands.choices)
 
 
-def _distill(commands: Any) -> Parser:
-    made: Parser = commands.add_parser(
-        "distill",
-        help="learn a one-step LoRA from a checkpoint and prompts",
-        description="Distil MODEL on prompts into RUN/result.safetensors. Ctrl-C saves the run; --resume goes on.",
-        epilog=_settings_help(),
-    )
+def _distill(made: Parser) -> None:
+    made.description = "Distil MODEL on prompts into RUN/result.safetensors. Ctrl-C saves the run; --resume goes on."
+    made.epilog = _settings_help()
+    add = made.add_argument
     _model(made)
-    made.add_argument(
-        "--prompts", required=True, metavar="FILE", help="a text file, one prompt a line; empty lines are skipped"
-    )
-    made.add_argument("--method", metavar="NAME", help="how the student learns; see: onestep methods")
-    made.add_argument("--steps", metavar="N", help=_help("steps"))
-    made.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
-    made.add_argument("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} (default: Balanced)")
-    made.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated"
-    )
+    add("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line; empty lines are skipped")
+    add("--method", metavar="NAME", help="how the student learns; see: onestep methods")
+    add("--steps", metavar="N", help=_help("steps"))
+    add("--out", required=True, metavar="RUN", help="folder of the run")
+    add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated")
     existing = made.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with the run in RUN; start it where there is none"
-    )
-    existing.add_argument("--restart", action="store_true", help="delete the run in RUN and start anew")
+    resume = "go on with the run in RUN; start it where there is none"
+    existing.add_argument("--resume", action="store_true", help=resume)
+    existing.add_argument("--restart", action="store_true", help=RESTART)
     _device(made)
     _json(made)
-    return made
 
 
-def _generate(commands: Any) -> Parser:
-    made: Parser = commands.add_parser(
-        "generate",
-        help="draw pictures, with or without a LoRA",
-        description="Draw a picture for each prompt: with a LoRA by its recipe, without in the model's own many steps."
-        " The noise of picture i is that of ComfyUI's KSampler and of diffusers at seed + i.",
+def _generate(made: Parser) -> None:
+    made.description = (
+        "Draw a picture for each prompt: with a LoRA by its recipe, without in the model's own many steps."
+        " The noise of picture i is that of ComfyUI's KSampler and of diffusers at seed + i."
     )
+    add = made.add_argument
     _model(made)
-    made.add_argument("--lora", metavar="FILE", help="a .safetensors LoRA")
-    made.add_argument("--recipe", metavar="PRESET", help="how to sample a LoRA that does not say so itself, e.g. lcm-4")
-    made.add_argument(
-        "--prompt",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="TEXT",
-        help="what to draw, quoted; several give several pictures",
-    )
-    made.add_argument("--out", required=True, metavar="FILE.png", help="the picture; several side by side in one file")
-    made.add_argument("--seed", type=int, default=0, help="seed of the first picture's noise (default: 0)")
-    made.add_argument("--steps", type=int, metavar="N", help="steps (default: the recipe's, or 25 without a LoRA)")
-    made.add_argument(
-        "--guidance", type=float, metavar="K", help=f"guidance scale (default: the recipe's, or {Settings.guidance:g})"
-    )
-    made.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
-    made.add_argument("--size", metavar="WxH", help="in pixels (default: the recipe's, or the model's own)")
+    add("--lora", metavar="FILE", help="a .safetensors LoRA")
+    add("--recipe", metavar="PRESET", help="how to sample a LoRA that does not say so itself, e.g. lcm-4")
+    quoted = "what to draw, quoted; several give several pictures"
+    add("--prompt", nargs="+", action="extend", required=True, metavar="TEXT", help=quoted)
+    add("--out", required=True, metavar="FILE.png", help="the picture; several side by side in one file")
+    add("--seed", type=int, default=0, help=f"seed of the first picture's noise {DEFAULT}")
+    add("--steps", type=int, metavar="N", help="steps (default: the recipe's, or 25 without a LoRA)")
+    guidance = f"guidance scale (default: the recipe's, or {Settings.guidance:g})"
+    add("--guidance", type=float, metavar="K", help=guidance)
+    add("--negative", default="", metavar="TEXT", help="what guidance steers away from")
+    add("--size", metavar="WxH", help="in pixels (default: the recipe's, or the model's own)")
     _device(made)
     _json(made)
-    return made
 
 
-def _evaluate(commands: Any) -> Parser:
-    made: Parser = commands.add_parser(
-        "evaluate",
-        help="measure LoRAs against the checkpoint they came from",
-        description="Compare pictures in equal numbers: the teacher's in 25 steps, in 1 step, with another seed (the"
+def _evaluate(made: Parser) -> None:
+    made.description = (
+        "Compare pictures in equal numbers: the teacher's in 25 steps, in 1 step, with another seed (the"
         " floor of every distance), and each LoRA's by its recipe. The bundled models have a judge; others get"
-        " the measures that need none.",
+        " the measures that need none."
     )
+    add = made.add_argument
     _model(made)
-    made.add_argument(
-        "--lora", action="append", default=[], metavar="FILE", help="a .safetensors LoRA; may be repeated"
-    )
-    made.add_argument("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line")
-    made.add_argument("--samples", type=int, default=256, metavar="N", help="pictures a row (default: 256)")
-    made.add_argument("--reference", metavar="FILE.npz", help="real pictures: `image` [N, H, W, 3], 0..255")
-    made.add_argument(
-        "--guidance", type=float, metavar="K", help="the teacher's (default: what the first LoRA was trained at)"
-    )
-    made.add_argument("--teacher-steps", type=int, default=25, metavar="N", help="(default: 25)")
-    made.add_argument("--judge", metavar="FOLDER", help="a judge of your own (default: the bundled models')")
-    made.add_argument("--size", metavar="WxH", help="in pixels (default: the LoRA's, or the model's own)")
-    made.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    made.add_argument("--json", metavar="FILE", help="write the table there too; - writes it to standard output, alone")
+    add("--lora", action="append", default=[], metavar="FILE", help="a .safetensors LoRA; may be repeated")
+    add("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line")
+    add("--samples", type=int, default=256, metavar="N", help=f"pictures a row {DEFAULT}")
+    add("--reference", metavar="FILE.npz", help="real pictures: `image` [N, H, W, 3], 0..255")
+    guidance = "the teacher's (default: what the first LoRA was trained at)"
+    add("--guidance", type=float, metavar="K", help=guidance)
+    add("--teacher-steps", type=int, default=25, metavar="N", help=DEFAULT)
+    add("--judge", metavar="FOLDER", help="a judge of your own (default: the bundled models')")
+    add("--size", metavar="WxH", help="in pixels (default: the LoRA's, or the model's own)")
+    add("--seed", type=int, default=0, help=DEFAULT)
+    add("--json", metavar="FILE", help="write the table there too; - writes it to standard output, alone")
     _device(made)
-    return made
 
 
-def _methods(commands: Any) -> Parser:
-    made: Parser = commands.add_parser("methods", help="list the methods of distillation")
-    _json(made)
-    return made
-
-
-def _inspect(commands: Any) -> Parser:
-    made: Parser = commands.add_parser(
-        "inspect", help="what a LoRA file holds, and how to sample it in ComfyUI and diffusers"
-    )
+def _inspect(made: Parser) -> None:
     made.add_argument("file", metavar="FILE.safetensors")
     _json(made)
-    return made
 
 
-def _doctor(commands: Any) -> Parser:
-    made: Parser = commands.add_parser("doctor", help="what is installed here, what works, and why something does not")
+def _demo(made: Parser) -> None:
+    made.description = "Distil `tiny` to one step from nothing and show it beside its teacher: comparison.png, a table."
+    add = made.add_argument
+    add("--out", metavar="RUN", default="runs/demo", help=f"folder of the run {DEFAULT}")
+    add("--steps", type=int, metavar="N", help="updates of each phase, to have it shorter")
+    add("--samples", type=int, default=512, metavar="N", help=f"pictures a row of the table {DEFAULT}")
+    add("--restart", action="store_true", help=RESTART)
     _json(made)
-    return made
-
-
-def _demo(commands: Any) -> Parser:
-    made: Parser = commands.add_parser(
-        "demo",
-        help="distil the bundled tiny model to one step, on any machine, in minutes",
-        description="Distil `tiny` to one step from nothing and show it beside its teacher: comparison.png, a table.",
-    )
-    made.add_argument("--out", metavar="RUN", default="runs/demo", help="folder of the run (default: runs/demo)")
-    made.add_argument("--steps", type=int, metavar="N", help="updates of each phase, to have it shorter")
-    made.add_argument(
-        "--samples", type=int, default=512, metavar="N", help="pictures a row of the table (default: 512)"
-    )
-    made.add_argument("--restart", action="store_true", help="delete the run in RUN and start anew")
-    _json(made)
-    return made
 
 
 def _model(made: Parser) -> None:
@@ -192,6 +150,18 @@ def _device(made: Parser) -> None:
 
 def _json(made: Parser) -> None:
     made.add_argument("--json", action="store_true", help="JSON alone on standard output")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
+    "generate": ("draw pictures, with or without a LoRA", _generate),
+    "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
+    "methods": ("list the methods of distillation", _json),
+    "inspect": ("what a LoRA file holds, and how to sample it in ComfyUI and diffusers", _inspect),
+    "doctor": ("what is installed here, what works, and why something does not", _json),
+    "demo": ("distil the bundled tiny model to one step, on any machine, in minutes", _demo),
+}
+"""name: (what it is for, what adds its options to its parser)"""
 
 
 def _help(name: str) -> str:
