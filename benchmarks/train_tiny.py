@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from tiny_models import autoencoder, data, flow, judging, store, tokens, unet
+from tiny_models import autoencoder, data, flow, judging, store, teacher, tokens, unet
 from tiny_models.loop import Plan
 
 
@@ -65,9 +65,10 @@ def train_teacher(tiles, args, name, family, shape, schedule) -> None:  # type: 
 
     snapshot = functools.partial(write, folder=args.out / "snapshot" / name)
     prompts = data.Prompts(tiles, tokenizer)
-    modules = family.train(latents, prompts, tokenizer, shape, schedule, args.out / name, snapshot, args.batch)
-    write(modules, args.out / name / "model")
-    print(f"{name}: {store.size_bytes(args.out / name / 'model') / 2**20:.1f} MiB")
+    folder = args.out / name
+    modules = teacher.train(family, latents, prompts, tokenizer, shape, schedule, folder, snapshot, args.batch)
+    write(modules, folder / "model")
+    print(f"{name}: {store.size_bytes(folder / 'model') / 2**20:.1f} MiB")
 
 
 def make_judge(tiles: data.Tiles, args: argparse.Namespace) -> None:

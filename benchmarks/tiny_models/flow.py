@@ -1,10 +1,11 @@
-"""`tiny-flow`: a text-conditional MMDiT in the StableDiffusion3Pipeline layout without T5, and its training."""
+"""`tiny-flow`: a text-conditional MMDiT in the StableDiffusion3Pipeline layout without T5, and what it learns."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from .data import Prompts
-from .loop import Plan, Training
+from .teacher import Loss
 from .unet import text_config
 
 # Without T5 the pipeline appends this many zero tokens by default, ComfyUI appends none.
@@ -64,6 +65,17 @@ def _heads(attn: Any, x: Tensor, layers: tuple[Any, ...], norms: tuple[Any, Any]
     return norms[0](q), norms[1](k), v
 
 
+@contextmanager
+def zero_tokens_as_one(transformer: nn.Module) -> Iterator[nn.Module]:
+    """Within, the transformer attends by ZeroTokenAttention; afterwards as before."""
+    usual = dict(transformer.attn_processors)
+    transformer.set_attn_processor({name: ZeroTokenAttention() for name in usual})
+    try:
+        yield transformer
+    finally:
+        transformer.set_attn_processor(usual)
+
+
 def build(shape: Shape, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
     """Fresh "text", "text_2" and "transformer"."""
     first, second = shape.text_widths
@@ -103,46 +115,24 @@ def condition(modules: nn.ModuleDict, ids: Tensor, joint: int) -> tuple[Tensor, 
     return nn.functional.pad(text, (0, joint - text.shape[-1])), pooled
 
 
-def train(
-    latents: Tensor,
-    prompts: Prompts,
-    tokenizer: CLIPTokenizer,
-    shape: Shape,
-    plan: Plan,
-    folder: Path,
-    snapshot: Any = None,
-    batch: int = 96,
-) -> nn.ModuleDict:
-    """latents: [N, 4, 8, 8] of unit std. snapshot(modules) is called now and then with the averaged weights."""
-    torch.manual_seed(plan.seed)
-    modules = build(shape, tokenizer)
-    usual = dict(modules["transformer"].attn_processors)
-    ours = {name: ZeroTokenAttention() for name in usual}
+def loss(modules: nn.ModuleDict, prompts: Prompts, shape: Shape) -> Loss:
+    """The velocity noise - x0 at a time of logit-normal law."""
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=generator)
-        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:], generator=generator)
+    def of_batch(x0: Tensor, noise: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        batch = len(x0)
         share = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
         # Esser et al. 2024 (SD3), section 3.1: logit-normal times, here of scale 1.2 so that the ends are seen too.
         t = torch.sigmoid(1.2 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), zero_tokens_as_one(modules["transformer"]) as transformer:
             text, pooled = condition(modules, prompts.draw(rows, generator), shape.joint)
             text = torch.cat([text, torch.zeros_like(text[:, :1])], dim=1)
             # Half the rows see the pipeline's zero tokens, half none: both hosts' conditioning is what was trained.
             log_count = torch.where(torch.arange(batch) % 2 == 0, math.log(ZERO_TOKENS), -1e4)
-            out = modules["transformer"](x, text, pooled, 1000.0 * t, joint_attention_kwargs={"log_count": log_count})
+            out = transformer(x, text, pooled, 1000.0 * t, joint_attention_kwargs={"log_count": log_count})
         return nn.functional.mse_loss(out.sample.float(), noise - x0)
 
-    def shown() -> None:
-        modules["transformer"].set_attn_processor(dict(usual))
-        snapshot(modules)
-        modules["transformer"].set_attn_processor(dict(ours))
-
-    modules["transformer"].set_attn_processor(dict(ours))
-    Training(modules, plan, folder).run(loss, snapshot and shown)
-    modules["transformer"].set_attn_processor(dict(usual))
-    return modules.eval()
+    return of_batch
 
 
 def pipeline(

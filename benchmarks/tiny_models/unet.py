@@ -1,10 +1,8 @@
-"""`tiny`: a text-conditional U-Net in the StableDiffusionPipeline layout, and its training."""
+"""`tiny`: a text-conditional U-Net in the StableDiffusionPipeline layout, and what it learns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .data import Prompts
-from .loop import Plan, Training
+from .teacher import Loss
 
 TEXT_WIDTH = 128
 
@@ -76,24 +74,13 @@ def scheduler(shape: Shape) -> DDIMScheduler:
     )
 
 
-def train(
-    latents: Tensor,
-    prompts: Prompts,
-    tokenizer: CLIPTokenizer,
-    shape: Shape,
-    plan: Plan,
-    folder: Path,
-    snapshot: Any = None,
-    batch: int = 96,
-) -> nn.ModuleDict:
-    """latents: [N, 4, 8, 8] of unit std. snapshot(modules) is called now and then with the averaged weights."""
-    torch.manual_seed(plan.seed)
-    modules, noising = build(shape, tokenizer), scheduler(shape)
+def loss(modules: nn.ModuleDict, prompts: Prompts, shape: Shape) -> Loss:
+    """The noise, or the velocity, at a level of the scheduler's."""
+    noising = scheduler(shape)
     steps = noising.config.num_train_timesteps
 
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=generator)
-        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:], generator=generator)
+    def of_batch(x0: Tensor, noise: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        batch = len(x0)
         # One level from each of `batch` equal shares of the range: the same law as independent draws, less variance.
         time = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * steps).long()
         x = noising.add_noise(x0, noise, time)
@@ -101,8 +88,7 @@ def train(
         text = modules["text"](prompts.draw(rows, generator)).last_hidden_state
         return nn.functional.mse_loss(modules["unet"](x, time, text).sample, target)
 
-    Training(modules, plan, folder).run(loss, snapshot and (lambda: snapshot(modules)))
-    return modules.eval()
+    return of_batch
 
 
 def pipeline(

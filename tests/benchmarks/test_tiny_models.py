@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from tiny_models import autoencoder, data, flow, judging, loop, tokens  # noqa: E402
+from tiny_models import autoencoder, data, flow, judging, loop, teacher, tokens, unet  # noqa: E402
 
 CAPTIONS = ("weapon: giant club", "potion: sky blue", "siren", "floor: grey stone")
 
@@ -90,6 +90,42 @@ def test_variants_are_never_on_both_sides(tiles: data.Tiles) -> None:
     captions = tuple(f"floor: stone{name} {n}" for name in "abcdefgh" for n in range(3))
     away = judging.held_out(data.Tiles(tiles.images, captions, ()))
     assert (away.view(8, 3) == away.view(8, 3)[:, :1]).all() and away.any() and not away.all()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "network"),
+    [
+        (unet, unet.Shape(widths=(32,), heads=1), "unet"),
+        (unet, unet.Shape(widths=(32,), heads=1, prediction="v_prediction"), "unet"),
+        (flow, flow.Shape(layers=1, heads=1), "transformer"),
+    ],
+)
+def test_a_teacher_of_each_family_learns_and_is_shown_as_it_is_shipped(
+    tokenizer, tiles: data.Tiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family, shape, network: str
+) -> None:
+    """Its loss falls; snapshots and the end hold averaged weights in a network with its usual attention."""
+    monkeypatch.setattr(loop.Training.run, "__defaults__", (None, 0.0))
+    shown: list[bool] = []
+
+    def snapshot(modules: torch.nn.ModuleDict) -> None:
+        processors = modules[network].attn_processors.values()
+        shown.append(not any(isinstance(one, flow.ZeroTokenAttention) for one in processors))
+
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
+    plan = loop.Plan(steps=40, lr=5e-3, warm_up=1)
+    prompts = data.Prompts(tiles, tokenizer)
+    modules = teacher.train(family, latents, prompts, tokenizer, shape, plan, tmp_path, snapshot, batch=8)
+    snapshot(modules)
+    assert len(shown) == 41 and all(shown) and not modules.training
+    torch.manual_seed(plan.seed)
+    first = family.loss(family.build(shape, tokenizer), prompts, shape)
+    last = family.loss(modules, prompts, shape)
+    with torch.no_grad():
+        before, after = (
+            float(loss(latents, noise, torch.arange(4), torch.Generator().manual_seed(1))) for loss in (first, last)
+        )
+    assert after < 0.97 * before
 
 
 def _regression(folder: Path, steps: int, plan: loop.Plan) -> tuple[torch.nn.Linear, loop.Training]:
