@@ -1,0 +1,227 @@
+"""A control adapter: a light encoder of the control picture, whose features are added to a network's residual stream.
+
+    h_i  <-  h_i + strength * F_i(c, x)                    (T2I-Adapter, arXiv:2302.08453, Eq. 2; its F_i sees c alone)
+
+It is a side (core.side): it knows the stream by the layers that write to it. What a U-Net's `proj_out` or `conv2` gives
+is added to the stream by the network itself, so a feature added there is one added behind the block. Its last layers
+are zero at the start, so a new one changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pixel_unshuffle
+
+from . import randomness
+from .errors import OneStepError
+from .side import Call
+from .targets import Target
+
+WIDEST, DEEPEST, MOST_PLACES = 4096, 16, 256
+AUTOMATIC_WIDTH = 320
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a feature is added. name: the layer. channels: of what it gives. stride: 1 on the finest grid, 2, 4, ..."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """What a control adapter is.
+
+    control: the control's name (core.controls). channels: of its pictures. cell: pixels along a side of one cell of the
+    finest grid. latents: channels of the network's own input in one cell; 0 = the encoder sees the control alone.
+    places: the first is the network's entry. width, depth: channels and residual blocks on the finest grid.
+    """
+
+    control: str
+    channels: int
+    cell: int
+    latents: int
+    places: tuple[Place, ...]
+    width: int = AUTOMATIC_WIDTH
+    depth: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.channels, self.cell, self.width, self.depth, *(p.channels for p in self.places))
+        strides = [place.stride for place in self.places]
+        fits = all(type(number) is int and 1 <= number <= WIDEST for number in (*numbers, *strides))
+        fits &= 0 <= self.latents <= WIDEST and self.depth <= DEEPEST and 1 <= len(strides) <= MOST_PLACES
+        if not fits or strides[0] != 1 or {*strides} != {2**i for i in range(len({*strides}))}:
+            raise OneStepError(f"no control adapter has {numbers} and strides {strides}"[:300])
+
+
+def places_of(family: str, targets: Mapping[str, Target]) -> tuple[Place, ...]:
+    """Where a control acts: in a U-Net behind its first convolution, each block of its encoder and its middle; in SD3
+    and Flux on the image stream as it enters the blocks. Raises OneStepError where the entry is not adapted."""
+    entry = {"unet": "conv_in", "sd3": "pos_embed.proj", "flux": "x_embedder"}[family]
+    if entry not in targets:
+        raise OneStepError(f"a control adapter acts on {entry}, which is not adapted here: set targets to all")
+    layers = {entry: 1} | (_encoder(targets) if family == "unet" else {})
+    return tuple(Place(name, targets[name].out_rows, stride) for name, stride in layers.items())
+
+
+def _encoder(targets: Mapping[str, Target]) -> dict[str, int]:
+    """The last layer of each block of a U-Net's encoder and middle, in order, and its stride."""
+    found = [match for name in targets if (match := re.fullmatch(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv2", name))]
+    blocks = sorted((int(match[1]), int(match[2])) for match in found)
+    names = {_last(f"down_blocks.{i}", j, targets): 2**i for i, j in blocks}
+    middle = "mid_block.resnets.1.conv2"
+    return names | ({middle: 2 ** blocks[-1][0]} if blocks and middle in targets else {})
+
+
+def _last(level: str, block: int, targets: Mapping[str, Target]) -> str:
+    attention = f"{level}.attentions.{block}.proj_out"
+    return attention if attention in targets else f"{level}.resnets.{block}.conv2"
+
+
+class ControlAdapter(nn.Module):
+    """Told `control` [B, C, H, W] in [0, 1] by `Roles.use` and, if it likes, `strength`; told no control, it is not
+    there. In a call of k times as many rows (guidance's two halves) each control serves k of them."""
+
+    kind = "control"
+
+    def __init__(self, config: ControlConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.before, self.after = frozenset[str](), frozenset(place.name for place in config.places)
+        strides = sorted({place.stride for place in config.places})
+        wide = {stride: config.width * min(stride, 4) for stride in strides}
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw their own start, which is not used
+            enter = config.channels * config.cell**2 + config.latents
+            self.enter = nn.Conv2d(enter, config.width, 3, padding=1)
+            self.finer = nn.ModuleList(nn.Conv2d(wide[s // 2], wide[s], 3, 2, 1) for s in strides[1:])
+            self.blocks = nn.ModuleList(nn.Sequential(*(Block(wide[s]) for _ in range(config.depth))) for s in strides)
+            self.leave = nn.ModuleList(nn.Conv2d(wide[p.stride], p.channels, 1) for p in config.places)
+        self._start(config.seed)
+
+    @classmethod
+    def from_config(cls, **config: Any) -> ControlAdapter:
+        """Of the entries of `ControlConfig`, as a file's header tells them."""
+        places = tuple(Place(**place) for place in config.pop("places"))
+        return cls(ControlConfig(places=places, **config))
+
+    @torch.no_grad()
+    def _start(self, seed: int) -> None:
+        """Every weight from (seed, name): normal, 1 / sqrt(fan in); the last layers and all biases zero."""
+        for name, value in self.named_parameters():
+            if value.ndim > 1 and not name.startswith("leave"):
+                drawn = torch.randn(value.shape, generator=randomness.generator(seed, "control adapter", name))
+                value.copy_(drawn / value[0].numel() ** 0.5)
+            elif name.endswith("bias") or value.ndim > 1:
+                value.zero_()
+
+    def forward(self, control: Tensor, latents: Tensor | None = None) -> list[Tensor]:
+        """The feature of each place, [B, channels, h / stride, w / stride], for ``control`` [B, C, H, W] and, where the
+        adapter sees them, the network's ``latents`` [B, latents, h, w]; h = H / cell."""
+        own = self.enter.weight
+        cells = pixel_unshuffle(2 * control.to(own) - 1, self.config.cell)
+        x = self.enter(cells if latents is None else torch.cat([cells, latents.to(own)], 1))
+        levels = {}
+        for at, blocks in enumerate(self.blocks):
+            x = blocks(self.finer[at - 1](x) if at else x)
+            levels[2**at] = x
+        return [leave(levels[place.stride]) for leave, place in zip(self.leave, self.config.places, strict=True)]
+
+    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        control = call.told.get("control")
+        if control is None:
+            return output
+        if name == self.config.places[0].name:
+            self._note(control, x, output, call)
+        feature = float(call.told.get("strength", 1.0)) * call.kept[f"control {name}"]
+        return output + (feature if output.ndim == 4 else tokens(feature)).to(output.dtype)
+
+    def _note(self, control: Tensor, x: Tensor, output: Tensor, call: Call) -> None:
+        """Encode the control at the network's entry, for all places of this call."""
+        grid = self._grid(control, output)
+        control = control.repeat(len(output) // len(control), 1, 1, 1)
+        features = self(control, cells_of(x, grid) if self.config.latents else None)
+        for place, feature in zip(self.config.places, features, strict=True):
+            call.kept[f"control {place.name}"] = feature
+
+    def _grid(self, control: Tensor, output: Tensor) -> tuple[int, int]:
+        """(h, w) of the finest grid, which the control picture must cover."""
+        cell, channels = self.config.cell, self.config.channels
+        if control.ndim != 4 or control.shape[1] != channels or len(output) % max(len(control), 1):
+            raise OneStepError(
+                f"the control picture is {list(control.shape)} for {len(output)} samples: a {self.config.control[:40]} "
+                f"adapter takes [B, {channels}, H, W], one for each"
+            )
+        height, width = control.shape[2:]
+        grid = height // cell, width // cell
+        cells = tuple(output.shape[2:]) if output.ndim == 4 else (output.shape[1],)
+        if height % cell or width % cell or cells not in (grid, (grid[0] * grid[1],)):
+            wanted = "x".join(str(side * cell) for side in reversed(cells)) if len(cells) == 2 else "another size"
+            raise OneStepError(
+                f"the control picture is {width}x{height} pixels, the picture to draw {wanted}: resize it first"
+            )
+        return grid
+
+
+class Block(nn.Module):
+    """h + conv(silu(conv(silu(norm(h))))), and 1 / sqrt(2) of it, so that its size stays."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0), width)
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        silu = nn.functional.silu
+        return (h + self.second(silu(self.first(silu(self.norm(h)))))) / 2**0.5
+
+
+def tokens(picture: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h w, C], row by row, as both hosts' networks count."""
+    return picture.flatten(2).transpose(1, 2)
+
+
+def cells_of(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a network's first layer takes, [B, C, k h, k w] or tokens [B, h w, C], as cells [B, ., h, w]."""
+    if x.ndim == 3:
+        return x.transpose(1, 2).unflatten(2, grid)
+    return pixel_unshuffle(x, x.shape[-1] // grid[1])
+
+
+def new_adapter(
+    family: str,
+    targets: Mapping[str, Target],
+    control: tuple[str, int],
+    size: tuple[int, int],
+    shape: tuple[int, ...],
+    *,
+    width: int = 0,
+    sees_latents: bool = True,
+    seed: int = 0,
+) -> ControlAdapter:
+    """A new adapter for a network. control: (name, channels). size: (W, H) of a picture in pixels; shape: (C, h, w) of
+    its latents. width: 0 = that of the network's first layer, 320 at most."""
+    places = places_of(family, targets)
+    patch = 1 if family == "unet" else 2
+    cell = patch * (size[1] // shape[1])
+    latents = shape[0] * patch**2 if sees_latents else 0
+    width = width or min(places[0].channels, AUTOMATIC_WIDTH)
+    return ControlAdapter(ControlConfig(*control, cell, latents, places, width, seed=seed))
+
+
+def fitted(control: Tensor, size: tuple[int, int]) -> Tensor:
+    """A control picture [B, C, H, W] at ``size`` (width, height) in pixels: smoothed where it shrinks."""
+    if control.shape[2:] == size[::-1]:
+        return control
+    return interpolate(control, size[::-1], mode="bilinear", antialias=True).clamp(0, 1)
