@@ -220,6 +220,18 @@ def new_adapter(
     return ControlAdapter(ControlConfig(*control, cell, latents, places, width, seed=seed))
 
 
+def check_fit(adapter: ControlAdapter, targets: Mapping[str, Target]) -> None:
+    """Raises OneStepError where a layer that ``adapter`` acts on is missing, or of another width: another base's."""
+    for place in adapter.config.places:
+        found = targets[place.name].out_rows if place.name in targets else None
+        if found != place.channels:
+            what = "lacks" if found is None else f"has {found} channels in"
+            raise OneStepError(
+                f"the control adapter adds {place.channels} channels to {place.name[:80]}, this model {what} it: "
+                "choose an adapter of its base"
+            )
+
+
 def fitted(control: Tensor, size: tuple[int, int]) -> Tensor:
     """A control picture [B, C, H, W] at ``size`` (width, height) in pixels: smoothed where it shrinks."""
     if control.shape[2:] == size[::-1]:
