@@ -90,10 +90,8 @@ def rows(layout: Layout) -> Iterator[Row]:
 def _down(layout: Layout) -> Iterator[Row]:
     block = 1
     for level, size in enumerate(layout.down):
-        for i in range(size):
-            yield from _resnet(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{i}")
-            yield from _attention(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{i}", layout.depth)
-            block += 1
+        yield from _level("input_blocks", block, f"down_blocks.{level}", size, layout.depth)
+        block += size
         yield Row(f"input_blocks.{block}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",))
         block += 1
 
@@ -101,13 +99,18 @@ def _down(layout: Layout) -> Iterator[Row]:
 def _up(layout: Layout) -> Iterator[Row]:
     block = 0
     for level, size in enumerate(layout.up):
-        for i in range(size):
-            yield from _resnet(f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{i}")
-            yield from _attention(f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{i}", layout.depth)
-            block += 1
+        yield from _level("output_blocks", block, f"up_blocks.{level}", size, layout.depth)
+        block += size
         # Behind an attention the upsampling is the block's third member, else its second.
         for place in (1, 2):
             yield Row(f"output_blocks.{block - 1}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
+
+
+def _level(host: str, first: int, canonical: str, size: int, depth: int) -> Iterator[Row]:
+    """A level's residual blocks, each with its transformer: ComfyUI counts them through all levels."""
+    for i in range(size):
+        yield from _resnet(f"{host}.{first + i}.0", f"{canonical}.resnets.{i}")
+        yield from _attention(f"{host}.{first + i}.1", f"{canonical}.attentions.{i}", depth)
 
 
 def _resnet(host: str, canonical: str) -> Iterator[Row]:
