@@ -58,7 +58,7 @@ def demo(args: Namespace, console: Console) -> None:
     prompts = read_prompts(str(path_of(MODEL).parent / "prompts.txt"))
     settings = settings_of(args)
     host, judge = open_host(MODEL, settings.targets, "cpu"), judge_of(MODEL, None)
-    folder, existing = Path(args.out), "restart" if args.restart else "continue"
+    folder, existing = Path(args.out).expanduser(), "restart" if args.restart else "continue"
     console.note(f"{MODEL} learns to draw in one step, on {len(prompts)} prompts, in {folder}; Ctrl-C pauses it")
     result = train(host, prompts, at_native_size(settings, set(), host), folder, existing, console)
     facts = {"lora": str(result.path), "training seconds": round(result.seconds, 1)} | _compare(

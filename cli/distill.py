@@ -20,7 +20,7 @@ CURVE = ("distance", "content", "variety", "spread")
 def run(args: Namespace, console: Console) -> None:
     prompts = read_prompts(args.prompts)
     settings, given = read_settings(args)
-    folder, existing = Path(args.out), _existing(args)
+    folder, existing = Path(args.out).expanduser(), _existing(args)
     if existing == "stop" and (folder / "config.json").is_file():
         raise OneStepError(
             f"a run is already in {str(folder)[-200:]}: add --resume or --restart, or give another --out"

@@ -57,7 +57,7 @@ def ksampler(recipe: Recipe) -> dict[str, Any] | str:
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
-    from ..pipelines.plain import diffusers_settings
+    from ..pipelines.plain import WITHOUT_T5, diffusers_settings
 
     try:
         settings = diffusers_settings(recipe)
@@ -65,6 +65,8 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         return [f"# {error}"]
     changes = "".join(f", {name}={value!r}" for name, value in settings.changes.items())
     call = "".join(f", {name}={value!r}" for name, value in settings.call.items())
+    if recipe.family == "sd3":
+        call += f", {WITHOUT_T5}"
     if settings.latents_scale != 1:
         call += f", latents={settings.latents_scale!r} * latents  # of standard normal latents"
     return [

@@ -44,7 +44,7 @@ def distill(
     try:
         if "sizes" not in settings:
             chosen = _settings(method, preset, {**settings, "sizes": "{}x{}".format(*host.native_size)})
-        return distil(host, texts, chosen, Path(out).expanduser(), existing=existing, report=report)
+        return distil(host, texts, chosen, out, existing=existing, report=report)
     finally:
         host.release()
 

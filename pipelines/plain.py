@@ -12,6 +12,8 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 
 TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
+WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
+"""What to call an SD3 pipeline with that may lack T5, where diffusers puts zeros; 256 is its own default."""
 
 
 @dataclass(frozen=True)

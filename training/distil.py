@@ -41,7 +41,7 @@ def distil(
     host: Host,
     prompts: Sequence[str],
     settings: Settings,
-    folder: Path,
+    folder: str | Path,
     *,
     existing: str = STOP,
     report: Report | None = None,
@@ -52,7 +52,7 @@ def distil(
     before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes
     through, after the state and partial.safetensors are saved.
     """
-    prompts = check_prompts(prompts)
+    prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
         host.latent_shape(size)
     initial = initial_state(host, settings)

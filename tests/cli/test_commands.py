@@ -11,8 +11,10 @@ import threading
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import tiny_folders
 import torch
 from command import SHORT, Command
 from PIL import Image
@@ -206,6 +208,22 @@ def test_inspect_tells_how_to_sample(onestep: Command, trained):
     }
     said = onestep("inspect", trained / "result.safetensors").out
     assert "KSampler: steps 1" in said and "pipe.load_lora_weights" in said and "ss_network_dim: 2" in said
+
+
+@pytest.mark.parametrize("layout", ["unet", "sd3"])
+def test_the_lines_that_inspect_prints_draw_what_generate_draws(layout: str, onestep: Command, prompts, tmp_path):
+    """SD3 without T5 too, where diffusers by itself would append zeros."""
+    model = getattr(tiny_folders, f"{layout}_folder")(tmp_path / "model")
+    assert onestep("distill", model, "--prompts", prompts, "--out", tmp_path / "run", *SHORT).code == 0
+    lora, out = tmp_path / "run" / "result.safetensors", tmp_path / "a.png"
+    draw = ["generate", model, "--lora", lora, "--prompt", "red dragon", "--seed", 7, "--out", out]
+    assert onestep(*draw).code == 0
+    *lines, call = json.loads(onestep("inspect", lora, "--json").out)["diffusers"]
+    names = {"diffusers": diffusers, "pipe": load(model), "seven": torch.Generator().manual_seed(7)}
+    names["pipe"].set_progress_bar_config(disable=True)
+    exec("\n".join(lines), names)
+    wanted = eval(call.replace("your prompt", "red dragon").removesuffix(")") + ", generator=seven)", names).images[0]
+    assert np.abs(pixels(out) - np.asarray(wanted).astype(int)).max() <= 1
 
 
 def test_help_is_read_from_the_settings(onestep: Command):

@@ -74,6 +74,13 @@ def test_previews_show_teacher_above_student(whole: dict[str, Path]) -> None:
         assert image.size == (2 * (64 + 4), 2 * (64 + 4))
 
 
+def test_the_folder_may_be_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a person writes it, from home."""
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
+    result = distil(SmallHost(), PROMPTS, small(method="regression", steps=1), "~/runs/first")
+    assert result.run == tmp_path / "runs" / "first" and result.path.parent == result.run
+
+
 def test_prompts_go_into_the_file_only_where_asked(tmp_path: Path) -> None:
     result = run(tmp_path / "run", small(keep_prompts=True, method="regression", steps=1))
     assert json.loads(read_header(result.path).metadata["onestep.prompts"]) == PROMPTS
