@@ -101,13 +101,15 @@ PREDICTIONS: dict[str, type[_Wrapped]] = {
 }
 
 
-def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:
+def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598) in x0: D_u + k (D_c - D_u), with cond and null in one forward.
 
-    k = ``scale`` = 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1 where the model
-    has no trained null condition.
+    k = ``scale``, one for all or [B]; 1 asks one forward of the conditional half alone. Raises OneStepError for k != 1
+    where the model has no trained null condition.
     """
-    if scale == 1:
+    if isinstance(scale, Tensor):
+        scale = expand(scale, x)
+    elif scale == 1:
         return denoise(x, sigma, cond)
     d_c, d_u = both(denoise, x, sigma, cond, null)
     return d_u + scale * (d_c - d_u)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,16 +73,25 @@ def diffuse(schedule: NoiseSchedule, x: Tensor, noise: Tensor, sigma: Tensor, hi
 
 
 def teacher_sample(
-    denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float
+    denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float | Tensor
 ) -> Tensor:
     """x0 [B, ...] of the teacher's probability-flow ODE in ``steps`` equal first-order steps from unit ``noise`` [B,
-    ...]."""
+    ...]. guidance: one scale, or [B] scales."""
+    for _, _, x0 in trajectory(denoise, cond, null, noise, steps, guidance):
+        found = x0
+    return found
+
+
+def trajectory(
+    denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float | Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(x, sigma [B], guided x0) at each of `teacher_sample`'s steps, noisiest first."""
     schedule = denoise.schedule
     sigmas = schedule.sigma_of_time(schedule.trailing(steps))
     x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
     for step, sigma in enumerate(sigmas):
         level = sigma.expand(len(noise))
         x0 = guided(denoise, x, level, cond, null, guidance)
+        yield x, level, x0
         if step + 1 < steps:
             x = jump(schedule, x, x0, level, sigmas[step + 1].expand(len(noise)))
-    return x0

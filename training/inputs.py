@@ -17,7 +17,8 @@ from ..core.recipe import Recipe
 from ..core.roles import State
 from ..core.schedule import NoiseSchedule
 from .host import Host
-from .settings import Settings
+from .objectives import guidance
+from .settings import GUIDING, MATCHING, Settings
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,7 +26,9 @@ PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_base(host: Host, settings: Settings) -> None:
     """Raises OneStepError where this checkpoint cannot be distilled, or not by these settings."""
     denoise = host.denoiser
-    if denoise.guidance != "cfg" and settings.matching_guidance != 1 and settings.method != "regression":
+    if settings.method in GUIDING:
+        guidance.check(host, settings)
+    if denoise.guidance != "cfg" and settings.matching_guidance != 1 and settings.method in MATCHING:
         raise OneStepError(
             f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
             "cannot be had: set it to 1"

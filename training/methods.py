@@ -14,6 +14,7 @@ from .host import Host
 from .inputs import recipe_of
 from .objectives.distribution_matching import DistributionMatching
 from .objectives.dmd import dmd
+from .objectives.guidance import adapter, agd, guidance_lora, guided_recipe
 from .objectives.vsd import vsd
 from .prompts import Prompts
 from .settings import Settings
@@ -57,6 +58,23 @@ METHODS: dict[str, Method] = {
     ),
     "regression": Method(
         lambda settings: None, "Regression on the teacher's ODE pairs", "arXiv:2311.18828, Eq. 9", "3 + the pair"
+    ),
+    "agd": Method(
+        lambda settings: None,
+        "Adapter guidance distillation: a guidance dial in one forward, as an adapter",
+        "arXiv:2503.07274",
+        "3 + the trajectory",
+        direct=agd,
+        side=adapter,
+        recipe=guided_recipe,
+    ),
+    "guidance-lora": Method(
+        lambda settings: None,
+        "One guidance in one forward, as a LoRA",
+        "arXiv:2503.07274, arXiv:2210.03142",
+        "3 + the trajectory",
+        direct=guidance_lora,
+        recipe=guided_recipe,
     ),
 }
 

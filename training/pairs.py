@@ -1,9 +1,11 @@
-"""Teacher pairs (z, x_T): the ends of the teacher's ODE, made as they are first needed, kept on disk up to a cap."""
+"""What a teacher made, kept on disk up to a cap; and pairs (z, x_T), the ends of its ODE, the first kind of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,34 +20,43 @@ from .prompts import Prompts, Size
 from .settings import Settings
 
 KEPT_BYTES = 2**29
-"""Of pairs in host memory; the others are read from the disk again."""
+"""Of each kind in host memory; the others are read from the disk again."""
 
 
 @dataclass
-class Pairs:
-    """Blocks of ``settings.batch`` pairs, one size each. A pair is a function of (seed, block, row), whoever asks
-    for it."""
+class Blocks:
+    """Blocks of ``settings.batch`` samples, one size each, made as they are first needed. A sample is a function of
+    (seed, block, row), whoever asks for it; `stream` names the numbers that a kind draws for itself."""
 
     host: Host
     prompts: Prompts
     settings: Settings
     folder: Path
+    stream: ClassVar[str]
 
     def __post_init__(self) -> None:
         wanted = -(-self.settings.pairs // self.settings.batch)
         self.blocks = max(wanted, len(self.prompts.sizes))
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
 
-    def draw(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, Tensor]]:
-        """Like ``batch``, of pairs: each once in order while there are new ones, then any of its size at random."""
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
+        raise NotImplementedError
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What of a block is handed out, [batch, ...] each."""
+        raise NotImplementedError
+
+    def _take(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, ...]]:
+        """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size."""
         block = update if update < self.blocks else None
-        size = self._size(update if block is not None else batch.choice(self.blocks, "pair size"))
+        size = self._size(update if block is not None else batch.choice(self.blocks, f"{self.stream} size"))
         blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
         ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
-        noise, target = (torch.stack(side).to(batch.device) for side in zip(*ends, strict=True))
+        sides = tuple(torch.stack(side).to(batch.device) for side in zip(*ends, strict=True))
         chosen = torch.stack([self._prompt(at, row) for at, row in zip(blocks, rows, strict=True)])
-        return self.prompts.of(size, chosen, batch.step, batch.samples), (noise, target)
+        return self.prompts.of(size, chosen, batch.step, batch.samples), sides
 
     def _size(self, block: int) -> Size:
         return self.prompts.sizes[block % len(self.prompts.sizes)]
@@ -54,40 +65,65 @@ class Pairs:
         first, every = self.prompts.sizes.index(size), len(self.prompts.sizes)
         count = -(-(self.blocks - first) // every)
         sample = [batch.samples[row]]
-        return first + every * int(randomness.integers(count, batch.seed, "pair block", batch.step, sample)[0])
+        return first + every * int(
+            randomness.integers(count, batch.seed, f"{self.stream} block", batch.step, sample)[0]
+        )
 
     def _rows(self, batch: Batch) -> list[int]:
-        return randomness.integers(self.settings.batch, batch.seed, "pair row", batch.step, batch.samples).tolist()
+        stream = f"{self.stream} row"
+        return randomness.integers(self.settings.batch, batch.seed, stream, batch.step, batch.samples).tolist()
 
     def _prompt(self, block: int, row: int) -> Tensor:
-        return randomness.integers(len(self.prompts), self.settings.seed, "pair prompt", block, [row])[0]
+        return randomness.integers(len(self.prompts), self.settings.seed, f"{self.stream} prompt", block, [row])[0]
 
-    def _block(self, block: int, micro: int) -> tuple[Tensor, Tensor]:
-        """(z, x_T) of a block, [batch, C, h, w] each, on the CPU; made in slices of ``micro`` where it is new."""
+    def _block(self, block: int, micro: int) -> tuple[Tensor, ...]:
         if block not in self._kept:
             path = self.folder / f"{block:06d}.safetensors"
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, {"x": self._solve(block, micro)})
-            self._kept[block] = self._noise(block), read_tensors(path)["x"]
-        pair = self._kept[block]
-        if len(self._kept) * 2 * pair[0].nbytes > KEPT_BYTES:
+                write_tensors(path, self._make(block, micro))
+            self._kept[block] = self._sides(block, read_tensors(path))
+        sides = self._kept[block]
+        if len(self._kept) * sum(side.nbytes for side in sides) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
-        return pair
+        return sides
 
     def _noise(self, block: int) -> Tensor:
-        shape = self.prompts.shapes[self._size(block)]
-        return randomness.normal(shape, self.settings.seed, "pair noise", block, range(self.settings.batch))
+        shape, stream = self.prompts.shapes[self._size(block)], f"{self.stream} noise"
+        return randomness.normal(shape, self.settings.seed, stream, block, range(self.settings.batch))
 
-    def _solve(self, block: int, micro: int) -> Tensor:
-        """x_T of a block, in slices of ``micro`` samples."""
-        noise, size = self._noise(block), self._size(block)
-        ends = []
+    def _slices(self, block: int, micro: int) -> Iterator[tuple[list[int], Batch]]:
+        """The rows of each slice of a block, and their prompts."""
         for rows in torch.arange(self.settings.batch).split(micro):
             self.host.poll()
             chosen = torch.stack([self._prompt(block, row) for row in rows.tolist()])
-            batch = self.prompts.of(size, chosen, block, rows.tolist())
-            ends.append(teach(self.host, self.settings, batch, noise[rows].to(batch.device)).cpu())
+            yield rows.tolist(), self.prompts.of(self._size(block), chosen, block, rows.tolist())
+
+
+@dataclass
+class Pairs(Blocks):
+    """(z, x_T): unit noise, and the end of the teacher's ODE from it."""
+
+    stream = "pair"
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        """Like ``batch``, of pairs, [B, C, h, w] each."""
+        batch, (noise, target) = self._take(batch, update)
+        return batch, (noise, target)
+
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        return {"x": self._solve(block, micro)}
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._noise(block), kept["x"]
+
+    def _solve(self, block: int, micro: int) -> Tensor:
+        """x_T of a block, in slices of ``micro`` samples."""
+        noise = self._noise(block)
+        ends = [
+            teach(self.host, self.settings, batch, noise[rows].to(batch.device)).cpu()
+            for rows, batch in self._slices(block, micro)
+        ]
         return torch.cat(ends)
 
 

@@ -84,8 +84,9 @@ def embed(host: Host, prompts: Sequence[str], settings: Settings, folder: Path) 
 
 
 def _told(cond: Cond, host: Host, settings: Settings) -> Cond:
-    """A base with embedded guidance tells teacher, critic and student the same value."""
-    if host.denoiser.guidance != "embedded":
+    """A base with embedded guidance tells teacher, critic and student the same value; a guidance adapter, which the
+    teacher lacks, is told the teacher's."""
+    if host.denoiser.guidance != "embedded" and settings.method != "agd":
         return cond
     return cond.with_(guidance=torch.full((len(cond),), settings.guidance))
 

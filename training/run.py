@@ -3,7 +3,7 @@
 config.json            what the run is; a run of another config is refused
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
 metrics.jsonl          the untrained student's measures, then one line an update
-embeddings/ pairs/     caches; deleting them costs time, nothing else
+embeddings/ pairs/ trajectories/   caches; deleting them costs time, nothing else
 previews/              teacher above student, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
@@ -168,7 +168,7 @@ def _is_json(value: Any) -> bool:
 def _clear(folder: Path) -> None:
     """Delete what a run made; its config last, so that a clearing that was killed is known and done again. Embeddings
     stay: they are named by what they are of."""
-    for path in [*folder.glob("state-[0-9]*"), folder / "previews", folder / "pairs"]:
+    for path in [*folder.glob("state-[0-9]*"), folder / "previews", folder / "pairs", folder / "trajectories"]:
         (path / "complete").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):

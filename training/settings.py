@@ -12,6 +12,11 @@ from ..core.errors import OneStepError
 
 MATCHING = ("dmd", "vsd")
 """The methods with a critic, and with a warm start before it."""
+GUIDING = ("agd", "guidance-lora")
+"""The methods that put the teacher's guidance into one forward."""
+METHODS = (*MATCHING, "regression", *GUIDING)
+MOST_STEPS = 64
+"""That a recipe can hold."""
 
 
 def setting(
@@ -25,7 +30,7 @@ def setting(
 class Settings:
     """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine."""
 
-    method: str = setting("dmd", "How the student learns.", choices=("dmd", "vsd", "regression"))
+    method: str = setting("dmd", "How the student learns.", choices=METHODS)
     steps: int = setting(1000, "Student updates after the warm start.", 0, 1_000_000)
     student_steps: int = setting(1, "Steps in which the student draws: 1, 2 or 4.", 1, 8)
     start: float = setting(
@@ -42,7 +47,9 @@ class Settings:
     teacher_steps: int = setting(
         20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000
     )
-    guidance: float = setting(4.0, "Teacher's guidance in pairs and previews; 1 = none.", 0, 30)
+    guidance: float = setting(
+        4.0, "Teacher's guidance in pairs and previews, and what guidance-lora learns; 1 = none.", 0, 30
+    )
     matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
     negative: str = setting("", "Negative text: what guidance steers away from; empty = the empty prompt.")
     seed: int = setting(0, "Seed of everything random in the run.", 0, 2**63 - 1)
@@ -66,7 +73,9 @@ class Settings:
         300, "Updates of regression on the teacher's pairs before dmd or vsd; 0 = none.", 0, 1_000_000
     )
     warm_start_rate: float = setting(5e-4, "Student's step size in regression.", 0, 1)
-    pairs: int = setting(1024, "Different teacher pairs kept on disk; then they are used again.", 1, 1_000_000)
+    pairs: int = setting(
+        1024, "Different teacher pairs, or guided trajectories, kept on disk; then they are used again.", 1, 1_000_000
+    )
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
     follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
@@ -91,6 +100,16 @@ class Settings:
         5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000
     )
     keep_prompts: bool = setting(False, "Write the prompts into the LoRA's header.")
+    guidance_low: float = setting(
+        0.0,
+        "Least guidance that agd and guidance-lora learn; 0 = automatic: 1 for agd, else the guidance itself.",
+        0,
+        30,
+    )
+    guidance_high: float = setting(
+        0.0, "Greatest guidance that they learn; 0 = automatic: 12 for agd, else the guidance itself.", 0, 30
+    )
+    states: int = setting(4, "States that agd and guidance-lora keep of each guided trajectory.", 1, 1000)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -104,6 +123,14 @@ class Settings:
                 f"follow {self.follow} needs a critic of the student's rank {self.rank}, not {self.critic_rank}: "
                 "set critic_rank to 0"
             )
+        low, high = self.scales
+        if self.method in GUIDING and low > high:
+            raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
+        if self.method in GUIDING and not self.states <= self.teacher_steps <= MOST_STEPS:
+            raise OneStepError(
+                f"{self.method} keeps {self.states} states of {self.teacher_steps} steps: set teacher_steps to at "
+                f"least states and at most {MOST_STEPS}; 20 to 50 do well"
+            )
         if self.steps + self.first_steps == 0:
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
         self.size_list  # noqa: B018  (refuses what is no size)
@@ -112,6 +139,12 @@ class Settings:
     def first_steps(self) -> int:
         """Student updates of the warm start."""
         return self.warm_start if self.method in MATCHING else 0
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Least and greatest guidance of the trajectories that agd and guidance-lora learn from."""
+        low, high = (1.0, 12.0) if self.method == "agd" else (self.guidance, self.guidance)
+        return self.guidance_low or low, self.guidance_high or high
 
     @property
     def size_list(self) -> tuple[tuple[int, int], ...]:

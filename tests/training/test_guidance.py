@@ -1,0 +1,257 @@
+"""Guidance in one forward: its target is classifier-free guidance, its loss is the network's own error, its runs resume
+to the bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutations import must_fail, mutant
+from oracles import CASES, Array, Case, World, drawn, rows
+from small_host import PROMPTS, SmallHost, small
+from tiny_pipelines import sd
+from torch import Tensor, nn
+from whole_runs import Cancelled, at_call, left, run
+
+from onestep.core.adapter_file import load_adapter
+from onestep.core.errors import OneStepError
+from onestep.core.guidance_adapter import MAKERS
+from onestep.core.lora_file import load_lora
+from onestep.core.recipe import Recipe
+from onestep.core.sampling import teacher_sample, trajectory
+from onestep.core.side import Call
+from onestep.pipelines.adapt import adapt
+from onestep.training.distil import distil
+from onestep.training.objectives import guidance as method
+from onestep.training.prompts import embed
+from onestep.training.settings import Settings
+from onestep.training.trajectories import States, Trajectories
+
+W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
+GUIDED = [case for case in CASES if case.name != "eps, last time"]
+
+
+def prediction(case: Case, x: Array, x0: Array) -> Array:
+    """What the case's network answers where its x0 is this one."""
+    alpha, sigma = case.alpha, case.sigma
+    noise = (x - alpha * x0) / sigma
+    return {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0, "flow": noise - x0}[case.answers]
+
+
+def guided(world: World, x: Array, w: Array, alpha: Any = None, sigma: Any = None) -> Array:
+    """D_u + w (D_c - D_u) of the teacher, in closed form."""
+    d_c = world.x0("teacher", x, world.cond, alpha, sigma)
+    d_u = world.x0("teacher", x, world.null.repeat(4), alpha, sigma)
+    return d_u + w[:, None] * (d_c - d_u)
+
+
+def check_loss(module: ModuleType, case: Case) -> None:
+    world, x = World(case), drawn()
+    target = guided(world, rows(x), W.numpy())
+    data = States(x, world.sigma(), W, torch.tensor(target).reshape(x.shape))
+    objective = module.GuidanceInOne(None, told=False)
+    loss = objective.loss(world.denoise, world.batch(), data)
+    loss.backward()
+    found, wanted = (prediction(case, rows(x), x0) for x0 in (world.x0("student", rows(x), world.cond), target))
+    assert float(loss.detach()) == pytest.approx(np.square(found - wanted).sum(1).mean(), rel=1e-8)
+    assert all(factor.grad is not None for factor in world.roles.parameters("student"))
+    assert all(factor.grad is None for factor in world.roles.parameters("critic"))
+    assert all(p.grad is None for p in world.network.parameters())
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=str)
+def test_the_loss_is_the_squared_error_of_what_the_network_answers(case: Case) -> None:
+    check_loss(method, case)
+
+
+MUTANTS = {
+    "the error of x0": ("at(network_weight(denoise), denoise.schedule, data.sigma).to(error) * error", "error"),
+    "a mean for a sum": (".flatten(1).sum(1)", ".flatten(1).mean(1)"),
+    "the teacher taught": ("denoise.roles.use(STUDENT)", 'denoise.roles.use("critic")'),
+}
+
+
+@pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
+def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mutant("onestep.training.objectives.guidance", *change, monkeypatch)
+    must_fail(lambda mutated: check_loss(mutated, CASES[0]), module)
+
+
+class Exact(nn.Module):
+    """A side that moves the Gaussian world's mean as guidance does: mu_u + w (mu_c - mu_u)."""
+
+    def __init__(self, null: Tensor) -> None:
+        super().__init__()
+        self.null = nn.Parameter(null)
+        self.before, self.after = frozenset[str](), frozenset({"mean"})
+
+    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        assert call.cond.guidance is not None
+        return self.null + call.cond.guidance[:, None] * (output - self.null)
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=str)
+def test_an_adapter_that_is_guidance_has_no_loss(case: Case) -> None:
+    """Each sample is told the scale of its own trajectory: any other one leaves an error."""
+    world, x = World(case), drawn()
+    world.roles.drop("student")
+    world.roles.add_side("student", Exact(torch.tensor(world.mean("teacher", world.null))))
+    target = torch.tensor(guided(world, rows(x), W.numpy())).reshape(x.shape)
+    objective = method.GuidanceInOne(None, told=True)  # type: ignore[arg-type]
+    right = objective.loss(world.denoise, world.batch(), States(x, world.sigma(), W, target))
+    wrong = objective.loss(world.denoise, world.batch(), States(x, world.sigma(), W.flip(0), target))
+    assert float(right.detach()) < 1e-18 < 1e-6 < float(wrong.detach())
+    right.backward()
+    assert float(world.roles.sides["student"].null.grad.abs().max()) < 1e-8
+
+
+# -- trajectories -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=str)
+def test_a_trajectory_in_closed_form(case: Case) -> None:
+    """DDIM and Euler, x' = alpha' D_w + sigma' (x - alpha D_w) / sigma, with a scale for each sample."""
+    world, noise = World(case), drawn(seed=3)
+    times = world.schedule.trailing(4)
+    sigmas = world.schedule.sigma_of_time(times).numpy()
+    alphas = world.schedule.alpha(torch.tensor(sigmas)).numpy()
+    with torch.no_grad(), world.roles.use("teacher"):
+        walk = list(trajectory(world.denoise, world.cond, world.null.repeat(4), noise, 4, W))
+        end = teacher_sample(world.denoise, world.cond, world.null.repeat(4), noise, 4, W)
+        alone = teacher_sample(world.denoise, world.cond[1:2], world.null, noise[1:2], 4, 2.0)
+    x = rows(noise) * np.hypot(alphas[0], sigmas[0])
+    for step, (found, sigma, x0) in enumerate(walk):
+        d_w = guided(world, x, W.numpy(), alphas[step], sigmas[step])
+        np.testing.assert_allclose(rows(found), x, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(rows(x0), d_w, rtol=1e-7, atol=1e-9)
+        assert sigma.tolist() == [sigmas[step]] * 4
+        if step < 3:
+            x = alphas[step + 1] * d_w + sigmas[step + 1] * (x - alphas[step] * d_w) / sigmas[step]
+    assert torch.equal(end, walk[-1][2])
+    torch.testing.assert_close(alone, end[1:2], rtol=1e-9, atol=1e-9)
+
+
+def agd_settings(**changes: Any) -> Settings:
+    return small(**{"method": "agd", "teacher_steps": 6, "states": 3, "guidance_high": 5.0, **changes})
+
+
+def trajectories(folder: Path, settings: Settings, host: SmallHost) -> Trajectories:
+    return Trajectories(host, embed(host, PROMPTS, settings, folder / "embeddings"), settings, folder / "trajectories")
+
+
+def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
+    """Different steps of one trajectory, each with its own scale and its guided answer; the student has no say."""
+    host, settings = SmallHost(), agd_settings()
+    made = trajectories(tmp_path, settings, host)
+    host.denoiser.roles.add("student", 2, 0)
+    for _, b in host.denoiser.roles.state("student").values():
+        b.normal_()
+    with host.denoiser.roles.installed(), host.denoiser.roles.use("student"):
+        batch, (x, target, sigma, w) = made._take(made.prompts.batch(0, range(4)), 0)
+        _, data = made.draw(made.prompts.batch(0, range(4)), 0)
+    assert float(w.min()) >= 1 and float(w.max()) <= 5 and len(set(w.tolist())) == 4
+    noise = made._noise(0)
+    with torch.no_grad():
+        walk = list(trajectory(host.denoiser, batch.cond, batch.nulls(), noise, 6, w))
+    levels = [float(step[1][0]) for step in walk]
+    for row in range(4):
+        at = [levels.index(level) for level in sigma[row].tolist()]
+        assert len(set(at)) == 3
+        torch.testing.assert_close(x[row], torch.stack([walk[step][0][row] for step in at]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(target[row], torch.stack([walk[step][2][row] for step in at]), rtol=1e-4, atol=1e-4)
+        kept = [index for index in range(3) if torch.equal(x[row][index], data.x[row])]
+        assert len(kept) == 1 and torch.equal(target[row][kept[0]], data.target[row])
+        assert data.sigma[row] == sigma[row][kept[0]] and data.w[row] == w[row]
+
+
+def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:
+    """Whole batches and micro-batches, new trajectories and ones drawn again, from memory or disk."""
+    for update in (0, 1, 5):
+        found = []
+        for attempt, cut in enumerate([[range(4)], [range(2), range(2, 4)], [range(3), range(3, 4)]]):
+            made = trajectories(tmp_path / str(attempt % 2), agd_settings(), SmallHost())
+            parts = [made.draw(made.prompts.batch(17, samples), update)[1] for samples in cut]
+            found.append([torch.cat([getattr(part, name) for part in parts]) for name in ("w", "sigma", "x", "target")])
+        for other in found[1:]:
+            assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
+            torch.testing.assert_close(other[2:], found[0][2:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_scales_of_a_lora_are_one_unless_asked() -> None:
+    assert Settings(method="guidance-lora", guidance=3.5).scales == (3.5, 3.5)
+    assert Settings(method="guidance-lora", guidance_low=2.0, guidance_high=5.0).scales == (2.0, 5.0)
+    assert Settings(method="agd").scales == (1.0, 12.0)
+    assert Settings(method="agd", guidance_low=1.5, guidance_high=8.0).scales == (1.5, 8.0)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def agd_run(folder: Path, existing: str = "stop", poll: Any = None) -> Any:
+    torch.manual_seed(0)
+    host = adapt(sd(), device="cpu")
+    host.on_poll = poll
+    settings = agd_settings(sizes="16x16", steps=4, batch=2, pairs=4, watch_samples=4, ema=0.5)
+    try:
+        return distil(host, ["a cat", "a red dog"], settings, folder, existing=existing)
+    finally:
+        host.release()
+
+
+def test_a_killed_agd_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = agd_run(tmp_path / "whole" / "run")
+    with pytest.raises(Cancelled):
+        agd_run(tmp_path / "cut" / "run", poll=at_call(5, Cancelled()))
+    agd_run(tmp_path / "cut" / "run", "continue")
+    assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
+    adapter = load_adapter(whole.path, MAKERS, "unet")
+    assert adapter.kind == "guidance-attention" and any(bool(out.weight.any()) for out in adapter.side.out)
+    recipe = Recipe.from_json(adapter.metadata["onestep.recipe"])
+    assert recipe.steps == 6 and recipe.guidance == 1 and not recipe.renoise and recipe.eta == 0
+
+
+def test_a_killed_guidance_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    settings = agd_settings(method="guidance-lora", guidance=3.0, guidance_high=0.0)
+    whole = run(tmp_path / "whole" / "run", settings)
+    with pytest.raises(Cancelled):
+        run(tmp_path / "cut" / "run", settings, host=SmallHost(on_poll=at_call(3, Cancelled())))
+    run(tmp_path / "cut" / "run", settings, existing="continue")
+    assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
+    assert any(bool(b.any()) for _, b in load_lora(whole.path).state.values())
+    losses = [line["loss"] for line in whole.metrics if "loss" in line]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guidance_low": 6.0, "guidance_high": 5.0}, "guidance_low 6 must not be above guidance_high 5"),
+        ({"states": 7}, "agd keeps 7 states of 6 steps"),
+        ({"teacher_steps": 100}, "agd keeps 3 states of 100 steps"),
+        ({"targets": "attention"}, "set targets=all and no initial_lora"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(OneStepError, match=words):
+        run(tmp_path / "run", agd_settings(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_without_guidance_or_places_is_refused(tmp_path: Path) -> None:
+    host = SmallHost()
+    with pytest.raises(OneStepError, match="none of the layers that an adapter adds to"):
+        run(tmp_path / "run", agd_settings(), host=host)
+    host.denoiser.guidance = "embedded"
+    with pytest.raises(OneStepError, match="has no guidance that agd could learn"):
+        run(tmp_path / "run", agd_settings(), host=host)
+    assert not (tmp_path / "run").exists()

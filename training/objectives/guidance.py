@@ -1,0 +1,84 @@
+"""Guidance in one forward (AGD, arXiv:2503.07274): the student answers at once what the teacher answers under
+classifier-free guidance, on the guided teacher's own trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.denoiser import Denoiser
+from ...core.errors import OneStepError
+from ...core.guidance_adapter import new_adapter
+from ...core.recipe import Recipe
+from ...core.schedule import log_snr
+from ..batch import Batch
+from ..host import Host
+from ..levels import at, network_weight
+from ..prompts import Prompts
+from ..settings import Settings
+from ..student import STUDENT
+from ..trajectories import States, Trajectories
+
+
+@dataclass(frozen=True)
+class GuidanceInOne:
+    """told: whether the student is told each trajectory's guidance (an adapter), or not (a LoRA)."""
+
+    trajectories: Trajectories
+    told: bool
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, States]:
+        return self.trajectories.draw(batch, update)
+
+    def loss(self, denoise: Denoiser, batch: Batch, data: States) -> Tensor:
+        """|F(x, t, c, w) - F_w|^2 in what the network F itself answers, F_w = F_u + w (F_c - F_u) (AGD, Eq. 8 for
+        eps): a sum over a sample's elements, a mean over samples."""
+        cond = batch.cond.with_(guidance=data.w.to(data.x)) if self.told else batch.cond
+        with denoise.roles.use(STUDENT):
+            x0 = denoise(data.x, data.sigma, cond)
+        error = (x0 - data.target).square().flatten(1).sum(1)
+        return (at(network_weight(denoise), denoise.schedule, data.sigma).to(error) * error).mean()
+
+
+def agd(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> GuidanceInOne:
+    return GuidanceInOne(Trajectories(host, prompts, settings, folder / "trajectories"), told=True)
+
+
+def guidance_lora(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> GuidanceInOne:
+    return GuidanceInOne(Trajectories(host, prompts, settings, folder / "trajectories"), told=False)
+
+
+def adapter(host: Host, settings: Settings) -> Any:
+    """What agd trains: a new adapter for this base."""
+    return new_adapter(host.denoiser.roles.targets, host.family, settings.seed)
+
+
+def check(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where this checkpoint has no guidance to learn, or no place for an adapter."""
+    if host.denoiser.guidance != "cfg":
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so it has no guidance that {settings.method} could learn: "
+            "choose a base that is drawn with guidance"
+        )
+    if settings.method == "agd" and (settings.targets != "all" or settings.initial_lora):
+        raise OneStepError("agd trains an adapter, which has places of its own: set targets=all and no initial_lora")
+    if settings.method == "agd":
+        adapter(host, settings)
+
+
+def guided_recipe(host: Host, settings: Settings) -> Recipe:
+    """The teacher's own steps, each of one forward."""
+    schedule = host.denoiser.schedule
+    told = schedule.trailing(settings.teacher_steps)
+    lambdas = log_snr(schedule, schedule.sigma_of_time(told)).tolist()
+    return Recipe(
+        tuple(told.tolist()),
+        (1.0,) * len(told),
+        tuple(None if level == -torch.inf else level for level in lambdas),
+        family=host.family,
+        sizes=settings.size_list,
+    )
