@@ -1,8 +1,8 @@
 """Negative prompts without a second pass: the negative text acts inside attention, on the picture's rows alone.
 
-NASA: Negative-Away Steer Attention (Nguyen et al. 2024, SNOOPI, eq. 7). NAG: Normalized Attention Guidance (Chen et al.
-2025, eq. 6-9). VSF: Value Sign Flip (Guo & Shirkey 2025). Z+ is what the picture's queries q find in the positive text,
-Z- what the same q find in the negative text; all act before the attention's output projection.
+NASA: Negative-Away Steer Attention (arXiv:2412.02687). NAG: Normalized Attention Guidance (arXiv:2505.21179). VSF:
+Value Sign Flip (arXiv:2508.10931). Z+ is what the picture's queries find in the positive text, Z- what the same queries
+find in the negative text; all act before the attention's output projection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .errors import OneStepError
 MODES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.0}
 """Each mode and a scale that is safe to begin with."""
 NEUTRAL = {"nasa": 0.0, "nag": 1.0}
-"""The scale at which a mode changes nothing. VSF has none: at 0 the negative still takes its share of attention."""
+"""The scale at which a mode changes nothing, and below which it would steer towards the negative. VSF has none: at 0
+the negative still takes its share of attention."""
 
 
 def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -29,19 +30,19 @@ def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
 
 
 def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float, order: float = 1) -> Tensor:
-    """Z+, Z-: [B, H, N, D]. Norms are those of a token over all heads, of order 1 (ComfyUI) or 2 (the paper's code)."""
-    # Z~ = s Z+ - (s - 1) Z-
-    guided = torch.add(positive * scale, negative, alpha=-(scale - 1))
-    # Z^ = min(r, tau) / r Z~,  r = |Z~| / |Z+|
-    ratio = _norm(guided, order) / _norm(positive, order).clamp_min(1e-6)
-    limited = guided * (ratio.clamp_max(tau) / ratio.clamp_min(1e-6)).to(guided.dtype)
+    """Z+, Z-: [B, H, N, D]; scale >= 1, the paper's phi + 1. A norm is that of a token over all its heads, of order 1
+    (the paper, ComfyUI) or 2 (the authors' code for Flux)."""
+    # Z~ = s Z+ - (s - 1) Z- = s G: of G, no scale makes numbers too large for half precision
+    g = nasa(positive, negative, (scale - 1) / scale)
+    # Z^ = min(r, tau) / r Z~ = min(s, tau |Z+| / |G|) G,   r = |Z~| / |Z+|
+    reach = (tau * _norm(positive, order) / _norm(g, order)).clamp_max(scale)
     # Z = alpha Z^ + (1 - alpha) Z+
-    return torch.lerp(positive, limited, alpha)
+    return torch.lerp(positive, g * reach.to(g.dtype), alpha)
 
 
-def vsf(parts: tuple[Partial, ...], negative: Partial, scale: float, offset: float) -> Tensor:
-    """One softmax over the keys of all parts and the negative's, whose scores lose ``offset``: V- := -s V-."""
-    return merge(*parts, negative.shifted(-offset).scaled(-scale))
+def vsf(positive: Partial, negative: Partial, scale: float, offset: float) -> Tensor:
+    """One softmax over the keys of both, where the negative's scores lose ``offset`` and V- := -s V-."""
+    return merge(positive, negative.shifted(-offset).scaled(-scale))
 
 
 class Streams(NamedTuple):
@@ -56,9 +57,9 @@ class Streams(NamedTuple):
 class Steering:
     """How a negative text pushes away.
 
-    mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s. tau, alpha, order: NAG's limit
-    of the norm, its blend and the norm's order. offset: what VSF takes from the negative's scores.
-    Raises OneStepError for a value out of range.
+    mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `MODES`
+    has every mode's. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order. offset: what VSF takes
+    from the negative's scores. OneStepError for a value out of range.
     """
 
     mode: str = "nasa"
@@ -69,12 +70,14 @@ class Steering:
     offset: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if self.mode not in tuple(MODES):
             raise OneStepError(f"no steering mode {self.mode!r:.40}: choose one of {', '.join(MODES)}")
         for name, low, high, wanted in LIMITS:
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-                raise OneStepError(f"steering's {name} is {value!r:.40}: it must lie in {low:g} to {high:g}. {wanted}")
+            least = NEUTRAL.get(self.mode, low) if name == "scale" else low
+            if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= high):
+                found = f"steering's {name} is {value!r:.40}"
+                raise OneStepError(f"{found}: with {self.mode} it must lie in {least:g} to {high:g}. {wanted}")
 
     @property
     def neutral(self) -> bool:
@@ -82,9 +85,12 @@ class Steering:
         return NEUTRAL.get(self.mode) == self.scale or (self.mode == "nag" and self.alpha == 0)
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-attention of the picture to its text, steered. q, k, v: [B, H, N, D]; negative: its keys and values."""
+        """Cross-attention of the picture to its text, steered. q: [B, H, N, D]. k, v: [B, H, L, D].
+
+        negative: its keys and values, [B, H, M, D] each. Returns [B, H, N, D].
+        """
         if self.mode == "vsf":
-            return vsf((partial_attention(q, k, v),), partial_attention(q, *negative), self.scale, self.offset)
+            return vsf(partial_attention(q, k, v), partial_attention(q, *negative), self.scale, self.offset)
         return self.apart(attention(q, k, v), attention(q, *negative))
 
     def joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None) -> Streams:
@@ -93,18 +99,20 @@ class Steering:
         The picture sees both texts apart; each text sees itself and the picture. rows: [B] bool, which pictures are
         steered; None = all. The others see the positive text alone.
         """
-        # All queries look at the picture's keys together, and at each text's keys apart.
-        lengths = [q.positive.shape[2], q.negative.shape[2], q.image.shape[2]]
-        of_positive, of_negative, image = _split(partial_attention(torch.cat(q, 2), k.image, v.image), lengths)
-        own_positive, positive = _towards(q.positive, q.image, k.positive, v.positive)
-        own_negative, negative = _towards(q.negative, q.image, k.negative, v.negative)
+        # All queries look at the picture's keys at once; the picture's and a text's, as neighbours, at that text's.
+        queries = torch.cat((q.positive, q.image, q.negative), 2)
+        first, image, last = (part.shape[2] for part in (q.positive, q.image, q.negative))
+        of_positive, to_image, of_negative = _found(queries, k.image, v.image, [first, image, last])
+        own_positive, to_positive = _found(queries[:, :, : first + image], k.positive, v.positive, [first, image])
+        to_negative, own_negative = _found(queries[:, :, first:], k.negative, v.negative, [image, last])
+        plain = to_image.joined(to_positive)
         if self.mode == "vsf":
-            steered = vsf((positive, image), negative, self.scale, self.offset)
+            steered = vsf(plain, to_negative, self.scale, self.offset)
         else:
-            steered = self.apart(merge(positive, image), merge(negative, image))
+            steered = self.apart(plain.out, merge(to_image, to_negative))
         if rows is not None:
-            steered = torch.where(rows[:, None, None, None], steered, merge(positive, image))
-        return Streams(merge(own_positive, of_positive), merge(own_negative, of_negative), steered)
+            steered = torch.where(rows[:, None, None, None], steered, plain.out)
+        return Streams(merge(of_positive, own_positive), merge(of_negative, own_negative), steered)
 
     def apart(self, positive: Tensor, negative: Tensor) -> Tensor:
         """NASA or NAG of Z+ and Z-, [B, H, N, D] each."""
@@ -122,19 +130,14 @@ LIMITS = (
 )
 
 
-def _towards(text: Tensor, image: Tensor, k: Tensor, v: Tensor) -> tuple[Partial, ...]:
-    """What a text's own queries and the picture's find in that text."""
-    return _split(partial_attention(torch.cat((text, image), 2), k, v), [text.shape[2], image.shape[2]])
-
-
-def _split(found: Partial, lengths: list[int]) -> tuple[Partial, ...]:
-    """The rows of several streams' queries, apart."""
-    pieces = zip(found.out.split(lengths, 2), found.lse.split(lengths, 2), strict=True)
-    return tuple(Partial(out, lse) for out, lse in pieces)
+def _found(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Partial]:
+    """What queries find in keys, apart for the streams of these lengths that they are made of."""
+    out, lse = partial_attention(q, k, v)
+    return [Partial(*rows) for rows in zip(out.split(lengths, 2), lse.split(lengths, 2), strict=True)]
 
 
 def _norm(z: Tensor, order: float) -> Tensor:
-    """[B, 1, N, 1] in float32: a token's norm over its heads and their width."""
-    return torch.linalg.vector_norm(
-        z, order, dim=(1, 3), keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32)
-    )
+    """[B, 1, N, 1], float32 at least and never 0: a token's norm over its heads and their width."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(z, order, dim=(1, 3), keepdim=True, dtype=wide)
+    return norm.clamp_min(torch.finfo(wide).tiny)

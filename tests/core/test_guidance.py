@@ -1,0 +1,387 @@
+"""Negative steering against its equations in NumPy, against the doubled network, and against finite differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mutations import must_fail, mutant
+from torch import Tensor
+
+from onestep.core import guidance
+from onestep.core.errors import OneStepError
+from onestep.core.guidance import LIMITS, MODES, NEUTRAL, Steering, Streams, nag, nasa
+from onestep.kernels import partial
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+KeysValues = tuple[Array, Array]
+
+CASES = {
+    "nasa": Steering("nasa", 0.3),
+    "nasa, strong": Steering("nasa", 1.5),
+    "nag": Steering("nag", 4.0, tau=5.0, alpha=0.25, order=1),
+    "nag, Euclidean": Steering("nag", 4.0, tau=5.0, alpha=0.25, order=2),
+    "nag, not blended": Steering("nag", 3.0, tau=3.7, alpha=1.0),
+    "nag, not limited": Steering("nag", 2.0, tau=100.0, alpha=0.5),
+    "nag, fractional": Steering("nag", 2.5, tau=3.1, alpha=0.7, order=1.5),
+    "vsf": Steering("vsf", 2.0, offset=0.7),
+    "vsf, flipped alone": Steering("vsf", 1.0, offset=0.0),
+    "vsf, muted": Steering("vsf", 0.0, offset=0.1),
+}
+every_case = pytest.mark.parametrize("steering", CASES.values(), ids=list(CASES))
+
+
+# -- what is expected, in NumPy ---------------------------------------------------------------------------------------
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | float = 0.0) -> Array:
+    """softmax(q k^T / sqrt(D) + bias) v, [B, H, N, D]."""
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(q.shape[-1]) + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def norms(z: Array, order: float) -> Array:
+    """[B, 1, N, 1]: of each token of [B, H, N, D], over all its heads."""
+    return (np.abs(z) ** order).sum((1, 3), keepdims=True) ** (1 / order)
+
+
+def nag_by_hand(z_pos: Array, z_neg: Array, s: float, tau: float, alpha: float, order: float) -> Array:
+    """arXiv:2505.21179: extrapolate by phi = s - 1, limit each token's norm to tau times what it was, blend."""
+    pushed = z_pos + (s - 1) * (z_pos - z_neg)
+    ratio = norms(pushed, order) / norms(z_pos, order)
+    return alpha * pushed * np.minimum(ratio, tau) / ratio + (1 - alpha) * z_pos
+
+
+def steer_by_hand(steering: Steering, q: Array, seen: KeysValues, unwanted: KeysValues, shared: KeysValues) -> Array:
+    """What a picture's queries find in the positive's keys, the negative's, and those they see beside either."""
+    (k, v), (k_neg, v_neg) = beside(seen, shared), beside(unwanted, shared)
+    if steering.mode == "vsf":
+        bias = np.repeat([0.0, -steering.offset], [k.shape[2], unwanted[0].shape[2]])
+        return attend(q, *beside((k, v), (unwanted[0], -steering.scale * unwanted[1])), bias)
+    z_pos, z_neg = attend(q, k, v), attend(q, k_neg, v_neg)
+    if steering.mode == "nasa":
+        return z_pos - steering.scale * z_neg
+    return nag_by_hand(z_pos, z_neg, steering.scale, steering.tau, steering.alpha, steering.order)
+
+
+def beside(keys_values: KeysValues, others: KeysValues) -> KeysValues:
+    k, v = (np.concatenate(pair, 2) for pair in zip(keys_values, others, strict=True))
+    return k, v
+
+
+def doubled_by_hand(steering: Steering, q: Streams, k: Streams, v: Streams) -> tuple[Array, Array, Array]:
+    """Two networks side by side, one to a text, with the same picture: whole sequences attend to themselves."""
+    positive, negative = (attend(*(np.concatenate([part[i], part[2]], 2) for part in (q, k, v))) for i in (0, 1))
+    image = steer_by_hand(steering, q[2], (k[0], v[0]), (k[1], v[1]), (k[2], v[2]))
+    return positive[:, :, : q[0].shape[2]], negative[:, :, : q[1].shape[2]], image
+
+
+# -- the inputs -------------------------------------------------------------------------------------------------------
+
+
+def drawn(*lengths: int, batch: int = 2, heads: int = 3, width: int = 4, dtype: torch.dtype = torch.float64) -> Any:
+    """[batch, heads, length, width] each."""
+    return [torch.randn(batch, heads, length, width, dtype=dtype) for length in lengths]
+
+
+def streams(lengths: tuple[int, int, int] = (5, 3, 7), **shape: Any) -> list[Streams]:
+    """Queries, keys and values of two texts of different lengths and a picture. Some queries look sharply."""
+    q, k, v = (Streams(*drawn(*lengths, **shape)) for _ in range(3))
+    return [Streams(*(3 * part for part in q)), k, v]
+
+
+def crossed() -> tuple[Tensor, ...]:
+    """A picture's queries, keys and values of its text, keys and values of its negative."""
+    q, *texts = drawn(7, 5, 5, 3, 3)
+    return 3 * q, *texts
+
+
+def numpied(*tensors: Tensor) -> list[Array]:
+    return [tensor.detach().double().numpy() for tensor in tensors]
+
+
+def of(module: ModuleType, steering: Steering) -> Any:
+    """The same steering in a mutant of its module."""
+    return module.Steering(**vars(steering))
+
+
+# -- the equations ----------------------------------------------------------------------------------------------------
+
+
+def check_cross(module: ModuleType, steering: Steering) -> None:
+    q, *texts = crossed()
+    found = of(module, steering).cross(q, *texts[:2], (texts[2], texts[3]))
+    k, v, k_neg, v_neg = numpied(*texts)
+    expected = steer_by_hand(steering, q.numpy(), (k, v), (k_neg, v_neg), (k[:, :, :0], v[:, :, :0]))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def check_joint(module: ModuleType, steering: Steering, rows: Tensor | None = None) -> None:
+    q, k, v = streams()
+    found = of(module, steering).joint(*(module.Streams(*part) for part in (q, k, v)), rows=rows)
+    q, k, v = (Streams(*numpied(*part)) for part in (q, k, v))
+    positive, negative, image = doubled_by_hand(steering, q, k, v)
+    if rows is not None:
+        plain = attend(q[2], *(np.concatenate([part[0], part[2]], 2) for part in (k, v)))
+        image = np.where(rows.numpy()[:, None, None, None], image, plain)
+    for ours, theirs in zip(found, (positive, negative, image), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-10, atol=1e-12)
+
+
+@every_case
+def test_cross_attention_is_steered_by_the_equations(steering: Steering) -> None:
+    check_cross(guidance, steering)
+
+
+@every_case
+@pytest.mark.parametrize("rows", [None, [True, False], [False, False], [True, True]], ids=str)
+def test_joint_attention_is_that_of_the_doubled_network(steering: Steering, rows: list[bool] | None) -> None:
+    check_joint(guidance, steering, None if rows is None else torch.tensor(rows))
+
+
+@pytest.mark.parametrize("name", ["nag", "nag, Euclidean", "nag, not blended", "nag, fractional"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_limit_acts_on_some_tokens_and_not_on_others(name: str, joint: bool) -> None:
+    """The comparisons above are worth something only where both sides of min(r, tau) are taken."""
+    steering = CASES[name]
+    if joint:
+        q, k, v = (numpied(*part) for part in streams())
+        z_pos, z_neg = (attend(q[2], *beside((k[i], v[i]), (k[2], v[2]))) for i in (0, 1))
+    else:
+        queries, *texts = numpied(*crossed())
+        z_pos, z_neg = attend(queries, *texts[:2]), attend(queries, *texts[2:])
+    ratio = norms(steering.scale * z_pos - (steering.scale - 1) * z_neg, steering.order) / norms(z_pos, steering.order)
+    assert ratio.min() < 0.95 * steering.tau and 1.05 * steering.tau < ratio.max()
+
+
+def network_by_hand(steering: Steering, weights: Array, texts: tuple[Array, Array], image: Array) -> list[Array]:
+    """Three layers of the doubled network: after each, both pictures are overwritten by the steered one."""
+    states = [*texts, image]
+    for w in weights:
+        parts = [[np.einsum("bhnd,hde->bhne", x, w[kind]) for x in states] for kind in range(3)]
+        states = [x + found for x, found in zip(states, doubled_by_hand(steering, *parts), strict=True)]
+    return states
+
+
+@every_case
+def test_one_picture_is_enough_for_a_whole_network(steering: Steering) -> None:
+    """What a layer does to the picture reaches both texts in the next: the error does not grow with depth."""
+    weights = torch.randn(3, 3, 3, 4, 4, dtype=torch.float64)
+    states = drawn(5, 3, 7)
+    expected = network_by_hand(steering, weights.numpy(), tuple(numpied(*states[:2])), numpied(states[2])[0])
+    for w in weights:
+        parts = [Streams(*(torch.einsum("bhnd,hde->bhne", x, w[kind]) for x in states)) for kind in range(3)]
+        states = [x + found for x, found in zip(states, steering.joint(*parts), strict=True)]
+    for ours, theirs in zip(states, expected, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.25, 2.0, 5.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_unlimited_nag_is_nasa(scale: float, order: int) -> None:
+    """s Z+ - (s - 1) Z- = s (Z+ - (s - 1) / s Z-)"""
+    positive, negative = drawn(7, 7)
+    expected = scale * nasa(positive, negative, (scale - 1) / scale)
+    torch.testing.assert_close(nag(positive, negative, scale, math.inf, 1.0, order), expected, rtol=1e-12, atol=1e-12)
+    limited = Steering("nag", scale, tau=100.0, alpha=1.0, order=order)
+    torch.testing.assert_close(limited.apart(positive, negative), expected, rtol=1e-12, atol=1e-12)
+
+
+# -- nothing at all ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steering", [Steering("nasa", 0), Steering("nag", 1.0), Steering("nag", 1, tau=1, alpha=1)])
+def test_neutral_steering_changes_no_bit(steering: Steering, dtype: torch.dtype) -> None:
+    """Whatever the token's norm: also 0, and numbers near the ends of the range."""
+    positive, negative = drawn(200, 200, dtype=dtype)
+    positive *= torch.logspace(-30, 4, 200, dtype=torch.float64).to(dtype)[:, None]
+    positive[:, :, 3] = 0
+    assert torch.equal(steering.apart(positive, negative), positive)
+
+
+def test_only_what_changes_nothing_is_neutral() -> None:
+    neutral = [Steering("nasa", 0), Steering("nag", 1), Steering("nag", 5, alpha=0)]
+    assert [found.neutral for found in neutral] == [True] * 3
+    active = [Steering("nasa", 1), Steering("nasa", 0.3, alpha=0), *CASES.values()]
+    assert [found for found in active if found.neutral] == []
+    positive, negative = drawn(7, 7)
+    assert torch.equal(neutral[2].apart(positive, negative), positive)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_strong_push_stays_finite_in_half_precision() -> None:
+    """100 Z+ alone would be beyond float16; what comes out is limited to tau |Z+|."""
+    positive, negative = (900 * part for part in drawn(9, 9, dtype=torch.float16))
+    found = nag(positive, negative, 100.0, tau=2.5, alpha=0.25)
+    expected = nag_by_hand(*numpied(positive, negative), 100.0, 2.5, 0.25, 1)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0.01, atol=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steering", [Steering("nasa", 0.3), Steering("nag", 5.0), Steering("vsf", 2.0)], ids=str)
+def test_half_precision_is_as_good_as_that_of_plain_attention(steering: Steering, dtype: torch.dtype) -> None:
+    """Rounding errors of Z+ and Z- enter by their factors; nothing beyond twice that is added."""
+    q, k, v = streams((40, 30, 200), width=32, dtype=dtype)
+    exact = [Streams(*(part.double() for part in stream)) for stream in (q, k, v)]
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        return float((found.double() - expected).square().mean().sqrt())
+
+    keys, values = (torch.cat([part.positive, part.image], 2) for part in (k, v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    plain = error(sdpa(q.image, keys, values), sdpa(q.image.double(), keys.double(), values.double()))
+    found, expected = steering.joint(q, k, v), steering.joint(*exact)
+    factor = {"nasa": 1 + 0.3, "nag": 0.25 * (5 + 4) + 0.75, "vsf": 2.0}[steering.mode]
+    assert error(found.image, expected.image) < 2 * factor * plain
+    assert error(found.positive, expected.positive) < 2 * plain and error(found.negative, expected.negative) < 2 * plain
+
+
+@pytest.mark.parametrize("name", ["nasa", "nag", "nag, Euclidean", "vsf"])
+def test_gradients_match_finite_differences(name: str) -> None:
+    """Backward and in forward mode, of everything that goes in."""
+    steering = CASES[name]
+    shape = {"batch": 1, "heads": 2, "width": 2}
+    cross = [part.requires_grad_(True) for part in drawn(3, 2, 2, 1, 1, **shape)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, *negative: steering.cross(q, k, v, negative), cross, check_forward_ad=True
+    )
+    joint = [part.requires_grad_(True) for stream in streams((2, 1, 2), **shape) for part in stream]
+    assert torch.autograd.gradcheck(
+        lambda *parts: tuple(steering.joint(Streams(*parts[:3]), Streams(*parts[3:6]), Streams(*parts[6:]))),
+        joint,
+        check_forward_ad=True,
+    )
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_token_of_zeros_has_finite_gradients(order: int) -> None:
+    for zeros in ((0,), (1,), (0, 1)):
+        pair = [part.requires_grad_(True) for part in (torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))]
+        with torch.no_grad():
+            for which in zeros:
+                pair[which][:, :, 1] = 0
+        found = nag(*pair, 3.0, 1.5, 0.5, order)
+        assert found.isfinite().all()
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), pair))
+
+
+@pytest.mark.parametrize("name", ["nasa", "nag", "vsf"])
+def test_a_compiled_network_gives_the_same(name: str) -> None:
+    """In one graph, with the fused kernels in it, also where nothing was tried before."""
+    steering = CASES[name]
+    torch.compiler.reset()
+    partial._tried.cache_clear()
+    q, k, v = streams(dtype=torch.float32)
+    rows = torch.tensor([True, False])
+    with torch.no_grad():
+        found = torch.compile(steering.joint, backend="aot_eager", fullgraph=True)(q, k, v, rows)
+        assert partial._choice(rows.device, torch.float32, 4) == "flash on the cpu"
+        for ours, theirs in zip(found, steering.joint(q, k, v, rows), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ({"mode": "cfg"}, "no steering mode 'cfg': choose one of nasa, nag, vsf"),
+    ({"mode": None}, "no steering mode None"),
+    ({"mode": ["nasa"]}, r"no steering mode \['nasa'\]"),
+    ({"scale": math.nan}, "scale is nan: with nasa it must lie in 0 to 100. NASA acts at 0.1 to 0.5"),
+    ({"scale": -0.1}, "scale is -0.1"),
+    ({"scale": 101}, "scale is 101"),
+    ({"scale": "0.3"}, "scale is '0.3'"),
+    ({"mode": "nag", "scale": 0.5}, "scale is 0.5: with nag it must lie in 1 to 100.*NAG at 2 to 8"),
+    ({"mode": "vsf", "scale": -1.0}, "scale is -1.0: with vsf it must lie in 0 to 100"),
+    ({"tau": 0.9}, "tau is 0.9: .* in 1 to 100"),
+    ({"tau": math.inf}, "tau is inf"),
+    ({"alpha": 1.1}, "alpha is 1.1: .* in 0 to 1"),
+    ({"alpha": None}, "alpha is None"),
+    ({"order": 0}, "order is 0: .* in 1 to 2"),
+    ({"order": math.inf}, "order is inf"),
+    ({"offset": -1}, "offset is -1: .* in 0 to 100"),
+    ({"offset": math.nan}, "offset is nan"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), REFUSED, ids=str)
+def test_bad_values_are_refused_with_a_word(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(OneStepError, match=words) as refusal:
+        Steering(**values)
+    assert len(str(refusal.value)) < 400
+    with pytest.raises(OneStepError):
+        replace(Steering(), **values)
+
+
+def test_the_ends_of_the_ranges_are_taken() -> None:
+    for mode, scale in MODES.items():
+        assert Steering(mode, scale).scale == scale and Steering(mode, NEUTRAL.get(mode, 0)).mode == mode
+    for name, low, high, _ in LIMITS:
+        for value in (low, high):
+            assert getattr(Steering(**{name: value}), name) == value
+
+
+# -- wrong equations --------------------------------------------------------------------------------------------------
+
+EQUATIONS = {
+    "NASA adds": ("alpha=-scale)", "alpha=scale)"),
+    "s in place of s - 1": ("(scale - 1) / scale", "scale / scale"),
+    "s - 1 undivided": ("(scale - 1) / scale", "(scale - 1)"),
+    "the ratio upside down": ("_norm(positive, order) / _norm(g, order)", "_norm(g, order) / _norm(positive, order)"),
+    "max in place of min": ("clamp_max(scale)", "clamp_min(scale)"),
+    "never longer": ("clamp_max(scale)", "clamp_max(1)"),
+    "no limit": ("g * reach.to(g.dtype)", "g * scale"),
+    "no tau": ("(tau * _norm", "(_norm"),
+    "the blend turned": ("positive, g * reach.to(g.dtype), alpha", "g * reach.to(g.dtype), positive, alpha"),
+    "no blend": ("g.dtype), alpha)", "g.dtype), 1.0)"),
+    "a norm a head": ("dim=(1, 3)", "dim=3"),
+    "one norm for all tokens": ("dim=(1, 3)", "dim=(1, 2, 3)"),
+    "one norm for all pictures": ("dim=(1, 3)", "dim=(0, 1, 3)"),
+    "another order": ("(z, order,", "(z, 3 - order,"),
+    "the offset added": ("shifted(-offset)", "shifted(offset)"),
+    "the values not flipped": ("scaled(-scale)", "scaled(scale)"),
+}
+JOINS = {
+    "no picture beside the negative": ("merge(to_image, to_negative)", "to_negative.out"),
+    "the positive for the negative": ("merge(to_image, to_negative)", "merge(to_image, to_positive)"),
+    "no picture beside the positive": ("plain = to_image.joined(to_positive)", "plain = to_positive"),
+    "the flipped text for the picture's": ("vsf(plain, to_negative", "vsf(plain, to_positive"),
+    "a text that sees itself alone": ("merge(of_negative, own_negative)", "own_negative.out"),
+    "a text that sees the picture alone": ("merge(of_positive, own_positive)", "of_positive.out"),
+    "the others steered": (", steered, plain.out)", ", plain.out, steered)"),
+    "the texts' keys exchanged": ("k.positive, v.positive", "k.negative, v.negative"),
+}
+
+
+def check_all(module: ModuleType) -> None:
+    for steering in CASES.values():
+        check_cross(module, steering)
+        check_joint(module, steering)
+        check_joint(module, steering, torch.tensor([True, False]))
+
+
+def test_a_copy_without_a_mistake_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all(mutant("onestep.core.guidance", "Z = Z+ - a Z-", "Z = Z+ + (-a) Z-", monkeypatch))
+
+
+@pytest.mark.parametrize("change", [*EQUATIONS.values(), *JOINS.values()], ids=[*EQUATIONS, *JOINS])
+def test_a_wrong_equation_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    must_fail(check_all, mutant("onestep.core.guidance", *change, monkeypatch))
+
+
+def test_texts_exchanged_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = (
+        "self.apart(attention(q, k, v), attention(q, *negative))",
+        "self.apart(attention(q, *negative), attention(q, k, v))",
+    )
+    module = mutant("onestep.core.guidance", *change, monkeypatch)
+    for name in ("nasa", "nag"):
+        must_fail(lambda mutated, name=name: check_cross(mutated, CASES[name]), module)
