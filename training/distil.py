@@ -57,6 +57,7 @@ def distil(
         host.latent_shape(size)
     initial = initial_state(host, settings)
     check_base(host, settings)
+    METHODS[settings.method].check(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     # whatever the caller switched off around us: a run needs gradients

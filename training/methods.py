@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from ..core.roles import State
+from .control import check_control, control_adapter, generator_recipe, nct
 from .direct import Direct
 from .host import Host
 from .inputs import recipe_of
@@ -27,7 +28,8 @@ class Method:
     included.
 
     direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
-    place of the student's factors. recipe: how the student draws.
+    place of the student's factors. recipe: how the student draws. check: raises OneStepError for settings that it
+    cannot do with this host.
     """
 
     make: Callable[[Settings], DistributionMatching | None]
@@ -37,6 +39,7 @@ class Method:
     direct: Callable[[Host, Settings, Prompts, Path], Direct] | None = None
     side: Callable[[Host, Settings], Any] | None = None
     recipe: Callable[[Host, Settings], Recipe] = recipe_of
+    check: Callable[[Host, Settings], None] = lambda host, settings: None
 
     def __call__(self, settings: Settings) -> DistributionMatching | None:
         """The engine's objective; None where the student regresses on pairs alone."""
@@ -75,6 +78,16 @@ METHODS: dict[str, Method] = {
         "3 + the trajectory",
         direct=guidance_lora,
         recipe=guided_recipe,
+    ),
+    "nct": Method(
+        lambda settings: None,
+        "Noise consistency training: a control for a one-step generator, as an adapter",
+        "arXiv:2506.19741",
+        "7 + the picture",
+        direct=nct,
+        side=control_adapter,
+        recipe=generator_recipe,
+        check=check_control,
     ),
 }
 

@@ -3,7 +3,7 @@
 config.json            what the run is; a run of another config is refused
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
 metrics.jsonl          the untrained student's measures, then one line an update
-embeddings/ pairs/ trajectories/   caches; deleting them costs time, nothing else
+embeddings/ pairs/ trajectories/ triples/   caches; deleting them costs time, nothing else
 previews/              teacher above student, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
@@ -28,6 +28,8 @@ from .settings import nearest
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
+KINDS = ("pairs", "trajectories", "triples")
+"""Folders of what a teacher or a generator made."""
 
 
 class Run:
@@ -168,7 +170,7 @@ def _is_json(value: Any) -> bool:
 def _clear(folder: Path) -> None:
     """Delete what a run made; its config last, so that a clearing that was killed is known and done again. Embeddings
     stay: they are named by what they are of."""
-    for path in [*folder.glob("state-[0-9]*"), folder / "previews", folder / "pairs", folder / "trajectories"]:
+    for path in [*folder.glob("state-[0-9]*"), folder / "previews", *(folder / name for name in KINDS)]:
         (path / "complete").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
     for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):

@@ -14,7 +14,7 @@ MATCHING = ("dmd", "vsd")
 """The methods with a critic, and with a warm start before it."""
 GUIDING = ("agd", "guidance-lora")
 """The methods that put the teacher's guidance into one forward."""
-METHODS = (*MATCHING, "regression", *GUIDING)
+METHODS = (*MATCHING, "regression", *GUIDING, "nct")
 MOST_STEPS = 64
 """That a recipe can hold."""
 
@@ -74,7 +74,10 @@ class Settings:
     )
     warm_start_rate: float = setting(5e-4, "Student's step size in regression.", 0, 1)
     pairs: int = setting(
-        1024, "Different teacher pairs, or guided trajectories, kept on disk; then they are used again.", 1, 1_000_000
+        1024,
+        "Different teacher pairs, guided trajectories or controlled pictures kept on disk; then they are used again.",
+        1,
+        1_000_000,
     )
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
@@ -89,7 +92,7 @@ class Settings:
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
 
-    initial_lora: str = setting("", "A LoRA that the student starts from; empty = from the base.")
+    initial_lora: str = setting("", "A LoRA that the student starts from, or nct's generator; empty = the base.")
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
     watch_every: int = setting(50, "Updates between measures of the student; 0 = none.", 0, 1_000_000)
@@ -110,6 +113,14 @@ class Settings:
         0.0, "Greatest guidance that they learn; 0 = automatic: 12 for agd, else the guidance itself.", 0, 30
     )
     states: int = setting(4, "States that agd and guidance-lora keep of each guided trajectory.", 1, 1000)
+    control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
+    control_width: int = setting(
+        0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
+    )
+    noise_levels: int = setting(
+        32, "Steps from a picture's own noise to any other in nct, at the run's end; it begins with 4.", 1, 4096
+    )
+    boundary: float = setting(1.0, "Weight of nct's boundary: a picture's own noise gives that picture.", 0, 100)
 
     def __post_init__(self) -> None:
         for entry in fields(self):

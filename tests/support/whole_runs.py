@@ -41,7 +41,14 @@ def left(folder: Path) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in ("result.safetensors", "previews/*", "pairs/*", "trajectories/*", "state-*/state.safetensors")
+        for pattern in (
+            "result.safetensors",
+            "previews/*",
+            "pairs/*",
+            "trajectories/*",
+            "triples/*",
+            "state-*/state.safetensors",
+        )
         for path in sorted(folder.glob(pattern))
         if path.parent == folder or not path.parent.name.startswith("state-") or path.parent == state
     }

@@ -1,0 +1,69 @@
+"""Method nct as its settings make it: the frozen generator, the adapter, the triples and the loss."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from ..core.control import ControlAdapter, new_adapter, places_of
+from ..core.controls import control_of
+from ..core.errors import OneStepError
+from ..core.recipe import Recipe
+from ..core.tensor_file import read_header
+from .host import Host
+from .inputs import recipe_of
+from .objectives.nct import NoiseConsistency, controlled
+from .prompts import Prompts
+from .settings import Settings
+from .triples import TriplePool
+
+
+def check_control(host: Host, settings: Settings) -> None:
+    """Raises OneStepError for a control that is not known, layers that are not adapted, or a generator of many
+    steps."""
+    control_of(settings.control)
+    places_of(host.family, host.denoiser.roles.targets)
+    generator_recipe(host, settings)
+
+
+def control_adapter(host: Host, settings: Settings) -> ControlAdapter:
+    """A new adapter of ``settings.control`` for the host's network, that sees the noise as well."""
+    control = control_of(settings.control)
+    size = settings.size_list[0]
+    return new_adapter(
+        host.family,
+        host.denoiser.roles.targets,
+        (settings.control, control.channels),
+        size,
+        host.latent_shape(size),
+        width=settings.control_width,
+        seed=settings.seed,
+    )
+
+
+def generator_recipe(host: Host, settings: Settings) -> Recipe:
+    """How the generator draws: as the initial LoRA's file says; without one the base itself is the generator. Raises
+    OneStepError for one of several steps."""
+    if not settings.initial_lora:
+        return one_step(recipe_of(host, settings), "the base")
+    text = read_header(settings.initial_lora).metadata.get("onestep.recipe")
+    if text is None:
+        raise OneStepError("the initial LoRA does not say how it is sampled: give one that onestep distill has made")
+    return one_step(Recipe.from_json(text), "the initial LoRA")
+
+
+def one_step(recipe: Recipe, what: str) -> Recipe:
+    if recipe.steps != 1 or recipe.guidance != 1 or recipe.lora_scale != 1:
+        raise OneStepError(
+            f"{what} draws in {recipe.steps} steps at guidance {recipe.guidance:g}, LoRA scale {recipe.lora_scale:g}: "
+            "nct needs a generator of one step, without guidance and at scale 1"
+        )
+    return recipe
+
+
+def nct(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> NoiseConsistency:
+    """The loss, and its triples in ``folder``/triples."""
+    recipe = generator_recipe(host, settings)
+    generate = partial(controlled, host.denoiser, recipe)
+    pool = TriplePool(host, prompts, settings, folder / "triples", control_of(settings.control), generate)
+    return NoiseConsistency(recipe, pool.draw, settings.boundary)
