@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import Any
 
-MODULES = ("tiny", "prompts", "distil", "settings", "load_lora", "sample")
+MODULES = ("tiny", "prompts", "distil", "settings", "load_lora", "sample", "steer")
 
 
 async def comfy_entrypoint() -> Any:

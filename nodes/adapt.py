@@ -247,9 +247,10 @@ def refuse_patches(model: Any) -> None:
     found = _strange_options(model) + [
         f"the object patch {key}" for key in model.object_patches if key != "model_sampling"
     ]
+    wrappers = [(kind, name) for kind, named in model.wrappers.items() for name, kept in named.items() if kept]
+    found += sorted({f"the wrapper {name or kind}" for kind, name in wrappers})
     for attribute, word in (
         ("weight_wrapper_patches", "a weight wrapper"),
-        ("wrappers", "a wrapper"),
         ("injections", "an injection"),
         ("hook_patches", "a hook"),
         ("additional_models", "an additional model"),

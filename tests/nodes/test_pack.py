@@ -23,6 +23,7 @@ IDS = {
     "OneStepSample",
     "OneStepSampler",
     "OneStepSigmas",
+    "OneStepNegativeSteering",
 }
 
 

@@ -1,0 +1,122 @@
+"""`Negative Steering`: a negative prompt without CFG, in one forward of the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+
+from ..core.errors import OneStepError
+from ..core.guidance import MODES, Steering
+from .steer_networks import network_of, served
+from .steer_run import KEY, NegativeSteering
+
+MODES_TOLD = (
+    "NASA subtracts what the picture finds in the negative. NAG pushes away from it and limits the change. VSF lets it "
+    "answer with its sign flipped."
+)
+SCALES = ", ".join(f"{mode.upper()} {scale:g}" for mode, scale in MODES.items())
+
+
+def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0) -> Any:
+    """A float's widget; NAG's two are shown among the advanced ones."""
+    advanced = name in ("tau", "alpha")
+    return io.Float.Input(
+        name, default=default, min=low, max=high, step=step, round=False, advanced=advanced, tooltip=tooltip
+    )
+
+
+class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
+    """A MODEL whose attention is pushed away from a negative text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepNegativeSteering",
+            display_name="Negative Steering",
+            category="OneStep/guidance",
+            description="Gives a few-step model its negative prompt back: the negative acts inside attention, at CFG "
+            "1, for a few per cent of a step.",
+            search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "cfg free", "guidance"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1 or Wan 2.1/2.2."),
+                io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
+                io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
+                number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the mode's own default ({SCALES})."),
+                number("tau", 2.5, 100.0, 0.1, "NAG alone: a token may grow to tau times its length.", low=1.0),
+                number("alpha", 0.25, 1.0, 0.05, "NAG alone: how much of the pushed attention is taken. 0 = off."),
+                number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
+                number("end_percent", 1.0, 1.0, 0.01, "Share of the schedule where steering ends; 1 = the last step."),
+            ],
+            outputs=[io.Model.Output(tooltip="The steered model: sample it at CFG 1.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        negative: Any,
+        mode: str,
+        scale: float,
+        tau: float,
+        alpha: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        name = mode.lower()
+        steering = Steering(name, scale if scale != 0 else MODES[name], tau, alpha)
+        if not 0 <= start_percent < end_percent <= 1:
+            raise OneStepError(
+                f"steering from {start_percent:g} to {end_percent:g} of the schedule is no range: start_percent must "
+                "be below end_percent, both within 0 to 1"
+            )
+        return io.NodeOutput(steered_model(model, negative, steering, start_percent, end_percent))
+
+
+def steered_model(model: Any, negative: Any, steering: Steering, start: float = 0.0, end: float = 1.0) -> Any:
+    """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
+    found = served(model)
+    check_negative(negative, found.width(network_of(model)), bool(model.model.adm_channels))
+    if any(KEY in wrappers for wrappers in model.wrappers.values()):
+        raise OneStepError(
+            "this MODEL is steered already: give both negatives to one Negative Steering, through Conditioning "
+            "(Combine), or plug in the MODEL from before the first"
+        )
+    clone = model.clone()
+    if not steering.neutral:
+        ours = NegativeSteering(steering, negative, found, start, end)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, ours.outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
+    return clone
+
+
+# What a condition may carry -> its word. It would bind the negative to a part of the picture.
+PARTIAL = {"area": "an area", "mask": "a mask", "attention_mask_img_shape": "an attention mask"}
+
+
+def check_negative(negative: Any, width: int, pooled: bool) -> None:
+    """Raises OneStepError for a negative of another text encoder, or one that is bound to a part of the picture.
+
+    width: of the tokens that the model reads. pooled: whether it reads a pooled vector too.
+    """
+    if not negative:
+        raise OneStepError("the negative holds no text: plug in CLIP Text Encode, or ConditioningZeroOut")
+    for text, told in negative:
+        if text.shape[-1] != width:
+            raise OneStepError(
+                f"the negative's tokens are {text.shape[-1]} wide, this model reads {width}: encode it with this "
+                "model's CLIP"
+            )
+        if pooled and told.get("pooled_output") is None:
+            raise OneStepError("the negative has no pooled vector, which this model's CLIP gives: encode it with that")
+        bound = [word for key, word in PARTIAL.items() if told.get(key) is not None]
+        bound += ["a strength"] * (told.get("strength", 1.0) != 1.0)
+        if bound:
+            raise OneStepError(
+                f"the negative has {bound[0]}, which steering cannot honour: it acts on the whole picture, and its "
+                "strength is the node's scale. Plug in the condition without it"
+            )
+
+
+NODES = [NegativeSteeringNode]

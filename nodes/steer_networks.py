@@ -1,0 +1,185 @@
+"""How each of ComfyUI's networks takes a negative text: by cross-attention, or in one sequence with the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.guidance import Steering
+from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
+
+OVERRIDE = "optimized_attention_override"
+KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
+"""By the name that attn2_replace has for a block."""
+
+
+@dataclass
+class Call:
+    """One steered forward of ``network``.
+
+    x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative. chunks: how many
+    conditions lie behind each other in x. rows: [B] bool, which are steered; None = all. kept: the negative's keys and
+    values, empty until they are made.
+    """
+
+    steering: Steering
+    network: Any
+    x: Tensor
+    context: Tensor
+    tokens: Tensor
+    chunks: int
+    rows: Tensor | None
+    reached: Reached
+    kept: KeysValues
+
+    def spread(self, negative: Tensor) -> Tensor:
+        """[n, ...] -> [B, ...]: in turn over each condition's rows, as ComfyUI spreads a batch of prompts."""
+        batch = len(self.x)
+        if len(negative) == 1:
+            return negative.expand(batch, *negative.shape[1:])
+        return torch.cat([comfy.utils.repeat_to_batch_size(negative, batch // self.chunks)] * self.chunks)
+
+    def joined(self) -> Tensor:
+        """[B, L + L', C]: the negative's tokens behind the positive's."""
+        return torch.cat((self.context, self.spread(self.tokens.to(self.context))), 1)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.context.shape[1], self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A class of networks that can be steered.
+
+    width: of its text. steer: puts a call's patches into ``options``, returns the context to run with. variant: why a
+    network of this class is not served after all, or None. keywords: whether its forward hands on those it ignores.
+    """
+
+    width: Callable[[Any], int]
+    steer: Callable[[Call, dict[str, Any]], Tensor]
+    variant: Callable[[Any], str | None] = lambda network: None
+    keywords: bool = True
+
+
+def served(model: Any) -> Served:
+    """How the MODEL's network takes a negative. OneStepError, with a word, where it does not."""
+    network = network_of(model)
+    found = SERVED.get(type(network))
+    why = "its attention to text is of another kind" if found is None else found.variant(network)
+    if found is None or why:
+        raise OneStepError(
+            f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "
+            "SD3.5, Flux.1 and Wan 2.1/2.2. Use CFG for its negative"
+        )
+    return found
+
+
+def network_of(model: Any) -> Any:
+    """A MODEL's network, as it was before torch.compile."""
+    return bare(model.get_model_object("diffusion_model"))
+
+
+def bare(module: Any) -> Any:
+    return getattr(module, "_orig_mod", module)
+
+
+# -- cross-attention --------------------------------------------------------------------------------------------------
+
+
+def cross_blocks(network: Any) -> Iterator[tuple[tuple[str, int, int], Any]]:
+    """Each cross-attention of a U-Net, under the name that attn2_replace has for it."""
+    middle = [] if network.middle_block is None else [network.middle_block]
+    for name, parts in (("input", network.input_blocks), ("middle", middle), ("output", network.output_blocks)):
+        for number, part in enumerate(parts):
+            for layer in (layer for layer in bare(part) if isinstance(layer, SpatialTransformer)):
+                for index, block in enumerate(layer.transformer_blocks):
+                    yield (name, number, index), bare(block).attn2
+
+
+def why_not_unet(network: Any) -> str | None:
+    if any(isinstance(module, SpatialVideoTransformer) for module in network.modules()):
+        return "a U-Net for video"
+    return None if any(True for _ in cross_blocks(network)) else "it has no cross-attention"
+
+
+def unet_width(network: Any) -> int:
+    return int(next(cross_blocks(network))[1].to_k.in_features)
+
+
+def steer_unet(call: Call, options: dict[str, Any]) -> Tensor:
+    """attn2_replace at every cross-attention, around whatever another patch has put there."""
+    replaced = options.get("patches_replace", {})
+    earlier = replaced.get("attn2", {})
+    if not call.kept:
+        # by the block's own projections: whatever LoRA is on them acts
+        call.kept |= {key: (attn.to_k(call.tokens), attn.to_v(call.tokens)) for key, attn in cross_blocks(call.network)}
+    ours = {}
+    for key, (k, v) in call.kept.items():
+        negative, before = (call.spread(k), call.spread(v)), earlier.get(key, earlier.get(key[:2]))
+        ours[key] = CrossPatch(call.steering, negative, call.rows, call.reached, before)
+    options["patches_replace"] = {**replaced, "attn2": {**earlier, **ours}}
+    return call.context
+
+
+def steer_wan(call: Call, options: dict[str, Any]) -> Tensor:
+    """Both texts are the context; a patch behind each attention tells the override which one comes next."""
+    override = CrossOverride(call.steering, call.lengths, call.rows, call.reached, options.get(OVERRIDE))
+    patches = options.get("patches", {})
+    behind = {"attn1_patch": override.after_self_attention, "attn2_patch": override.after_cross_attention}
+    options["patches"] = {**patches, **{name: [*patches.get(name, []), patch] for name, patch in behind.items()}}
+    options[OVERRIDE] = override
+    return call.joined()
+
+
+# -- one sequence -----------------------------------------------------------------------------------------------------
+
+
+def why_not_sd3(network: Any) -> str | None:
+    return "its text tokens see each other" if network.context_processor or network.register_length else None
+
+
+def steer_sd3(call: Call, options: dict[str, Any]) -> Tensor:
+    height, width = (-(-side // call.network.patch_size) for side in call.x.shape[-2:])
+    return steer_joint(call, options, height * width)
+
+
+def why_not_flux(network: Any) -> str | None:
+    numbered = network.params.txt_ids_dims or network.params.global_modulation
+    return "its text tokens have positions" if numbered else None
+
+
+def steer_flux(call: Call, options: dict[str, Any]) -> Tensor:
+    if options.get("patches", {}).get("post_input"):
+        raise OneStepError(
+            "another patch on this MODEL adds tokens to the text (a style reference), which Negative Steering cannot "
+            "follow: take one of the two away"
+        )
+    return steer_joint(call, options, None)
+
+
+def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tensor:
+    earlier = options.get(OVERRIDE)
+    options[OVERRIDE] = JointAttention(call.steering, call.lengths, image, call.rows, call.reached, earlier)
+    return call.joined()
+
+
+SERVED: dict[type, Served] = {
+    UNetModel: Served(unet_width, steer_unet, why_not_unet),
+    OpenAISignatureMMDITWrapper: Served(
+        lambda network: int(network.context_embedder.in_features), steer_sd3, why_not_sd3, keywords=False
+    ),
+    Flux: Served(lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux),
+    WanModel: Served(lambda network: int(network.text_dim), steer_wan),
+}

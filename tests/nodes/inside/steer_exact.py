@@ -1,0 +1,50 @@
+"""steer_exact.py CHECKPOINTS: a steered MODEL against the doubled form, or steering behind attention."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
+import torch
+from comfy_steering import FORMS, checkpoint, condition, doubled, hooked, tiny, x0_of
+
+from onestep.core.guidance import Steering
+from onestep.nodes.steer import steered_model
+
+LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
+
+
+def measured(model, kind, form, lengths=(9, 5), **told):
+    """Largest error, and the effect of steering, in the oracle's standard deviations."""
+    positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
+    positive[0][1] |= told
+    ours = x0_of(steered_model(model, negative, Steering(**form)), positive)[0]
+    if kind in ("sd3", "sd35", "flux"):
+        expected = doubled(model, positive, negative, form)
+    else:
+        with hooked(model, negative[0][0], form):
+            expected = x0_of(model, positive)[0]
+    scale = float(expected.std())
+    apart = float((ours - expected).abs().max()) / scale
+    return apart, float((x0_of(model, positive)[0] - expected).abs().max()) / scale
+
+
+def every_form(model, kind, **told):
+    return {name: measured(model, kind, form, **told) for name, form in FORMS.items()}
+
+
+with torch.inference_mode():
+    found = {kind: every_form(tiny(kind), kind) for kind in ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "wan")}
+    folder = Path(sys.argv[1])
+    found |= {f"{kind} checkpoint": every_form(checkpoint(folder, kind), kind) for kind in ("sd15", "sd3", "flux")}
+    clip = SimpleNamespace(penultimate_hidden_states=torch.randn(1, 6, 1280))
+    video = tiny("wan-i2v")
+    found["wan-i2v"] = every_form(video, "wan-i2v", clip_vision_output=clip)
+    found["wan-i2v without pictures"] = every_form(video, "wan-i2v")
+    for kind in ("sd15", "sd3", "flux", "wan"):
+        model = tiny(kind)
+        for name, lengths in LENGTHS.items():
+            found[f"{kind}, {name}"] = {"nag": measured(model, kind, FORMS["nag"], lengths)}
+print(json.dumps(found))
