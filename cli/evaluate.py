@@ -18,7 +18,7 @@ from ..training.settings import Settings
 from ..training.table import Table
 from .console import Console
 from .generate import denoiser_with
-from .lora import Lora, read_lora
+from .lora import Lora, read_student
 from .model import native_size, open_host, parse_size, read_prompts
 from .parser import existing_parent
 
@@ -31,7 +31,7 @@ def run(args: Namespace, console: Console) -> None:
     prompts = read_prompts(args.prompts)
     reference = None if args.reference is None else read_pictures(Path(args.reference))
     host = open_host(args.model, device=args.device)
-    loras = [read_lora(file, host) for file in args.lora]
+    loras = [read_student(file, host) for file in args.lora]
     table, _ = measure(host, loras, prompts, args, reference, judge_of(args.model, args.judge), console)
     if args.json not in (None, "-"):
         write_bytes(Path(args.json), table.to_json().encode())
@@ -47,7 +47,7 @@ def measure(
     with console.bar((3 + len(loras)) * args.samples, "drawing") as bar:
         return evaluate(
             host,
-            [student_of(lora, host, name) for lora, name in zip(loras, names_of(loras), strict=True)],
+            [student_of(lora, host, name, guidance) for lora, name in zip(loras, names_of(loras), strict=True)],
             prompts,
             args.samples,
             reference,
@@ -60,10 +60,11 @@ def measure(
         )
 
 
-def student_of(lora: Lora, host: Any, name: str) -> Student:
-    """The LoRA as the evaluation takes it."""
+def student_of(lora: Lora, host: Any, name: str, guidance: float = 1.0) -> Student:
+    """The LoRA as the evaluation takes it; an adapter at the teacher's guidance."""
     prediction = lora.recipe.prediction
-    return Student(name, lora.state, lora.recipe, None if prediction is None else denoiser_with(host, prediction))
+    denoiser = None if prediction is None else denoiser_with(host, prediction)
+    return Student(name, lora.state, lora.recipe, denoiser, lora.side, guidance)
 
 
 def names_of(loras: list[Lora]) -> list[str]:

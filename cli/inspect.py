@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..core.adapter_file import read_told
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.lora_file import LoraFile, load_lora
 from ..core.recipe import KSampler, Recipe
 from ..core.schedule import FlowSchedule, VPSchedule
+from ..core.tensor_file import read_header
 from .console import Console
 from .lora import settings_in
 
@@ -23,9 +26,33 @@ SHIFTS = {"sd3": 3.0, "flux": 1.15}  # of the bases as they are published, where
 
 def run(args: Namespace, console: Console) -> None:
     path = Path(args.file)
+    adapter = read_told(path)
+    if adapter is not None:
+        console.result(*of_adapter(path, adapter))
+        return
     file = load_lora(path)
     facts = describe(file, path)
     console.result(told(facts), facts)
+
+
+def of_adapter(path: Path, told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What is said of an adapter's file, for a person and as plain values."""
+    header = read_header(path)
+    count = sum(math.prod(entry.shape) for entry in header.tensors.values())
+    facts = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "kind": told["kind"],
+        "family": told["family"],
+        "numbers": count,
+        "settings": settings_in(header.metadata),
+    }
+    title = FAMILIES[told["family"]].title if told["family"] in FAMILIES else repr(told["family"])
+    lines = [f"{path}: an adapter ({told['kind']}) for {title}", f"  {count} numbers"]
+    if told["kind"].startswith("guidance"):
+        lines += ["  diffusers:", f"    dial = load_guidance_adapter(pipe, {str(path)!r}, guidance=4)"]
+        lines += ['    pipe("your prompt", guidance_scale=1)']
+    return "\n".join(lines), facts
 
 
 def describe(file: LoraFile, path: Path) -> dict[str, Any]:

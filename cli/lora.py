@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.adapter_file import load_adapter, read_told
 from ..core.errors import OneStepError
 from ..core.factors import State
+from ..core.guidance_adapter import MAKERS, check_base
 from ..core.lora_file import fit, load_lora
 from ..core.recipe import PRESETS, Recipe
 from ..training.settings import nearest
@@ -16,16 +18,22 @@ from ..training.settings import nearest
 
 @dataclass(frozen=True)
 class Lora:
-    """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent."""
+    """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent.
+    side: a guidance adapter, in place of factors."""
 
     name: str
     state: State
     recipe: Recipe
     settings: dict[str, Any]
+    side: Any = None
 
 
 def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
+    if read_told(file) is not None:
+        raise OneStepError(
+            f"{Path(file).name[:100]} is an adapter, no LoRA: see onestep inspect for how it is loaded in diffusers"
+        )
     targets = list(host.denoiser.roles.targets.values())
     loaded = load_lora(file, [target.name for target in targets], host.family)
     chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)
@@ -35,6 +43,16 @@ def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
         )
     settings = settings_in(loaded.metadata)
     return Lora(Path(file).name, fit(loaded.state, targets), chosen, settings)
+
+
+def read_student(file: str, host: Any) -> Lora:
+    """The LoRA or the guidance adapter of ``file`` for ``host``. Raises OneStepError where it is another model's."""
+    if read_told(file) is None:
+        return read_lora(file, host)
+    found = load_adapter(file, MAKERS, host.family)
+    check_base(found.side, host.denoiser.roles.targets, host.family)
+    recipe = own_recipe(found.metadata.get("onestep.recipe"), file)
+    return Lora(Path(file).name, {}, recipe, settings_in(found.metadata), found.side)
 
 
 def own_recipe(text: str | None, file: str) -> Recipe:

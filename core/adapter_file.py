@@ -75,6 +75,12 @@ def load_adapter(path: str | os.PathLike[str], makers: Mapping[str, Make], famil
     return Adapter(side, kind, str(told["family"]), metadata)
 
 
+def read_told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """ "kind", "family" and "config" of an adapter's header, or None for a file of another sort. Reads no tensor."""
+    metadata = read_header(path).metadata
+    return _told(path, metadata) if KEY in metadata else None
+
+
 def check_adapter(path: str | os.PathLike[str], side: Any, family: str) -> str:
     """One line that says what was proven: the file gives back ``side``, number for number."""
     read, own = load_adapter(path, {side.kind: type(side).from_config}, family).side, side.state_dict()

@@ -41,7 +41,8 @@ class ComfyDenoiser:
     def _apply(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         alpha = signal(self.schedule, sigma)
         options = {name: dict(value) if isinstance(value, dict) else value for name, value in self.options.items()}
-        told = conditions(self.model, cond, x)
+        # where the network embeds no guidance, it is an adapter beside it that is told
+        told = conditions(self.model, cond if self.guidance == "embedded" else cond.with_(guidance=None), x)
         return self.model.apply_model(x / expand(alpha, x), (sigma / alpha).to(x), transformer_options=options, **told)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.factors import State
+from ..core.guidance_adapter import with_guidance
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER
 from ..core.sampling import sample, teacher_sample
@@ -33,12 +35,15 @@ ROLE = "evaluated"
 
 @dataclass(frozen=True)
 class Student:
-    """A LoRA to be measured. denoiser: where the network must be read otherwise than the host reads it."""
+    """A LoRA or a guidance adapter to be measured. denoiser: where the network must be read otherwise than the host
+    reads it. side: the adapter, which is told the guidance ``dial``."""
 
     name: str
     state: State
     recipe: Recipe
     denoiser: Denoiser | None = None
+    side: Any = None
+    dial: float = 1.0
 
 
 @dataclass
@@ -163,8 +168,12 @@ def _student(plan: Plan, student: Student) -> tuple[Row, Tensor]:
     roles, recipe = plan.host.denoiser.roles, student.recipe
     scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in student.state.items()}
     roles.load(ROLE, scaled, plan.host.device)
+    if student.side is not None:
+        roles.add_side(ROLE, student.side.to(plan.host.device))
 
     def draw(cond: Cond, null: Cond, noise: Tensor, rows: list[int]) -> Tensor:
+        cond = cond if student.side is None else with_guidance(cond, student.dial)
+
         def fresh(step: int) -> Tensor:
             return randomness.normal(plan.shape, plan.seed, f"evaluate renoise {step}", 0, rows).to(noise)
 

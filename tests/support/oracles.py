@@ -20,6 +20,7 @@ from onestep.core.cond import Cond
 from onestep.core.denoiser import EpsDenoiser, FlowDenoiser, VDenoiser, X0Denoiser
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+from onestep.core.side import Call
 from onestep.core.targets import Target
 from onestep.training.batch import Batch
 
@@ -163,6 +164,22 @@ class World:
         cond = self.cond if cond is None else cond
         nulls = self.null if null else None
         return ExactBatch(cond, nulls, 5, step, range(len(cond)), SHAPE, torch.device("cpu"))
+
+
+class ExactGuidance(nn.Module):
+    """A side that moves the Gaussian world's mean as guidance does: mu_u + w (mu_c - mu_u)."""
+
+    def __init__(self, null: Tensor) -> None:
+        super().__init__()
+        self.null = nn.Parameter(null)
+        self.before, self.after = frozenset[str](), frozenset({"mean"})
+
+    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+        return x
+
+    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        assert call.cond.guidance is not None
+        return self.null + call.cond.guidance[:, None] * (output - self.null)
 
 
 @dataclass(frozen=True)

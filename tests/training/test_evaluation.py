@@ -9,13 +9,15 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from oracles import CASES, SHAPE, TAU, WORDS, World, stable_diffusion_levels
+from oracles import CASES, SHAPE, TAU, WORDS, ExactGuidance, World, stable_diffusion_levels
 from torch import Tensor
 
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
 from onestep.training.evaluation import Student, evaluate
+from onestep.training.objectives.guidance import guided_recipe
+from onestep.training.settings import Settings
 
 EPS_AT_THE_END = next(case for case in CASES if str(case) == "eps, last time")
 PROMPTS = ["one", "two", "three"]
@@ -191,3 +193,17 @@ def test_json_holds_no_number_that_is_none_and_text_is_aligned():
 def test_a_distribution_needs_two_pictures():
     with pytest.raises(OneStepError, match="samples is 1"):
         evaluate(GaussianHost(), [], PROMPTS, 1, size=(8, 8))
+
+
+def test_an_adapter_is_told_the_dial_and_draws_as_guidance_does() -> None:
+    """One that is guidance gives the guided teacher's own pictures, each step of one forward; another dial others."""
+    host = GaussianHost()
+    recipe = guided_recipe(host, Settings(sizes="8x8", teacher_steps=25))  # type: ignore[arg-type]
+    side = ExactGuidance(torch.zeros(1, 8, dtype=torch.float64))
+    adapters = [Student("right", {}, recipe, side=side, dial=3.0), Student("weak", {}, recipe, side=side, dial=1.5)]
+    table, pictures = evaluate(host, adapters, PROMPTS, 12, size=(8, 8), guidance=3.0)  # type: ignore[arg-type]
+    torch.testing.assert_close(pictures["right"], pictures[FLOOR], rtol=1e-5, atol=1e-5)
+    assert float((pictures["weak"] - pictures[FLOOR]).abs().max()) > 0.1
+    forwards = {row.name: row.forwards for row in table.rows}
+    assert forwards[FLOOR] == 50 and forwards["right"] == 25
+    assert "evaluated" not in host.denoiser.roles.names()

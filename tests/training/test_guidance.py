@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
-from oracles import CASES, Array, Case, World, drawn, rows
+from oracles import CASES, Array, Case, ExactGuidance, World, drawn, rows
 from small_host import PROMPTS, SmallHost, small
 from tiny_pipelines import sd
-from torch import Tensor, nn
 from whole_runs import Cancelled, at_call, left, run
 
 from onestep.core.adapter_file import load_adapter
@@ -24,7 +23,6 @@ from onestep.core.guidance_adapter import MAKERS
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import teacher_sample, trajectory
-from onestep.core.side import Call
 from onestep.pipelines.adapt import adapt
 from onestep.training.distil import distil
 from onestep.training.objectives import guidance as method
@@ -82,28 +80,12 @@ def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.
     must_fail(lambda mutated: check_loss(mutated, CASES[0]), module)
 
 
-class Exact(nn.Module):
-    """A side that moves the Gaussian world's mean as guidance does: mu_u + w (mu_c - mu_u)."""
-
-    def __init__(self, null: Tensor) -> None:
-        super().__init__()
-        self.null = nn.Parameter(null)
-        self.before, self.after = frozenset[str](), frozenset({"mean"})
-
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
-        return x
-
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        assert call.cond.guidance is not None
-        return self.null + call.cond.guidance[:, None] * (output - self.null)
-
-
 @pytest.mark.parametrize("case", GUIDED, ids=str)
 def test_an_adapter_that_is_guidance_has_no_loss(case: Case) -> None:
     """Each sample is told the scale of its own trajectory: any other one leaves an error."""
     world, x = World(case), drawn()
     world.roles.drop("student")
-    world.roles.add_side("student", Exact(torch.tensor(world.mean("teacher", world.null))))
+    world.roles.add_side("student", ExactGuidance(torch.tensor(world.mean("teacher", world.null))))
     target = torch.tensor(guided(world, rows(x), W.numpy())).reshape(x.shape)
     objective = method.GuidanceInOne(None, told=True)  # type: ignore[arg-type]
     right = objective.loss(world.denoise, world.batch(), States(x, world.sigma(), W, target))
