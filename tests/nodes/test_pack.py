@@ -20,10 +20,12 @@ IDS = {
     "OneStepDistil",
     "OneStepDistillationSettings",
     "OneStepLoadLoRA",
+    "OneStepLoadControl",
     "OneStepSample",
     "OneStepSampler",
     "OneStepSigmas",
     "OneStepNegativeSteering",
+    "OneStepApplyGuidanceAdapter",
 }
 
 

@@ -1,0 +1,187 @@
+"""`Load Control Adapter`: a control trained by method nct as a CONTROL_NET, for core's Apply ControlNet."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management as management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..core.adapter_file import load_adapter
+from ..core.control import ControlAdapter, check_fit, fitted
+from ..core.controls import with_mask
+from ..core.errors import OneStepError
+from ..core.families import bind_comfy, detect
+
+MASK = "mask"
+RESULTS = "onestep"
+"""The folder in models/loras that results of `Distil` lie in."""
+
+
+class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
+    """Load a control adapter made by OneStep."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepLoadControl",
+            display_name="Load Control Adapter",
+            category="OneStep/loaders",
+            description="Loads a control adapter made by OneStep (method nct) for core's Apply ControlNet. It belongs "
+            "to the one-step LoRA that it was trained with.",
+            search_aliases=["control", "controlnet", "t2i adapter", "nct", "canny", "edges"],
+            inputs=[
+                io.Combo.Input(
+                    "control_name",
+                    options=names(),
+                    tooltip="A file in models/controlnet, or a result of Distil in models/loras/onestep.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    tooltip="For Apply ControlNet. Its image is the control itself (edges, say), not the picture that "
+                    "they are of; another size than the picture's is resized, and the log says so."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_name: str, **unused: Any) -> Any:
+        path = path_of(control_name)
+        return path and (path.stat().st_mtime_ns, path.stat().st_size)
+
+    @classmethod
+    def execute(cls, control_name: str) -> io.NodeOutput:
+        path = path_of(control_name)
+        if path is None:
+            raise OneStepError(f"no control adapter {control_name[:100]!r} here: put it into models/controlnet")
+        adapter = load_adapter(path, {"control": ControlAdapter.from_config})
+        if adapter.family != "unet":
+            raise OneStepError(
+                f"{path.name[:80]} was made for {adapter.family!r} models: in ComfyUI controls are served for U-Nets "
+                "(SD1.5, SD2, SDXL) only"
+            )
+        return io.NodeOutput(ControlAdapterNet(adapter.side.requires_grad_(False).eval()))
+
+
+def names() -> list[str]:
+    """Files that may hold a control adapter."""
+    results = [name for name in folder_paths.get_filename_list("loras") if Path(name).parts[0] == RESULTS]
+    return [*folder_paths.get_filename_list("controlnet"), *results]
+
+
+def path_of(name: str) -> Path | None:
+    found = folder_paths.get_full_path("controlnet", name) or folder_paths.get_full_path("loras", name)
+    return Path(found) if found else None
+
+
+class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
+    """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block."""
+
+    def __init__(self, adapter: ControlAdapter, patcher: Any = None) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.patcher = patcher or comfy.model_patcher.ModelPatcher(
+            adapter, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+        )
+        self.compression_ratio = adapter.config.cell
+        self.concat_mask = adapter.config.control == MASK
+        self.cond_hint: Tensor | None = None
+        self.sampling: Any = None
+        self.blocks: list[int | None] = []
+        self.inputs = 0
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Find the adapter's places in the model about to be sampled. Raises OneStepError for another base."""
+        super().pre_run(model, percent_to_timestep_function)
+        network = model.diffusion_model
+        if detect(network) != "unet":
+            raise OneStepError("this control adapter is a U-Net's: use it with the base that it was made for")
+        targets = {t.name: t for t in bind_comfy("unet", network, model.model_config.unet_config)}
+        check_fit(self.adapter, targets)
+        paths = {module: path for path, module in network.named_modules()}
+        found = [re.match(r"input_blocks\.(\d+)\.", paths[targets[p.name].module]) for p in self.adapter.config.places]
+        self.blocks = [int(match[1]) if match else None for match in found]
+        self.inputs, self.sampling = len(network.input_blocks), model.model_sampling
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any) -> Any:
+        """{"input": behind each input block, last first; "middle"; "output"}, the other controls' added."""
+        previous = None
+        if self.previous_controlnet is not None:
+            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
+            return previous
+        hint = comfy.controlnet.broadcast_image_to(self._hint(x_noisy), len(x_noisy), batched_number)
+        seen = self.sampling.calculate_input(t, x_noisy) if self.adapter.config.latents else None
+        features = self.adapter(hint, seen)
+        inputs: list[Tensor | None] = [None] * self.inputs
+        middle = []
+        for block, feature in zip(self.blocks, features, strict=True):
+            if block is None:
+                middle.append(feature)
+            else:
+                inputs[block] = feature
+        # a U-Net takes from the end
+        return self.control_merge({"input": inputs[::-1], "middle": middle, "output": []}, previous, x_noisy.dtype)
+
+    def _hint(self, x: Tensor) -> Tensor:
+        """The control picture [b, C, H, W] for latents ``x``, kept for the next call."""
+        if self.cond_hint is None:
+            size = x.shape[-1] * self.compression_ratio, x.shape[-2] * self.compression_ratio
+            self.cond_hint = _sized(self._picture(), size).to(x.device, torch.float32)
+        return self.cond_hint
+
+    def _picture(self) -> Tensor:
+        """The control picture as the adapter takes it, in its own size."""
+        picture, channels = self.cond_hint_original, self.adapter.config.channels
+        if self.concat_mask:
+            kept = self.extra_concat_orig[0].to(picture)  # core tells 1 where the picture stays
+            return with_mask(picture[:, :3], 1 - fitted(kept, (picture.shape[-1], picture.shape[-2])))
+        if channels == 1:
+            return picture[:, :3].mean(1, keepdim=True)
+        if picture.shape[1] < channels:
+            raise OneStepError(
+                f"the control image has {picture.shape[1]} channels, this {self.adapter.config.control[:40]!r} adapter "
+                f"takes {channels}: choose another image"
+            )
+        return picture[:, :channels]
+
+    def copy(self) -> ControlAdapterNet:
+        found = ControlAdapterNet(self.adapter, self.patcher)
+        self.copy_to(found)
+        return found
+
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> ControlAdapterNet:
+        adapter = copy.deepcopy(self.adapter)
+        patcher = comfy.model_patcher.ModelPatcher(adapter, load_device, management.unet_offload_device())
+        found = ControlAdapterNet(adapter, patcher)
+        self.copy_to(found)
+        if autoregister:
+            self.multigpu_clones[load_device] = found
+        return found
+
+    def get_models(self) -> list[Any]:
+        return [*super().get_models(), self.patcher]
+
+    def cleanup(self) -> None:
+        self.sampling = None
+        super().cleanup()
+
+
+def _sized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    found = picture.shape[-1], picture.shape[-2]
+    if found != size:
+        logging.warning("OneStep: the control image is resized from %dx%d to %dx%d", *found, *size)
+    return fitted(picture.float(), size)
+
+
+NODES = [LoadControlAdapter]
