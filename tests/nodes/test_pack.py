@@ -25,7 +25,6 @@ IDS = {
     "OneStepSampler",
     "OneStepSigmas",
     "OneStepNegativeSteering",
-    "OneStepApplyGuidanceAdapter",
 }
 
 
