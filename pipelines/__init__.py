@@ -13,6 +13,8 @@ _LAZY = {
     "distill": ".distill",
     "load": ".load",
     "path_of": ".bundled",
+    "steered": ".steer",
+    "Steering": "..core.guidance",
 }
 
 

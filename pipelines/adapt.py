@@ -20,6 +20,7 @@ from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
 from .networks import NETWORKS, blocks_of, prediction_of, refuse_variant, schedule_of
+from .steer_attention import is_steered
 
 PROMPTS_AT_ONCE = 16
 FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
@@ -39,10 +40,11 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
 
 def network_of(pipe: Any) -> Any:
     """The pipeline's U-Net or transformer."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(network, nn.Module):
-        raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a loaded text-to-image pipeline")
-    return network
+    # a compiled network has no truth value
+    for network in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
+        if isinstance(network, nn.Module):
+            return network
+    raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a loaded text-to-image pipeline")
 
 
 def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:
@@ -176,6 +178,8 @@ class DiffusersHost:
         """Within, the network is frozen on the training device, encoders and VAE are off it. All is undone after."""
         if any(hasattr(module, "_hf_hook") for module in self.network.modules()):
             raise OneStepError("this pipeline is under CPU offload: call pipe.remove_all_hooks() before training it")
+        if is_steered(self.network):
+            raise OneStepError("this pipeline is steered by a negative: leave `steered` before training it")
         others = [*self._encoders(), self.pipe.vae]
         places = [(module, module.device) for module in (self.network, *others)]
         flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
+from ..core.guidance import MODES, Steering
 from ..core.lora_file import load_lora
 from ..core.recipe import PRESETS, Recipe
 from ..core.sampling import sample
@@ -34,6 +36,8 @@ from .load import class_for
 from .networks import pack, unpack
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
+from .steer import steered
+from .steer_attention import Rows
 
 Generator = torch.Generator | list[torch.Generator] | None
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
@@ -91,7 +95,9 @@ class OneStepPipeline(DiffusionPipeline):
         prompt: str | Sequence[str],
         *,
         recipe: Recipe | str | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
+        steering: str | Steering | None = None,
+        scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -103,7 +109,11 @@ class OneStepPipeline(DiffusionPipeline):
     ) -> Any:
         """Pictures of ``prompt``, ``num_images_per_prompt`` of each in a row.
 
-        recipe: a Recipe or a preset's name, for this call. negative_prompt: used where the recipe's guidance is not 1.
+        recipe: a Recipe or a preset's name, for this call. negative_prompt: for all pictures, or one for each prompt;
+        it acts where the recipe's guidance is not 1, and by ``steering``.
+        steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag" or "vsf" at a
+        scale (None is the mode's default), or a `Steering`. None steers nothing. Where the recipe's guidance is not 1
+        both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
         height, width: in pixels; by default what the recipe was trained at, else the model's own size.
         generator, seed: where the noise comes from; a seed draws it on the CPU. latents: standard normal [B, C, h, w]
         noise to start from instead.
@@ -115,10 +125,13 @@ class OneStepPipeline(DiffusionPipeline):
         size = self._size(host, recipe, width, height)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         cond = self._told(host.encode(prompts, size)).repeat(num_images_per_prompt).to(host.device)
-        null = None if recipe.guidance == 1 else cond.null_like(host.encode([negative_prompt], size).to(host.device))
+        guided = recipe.guidance != 1
+        negative = self._negative(host, negative_prompt, prompts, size) if guided or steering is not None else None
+        null = _beside(negative, cond) if guided and negative is not None else None
         noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
-        x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
+        with self._steered(negative, guided, steering, scale):
+            x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
@@ -179,12 +192,37 @@ class OneStepPipeline(DiffusionPipeline):
             return cond
         return cond.with_(guidance=torch.full((len(cond),), float(self.config.embedded_guidance)))
 
+    def _negative(self, host: DiffusersHost, negative: Any, prompts: list[str], size: tuple[int, int]) -> Cond:
+        """The conditions of one negative prompt for all, or of one for each."""
+        texts = [negative] if isinstance(negative, str) else list(negative)
+        if len(texts) not in (1, len(prompts)):
+            raise OneStepError(
+                f"there are {len(texts)} negative prompts for {len(prompts)} prompts: give one, or as many"
+            )
+        return host.encode(texts, size).to(host.device)
+
+    def _steered(
+        self, negative: Cond | None, guided: bool, steering: str | Steering | None, scale: float | None
+    ) -> AbstractContextManager[None]:
+        if steering is not None and negative is not None:
+            # nothing of the network changes within a call, and `guided` puts the prompt's rows first
+            rows: Rows = "first half" if guided else "all"
+            return steered(self, negative.text, steering, scale=scale, rows=rows, cache=True)
+        if scale is not None:
+            raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
+        return nullcontext()
+
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size
         return width or trained[0], height or trained[1]
 
     def _pictures(self, pictures: Tensor, output_type: str) -> Any:
         return self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
+
+
+def _beside(null: Cond, cond: Cond) -> Cond:
+    """``null``, of one prompt or of as many, for each sample of ``cond`` in its order, at its sizes and guidance."""
+    return null.repeat(len(cond) // len(null)).with_(size=cond.size, guidance=cond.guidance)
 
 
 def _trained_at(metadata: Mapping[str, str]) -> float | None:

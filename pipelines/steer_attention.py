@@ -1,0 +1,256 @@
+"""diffusers' attention processors, steered: the cross-attention of U-Nets, the joint attention of SD3 and Flux."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention_processor import (
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    XFormersJointAttnProcessor,
+)
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor, nn
+
+from ..core.errors import OneStepError
+from ..core.guidance import Steering, Streams
+from ..kernels import attention
+
+Rows = Literal["all", "first half", "second half"]
+JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
+Projected = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Run:
+    """What the processors of one steered network share.
+
+    negative: [n, L, C] of an encoder. rows: which of each batch are steered. cache: whether keys and values of the
+    negative are kept from one forward to the next. The rest is true of the forward under way: whether it is steered,
+    the tokens of the positive text, and whether an attention has steered yet.
+    """
+
+    steering: Steering
+    negative: Tensor
+    rows: Rows
+    cache: bool
+    active: bool = False
+    positive_tokens: int = 0
+    reached: bool = False
+
+    def steered(self, batch: int) -> slice:
+        """The rows of a batch that are steered."""
+        first, last = (self.rows == "second half") * batch // 2, batch // (1 + (self.rows == "first half"))
+        return slice(first, last)
+
+    def chosen(self, image: Tensor) -> Tensor | None:
+        """The same as flags [B], on the device of the picture's tokens [B, ...]; None is all."""
+        if self.rows == "all":
+            return None
+        flags = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+        flags[self.steered(len(image))] = True
+        return flags
+
+
+# -- U-Nets -----------------------------------------------------------------------------------------------------------
+
+
+class CrossSteered(nn.Module):
+    """Steers one cross-attention. inner: the processor that was there; what it adds, as an IP-Adapter's part, stays."""
+
+    def __init__(self, inner: Any, run: Run) -> None:
+        super().__init__()
+        self.inner, self.run = inner, run
+        self._kept: tuple[Tensor, Tensor] | None = None
+        # Attention.forward passes on what this signature names: a processor's own arguments must reach it
+        self.__call__ = inner.__call__  # type: ignore[method-assign]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        text: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
+        if not self.run.active:
+            return self.inner(attn, hidden_states, **text, **more)
+        self.run.reached = True
+        seen = Seen(attn)
+        found = self.inner(seen, hidden_states, **text, **more)
+        if not {"q", "k"} <= seen.found.keys():
+            name = type(self.inner).__name__
+            raise OneStepError(f"{name} attends with projections of its own: steering does not serve it, take it off")
+        out = attn.to_out[1](attn.to_out[0](self._steered(attn, seen, found, attention_mask)))
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+    def _steered(self, attn: Any, seen: Seen, found: Tensor, mask: Tensor | None) -> Tensor:
+        """found: [B, N, H D], what the inner processor found in the positive text; its rows are steered."""
+        rows = self.run.steered(len(found))
+        q, positive = seen.in_heads("q")[rows], _heads(found[rows], attn)
+        negative = self._negative(attn, seen, len(q))
+        steering = self.run.steering
+        if steering.mode != "vsf":
+            steered = steering.apart(positive, attention(q, *negative))
+        elif mask is None:
+            k, v = seen.in_heads("k")[rows], seen.in_heads("v")[rows]
+            # beside plain attention, whatever the inner processor has added to it
+            steered = steering.cross(q, k, v, negative) + (positive - attention(q, k, v))
+        else:
+            raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa or nag")
+        out = _merged(steered).to(found.dtype)
+        return out if len(out) == len(found) else torch.cat([found[: rows.start], out, found[rows.stop :]])
+
+    def _negative(self, attn: Any, seen: Seen, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the negative, [batch, H, L, D]: each of its rows serves as many pictures in a row."""
+        kept = self._kept
+        if kept is None:
+            kept = self._projected(attn, seen)
+            self._kept = kept if self.run.cache and not torch.compiler.is_compiling() else None
+        return repeated(kept[0], batch), repeated(kept[1], batch)
+
+    def _projected(self, attn: Any, seen: Seen) -> tuple[Tensor, Tensor]:
+        like = seen.found["q"]
+        text = self.run.negative.to(like.device, like.dtype)
+        text = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
+        k, v = attn.to_kv(text).chunk(2, -1) if seen.fused else (attn.to_k(text), attn.to_v(text))
+        return _normed(_heads(k, attn), attn.norm_k), _heads(v, attn)
+
+
+class Seen:
+    """An Attention that ends before its output projection, for a processor to run on; queries, keys and values that
+    the processor asks for are remembered."""
+
+    residual_connection = False
+    rescale_output_factor = 1.0
+
+    def __init__(self, attn: Any) -> None:
+        self.attn = attn
+        self.to_out = (_same, _same)
+        self.found: dict[str, Tensor] = {}
+        self.fused = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attn, name)
+
+    def to_q(self, states: Tensor) -> Tensor:
+        return self._see("q", self.attn.to_q(states))
+
+    def to_k(self, states: Tensor) -> Tensor:
+        return self._see("k", self.attn.to_k(states))
+
+    def to_v(self, states: Tensor) -> Tensor:
+        return self._see("v", self.attn.to_v(states))
+
+    def to_kv(self, states: Tensor) -> Tensor:
+        self.fused = True
+        both = self.attn.to_kv(states)
+        self.found["k"], self.found["v"] = both.chunk(2, -1)
+        return both
+
+    def _see(self, name: str, states: Tensor) -> Tensor:
+        self.found.setdefault(name, states)
+        return states
+
+    def in_heads(self, name: str) -> Tensor:
+        """ "q", "k" or "v" as attention sees it, [B, H, N, D]."""
+        norm = None if name == "v" else getattr(self.attn, f"norm_{name}")
+        return _normed(_heads(self.found[name], self.attn), norm)
+
+
+# -- SD3 and Flux -----------------------------------------------------------------------------------------------------
+
+
+class JointSteered:
+    """Steers one joint attention: the tokens of the text are the positive's, then the negative's."""
+
+    def __init__(self, inner: Any, run: Run) -> None:
+        self.inner, self.run = inner, run
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        if not self.run.active:
+            rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary)
+        self.run.reached = True
+        q, k, v = self._projected(attn, hidden_states, "")
+        if encoder_hidden_states is not None:
+            text = self._projected(attn, encoder_hidden_states, "added_")
+            q, k, v = (torch.cat([a, b], 2) for a, b in zip(text, (q, k, v), strict=True))
+        if image_rotary_emb is not None:
+            q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
+        rows = self.run.chosen(hidden_states)
+        out = self.run.steering.joint(self._streams(q), self._streams(k), self._streams(v), rows)
+        positive, negative, image = (_merged(part).to(hidden_states.dtype) for part in out)
+        if encoder_hidden_states is None:
+            # Flux' single blocks hold one sequence and project it themselves
+            return torch.cat([positive, negative, image], 1)
+        texts = torch.cat([positive, negative], 1)
+        return attn.to_out[1](attn.to_out[0](image)), texts if attn.context_pre_only else attn.to_add_out(texts)
+
+    def _projected(self, attn: Any, states: Tensor, added: str) -> Projected:
+        """Queries, keys and values [B, H, N, D] of the picture's tokens, or ("added_") of the texts'."""
+        fused = isinstance(self.inner, FusedJointAttnProcessor2_0)
+        if fused or (isinstance(self.inner, FluxAttnProcessor) and attn.fused_projections):
+            parts = (attn.to_added_qkv if added else attn.to_qkv)(states).chunk(3, -1)
+        elif added:
+            parts = attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states)
+        else:
+            parts = attn.to_q(states), attn.to_k(states), attn.to_v(states)
+        q, k, v = (_heads(part, attn) for part in parts)
+        return _normed(q, getattr(attn, f"norm_{added}q")), _normed(k, getattr(attn, f"norm_{added}k")), v
+
+    def _streams(self, joined: Tensor) -> Streams:
+        before, negative = self.run.positive_tokens, self.run.negative.shape[1]
+        return Streams(*joined.split([before, negative, joined.shape[2] - before - negative], 2))
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def unsteered(processor: Any) -> Any:
+    """The processor that was there before steering."""
+    return processor.inner if isinstance(processor, CrossSteered | JointSteered) else processor
+
+
+def is_steered(network: Any) -> bool:
+    """Whether a network is inside `steered`."""
+    found = (getattr(module, "processor", None) for module in network.modules())
+    return any(isinstance(processor, CrossSteered | JointSteered) for processor in found)
+
+
+def _same(states: Tensor) -> Tensor:
+    return states
+
+
+def _heads(states: Tensor, attn: Any) -> Tensor:
+    """[B, N, H D] -> [B, H, N, D]"""
+    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _merged(states: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H D]"""
+    return states.transpose(1, 2).flatten(2)
+
+
+def _normed(states: Tensor, norm: Any) -> Tensor:
+    return states if norm is None else norm(states)
+
+
+def repeated(states: Tensor, batch: int) -> Tensor:
+    """[n, ...] -> [batch, ...]: each of the n ``batch`` / n times in a row."""
+    if len(states) == 1:
+        return states.expand(batch, *states.shape[1:])
+    return states.repeat_interleave(batch // len(states), 0)

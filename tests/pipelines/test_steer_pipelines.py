@@ -1,0 +1,167 @@
+"""Negative steering as a person types it: OneStepPipeline's arguments, `steered` around diffusers' own pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import make
+from torch import Tensor
+
+from onestep.core.errors import OneStepError
+from onestep.core.recipe import Recipe
+from onestep.pipelines import OneStepPipeline, Steering, steered
+
+PROMPTS, NEGATIVES = ["a cat", "red dog"], ["red", "dog"]
+CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
+FAMILIES = {"sd": "unet", "sdxl": "unet", "sd3": "sd3", "flux": "flux"}
+STEERINGS: list[Any] = ["nasa", "nag", "vsf", Steering("nag", 8.0, tau=4.0, alpha=0.5, order=2)]
+
+
+def recipe_for(name: str, **more: Any) -> Recipe:
+    family = FAMILIES[name]
+    return Recipe((999.0,) if family == "unet" else (1000.0,), (1.0,), family=family, **more)
+
+
+def tokens(name: str, pipe: Any, prompts: list[str]) -> Tensor:
+    """By the pipeline's own encode_prompt, as the documentation of `steered` has it."""
+    with torch.no_grad():
+        if name == "sd":
+            return pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+        if name == "sdxl":
+            return pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+        if name == "flux":
+            return pipe.encode_prompt(prompts, None)[0]
+        return pipe.encode_prompt(prompts, None, None, max_sequence_length=0)[0]  # it has no T5
+
+
+def unpacked(pipe: Any, images: Tensor) -> Tensor:
+    return pipe._unpack_latents(images, 16, 16, pipe.vae_scale_factor) if "Flux" in type(pipe).__name__ else images
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("steering", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_familys_own_pipeline_draws_the_same(name: str, steering: str) -> None:
+    """Two prompts with a negative each, two pictures of each: 1e-5 of the latents' std."""
+    pipe = make(name)
+    ours = OneStepPipeline.from_pipe(make(name))
+    call = {**CALL, "num_images_per_prompt": 2}
+    more: dict[str, Any] = {"recipe": recipe_for(name), "generator": torch.Generator().manual_seed(3)}
+    drawn = ours(PROMPTS, negative_prompt=NEGATIVES, steering=steering, **more, **call).images
+    without = ours(PROMPTS, negative_prompt=NEGATIVES, seed=3, recipe=recipe_for(name), **call).images
+    arguments = ours.diffusers_settings(recipe_for(name)).apply(pipe)
+    negative = tokens(name, pipe, NEGATIVES)
+    torch.manual_seed(3)
+    with steered(pipe, negative, steering):
+        plain = unpacked(pipe, pipe(PROMPTS, **{**call, **arguments}).images)
+    assert error(drawn, plain) <= 1e-5 < 1e-2 < error(drawn, without)
+
+
+@pytest.mark.parametrize("steering", STEERINGS, ids=str)
+def test_scale_and_mode_reach_the_network(steering: Any) -> None:
+    ours = OneStepPipeline.from_pipe(make("sd"))
+    more = {"recipe": "sd-turbo-1", "seed": 1, "negative_prompt": "red", **CALL}
+    usual, strong = (ours("a cat", steering=steering, scale=scale, **more).images for scale in (None, 9.0))
+    assert error(strong, usual) > 1e-2
+    if isinstance(steering, str):
+        default = {"nasa": 0.3, "nag": 5.0, "vsf": 1.0}[steering]
+        assert torch.equal(ours("a cat", steering=Steering(steering, default), **more).images, usual)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_without_steering_nothing_has_changed(name: str) -> None:
+    """At guidance 1 the negative prompt says nothing, and neutral steering draws bit for bit the same."""
+    ours = OneStepPipeline.from_pipe(make(name))
+    more = {"recipe": recipe_for(name), "seed": 1, **CALL}
+    plain = ours("a cat", **more).images
+    assert torch.equal(ours("a cat", negative_prompt="red", **more).images, plain)
+    assert torch.equal(ours("a cat", negative_prompt="red", steering="nasa", scale=0, **more).images, plain)
+    assert not torch.equal(ours("a cat", negative_prompt="red", steering="nasa", **more).images, plain)
+    assert torch.equal(ours("a cat", **more).images, plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_with_guidance_both_act(name: str) -> None:
+    """D_u + k (D_c - D_u), where the prompt's half D_c is steered and the negative's D_u is not."""
+    ours = OneStepPipeline.from_pipe(make(name))
+    more = {"seed": 1, **CALL}
+    steered_alone = ours(PROMPTS, negative_prompt=NEGATIVES, steering="nag", recipe=recipe_for(name), **more).images
+    null = ours(NEGATIVES, recipe=recipe_for(name), **more).images
+    both = ours(
+        PROMPTS, negative_prompt=NEGATIVES, steering="nag", recipe=recipe_for(name, guidance=3.0), **more
+    ).images
+    assert error(both, null + 3 * (steered_alone - null)) < 1e-4
+    single = ours(PROMPTS, negative_prompt="red", recipe=recipe_for(name, guidance=3.0), **more).images
+    listed = ours(PROMPTS, negative_prompt=["red", "red"], recipe=recipe_for(name, guidance=3.0), **more).images
+    assert error(single, listed) < 1e-5
+
+
+def test_diffusers_own_guidance_puts_the_prompt_last() -> None:
+    pipe = make("sd")
+    negative, call = tokens("sd", pipe, ["red"]), {"output_type": "latent", "num_inference_steps": 1, "height": 16}
+    call["width"] = 16
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    answers: list[Tensor] = []
+    pipe.unet.register_forward_hook(lambda _, __, answer: answers.append(answer[0]))
+    pipe(PROMPTS, latents=noise, guidance_scale=3.0, **call)
+    with steered(pipe, negative, "nag", rows="second half"):
+        pipe(PROMPTS, latents=noise, guidance_scale=3.0, **call)
+    with steered(pipe, negative, "nag"):
+        pipe(PROMPTS, latents=noise, guidance_scale=1.0, **call)
+    plain, guided, alone = answers
+    assert error(guided[:2], plain[:2]) < 1e-5 and error(guided[2:], alone) < 1e-5 and error(plain[2:], alone) > 1e-2
+
+
+# the steps lie at shares 0, 1/4, 1/2, 3/4 of the schedule, each end of a range included
+RANGES = [
+    ((0.0, 1.0), [1, 1, 1, 1]),
+    ((0.0, 0.2), [1, 0, 0, 0]),
+    ((0.25, 1.0), [0, 1, 1, 1]),
+    ((0.2, 0.6), [0, 1, 1, 0]),
+    ((0.9, 1.0), [0, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+def test_it_acts_in_its_share_of_the_schedule(name: str, dtype: torch.dtype) -> None:
+    pipe = make(name).to(dtype)
+    network = pipe.unet if name == "sd" else pipe.transformer
+    negative, lengths = tokens(name, pipe, ["red"]), []
+    layer = next(
+        module for path, module in network.named_modules() if path.endswith(("attn2.to_k", "context_embedder"))
+    )
+    layer.register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
+    more: dict[str, Any] = {"max_sequence_length": 0} if name == "sd3" else {}
+    call = {"output_type": "latent", "num_inference_steps": 4, "width": 16, "height": 16, "guidance_scale": 1.0}
+    call |= {"sigmas": [1.0, 0.75, 0.5, 0.25]} if name != "sd" else {}
+    plain = pipe("a cat", generator=torch.Generator().manual_seed(1), **call, **more).images
+    usual = lengths[0]
+    for (start, end), expected in RANGES:
+        lengths.clear()
+        with steered(pipe, negative, "nag", start=start, end=end):
+            drawn = pipe("a cat", generator=torch.Generator().manual_seed(1), **call, **more).images
+        # a U-Net's layer reads the negative by itself, after the positive; the others read both at once
+        found = [lengths.count(usual) - 4] if name == "sd" else [int(length != usual) for length in lengths]
+        assert found == ([sum(expected)] if name == "sd" else expected)
+        assert torch.equal(drawn, plain) == (not any(expected))
+
+
+def test_what_does_not_fit_is_said() -> None:
+    ours = OneStepPipeline.from_pipe(make("sd"))
+    more = {"recipe": "sd-turbo-1", "seed": 1, **CALL}
+    plain = ours(PROMPTS, **more).images
+    for changes, why in (
+        ({"steering": "nasa", "negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
+        ({"steering": "nasa", "scale": float("nan")}, "scale is nan"),
+        ({"steering": "cfg"}, "no steering mode 'cfg'"),
+        ({"scale": 3.0}, "nothing is steered"),
+    ):
+        with pytest.raises(OneStepError, match=why):
+            ours(PROMPTS, **changes, **more)
+    assert torch.equal(ours(PROMPTS, **more).images, plain)

@@ -1,0 +1,198 @@
+"""What negative steering must compute, in NumPy on diffusers' own networks: processors that know no Steering.
+
+U-Nets: each cross-attention by its formula. SD3 and Flux: the doubled form, a batch of positive and negative text with
+the same picture, whose rows are overwritten in both halves after each attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from small_networks import CASES, inputs_of, network_of, seeded
+from tiny_pipelines import make
+from torch import Tensor
+
+Array = NDArray[np.float64]
+PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux"}
+UNETS, JOINT = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
+SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5}
+
+
+def pipe_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[DiffusionPipeline, Any]:
+    """A pipeline around the seeded network of a name in small_networks.CASES, and that network."""
+    pipe, network = make(PIPES[name]), network_of(name, dtype)
+    setattr(pipe, "unet" if name in UNETS else "transformer", network)
+    return pipe, network
+
+
+def texts(count: int, length: int, seed: int = 7) -> Tensor:
+    return seeded(seed)(count, length, 24)
+
+
+def run(name: str, network: Any, inputs: dict[str, Tensor] | None = None, **more: Any) -> Tensor:
+    """The network's prediction; ``more`` are arguments of its forward."""
+    dtype = next(network.parameters()).dtype
+    with torch.no_grad():
+        return CASES[name].run(lambda *a, **k: network(*a, **k, **more), inputs or inputs_of(name, dtype))
+
+
+def array(tensor: Tensor) -> Array:
+    return tensor.detach().double().numpy()
+
+
+def joined(states: Tensor, heads: int) -> Array:
+    """[B, N, H D] -> [B, H, N, D]"""
+    b, n, c = states.shape
+    return array(states).reshape(b, n, heads, c // heads).transpose(0, 2, 1, 3)
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | float = 0.0) -> Array:
+    scores = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5 + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def mixed(mode: str, positive: Array, negative: Array) -> Array:
+    """NASA: Z+ - a Z-. NAG: s Z+ - (s - 1) Z-, its norm at most tau times Z+'s, blended; L1 over heads and width."""
+    s = SCALES[mode]
+    if mode == "nasa":
+        return positive - s * negative
+    guided = s * positive - (s - 1) * negative
+    ratio = np.abs(guided).sum((1, 3), keepdims=True) / np.abs(positive).sum((1, 3), keepdims=True)
+    return 0.25 * guided * np.minimum(ratio, 2.5) / ratio + 0.75 * positive
+
+
+def flipped(q: Array, keys: tuple[Array, Array], values: tuple[Array, Array]) -> Array:
+    """VSF: one softmax over both; the second text's scores lose 0.1, its values are multiplied by -s."""
+    bias = np.concatenate([np.zeros(keys[0].shape[2]), np.full(keys[1].shape[2], -0.1)])
+    return attend(q, np.concatenate(keys, 2), np.concatenate([values[0], -SCALES["vsf"] * values[1]], 2), bias)
+
+
+class CrossOracle:
+    """A U-Net's cross-attention. extra: (keys, values, scale) layers' part of an IP-Adapter, if there is one."""
+
+    def __init__(self, mode: str, negative: Tensor, image_prompt: Any = None) -> None:
+        self.mode, self.negative, self.image_prompt = mode, negative, image_prompt
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None
+    ) -> Tensor:
+        text, pictures = encoder_hidden_states, None
+        if isinstance(text, tuple):
+            text, pictures = text
+        negative = self.negative.repeat_interleave(len(text) // len(self.negative), 0)
+        q = joined(attn.to_q(hidden_states), attn.heads)
+        k, v = (joined(layer(text), attn.heads) for layer in (attn.to_k, attn.to_v))
+        k_negative, v_negative = (joined(layer(negative), attn.heads) for layer in (attn.to_k, attn.to_v))
+        added = np.zeros_like(q)
+        if pictures is not None:
+            inner, states = self.image_prompt, pictures[0].flatten(1, -2)
+            k_ip, v_ip = (joined(layer[0](states), attn.heads) for layer in (inner.to_k_ip, inner.to_v_ip))
+            added = inner.scale[0] * attend(q, k_ip, v_ip)
+        if self.mode == "vsf":
+            out = flipped(q, (k, k_negative), (v, v_negative)) + added
+        else:
+            out = mixed(self.mode, attend(q, k, v) + added, attend(q, k_negative, v_negative))
+        merged = torch.from_numpy(out.transpose(0, 2, 1, 3).reshape(hidden_states.shape[0], -1, attn.inner_dim))
+        return attn.to_out[0](merged.to(hidden_states.dtype))
+
+
+class JointOracle:
+    """The doubled form: rows are the positive texts' pictures, then the negatives'. lengths: tokens of either text."""
+
+    def __init__(self, mode: str, lengths: tuple[int, int]) -> None:
+        self.mode, self.lengths = mode, lengths
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        q, k, v = self._project(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k))
+        if encoder_hidden_states is not None:
+            layers = ("add_q_proj", "add_k_proj", "add_v_proj")
+            text = self._project(attn, encoder_hidden_states, layers, (attn.norm_added_q, attn.norm_added_k))
+            q, k, v = (np.concatenate(pair, 2) for pair in zip(text, (q, k, v), strict=True))
+        if image_rotary_emb is not None:
+            q, k = rotated(q, image_rotary_emb), rotated(k, image_rotary_emb)
+        out = self._attended(q, k, v)
+        merged = torch.from_numpy(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
+        merged = merged.to(hidden_states.dtype)
+        if encoder_hidden_states is None:
+            return merged
+        texts_out, image = merged[:, : max(self.lengths)], merged[:, max(self.lengths) :]
+        return attn.to_out[0](image), texts_out if attn.context_pre_only else attn.to_add_out(texts_out)
+
+    def _project(self, attn: Any, states: Tensor, layers: tuple[str, ...], norms: Any) -> list[Array]:
+        found = [torch.from_numpy(joined(getattr(attn, layer)(states), attn.heads)) for layer in layers]
+        normed = [part if norm is None else norm(part) for part, norm in zip(found, (*norms, None), strict=True)]
+        return [array(part) for part in normed]
+
+    def _attended(self, q: Array, k: Array, v: Array) -> Array:
+        half, length = len(q) // 2, max(self.lengths)
+        # where texts differ in length the shorter one is padded, and nobody looks at the padding
+        hidden = np.zeros((len(q), 1, 1, k.shape[2]))
+        hidden[:half, :, :, self.lengths[0] : length] = -np.inf
+        hidden[half:, :, :, self.lengths[1] : length] = -np.inf
+        out = attend(q, k, v, hidden)
+        if self.mode == "vsf":
+            keys, values = (
+                (
+                    np.concatenate([x[:half, :, : self.lengths[0]], x[:half, :, length:]], 2),
+                    x[half:, :, : self.lengths[1]],
+                )
+                for x in (k, v)
+            )
+            picture = flipped(q[:half, :, length:], keys, values)
+        else:
+            picture = mixed(self.mode, out[:half, :, length:], out[half:, :, length:])
+        out[:, :, length:] = np.concatenate([picture, picture])
+        return out
+
+
+def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
+    """Pairs (a, b) of neighbours turned by their angle: (a cos - b sin, b cos + a sin)."""
+    cos, sin = (array(part)[:, ::2] for part in angles)
+    a, b = x[..., ::2], x[..., 1::2]
+    return np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+
+
+def doubled(name: str, network: Any, mode: str, negative: Tensor, **more: Tensor | list[Tensor]) -> Tensor:
+    """The doubled form's prediction for the inputs of ``name``; ``more`` are residuals of a ControlNet."""
+    inputs = inputs_of(name, next(network.parameters()).dtype)
+    positive, length = inputs["text"], max(inputs["text"].shape[1], negative.shape[1])
+    both = [positive, negative.expand(len(positive), -1, -1)]
+    padded = [torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[1]), value=3.0) for text in both]
+    twice = {key: torch.cat([value, value]) for key, value in inputs.items()} | {"text": torch.cat(padded)}
+    more = {key: [torch.cat([part, part]) for part in parts] for key, parts in more.items()}
+    oracle = JointOracle(mode, (positive.shape[1], negative.shape[1]))
+    answer = replaced(network, lambda attn: None if attn.added_kv_proj_dim is None and name != "flux" else oracle)(
+        lambda: run(name, network, twice, **more)
+    )
+    one, other = answer.chunk(2)
+    # the picture's stream is one and the same
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(one.abs().max()))
+    return one
+
+
+def replaced(network: Any, choose: Callable[[Any], Any]) -> Callable[[Callable[[], Tensor]], Tensor]:
+    """call() with the processor that ``choose`` gives an attention, where it gives one."""
+
+    def during(call: Callable[[], Tensor]) -> Tensor:
+        before = dict(network.attn_processors)
+        chosen = {name: choose(network.get_submodule(name.removesuffix(".processor"))) for name in before}
+        network.set_attn_processor({name: chosen[name] or before[name] for name in before})
+        try:
+            return call()
+        finally:
+            network.set_attn_processor(dict(before))
+
+    return during
