@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import Any
 
-MODULES = ("tiny", "prompts", "distil", "settings", "load_lora", "sample", "steer", "control")
+MODULES = ("tiny", "prompts", "distil", "settings", "load_lora", "sample", "steer", "control", "guidance_adapter")
 
 
 async def comfy_entrypoint() -> Any:

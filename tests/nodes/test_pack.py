@@ -25,6 +25,7 @@ IDS = {
     "OneStepSampler",
     "OneStepSigmas",
     "OneStepNegativeSteering",
+    "OneStepApplyGuidanceAdapter",
 }
 
 

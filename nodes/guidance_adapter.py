@@ -1,0 +1,146 @@
+"""`Apply Guidance Adapter`: guidance as a dial of a trained adapter, in one forward, at CFG 1."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..core.adapter_file import load_adapter
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import bind_comfy, detect
+from ..core.guidance_adapter import MAKERS, check_base
+from ..core.roles import Roles
+from ..core.schedule import FlowSchedule
+from .denoiser import schedule_of
+
+KEY = "onestep_guidance_adapter"
+ROLE = "guided"
+MOST = 30.0
+
+
+class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
+    """A MODEL that a guidance adapter guides."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepApplyGuidanceAdapter",
+            display_name="Apply Guidance Adapter",
+            category="OneStep/guidance",
+            description="Gives at CFG 1, in one forward a step, what CFG gives in two. The adapter is trained by "
+            "Distil One-Step LoRA with method agd, for any checkpoint of the same base.",
+            search_aliases=["agd", "guidance distillation", "cfg free", "cfg scale"],
+            inputs=[
+                io.Model.Input("model", tooltip="A checkpoint of the base that the adapter was trained on."),
+                io.Combo.Input(
+                    "adapter",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A guidance adapter in models/loras; Distil One-Step LoRA puts it into onestep/.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=4.0,
+                    min=1.0,
+                    max=MOST,
+                    step=0.1,
+                    round=False,
+                    tooltip="The CFG scale to stand in for. 1 = off. Sample at cfg 1.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The guided model: sample it at cfg 1.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, adapter: str, guidance: float) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise("loras", adapter))
+        return io.NodeOutput(guided_model(model, path, guidance))
+
+
+def guided_model(model: Any, path: Path, guidance: float) -> Any:
+    """A clone of MODEL under the adapter of ``path``; ``model`` stays as it is. OneStepError for another base's."""
+    if not (math.isfinite(guidance) and 1 <= guidance <= MOST):
+        raise OneStepError(f"guidance is {guidance!r:.40}: it must lie in 1 (none) to {MOST:g}; 2 to 8 are usual")
+    family = detect(model.model.diffusion_model)
+    side = load_adapter(path, MAKERS, family).side.requires_grad_(False)
+    check_base(side, {target.name: target for target in targets_of(model.model, family)}, family)
+    if any(KEY in wrappers for wrappers in model.wrappers.values()):
+        raise OneStepError("this MODEL has a guidance adapter already: plug in the MODEL from before the first")
+    clone = model.clone()
+    if guidance != 1:
+        ours = Guided(side, family, guidance)
+        clone.set_injections(KEY, [PatcherInjection(inject=ours.inject, eject=ours.eject)])
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
+    return clone
+
+
+def targets_of(model: Any, family: str) -> Any:
+    """All targets of a BaseModel's network."""
+    return bind_comfy(family, model.diffusion_model, model.model_config.unet_config)
+
+
+class Guided:
+    """An adapter on one patched MODEL: its hooks while ComfyUI has the patches on, and what each forward tells it."""
+
+    def __init__(self, side: Any, family: str, guidance: float) -> None:
+        self.side, self.family, self.guidance = side, family, guidance
+        self.roles: dict[int, Roles] = {}
+
+    def inject(self, patcher: Any) -> None:
+        """Hooks on the network as it is now: a deep copy has layers of its own."""
+        needed = self.side.before | self.side.after
+        roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
+        roles.add_side(ROLE, self.side)
+        roles.install()
+        self.roles[id(patcher.model)] = roles
+
+    def eject(self, patcher: Any) -> None:
+        roles = self.roles.pop(id(patcher.model), None)
+        if roles is not None:
+            roles.remove()
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay unguided."""
+        model, options = executor.class_obj, transformer_options or {}
+        roles = self.roles.get(id(model))
+        if roles is None:
+            raise OneStepError(
+                "the guidance adapter is not on this MODEL's layers: load the model again, and report it"
+            )
+        self.side.to(x.device)
+        with roles.use(ROLE), roles.capture(len(x), time_of(model, t), self._cond(x, c_crossattn, options, kwargs)):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def _cond(self, x: Tensor, text: Tensor, options: dict[str, Any], kwargs: dict[str, Any]) -> Cond:
+        flags = options.get("cond_or_uncond") or [0]
+        scales = torch.tensor([1.0 if flag else self.guidance for flag in flags], device=x.device)
+        pooled = None if self.family == "unet" else kwargs.get("y")
+        return Cond(text, pooled=pooled, guidance=scales.repeat_interleave(len(x) // len(flags)))
+
+
+def time_of(model: Any, sigma: Tensor) -> Tensor:
+    """[B] times as the training's network is told them, from ComfyUI's sigma."""
+    schedule = schedule_of(model.model_sampling)
+    level = sigma.double().cpu()
+    level = level if isinstance(schedule, FlowSchedule) else level / (1 + level**2).sqrt()
+    return schedule.time_of_sigma(level).to(sigma)
+
+
+NODES = [ApplyGuidanceAdapter]
