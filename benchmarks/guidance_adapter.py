@@ -51,8 +51,8 @@ class Seen:
     cond: Any
 
 
-def train(args: argparse.Namespace, host: Any, settings: Settings, prompts: list[str]) -> Any:
-    """The run's result; it ends with its schedule, or after --minutes of processor time."""
+def train(args: argparse.Namespace, host: Any, settings: Settings, prompts: list[str]) -> tuple[Any, float]:
+    """The run's result, which ends with its schedule or after --minutes; the seconds of processor time it took."""
     began = time.process_time()
 
     def report(progress: Progress) -> bool:
@@ -61,7 +61,8 @@ def train(args: argparse.Namespace, host: Any, settings: Settings, prompts: list
             print(progress.update, f"{time.process_time() - began:.0f} s of processor", numbers, flush=True)
         return time.process_time() - began > 60 * args.minutes
 
-    return distil(host, prompts, settings, args.runs / Path(args.model).name, existing="continue", report=report)
+    result = distil(host, prompts, settings, args.runs / Path(args.model).name, existing="continue", report=report)
+    return result, time.process_time() - began
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def main() -> None:
     host = open_host(args.model, "all", "cpu")
     changes = dict(text.split("=", 1) for text in args.set)
     settings = at_native_size(Settings(method="agd", checkpointing=False).with_texts(changes), set(), host)
-    result, size = train(args, host, settings, taught), settings.size_list[0]
+    (result, seconds), size = train(args, host, settings, taught), settings.size_list[0]
     side = load_adapter(result.path, MAKERS, host.family).side
     host.denoiser.roles.add_side(ROLE, side)
     with host.denoiser.roles.installed():
@@ -145,7 +146,7 @@ def main() -> None:
     own, base = (sum(p.numel() for p in module.parameters()) for module in (side, host.network))
     told = [
         f"`{Path(args.model).name}`, agd with {json.dumps(changes)}: {result.updates} updates in "
-        f"{result.seconds / 60:.0f} minutes (of a busy machine), {own} parameters on {base} ({own / base:.1%}), "
+        f"{seconds / 60:.1f} minutes of processor time, {own} parameters on {base} ({own / base:.1%}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}. "
         f"{len(held)} prompts held out.",
         "",
