@@ -40,9 +40,11 @@ def controlled(pipe: Any, adapter: ControlAdapter, control: Any, *, strength: fl
     network = network_of(pipe)
     if not 0 <= strength <= 10:
         raise OneStepError(f"the control's strength is {strength!r:.20}: give 0 to 10; 1 is what was trained")
+    # under CPU offload the network lies on the CPU and works elsewhere
+    device = getattr(pipe, "_execution_device", network.device)
     roles = Roles(list(_targets(adapter, network).values()))
-    roles.add_side(ROLE, adapter)
-    told = {"control": control.to(network.device), "strength": strength}
+    roles.add_side(ROLE, adapter.to(device))
+    told = {"control": control.to(device), "strength": strength}
     # time and condition are told to sides that ask for them; this one does not
     nothing: Any = None
     role_map = RoleMap(((ROLE, None),), call=Call(nothing, nothing, told))

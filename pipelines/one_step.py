@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.cond import Cond
+from ..core.control import ControlAdapter
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.guidance import MODES, Steering
@@ -32,6 +33,7 @@ from ..core.lora_file import load_lora
 from ..core.recipe import PRESETS, Recipe
 from ..core.sampling import sample
 from .adapt import DiffusersHost, denoiser_of, network_of
+from .control import control_picture, controlled, load_control
 from .load import class_for
 from .networks import pack, unpack
 from .plain import DiffusersSettings, diffusers_settings
@@ -76,6 +78,7 @@ class OneStepPipeline(DiffusionPipeline):
         self.register_modules(**dict(zip(TEXT_PARTS, texts, strict=True)))
         self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self._control: ControlAdapter | None = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -98,6 +101,8 @@ class OneStepPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] = "",
         steering: str | Steering | None = None,
         scale: float | None = None,
+        control_image: Any = None,
+        control_strength: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -114,6 +119,8 @@ class OneStepPipeline(DiffusionPipeline):
         steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag" or "vsf" at a
         scale (None is the mode's default), or a `Steering`. None steers nothing. Where the recipe's guidance is not 1
         both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+        control_image: what `load_control`'s adapter draws by (edges, say), a PIL image or a tensor, for all pictures or
+        one for each prompt, resized where it has another size. control_strength: 0 is none, 1 what was trained.
         height, width: in pixels; by default what the recipe was trained at, else the model's own size.
         generator, seed: where the noise comes from; a seed draws it on the CPU. latents: standard normal [B, C, h, w]
         noise to start from instead.
@@ -130,7 +137,8 @@ class OneStepPipeline(DiffusionPipeline):
         null = _beside(negative, cond) if guided and negative is not None else None
         noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
-        with self._steered(negative, guided, steering, scale):
+        control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
+        with self._steered(negative, guided, steering, scale), control:
             x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
         self.maybe_free_model_hooks()
@@ -157,6 +165,10 @@ class OneStepPipeline(DiffusionPipeline):
                 module.set_scale(adapter_name, found.lora_scale)
         self.register_to_config(recipe=found.to_json(), embedded_guidance=_trained_at(file.metadata))
         return found
+
+    def load_control(self, path: str | Path | None) -> None:
+        """Draw by a control adapter's file where a call has a ``control_image``; None takes it off again."""
+        self._control = None if path is None else load_control(path, self)
 
     def unload_lora_weights(self) -> None:
         """Take all LoRAs off again."""
@@ -211,6 +223,19 @@ class OneStepPipeline(DiffusionPipeline):
         if scale is not None:
             raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
         return nullcontext()
+
+    def _controlled(
+        self, images: Any, strength: float, size: tuple[int, int], prompts: int, each: int
+    ) -> AbstractContextManager[None]:
+        if images is None:
+            return nullcontext()
+        if self._control is None:
+            raise OneStepError("there is a control_image, and nothing to draw by it: call load_control(path) first")
+        control = control_picture(self._control, images, size)
+        if len(control) not in (1, prompts):
+            raise OneStepError(f"there are {len(control)} control images for {prompts} prompts: give one, or as many")
+        control = control if len(control) == 1 else control.repeat_interleave(each, 0)
+        return controlled(self, self._control, control, strength=strength)
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size

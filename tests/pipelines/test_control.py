@@ -84,6 +84,28 @@ def test_in_one_step_it_is_the_hosts_own_answer(pipe: Any, file: Path) -> None:
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
+def test_a_call_takes_a_control_image(pipe: Any, file: Path) -> None:
+    fast = OneStepPipeline.from_pipe(pipe)
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"recipe": "sd-turbo-1", "latents": noise, "num_images_per_prompt": 2, "output_type": "latent"}
+    call |= {"width": 32, "height": 32}
+    with pytest.raises(OneStepError, match="call load_control"):
+        fast(PROMPTS, control_image=pictures(), **call)
+    fast.load_control(file)
+    adapter = load_control(file, pipe)
+    control = control_picture(adapter, pictures(), extract=True)
+    found, plain = fast(PROMPTS, control_image=control, **call).images, fast(PROMPTS, **call).images
+    with controlled(fast, adapter, control.repeat_interleave(2, 0)):
+        assert torch.equal(fast(PROMPTS, **call).images, found)
+    assert not torch.allclose(found, plain, atol=1e-2)
+    assert torch.equal(fast(PROMPTS, control_image=control, control_strength=0, **call).images, plain)
+    with pytest.raises(OneStepError, match="3 control images for 2 prompts"):
+        fast(PROMPTS, control_image=torch.rand(3, 1, 32, 32), **call)
+    fast.load_control(None)
+    with pytest.raises(OneStepError, match="call load_control"):
+        fast(PROMPTS, control_image=control, **call)
+
+
 def test_it_works_beside_a_lora_of_peft(file: Path) -> None:
     from peft import LoraConfig
 
