@@ -18,7 +18,7 @@ Attend = Callable[..., Tensor]
 
 @dataclass
 class Reached:
-    """Whether an attention that is to be steered was come to."""
+    """Whether a forward has reached an attention that is to be steered."""
 
     once: bool = False
 

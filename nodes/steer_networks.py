@@ -77,7 +77,7 @@ def served(model: Any) -> Served:
     """How the MODEL's network takes a negative. OneStepError, with a word, where it does not."""
     network = network_of(model)
     found = SERVED.get(type(network))
-    why = "its attention to text is of another kind" if found is None else found.variant(network)
+    why = "its network is not known here" if found is None else found.variant(network)
     if found is None or why:
         raise OneStepError(
             f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "

@@ -89,7 +89,7 @@ class NegativeSteering:
             x0 = executor(x, t, c_concat, context, control, options, **kwargs)
         if not run.reached.once:
             raise OneStepError(
-                "this MODEL's attention was not come to, so the negative could not act: another patch replaces it. "
+                "this MODEL's attention was not reached, so the negative could not act: another patch replaces it. "
                 "Take that patch away, or sample without Negative Steering"
             )
         return x0

@@ -40,9 +40,15 @@ WAN = {
     **{"in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 32, "patch_size": (1, 2, 2)},
 }
 SDXL = {"context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
+SVD = {
+    **{"in_channels": 8, "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential"},
+    **{"use_linear_in_transformer": True, "use_temporal_attention": True, "merge_strategy": "learned"},
+    "extra_ff_mix_layer": True,
+}
 PIXART = {"hidden_size": 32, "depth": 1, "num_heads": 2, "input_size": 8, "caption_channels": 4096}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd15": (supported.SD15, {**UNET, "context_dim": 768, "use_linear_in_transformer": False}),
+    "inpaint": (supported.SD15, {**UNET, "in_channels": 9, "context_dim": 768, "use_linear_in_transformer": False}),
     "sd2": (supported.SD20, {**UNET, "context_dim": 1024, "use_linear_in_transformer": True}),
     "sdxl": (supported.SDXL, {**UNET, **SDXL}),
     "sd3": (supported.SD3, SD3),
@@ -50,10 +56,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (supported.Flux, FLUX),
     "wan": (supported.WAN21_T2V, WAN),
     "wan-i2v": (supported.WAN21_I2V, {**WAN, "model_type": "i2v", "in_dim": 36}),
+    "video unet": (supported.SVD_img2vid, {**UNET, **SVD}),
     "flux2": (supported.Flux2, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [3], "axes_dim": [16, 16, 16, 16]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
-WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
+WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048}
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},
@@ -62,21 +69,24 @@ FORMS = {
 }
 
 
-def tiny(kind: str, seed: int = 0, device: str = "cpu") -> Any:
-    """A MODEL of ComfyUI's own class with random weights in float32; no number in it is trivially 0 or 1."""
+def tiny(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A MODEL of ComfyUI's own class with random weights; no number in it is trivially 0 or 1."""
     family, layout = KINDS[kind]
     config = family(layout)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device=device)
-    draw = torch.Generator().manual_seed(seed)
-    for name, tensor in model.diffusion_model.state_dict().items():
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model({}, "", device="cpu")
+    fill(model.diffusion_model)
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    patcher.cached_patcher_init = (lambda *given, disable_dynamic=False: tiny(*given), (kind, dtype))
+    return patcher
+
+
+def fill(network: torch.nn.Module) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for name, tensor in network.state_dict().items():
         spread = 0.1 if tensor.ndim < 2 else torch.Size(tensor.shape[1:]).numel() ** -0.5
         middle = 1.0 if tensor.ndim < 2 and name.endswith(("weight", "scale")) else 0.0
         tensor.copy_(torch.randn(tensor.shape, generator=draw) * spread + middle)
-    here = torch.device(device)
-    patcher = comfy.model_patcher.ModelPatcher(model, here, here)
-    patcher.cached_patcher_init = (lambda *given, disable_dynamic=False: tiny(*given), (kind, seed, device))
-    return patcher
 
 
 def checkpoint(folder: Any, kind: str) -> Any:
@@ -111,18 +121,20 @@ class Probe(comfy.samplers.Sampler):
         return noise
 
 
+def noise_of(model: Any, batch: int = 1, side: int = 8) -> Tensor:
+    return torch.randn(batch, *shape_of(model, side), generator=torch.Generator().manual_seed(3))
+
+
 def x0_of(
     model: Any,
     positive: Any,
     negative: Any = None,
     cfg: float = 1.0,
-    batch: int = 1,
     shares: tuple[float, ...] = (0.1,),
-    side: int = 8,
-    seed: int = 3,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """What the MODEL makes of one noise at the given shares of its schedule, by ComfyUI's own guider: [S, B, ...]."""
-    noise = torch.randn(batch, *shape_of(model, side), generator=torch.Generator().manual_seed(seed))
+    """What the MODEL makes of a noise at the given shares of its schedule, by ComfyUI's own guider: [S, B, ...]."""
+    noise = noise_of(model) if noise is None else noise
     probe, guider = Probe(shares), comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive} | ({"negative": negative} if negative is not None else {}))
     guider.set_cfg(cfg)
@@ -156,23 +168,21 @@ def flipped(form: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, k_negative: T
     return look(q, torch.cat((k, k_negative), 2), torch.cat((v, -form["scale"] * v_negative), 2), bias)
 
 
-def doubled(
-    model: Any, positive: Any, negative: Any, form: dict[str, Any], share: float = 0.1, side: int = 8
-) -> Tensor:
+def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], share: float = 0.1) -> Tensor:
     """x0 of the doubled form: one picture, two texts as two rows, the positive's pooled vector in both; [1, C, H, W].
 
     The shorter text is filled up with noise that nothing looks at.
     """
     base = model.model
     comfy.model_management.load_models_gpu([model])
-    noise = torch.randn(1, *shape_of(model, side), generator=torch.Generator().manual_seed(3))
+    noise = noise_of(model)
     sigma = torch.tensor([min(float(base.model_sampling.sigma_max), base.model_sampling.percent_to_sigma(share))])
     texts = [positive[0][0], negative[0][0]]
     longest = max(text.shape[1] for text in texts)
     filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t in texts]
     told = base.extra_conds(**positive[0][1], noise=noise, device=noise.device)
     told = {name: torch.cat([value.cond] * 2) for name, value in told.items()}
-    image = ((side + 1) // 2) ** 2
+    image = noise.shape[-1] * noise.shape[-2] // 4
     override = Doubled(form, [text.shape[1] for text in texts], longest, image)
     options = {"optimized_attention_override": override}
     x0 = base.apply_model(
