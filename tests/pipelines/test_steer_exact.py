@@ -200,3 +200,22 @@ def test_half_of_a_batch_is_steered(name: str, mode: str, rows: Any) -> None:
     with steered(pipe, negatives, mode, rows=rows):
         found = run(name, network, twice)
     close(found, torch.cat([acting, plain] if rows == "first half" else [plain, acting]), exact(name))
+
+
+@pytest.mark.parametrize("mode", ["nag", "nasa"])
+def test_the_negative_goes_through_every_norm_of_its_attention(mode: str) -> None:
+    """Of the same text Z- is Z+: NAG changes nothing, NASA leaves 1 - a of it."""
+    pipe, network = pipe_of("sd15")
+    attentions = [module for path, module in network.named_modules() if path.endswith("attn2")]
+    for attn in attentions:
+        norms = {"norm_cross": 24, "norm_q": attn.inner_dim // attn.heads, "norm_k": attn.inner_dim // attn.heads}
+        for name, width in norms.items():
+            setattr(attn, name, torch.nn.LayerNorm(width, dtype=torch.float64))
+            randomise(getattr(attn, name))
+    text = inputs_of("sd15")["text"]
+    with steered(pipe, text, mode, scale=0.3 if mode == "nasa" else 5.0):
+        found = run("sd15", network)
+    if mode == "nasa":
+        for attn in attentions:
+            attn.to_out[0].weight.mul_(1 - 0.3)
+    close(found, run("sd15", network))
