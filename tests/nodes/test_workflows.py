@@ -12,7 +12,7 @@ from browser import ENDED, QUEUE
 from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["distil", "sample"]
+NAMES = ["distil", "negative", "sample"]
 TO_PROMPT = """
 const done = arguments[0];
 window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
@@ -67,6 +67,15 @@ def test_sample_runs_over_http(distilled: Any, comfy_server: Any, root: Path) ->
     finished = comfy_server.run(workflow(root, "api/sample"))
     for node in ("8", "11", "14"):
         assert len(comfy_server.images(finished, node)) == 4
+
+
+def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """Both rows start from the same noise; the steered books are less red."""
+    finished = comfy_server.run(workflow(root, "api/negative"))
+    steered, plain = (comfy_server.images(finished, node) for node in ("8", "11"))
+    assert len(steered) == len(plain) == 4
+    red = [sum(float(p[..., 0].mean() - p[..., 1:].mean()) for p in row) for row in (steered, plain)]
+    assert red[0] < red[1], red
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])

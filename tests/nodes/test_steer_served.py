@@ -1,0 +1,157 @@
+"""Negative Steering in a running server: every layout, both samplers, the same picture as diffusers', refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from small_runs import settings_node
+
+from onestep.pipelines.steer import steered
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+SEED, PROMPT, NEGATIVE, TOLERANCE = 11, "a red dragon", "wall", 1e-5
+FIELDS = {"scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
+TINY = {"tiny": "sd-turbo-1", "tiny-flow": "sd3.5-turbo-4"}
+MODES = ("NASA", "NAG", "VSF")
+
+
+def loader(name: str) -> dict[str, Any]:
+    if name in TINY:
+        return {"class_type": "OneStepLoadTinyModel", "inputs": {"name": name}}
+    return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{name}.safetensors"}}
+
+
+def steering(mode: str, **changes: Any) -> dict[str, Any]:
+    plugs = {"model": ["model", 0], "negative": ["negative", 0]}
+    return {"class_type": "OneStepNegativeSteering", "inputs": {**plugs, "mode": mode, **FIELDS, **changes}}
+
+
+def text(words: str, clip: str = "texts") -> dict[str, Any]:
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": words, "clip": [clip, 1]}}
+
+
+def saved(name: str) -> dict[str, Any]:
+    return {"class_type": "SaveLatent", "inputs": {"samples": [name, 0], "filename_prefix": f"latents/{name}"}}
+
+
+def ksampler(model: str, steps: int = 1) -> dict[str, Any]:
+    widgets = {"seed": SEED, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    plugs = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0]}
+    return {"class_type": "KSampler", "inputs": {**widgets, "denoise": 1.0, "model": [model, 0], **plugs}}
+
+
+def graph(name: str, side: int, **nodes: Any) -> dict[str, Any]:
+    """Prompts and latents for a model, and these nodes; Flux reads SD3's texts."""
+    told = {"width": side, "height": side, "batch_size": 2}
+    return {
+        "model": loader(name),
+        "texts": loader("sd3" if name == "flux" else name),
+        "positive": text(PROMPT),
+        "negative": text(NEGATIVE),
+        "empty": {"class_type": "EmptyLatentImage", "inputs": told},
+        **nodes,
+    }
+
+
+def latents(server: Any, workflow: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What each sampler of the workflow draws."""
+    names = [name for name, node in workflow.items() if node["class_type"] in ("KSampler", "OneStepSample")]
+    finished = server.run({**workflow, **{f"save {name}": saved(name) for name in names}})
+    assert finished.status == "success", finished.error
+    files = {name: finished.outputs[f"save {name}"]["latents"][0] for name in names}
+    places = {name: server.base / "output" / file["subfolder"] / file["filename"] for name, file in files.items()}
+    return {name: load_file(place)["latent_tensor"] for name, place in places.items()}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *TINY])
+def test_every_layout_is_steered_over_http(server_with_checkpoints: Any, name: str) -> None:
+    nodes: dict[str, Any] = {"plain": ksampler("model", 2)}
+    for mode in MODES:
+        nodes |= {f"steer {mode}": steering(mode), mode: ksampler(f"steer {mode}", 2)}
+    drawn = latents(server_with_checkpoints, graph(name, 32 if name in TINY else 64, **nodes))
+    for mode in MODES:
+        assert bool(drawn[mode].isfinite().all())
+        assert float((drawn[mode] - drawn["plain"]).abs().max()) > 0.01 * float(drawn["plain"].std()), mode
+
+
+@torch.no_grad()
+def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
+    """One step, in ComfyUI's scale of latents."""
+    flow = folder.name == "tiny-flow"
+    pipe = DiffusionPipeline.from_pretrained(folder, **({"text_encoder_3": None, "tokenizer_3": None} if flow else {}))
+    pipe.set_progress_bar_config(disable=True)
+    no_t5 = {"max_sequence_length": 0} if flow else {}
+    noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(SEED))
+    encoded = (
+        pipe.encode_prompt(NEGATIVE, None, None, **no_t5) if flow else pipe.encode_prompt(NEGATIVE, "cpu", 1, False)
+    )
+    with steered(pipe, encoded[0], mode):
+        drawn = pipe(
+            [PROMPT] * 2,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            latents=noise,
+            width=32,
+            height=32,
+            output_type="latent",
+            **({**no_t5, "sigmas": [1.0]} if flow else {}),
+        ).images
+    return drawn / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TINY)
+def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], name: str, mode: str) -> None:
+    ours = latents(comfy_server, graph(name, 32, steer=steering(mode), steered=ksampler("steer")))["steered"]
+    theirs = drawn_by_diffusers(bundled[name], mode.lower())
+    assert float((ours - theirs).abs().max()) < TOLERANCE * float(theirs.std())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_step_sample_draws_a_steered_model(comfy_server: Any, name: str) -> None:
+    """Its recipe on a steered MODEL, loaded before or after; one step of it is KSampler's."""
+    nodes: dict[str, Any] = {"steer": steering("NAG"), "after": steering("NAG", model=["loaded", 0])}
+    for place, model in (("loaded", "model"), ("before", "steer")):
+        told = {"lora_name": "none (the model is few-step itself)", "recipe": TINY[name], "model": [model, 0]}
+        nodes[place] = {"class_type": "OneStepLoadLoRA", "inputs": told}
+    plugs = {"positive": ["positive", 0], "latent_image": ["empty", 0], "seed": SEED, "recipe": ["loaded", 1]}
+    for place in ("before", "after", "loaded"):
+        told = {**plugs, "model": [place, 0]}
+        nodes[f"drawn {place}"] = {"class_type": "OneStepSample", "inputs": told}
+    drawn = latents(comfy_server, graph(name, 32, **nodes, core=ksampler("steer")))
+    scale = float(drawn["core"].std())
+    assert torch.equal(drawn["drawn before"], drawn["drawn after"])
+    assert float((drawn["drawn before"] - drawn["drawn loaded"]).abs().max()) > 0.01 * scale
+    if name == "tiny":
+        assert float((drawn["drawn before"] - drawn["core"]).abs().max()) < TOLERANCE * scale
+
+
+def test_distillation_refuses_a_steered_teacher_by_name(comfy_server: Any) -> None:
+    known = comfy_server.get("/object_info/OneStepDistil")["OneStepDistil"]["input"]["required"]
+    values = {name: told[1]["default"] for name, told in known.items() if len(told) > 1 and "default" in told[1]}
+    choices = {name: told[1]["options"][0] for name, told in known.items() if told[0] == "COMBO" and name not in values}
+    plugs = {"model": ["steer", 0], "clip": ["texts", 1], "vae": ["texts", 2], "settings": ["settings", 0]}
+    told = {**choices, **values, "prompts": PROMPT, "name": "steered-teacher", **plugs}
+    nodes = {"steer": steering("NASA"), "settings": settings_node(comfy_server)}
+    refused = comfy_server.run(graph("tiny", 32, **nodes, distil={"class_type": "OneStepDistil", "inputs": told}))
+    assert "negative_steering" in refused.error and len(refused.error) < 400, refused.error
+    assert not (comfy_server.base / "output" / "onestep" / "steered-teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"negative": ["foreign", 0]}, ("4096", "CLIP")),
+        ({"start_percent": 0.5, "end_percent": 0.5}, ("start_percent",)),
+        ({"mode": "NAG", "scale": 0.5}, ("scale", "0.5")),
+    ],
+)
+def test_bad_input_is_told_to_the_person(server_with_checkpoints: Any, changes: Any, words: tuple[str, ...]) -> None:
+    nodes = {"other": loader("sd3"), "foreign": text("red", "other"), "steer": steering(**{"mode": "NASA", **changes})}
+    refused = server_with_checkpoints.run(graph("tiny", 32, **nodes, drawn=ksampler("steer"), save=saved("drawn")))
+    assert all(word in refused.error for word in words) and len(refused.error) < 400, refused.error
