@@ -181,8 +181,9 @@ def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], shar
     longest = max(text.shape[1] for text in texts)
     filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t in texts]
     told = base.extra_conds(**positive[0][1], noise=noise, device=noise.device)
-    told = {name: torch.cat([value.cond] * 2) for name, value in told.items()}
-    image = noise.shape[-1] * noise.shape[-2] // 4
+    pictures = [noise, *(told["ref_latents"].cond if "ref_latents" in told else [])]
+    image = sum(picture.shape[-1] * picture.shape[-2] // 4 for picture in pictures)
+    told = {name: twice(value.cond) for name, value in told.items()}
     override = Doubled(form, [text.shape[1] for text in texts], longest, image)
     options = {"optimized_attention_override": override}
     x0 = base.apply_model(
@@ -194,6 +195,11 @@ def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], shar
     )
     assert override.joint and float((x0[0] - x0[1]).abs().max()) < 1e-5 * float(x0.std()), "both rows hold one picture"
     return x0[:1]
+
+
+def twice(value: Any) -> Any:
+    """A condition for two rows."""
+    return [torch.cat([part] * 2) for part in value] if isinstance(value, list) else torch.cat([value] * 2)
 
 
 class Doubled:

@@ -274,7 +274,7 @@ def earlier_override(kind, model):
 
 @case("sd15")
 def controlnet(kind, model):
-    """A ControlNet sees the positive alone."""
+    """A ControlNet sees the positive alone; the negative's own is not used."""
     positive, negative, _ = texts(kind)
     layout = {**KINDS[kind][1], "num_heads": 8, "hint_channels": 3}
     network = comfy.cldm.cldm.ControlNet(**layout, dtype=torch.float32, operations=comfy.ops.manual_cast)
@@ -284,7 +284,8 @@ def controlnet(kind, model):
     controlled = node_helpers.conditioning_set_values(positive, {"control": net})
     with hooked(model, negative[0][0], FORMS["nasa"]):
         expected = x0_of(model, controlled)
-    clone = by("nasa", model, negative)
+    clone, idle = by("nasa", model, negative), node_helpers.conditioning_set_values(negative, {"control": net})
+    assert torch.equal(x0_of(by("nasa", model, idle), controlled), x0_of(clone, controlled))
     return apart(x0_of(clone, controlled), expected), apart(x0_of(clone, positive), expected) > 0.01
 
 

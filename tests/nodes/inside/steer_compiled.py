@@ -49,6 +49,7 @@ def measured(kind, guarded, forms):
 with torch.inference_mode():
     told["sd15"] = measured("sd15", False, ("nasa", "vsf"))
     told["flux"] = measured("flux", False, ("nag",))
+    told["wan"] = measured("wan", False, ("nasa",))
     told["sd3"] = measured("sd3", False, ("nag",))
     told["sd3 guarded"] = measured("sd3", True, ("nag",))
 print(json.dumps(told))

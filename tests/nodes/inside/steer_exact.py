@@ -43,6 +43,8 @@ with torch.inference_mode():
     video = tiny("wan-i2v")
     found["wan-i2v"] = every_form(video, "wan-i2v", clip_vision_output=clip)
     found["wan-i2v without pictures"] = every_form(video, "wan-i2v")
+    reference = {"reference_latents": [torch.randn(1, 16, 6, 4)]}
+    found["flux with a reference picture"] = every_form(tiny("flux"), "flux", **reference)
     for kind in ("sd15", "sd3", "flux", "wan"):
         model = tiny(kind)
         for name, lengths in LENGTHS.items():
