@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib
 import os
 import re
 import shutil
@@ -207,3 +208,11 @@ def test_an_editable_install_is_the_same_copy(pack, tmp_path):
     )
     assert found == f"True {pack / 'core' / 'errors.py'}"
     assert any(entry.stem == "onestep" for entry in scripts.iterdir()), "the command `onestep` is installed"
+
+
+def test_a_submodule_does_not_hide_the_function_of_its_name():
+    pipelines = importlib.import_module("onestep.pipelines")
+    for name in ("adapt", "distill", "load"):
+        module = importlib.import_module(f"onestep.pipelines.{name}")
+        setattr(pipelines, name, module)  # what the import system does the first time
+        assert getattr(pipelines, name) is getattr(module, name)
