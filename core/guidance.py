@@ -17,8 +17,15 @@ from torch import Tensor
 from ..kernels import Partial, attention, merge, partial_attention
 from .errors import OneStepError
 
-MODES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.0}
-"""Each mode and a scale that is safe to begin with."""
+MODES = ("nasa", "nag", "vsf")
+SAFE = {
+    "unet": {"nasa": 0.25, "nag": 5.0, "vsf": 1.0},
+    "sd3": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5},
+    "flux": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5},
+    "wan": {"nasa": 0.25, "nag": 5.0, "vsf": 1.7},
+}
+"""By family and mode, a scale that is safe to begin with: NAG's and VSF's are their authors' own (VSF has no U-Net of
+theirs: it takes the tokens' share of attention), NASA's lies inside what its authors call safe for one step."""
 NEUTRAL = {"nasa": 0.0, "nag": 1.0}
 """The scale at which a mode changes nothing, and below which it would steer towards the negative. VSF has none: at 0
 the negative still takes its share of attention."""
@@ -57,20 +64,20 @@ class Streams(NamedTuple):
 class Steering:
     """How a negative text pushes away.
 
-    mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `MODES`
-    has every mode's. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order. offset: what VSF takes
-    from the negative's scores. OneStepError for a value out of range.
+    mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `SAFE`
+    has every mode's in every family. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order.
+    offset: what VSF takes from the negative's scores. OneStepError for a value out of range.
     """
 
     mode: str = "nasa"
-    scale: float = MODES["nasa"]
+    scale: float = SAFE["unet"]["nasa"]
     tau: float = 2.5
     alpha: float = 0.25
     order: float = 1
     offset: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.mode not in tuple(MODES):
+        if self.mode not in MODES:
             raise OneStepError(f"no steering mode {self.mode!r:.40}: choose one of {', '.join(MODES)}")
         for name, low, high, wanted in LIMITS:
             value = getattr(self, name)

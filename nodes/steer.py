@@ -8,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..core.errors import OneStepError
-from ..core.guidance import MODES, Steering
+from ..core.guidance import MODES, SAFE, Steering
 from .steer_networks import network_of, served
 from .steer_run import KEY, NegativeSteering
 
@@ -16,7 +16,10 @@ MODES_TOLD = (
     "NASA subtracts what the picture finds in the negative. NAG pushes away from it and limits the change. VSF lets it "
     "answer with its sign flipped."
 )
-SCALES = ", ".join(f"{mode.upper()} {scale:g}" for mode, scale in MODES.items())
+SCALES = "; ".join(
+    f"{mode.upper()} {' or '.join(f'{scale:g}' for scale in sorted({scales[mode] for scales in SAFE.values()}))}"
+    for mode in MODES
+)
 
 
 def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0) -> Any:
@@ -43,7 +46,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1 or Wan 2.1/2.2."),
                 io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
-                number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the mode's own default ({SCALES})."),
+                number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = safe for the model ({SCALES})."),
                 number("tau", 2.5, 100.0, 0.1, "NAG alone: a token may grow to tau times its length.", low=1.0),
                 number("alpha", 0.25, 1.0, 0.05, "NAG alone: how much of the pushed attention is taken. 0 = off."),
                 number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
@@ -65,7 +68,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
         end_percent: float,
     ) -> io.NodeOutput:
         name = mode.lower()
-        steering = Steering(name, scale if scale != 0 else MODES[name], tau, alpha)
+        steering = Steering(name, scale if scale != 0 else SAFE[served(model).family][name], tau, alpha)
         if not 0 <= start_percent < end_percent <= 1:
             raise OneStepError(
                 f"steering from {start_percent:g} to {end_percent:g} of the schedule is no range: start_percent must "

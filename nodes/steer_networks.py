@@ -63,10 +63,12 @@ class Call:
 class Served:
     """A class of networks that can be steered.
 
-    width: of its text. steer: puts a call's patches into ``options``, returns the context to run with. variant: why a
-    network of this class is not served after all, or None. keywords: whether its forward hands on those it ignores.
+    family: in `core.guidance.SAFE`. width: of its text. steer: puts a call's patches into ``options``, returns the
+    context to run with. variant: why a network of this class is not served after all, or None. keywords: whether its
+    forward hands on those it ignores.
     """
 
+    family: str
     width: Callable[[Any], int]
     steer: Callable[[Call, dict[str, Any]], Tensor]
     variant: Callable[[Any], str | None] = lambda network: None
@@ -176,10 +178,10 @@ def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tenso
 
 
 SERVED: dict[type, Served] = {
-    UNetModel: Served(unet_width, steer_unet, why_not_unet),
+    UNetModel: Served("unet", unet_width, steer_unet, why_not_unet),
     OpenAISignatureMMDITWrapper: Served(
-        lambda network: int(network.context_embedder.in_features), steer_sd3, why_not_sd3, keywords=False
+        "sd3", lambda network: int(network.context_embedder.in_features), steer_sd3, why_not_sd3, keywords=False
     ),
-    Flux: Served(lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux),
-    WanModel: Served(lambda network: int(network.text_dim), steer_wan),
+    Flux: Served("flux", lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux),
+    WanModel: Served("wan", lambda network: int(network.text_dim), steer_wan),
 }

@@ -117,8 +117,8 @@ class OneStepPipeline(DiffusionPipeline):
         recipe: a Recipe or a preset's name, for this call. negative_prompt: for all pictures, or one for each prompt;
         it acts where the recipe's guidance is not 1, and by ``steering``.
         steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag" or "vsf" at a
-        scale (None is the mode's default), or a `Steering`. None steers nothing. Where the recipe's guidance is not 1
-        both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+        scale (None is a safe one for the family), or a `Steering`. None steers nothing. Where the recipe's guidance is
+        not 1 both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
         control_image: what `load_control`'s adapter draws by (edges, say), a PIL image or a tensor, for all pictures or
         one for each prompt, resized where it has another size. control_strength: 0 is none, 1 what was trained.
         height, width: in pixels; by default what the recipe was trained at, else the model's own size.

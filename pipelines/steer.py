@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor, nn
 
 from ..core.errors import OneStepError
-from ..core.guidance import MODES, Steering
+from ..core.guidance import SAFE, Steering
 from ..core.schedule import NoiseSchedule, VPSchedule
 from .adapt import network_of
 from .networks import schedule_of
@@ -40,7 +40,8 @@ def steered(
     pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux, ControlNet's and the like too.
     negative: [1 or P, L, C], a text as `encode_prompt` returns it (its first result; not the pooled one), for all
     pictures or for each of P prompts in order. L may differ from the prompt's.
-    steering, scale: "nasa", "nag" or "vsf" at a scale (None is the mode's default), or a `Steering`.
+    steering, scale: "nasa", "nag" or "vsf" at a scale (None is one that is safe for the family), or a
+    `Steering`.
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
     that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well.
@@ -58,9 +59,10 @@ def steered(
     Raises OneStepError for a network, an attention processor (an IP-Adapter of SD3 or Flux), a negative or a value that
     is not served; from the forward also for a batch that does not fit and under gradient checkpointing.
     """
-    chosen, network = steering_of(steering, scale), network_of(pipe)
+    network = network_of(pipe)
     plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
     family = _family(plain)
+    chosen = steering_of(steering, scale, family)
     attentions = _attentions(plain, family)
     _check_negative(negative, _width(plain, attentions), rows)
     latest, earliest = _times(pipe.scheduler, start, end)
@@ -76,12 +78,12 @@ def steered(
         yield
 
 
-def steering_of(steering: str | Steering, scale: float | None = None) -> Steering:
-    """A mode's name or a Steering, at ``scale``; None is the mode's default, or the Steering's own."""
+def steering_of(steering: str | Steering, scale: float | None, family: str) -> Steering:
+    """A mode's name or a Steering, at ``scale``; None is what is safe for the family, or the Steering's own."""
     if isinstance(steering, Steering):
         return steering if scale is None else replace(steering, scale=scale)
     mode = str(steering)
-    return Steering(mode, MODES.get(mode, 0.0) if scale is None else scale)
+    return Steering(mode, SAFE[family].get(mode, 0.0) if scale is None else scale)
 
 
 @dataclass

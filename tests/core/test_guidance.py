@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onestep.core import guidance
 from onestep.core.errors import OneStepError
-from onestep.core.guidance import LIMITS, MODES, NEUTRAL, Steering, Streams, nag, nasa
+from onestep.core.guidance import LIMITS, MODES, NEUTRAL, SAFE, Steering, Streams, nag, nasa
 from onestep.kernels import partial
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -322,11 +322,17 @@ def test_bad_values_are_refused_with_a_word(values: dict[str, Any], words: str) 
 
 
 def test_the_ends_of_the_ranges_are_taken() -> None:
-    for mode, scale in MODES.items():
-        assert Steering(mode, scale).scale == scale and Steering(mode, NEUTRAL.get(mode, 0)).mode == mode
+    for mode in MODES:
+        assert Steering(mode, NEUTRAL.get(mode, 0)).mode == mode
     for name, low, high, _ in LIMITS:
         for value in (low, high):
             assert getattr(Steering(**{name: value}), name) == value
+
+
+def test_every_family_has_a_scale_that_acts_for_every_mode() -> None:
+    for scales in SAFE.values():
+        assert tuple(scales) == MODES
+        assert all(not Steering(mode, scale).neutral for mode, scale in scales.items())
 
 
 # -- wrong equations --------------------------------------------------------------------------------------------------

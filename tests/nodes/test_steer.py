@@ -21,8 +21,12 @@ def told(run_inside: Callable[..., str]) -> Any:
 @pytest.mark.parametrize("kind", EACH)
 @pytest.mark.parametrize("name", ["neutral", "defaults", "no_leak", "training"])
 def test_facts(told: Any, name: str, kind: str) -> None:
-    """Neutral is bit for bit none; scale 0 is the default; clones and the original stay apart; idle in training."""
+    """Neutral is bit for bit none; scale 0 is the safe one; clones and the original stay apart; idle in training."""
     assert told[f"{name} {kind}"] is True
+
+
+def test_a_video_networks_default_is_its_own(told: Any) -> None:
+    assert told["defaults wan"] is True
 
 
 @pytest.mark.parametrize("kind", EACH)

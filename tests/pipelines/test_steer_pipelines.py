@@ -68,9 +68,23 @@ def test_scale_and_mode_reach_the_network(steering: Any) -> None:
     more = {"recipe": "sd-turbo-1", "seed": 1, "negative_prompt": "red", **CALL}
     usual, strong = (ours("a cat", steering=steering, scale=scale, **more).images for scale in (None, 9.0))
     assert error(strong, usual) > 1e-2
-    if isinstance(steering, str):
-        default = {"nasa": 0.3, "nag": 5.0, "vsf": 1.0}[steering]
-        assert torch.equal(ours("a cat", steering=Steering(steering, default), **more).images, usual)
+
+
+SAFE_SCALES = {
+    **{("sd", "nasa"): 0.25, ("sd", "nag"): 5.0, ("sd", "vsf"): 1.0},
+    **{("sd3", "nasa"): 0.25, ("sd3", "vsf"): 3.5, ("flux", "nag"): 5.0, ("flux", "vsf"): 3.5},
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), SAFE_SCALES)
+def test_no_scale_is_what_is_safe_for_the_family(name: str, mode: str) -> None:
+    ours = OneStepPipeline.from_pipe(make(name))
+    told = {"recipe": recipe_for(name), "seed": 1, "negative_prompt": "red", "steering": mode, **CALL}
+    usual, safe, other = (
+        ours("a cat", scale=scale, **told).images
+        for scale in (None, SAFE_SCALES[name, mode], 1.5 * SAFE_SCALES[name, mode])
+    )
+    assert torch.equal(usual, safe) and not torch.equal(usual, other)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

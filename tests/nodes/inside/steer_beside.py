@@ -22,7 +22,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_steering import FORMS, KINDS, condition, doubled, fill, hooked, look, noise_of, shape_of, tiny, x0_of
 
 import nodes as core
-from onestep.core.guidance import MODES, Steering
+from onestep.core.guidance import SAFE, Steering
 from onestep.nodes.steer import NegativeSteeringNode, steered_model
 
 JOINT = ("sd3", "flux")
@@ -65,12 +65,12 @@ def neutral(kind, model):
     return all(torch.equal(x0_of(one, positive), plain) and not any(one.wrappers.values()) for one in off)
 
 
-@case("sd15", *JOINT)
+@case("sd15", *JOINT, "wan")
 def defaults(kind, model):
-    """Scale 0 is the mode's own default."""
+    """Scale 0 is what is safe for the model's family."""
     positive, negative, _ = texts(kind)
     found = []
-    for mode, scale in MODES.items():
+    for mode, scale in SAFE[{"sd15": "unet"}.get(kind, kind)].items():
         node = NegativeSteeringNode.execute(model, negative, mode.upper(), 0.0, 2.5, 0.25, 0.0, 1.0).args[0]
         ours = x0_of(steered_model(model, negative, Steering(mode, scale)), positive)
         found.append(torch.equal(x0_of(node, positive), ours) and apart(ours, x0_of(model, positive)) > 0.01)
