@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
+import comfy.ldm.common_dit
 import comfy.model_management as management
 import comfy.model_patcher
 import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.adapter_file import load_adapter
-from ..core.control import ControlAdapter, check_fit, fitted
+from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
@@ -25,6 +27,9 @@ from ..core.families import bind_comfy, detect
 MASK = "mask"
 RESULTS = "onestep"
 """The folder in models/loras that results of `Distil` lie in."""
+PATCH = 2
+"""Latents along a side of one token of SD3 and Flux."""
+FIRST_BLOCK = ("double_block", 0)
 
 
 class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
@@ -65,12 +70,7 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
         if path is None:
             raise OneStepError(f"no control adapter {control_name[:100]!r} here: put it into models/controlnet")
         adapter = load_adapter(path, {"control": ControlAdapter.from_config})
-        if adapter.family != "unet":
-            raise OneStepError(
-                f"{path.name[:80]} was made for {adapter.family!r} models: in ComfyUI controls are served for U-Nets "
-                "(SD1.5, SD2, SDXL) only"
-            )
-        return io.NodeOutput(ControlAdapterNet(adapter.side.requires_grad_(False).eval()))
+        return io.NodeOutput(ControlAdapterNet(adapter.side.requires_grad_(False).eval(), adapter.family))
 
 
 def names() -> list[str]:
@@ -85,14 +85,16 @@ def path_of(name: str) -> Path | None:
 
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
-    """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block."""
+    """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
+    first block of SD3 and Flux takes besides its picture."""
 
-    def __init__(self, adapter: ControlAdapter, patcher: Any = None) -> None:
+    def __init__(self, adapter: ControlAdapter, family: str, patcher: Any = None) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.family = adapter, family
         self.patcher = patcher or comfy.model_patcher.ModelPatcher(
             adapter, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
         )
+        self.patch = 1 if family == "unet" else PATCH
         self.compression_ratio = adapter.config.cell
         self.concat_mask = adapter.config.control == MASK
         self.cond_hint: Tensor | None = None
@@ -103,26 +105,48 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Find the adapter's places in the model about to be sampled. Raises OneStepError for another base."""
         super().pre_run(model, percent_to_timestep_function)
-        network = model.diffusion_model
-        if detect(network) != "unet":
-            raise OneStepError("this control adapter is a U-Net's: use it with the base that it was made for")
-        targets = {t.name: t for t in bind_comfy("unet", network, model.model_config.unet_config)}
+        network, family = model.diffusion_model, detect(model.diffusion_model)
+        if family != self.family:
+            raise OneStepError(
+                f"this control adapter was made for {self.family[:40]!r} models, this one is {family!r}: use it with "
+                "the base that it was made for"
+            )
+        targets = {t.name: t for t in bind_comfy(family, network, model.model_config.unet_config)}
         check_fit(self.adapter, targets)
-        paths = {module: path for path, module in network.named_modules()}
-        found = [re.match(r"input_blocks\.(\d+)\.", paths[targets[p.name].module]) for p in self.adapter.config.places]
-        self.blocks = [int(match[1]) if match else None for match in found]
-        self.inputs, self.sampling = len(network.input_blocks), model.model_sampling
+        self.sampling = model.model_sampling
+        if family == "unet":
+            paths = {module: path for path, module in network.named_modules()}
+            places = [paths[targets[place.name].module] for place in self.adapter.config.places]
+            found = [re.match(r"input_blocks\.(\d+)\.", path) for path in places]
+            self.blocks = [int(match[1]) if match else None for match in found]
+            self.inputs = len(network.input_blocks)
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any) -> Any:
-        """{"input": behind each input block, last first; "middle"; "output"}, the other controls' added."""
+        """What the network adds, and what the controls before this one add."""
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return previous
-        hint = comfy.controlnet.broadcast_image_to(self._hint(x_noisy), len(x_noisy), batched_number)
-        seen = self.sampling.calculate_input(t, x_noisy) if self.adapter.config.latents else None
-        features = self.adapter(hint, seen)
+        features = self._features(x_noisy, t, batched_number)
+        if self.family == "unet":
+            return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
+        # the options are this call's own; core's lists begin behind the first block, which is too late
+        replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
+        replaced[FIRST_BLOCK] = entering(self.strength * tokens(features[0]), replaced.get(FIRST_BLOCK))
+        return previous
+
+    def _features(self, x: Tensor, t: Tensor, batched_number: int) -> list[Tensor]:
+        """The adapter's, for latents ``x`` at the levels ``t``, in the order of its places."""
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch, self.patch))
+        hint = comfy.controlnet.broadcast_image_to(self._hint(x), len(x), batched_number).expand(len(x), -1, -1, -1)
+        if not self.adapter.config.latents:
+            return self.adapter(hint)
+        grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        return self.adapter(hint, cells_of(self.sampling.calculate_input(t, x), grid))
+
+    def _residuals(self, features: list[Tensor]) -> dict[str, list[Any]]:
+        """{"input": behind each input block, last first; "middle"; "output"}, as a U-Net takes them."""
         inputs: list[Tensor | None] = [None] * self.inputs
         middle = []
         for block, feature in zip(self.blocks, features, strict=True):
@@ -130,14 +154,13 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
                 middle.append(feature)
             else:
                 inputs[block] = feature
-        # a U-Net takes from the end
-        return self.control_merge({"input": inputs[::-1], "middle": middle, "output": []}, previous, x_noisy.dtype)
+        return {"input": inputs[::-1], "middle": middle, "output": []}
 
     def _hint(self, x: Tensor) -> Tensor:
         """The control picture [b, C, H, W] for latents ``x``, kept for the next call."""
-        if self.cond_hint is None:
-            size = x.shape[-1] * self.compression_ratio, x.shape[-2] * self.compression_ratio
-            self.cond_hint = _sized(self._picture(), size).to(x.device, torch.float32)
+        height, width = (side // self.patch * self.compression_ratio for side in x.shape[-2:])
+        if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width):
+            self.cond_hint = _sized(self._picture(), (width, height)).to(x.device, torch.float32)
         return self.cond_hint
 
     def _picture(self) -> Tensor:
@@ -156,14 +179,14 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         return picture[:, :channels]
 
     def copy(self) -> ControlAdapterNet:
-        found = ControlAdapterNet(self.adapter, self.patcher)
+        found = ControlAdapterNet(self.adapter, self.family, self.patcher)
         self.copy_to(found)
         return found
 
     def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> ControlAdapterNet:
         adapter = copy.deepcopy(self.adapter)
         patcher = comfy.model_patcher.ModelPatcher(adapter, load_device, management.unet_offload_device())
-        found = ControlAdapterNet(adapter, patcher)
+        found = ControlAdapterNet(adapter, self.family, patcher)
         self.copy_to(found)
         if autoregister:
             self.multigpu_clones[load_device] = found
@@ -175,6 +198,22 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     def cleanup(self) -> None:
         self.sampling = None
         super().cleanup()
+
+
+def entering(added: Tensor, before: Any) -> Any:
+    """A replacement of SD3's or Flux's first block that gets ``added`` [B, N, C] besides the picture's first N tokens.
+
+    before: the replacement that was there, which goes on with the block, or None.
+    """
+
+    def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        picture = args["img"]
+        # what follows in Flux are the tokens of reference pictures
+        filled = pad(added.to(picture), (0, 0, 0, picture.shape[1] - added.shape[1]))
+        args = {**args, "img": picture + filled}
+        return extra["original_block"](args) if before is None else before(args, extra)
+
+    return replace
 
 
 def _sized(picture: Tensor, size: tuple[int, int]) -> Tensor:

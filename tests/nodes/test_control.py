@@ -19,6 +19,34 @@ def told(random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path_
     return json.loads(said.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
+@pytest.fixture(scope="module")
+def joint(run_inside: Callable[..., str], tmp_path_factory: Any) -> dict[str, Any]:
+    said = run_inside("control_joint", tmp_path_factory.mktemp("controlnet"))
+    return json.loads(said.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_joint_models_take_it_before_their_first_block(joint: dict[str, Any], kind: str) -> None:
+    """Against the same adapter on the layer that embeds the picture, which is where it was trained; with CFG too."""
+    found = joint[kind]
+    assert max(found["side"], found["side, CFG"], found["two"]) < 1e-5 and found["effect"] > 0.02, found
+    assert found["new"] and found["after"] and found["early"] == 0 and found["late"] > 0.02
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_joint_models_keep_what_else_replaces_their_first_block(joint: dict[str, Any], kind: str) -> None:
+    assert joint[kind]["replaced"] < 1e-5 and joint[kind]["replacement"] > 0.02
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_odd_latents_are_filled_up_as_the_network_fills_them(joint: dict[str, Any], kind: str) -> None:
+    assert joint[kind]["odd"] < 1e-5
+
+
+def test_reference_pictures_stay_uncontrolled(joint: dict[str, Any]) -> None:
+    assert joint["reference"] < 1e-5
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_as_a_control_net_it_is_what_it_is_as_a_side(told: dict[str, Any], steps: int) -> None:
     """One step without guidance, two with: the residual lists say the same as hooks on the layers, in float32."""
@@ -44,7 +72,8 @@ def test_an_image_of_another_size_is_resized_with_a_word(told: dict[str, Any]) -
 
 
 def test_what_is_refused(told: dict[str, Any]) -> None:
-    assert "a U-Net's" in told["flow"] and "U-Nets (SD1.5, SD2, SDXL) only" in told["sd3"]
+    assert "made for 'unet' models, this one is 'sd3'" in told["flow"]
+    assert "64 channels to conv_in, this model lacks it" in told["sd3"]
     assert "models/controlnet" in told["missing"]
     assert "adds 7 channels to conv_in, this model has 64 channels" in told["wide"]
     assert set(told["names"]) >= {"new.safetensors", "stirred.safetensors"}

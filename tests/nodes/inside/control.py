@@ -104,7 +104,7 @@ with torch.inference_mode():
     conds = [flow_clip.encode_from_tokens_scheduled(flow_clip.tokenize(text)) for text in ("a red dragon", "")]
     told["flow"] = refused(lambda: draw(flow, *controlled("stirred.safetensors", over=conds), 1, 1.0))
     save_adapter(WORK / "sd3.safetensors", side, "sd3")
-    told["sd3"] = refused(lambda: LoadControlAdapter.execute("sd3.safetensors"))
+    told["sd3"] = refused(lambda: draw(flow, *controlled("sd3.safetensors", over=conds), 1, 1.0))
     told["missing"] = refused(lambda: LoadControlAdapter.execute("none.safetensors"))
     wide = new_adapter("unet", targets, ("canny", 1), (32, 32), (4, 8, 8), width=16)
     config = {**wide.config.__dict__, "places": [{**p.__dict__, "channels": 7} for p in wide.config.places]}
