@@ -155,6 +155,11 @@ def with_mask(pictures: Tensor, masks: Tensor) -> Tensor:
     return torch.cat([masks, pictures * (1 - masks)], 1)
 
 
+def visible(control: Tensor) -> Tensor:
+    """Control pictures [B, C, H, W] as pictures to look at, [B, 3, H, W]: of a mask and a picture, the picture."""
+    return control[:, -3:] if control.shape[1] >= 3 else control[:, :1].expand(-1, 3, -1, -1)
+
+
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 CONTROLS: dict[str, Control] = {

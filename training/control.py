@@ -5,17 +5,22 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..core.control import ControlAdapter, new_adapter, places_of
 from ..core.controls import control_of
 from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.tensor_file import read_header
+from .batch import Batch
 from .host import Host
 from .inputs import recipe_of
 from .objectives.nct import NoiseConsistency, controlled
 from .prompts import Prompts
 from .settings import Settings
 from .triples import TriplePool
+from .watch import Kept
 
 
 def check_control(host: Host, settings: Settings) -> None:
@@ -59,6 +64,16 @@ def one_step(recipe: Recipe, what: str) -> Recipe:
             "nct needs a generator of one step, without guidance and at scale 1"
         )
     return recipe
+
+
+@torch.no_grad()
+def asked(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Kept:
+    """What the watch holds a controlled student against: the generator's pictures from other noises than the student's,
+    with their controls, and what it draws from the student's own ``noise`` without a control."""
+    generate = partial(controlled, host.denoiser, generator_recipe(host, settings), batch)
+    x = generate(batch.normal("watch control"))
+    control = control_of(settings.control)(host.decode(x).cpu(), batch.samples)
+    return {"x": x, "control": control, "plain": generate(noise)}
 
 
 def nct(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> NoiseConsistency:

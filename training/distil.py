@@ -89,7 +89,8 @@ class _Session:
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
             self.trainer.notes += self.notes
-            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder)
+            reference = METHODS[self.settings.method].reference
+            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, reference)
             if goes_on:
                 self._restore()
             else:

@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ..core.controls import visible
 from ..core.recipe import Recipe
 from ..core.tensor_file import read_tensors, write_tensors
 from .host import Host
@@ -15,18 +17,22 @@ from .prompts import Prompts
 from .settings import Settings
 from .student import STUDENT
 from .trainer import EMA, Numbers
-from .watch import EACH, Watch
+from .watch import EACH, Reference, Watch, taught
 
 
 class Looks:
     """The student beside the teacher, on the same prompts and noise, as often as the settings ask.
 
-    shown: the role that is looked at. watch: None where the settings ask for nothing. best: the least distance to the
+    reference: what the student is compared with. shown: the role that is looked at.
+    watch: None where the settings ask for nothing. best: the least distance to the
     teacher so far, and the updates after which it was found; 0 updates are the untrained student.
     """
 
-    def __init__(self, host: Host, settings: Settings, recipe: Recipe, folder: Path) -> None:
+    def __init__(
+        self, host: Host, settings: Settings, recipe: Recipe, folder: Path, reference: Reference = taught
+    ) -> None:
         self.host, self.settings, self.recipe, self.folder = host, settings, recipe, folder
+        self.reference = reference
         self.shown = EMA if settings.ema else STUDENT
         self.watch: Watch | None = None
         self.best: dict[str, float] | None = None
@@ -35,11 +41,11 @@ class Looks:
         """Have the teacher's pictures: made once in a run, and kept."""
         if not (self.settings.watch_every or self.settings.preview_every):
             return
-        kept = self.folder / "reference.safetensors"
-        teacher = read_tensors(kept)["x"] if kept.is_file() else None
-        self.watch = Watch.prepare(self.host, self.settings, prompts, teacher)
-        if teacher is None:
-            write_tensors(kept, {"x": self.watch.teacher})
+        path = self.folder / "reference.safetensors"
+        kept = read_tensors(path) if path.is_file() else None
+        self.watch = Watch.prepare(self.host, self.settings, prompts, kept, self.reference)
+        if kept is None:
+            write_tensors(path, self.watch.kept)
 
     def __call__(self, update: int, last: bool) -> tuple[Numbers, Path | None]:
         """Measures and preview after ``update`` updates, where they are due: before the first and after the last too.
@@ -80,8 +86,14 @@ class Looks:
         rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
         student = watch.student(self.host, self.recipe, self.shown)
         path = self._path(update)
-        write_grid(path, [self.host.decode(watch.teacher[rows]), self.host.decode(student[rows])])
+        write_grid(path, [*self._beside(watch, rows), self.host.decode(student[rows])])
         return path
+
+    def _beside(self, watch: Watch, rows: Tensor) -> list[Tensor]:
+        """What is shown above the student: the teacher; or its controls, and what it draws without them."""
+        if watch.control is None:
+            return [self.host.decode(watch.teacher[rows])]
+        return [visible(watch.kept["control"][rows]), self.host.decode(watch.kept["plain"][rows])]
 
     def _path(self, update: int) -> Path:
         return self.folder / "previews" / f"{update:06d}.png"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from ..core.roles import State
-from .control import check_control, control_adapter, generator_recipe, nct
+from .control import asked, check_control, control_adapter, generator_recipe, nct
 from .direct import Direct
 from .host import Host
 from .inputs import recipe_of
@@ -20,6 +20,7 @@ from .objectives.vsd import vsd
 from .prompts import Prompts
 from .settings import Settings
 from .student import STUDENT
+from .watch import Reference, taught
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Method:
     included.
 
     direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
-    place of the student's factors. recipe: how the student draws. check: raises OneStepError for settings that it
-    cannot do with this host.
+    place of the student's factors. recipe: how the student draws. reference: what the watch
+    compares it with. check: raises OneStepError for settings that it cannot do with this host.
     """
 
     make: Callable[[Settings], DistributionMatching | None]
@@ -39,6 +40,7 @@ class Method:
     direct: Callable[[Host, Settings, Prompts, Path], Direct] | None = None
     side: Callable[[Host, Settings], Any] | None = None
     recipe: Callable[[Host, Settings], Recipe] = recipe_of
+    reference: Reference = taught
     check: Callable[[Host, Settings], None] = lambda host, settings: None
 
     def __call__(self, settings: Settings) -> DistributionMatching | None:
@@ -87,6 +89,7 @@ METHODS: dict[str, Method] = {
         direct=nct,
         side=control_adapter,
         recipe=generator_recipe,
+        reference=asked,
         check=check_control,
     ),
 }

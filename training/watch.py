@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from ..core import randomness
+from ..core.controls import Control, control_of
 from ..core.recipe import Recipe
 from ..core.sampling import sample
 from .batch import Batch
@@ -19,6 +21,11 @@ from .prompts import Prompts
 from .settings import Settings
 
 Numbers = dict[str, float]
+Kept = dict[str, Tensor]
+"""x: the pictures that a student is compared with. Where it draws by a control, control: theirs, which it is told, and
+plain: what it draws from the watch's noise without."""
+Reference = Callable[[Host, Settings, Batch, Tensor], Kept]
+"""(host, settings, a slice's prompts, the noise that the student draws from) -> what is kept of the slice."""
 EACH = 4
 """Pictures of one prompt: variety is measured among them."""
 MICRO = 16
@@ -34,6 +41,11 @@ def score_metrics(scores: Scores) -> Numbers:
     return numbers | {"gap": float(delta.norm() / pull.norm().clamp_min(1e-12)), "cos": float(cosine)}
 
 
+def taught(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Kept:
+    """The teacher's latents from the same noise."""
+    return {"x": teach(host, settings, batch, noise)}
+
+
 @dataclass
 class Watch:
     """Student against teacher on fixed prompts and fixed noise, in latents.
@@ -42,51 +54,79 @@ class Watch:
     content: rms of each prompt's mean picture against the teacher's, over the teacher's rms.
     variety: mean distance between pictures of one prompt, as a share of the teacher's.
     spread: standard deviation of all latents, as a share of the teacher's; above 1 is burnt, below 1 is dull.
+
+    A student that draws by a control has, for teacher, the pictures that its controls are of; its distance is that of
+    the controls, as a share of an uncontrolled picture's, and what is distance above is called detail.
     """
 
     batch: Batch
     noise: Tensor
-    teacher: Tensor
+    kept: Kept
+    control: Control | None = None
 
     @classmethod
-    def prepare(cls, host: Host, settings: Settings, prompts: Prompts, teacher: Tensor | None = None) -> Watch:
-        """The fixed prompts and noise, with the teacher's latents on them (computed here, unless a run kept them)."""
+    def prepare(
+        cls, host: Host, settings: Settings, prompts: Prompts, kept: Kept | None = None, make: Reference = taught
+    ) -> Watch:
+        """The fixed prompts and noise, with what the student is compared with: by default the teacher's latents on
+        them. Computed here, unless a run kept it."""
         each = min(EACH, settings.watch_samples)
         count = settings.watch_samples // each
         rows = torch.linspace(0, len(prompts) - 1, count).round().long().repeat_interleave(each)
         batch = prompts.of(prompts.sizes[0], rows, -1, range(len(rows)))
         noise = randomness.normal(batch.shape, settings.seed, "watch", 0, range(len(rows)))
-        if teacher is None:
-            teacher = in_slices(host, batch, noise, lambda part, z: teach(host, settings, part, z))
-        return cls(batch, noise, teacher)
+        if kept is None:
+            kept = in_slices(host, batch, noise, lambda part, z: make(host, settings, part, z))
+        return cls(batch, noise, kept, control_of(settings.control) if "control" in kept else None)
+
+    @property
+    def teacher(self) -> Tensor:
+        """The latents that the student is compared with, [N, C, h, w] on the CPU."""
+        return self.kept["x"]
 
     def __call__(self, host: Host, recipe: Recipe, role: str) -> Numbers:
         """The measures of ``role`` at ``recipe``."""
-        return compare(self.student(host, recipe, role), self.teacher, min(EACH, len(self.noise)))
+        found = self.student(host, recipe, role)
+        numbers = compare(found, self.teacher, min(EACH, len(self.noise)))
+        if self.control is None:
+            return numbers
+        missed, plain = (self._missed(self.control, host, x) for x in (found, self.kept["plain"]))
+        return numbers | {"detail": numbers["distance"], "distance": missed / max(plain, 1e-12)}
+
+    def _missed(self, control: Control, host: Host, x: Tensor) -> float:
+        """rms of the controls of one picture of each prompt to those asked for."""
+        rows = range(0, len(x), min(EACH, len(x)))
+        found = control(host.decode(x[rows]), rows)
+        return float((found - self.kept["control"][rows]).square().mean().sqrt())
 
     def student(self, host: Host, recipe: Recipe, role: str) -> Tensor:
-        """``role``'s latents on the watch's prompts and noise, [N, C, h, w] on the CPU."""
-        return in_slices(host, self.batch, self.noise, lambda part, z: draw(host, recipe, role, part, z))
+        """``role``'s latents on the watch's prompts, noise and controls, [N, C, h, w] on the CPU."""
+
+        def drawn(part: Batch, z: Tensor) -> Kept:
+            told = {name: self.kept[name][list(part.samples)].to(z) for name in ("control",) if name in self.kept}
+            return {"x": draw(host, recipe, role, part, z, told)}
+
+        return in_slices(host, self.batch, self.noise, drawn)["x"]
 
 
 @torch.no_grad()
-def draw(host: Host, recipe: Recipe, role: str, batch: Batch, noise: Tensor) -> Tensor:
-    """``role``'s x0 by ``recipe`` from ``noise``."""
-    with host.denoiser.roles.use(role):
+def draw(host: Host, recipe: Recipe, role: str, batch: Batch, noise: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    """``role``'s x0 by ``recipe`` from ``noise``. told: what its side is told."""
+    with host.denoiser.roles.use(role, **told):
         return sample(
             host.denoiser, recipe, batch.cond, noise, lambda step: batch.normal(f"watch renoise {step}"), batch.nulls()
         )
 
 
-def in_slices(host: Host, batch: Batch, noise: Tensor, make: object) -> Tensor:
+def in_slices(host: Host, batch: Batch, noise: Tensor, make: Callable[[Batch, Tensor], Kept]) -> Kept:
     """``make(batch, noise)`` in slices of at most 16 samples, joined on the CPU."""
     parts = []
     for rows in torch.arange(len(noise)).split(MICRO):
         host.poll()
         at = rows.to(batch.device)
         part = Batch(batch.cond[at], batch.null, batch.seed, batch.step, rows.tolist(), batch.shape, batch.device)
-        parts.append(make(part, noise[rows].to(batch.device)).cpu())  # type: ignore[operator]
-    return torch.cat(parts)
+        parts.append(make(part, noise[rows].to(batch.device)))
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
 def compare(student: Tensor, teacher: Tensor, each: int) -> Numbers:

@@ -76,7 +76,7 @@ def test_the_watch_looks_at_the_same_pictures_always(tmp_path: Path) -> None:
         recipe = recipe_of(host, settings)
         first = watch(host, recipe, "student")
         assert watch(host, recipe, "student") == first
-        again = Watch.prepare(host, settings, prompts, watch.teacher)
+        again = Watch.prepare(host, settings, prompts, watch.kept)
         assert again(host, recipe, "student") == first
         for _, b in roles.state("student").values():
             b.normal_()
