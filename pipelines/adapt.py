@@ -19,7 +19,7 @@ from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
-from .networks import NETWORKS, blocks_of, prediction_of, refuse_variant, schedule_of
+from .networks import NETWORKS, blocks_of, port_of, prediction_of, refuse_variant, schedule_of
 from .steer_attention import is_steered
 
 PROMPTS_AT_ONCE = 16
@@ -33,7 +33,7 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     by default where the network lies. Raises OneStepError for a pipeline of another kind.
     """
     network = network_of(pipe)
-    roles = Roles(select(bind_diffusers(network), targets))
+    roles = Roles(select(bind_diffusers(network), targets), port_of(network))
     roles.install()
     return DiffusersHost(pipe, denoiser_of(pipe, roles), torch.device(device or network.device))
 
@@ -45,6 +45,15 @@ def network_of(pipe: Any) -> Any:
         if isinstance(network, nn.Module):
             return network
     raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a loaded text-to-image pipeline")
+
+
+def refuse_own_guidance(pipe: Any, rows: str) -> None:
+    """Raises OneStepError where ``pipe`` draws with guidance of its own and ``rows`` are not the prompt's alone."""
+    if rows == "all" and getattr(pipe, "do_classifier_free_guidance", False):
+        raise OneStepError(
+            f"this {type(pipe).__name__} draws with guidance of its own, whose negative is half of each batch: call it "
+            "with guidance_scale=1, or say which half is the prompt's (rows=\"second half\" in diffusers' pipelines)"
+        )
 
 
 def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.guidance import SAFE, Steering
 from ..core.schedule import NoiseSchedule, VPSchedule
-from .adapt import network_of
+from .adapt import network_of, refuse_own_guidance
 from .networks import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered, Rows, Run, is_steered, repeated, unsteered
 
@@ -44,7 +44,8 @@ def steered(
     `Steering`.
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
-    that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well.
+    that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well. A
+    guided pipeline is refused at "all", and Flux' ``true_cfg_scale``, whose two halves are two forwards, at any.
     cache: keep a U-Net's keys and values of the negative between forwards; only where no weight and no LoRA's scale
     changes within.
 
@@ -69,7 +70,7 @@ def steered(
     if chosen.neutral:
         yield
         return
-    hooks = _Hooks(Run(chosen, negative, rows, cache), family, plain, latest, earliest)
+    hooks = _Hooks(Run(chosen, negative, rows, cache), family, pipe, plain, latest, earliest)
     with ExitStack() as undo:
         undo.callback(_restore, plain)
         plain.set_attn_processor(_processors(plain, attentions, hooks.run))
@@ -90,14 +91,16 @@ def steering_of(steering: str | Steering, scale: float | None, family: str) -> S
 class _Hooks:
     """Around each forward of ``network``: is it steered, and, in joint attention, with which tokens.
 
-    latest, earliest: the network's own times between which it is.
+    latest, earliest: the network's own times between which it is. asked: latents and text of the forward before.
     """
 
     run: Run
     family: str
+    pipe: Any
     network: Any
     latest: float
     earliest: float
+    asked: tuple[Any, Any] = (None, None)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
         """A forward pre-hook: the negative's tokens follow the positive's where the two texts share one attention."""
@@ -112,6 +115,8 @@ class _Hooks:
                 "torch.no_grad(), or network.disable_gradient_checkpointing() first"
             )
         text = given["encoder_hidden_states"]
+        refuse_own_guidance(self.pipe, self.run.rows)
+        self._refuse_true_cfg(given)
         batch = len(given["sample"] if self.family == "unet" else text)
         self._check_batch(batch)
         if self.family == "unet":
@@ -137,6 +142,17 @@ class _Hooks:
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
         return self.earliest * (1 - slack) <= told <= self.latest * (1 + slack)
+
+    def _refuse_true_cfg(self, given: dict[str, Any]) -> None:
+        """Flux' pipelines ask for their negative in a forward of its own, of the very same latents."""
+        before, self.asked = self.asked, (given.get("hidden_states"), given["encoder_hidden_states"])
+        if "true_cfg_scale" not in inspect.signature(type(self.pipe).__call__).parameters:
+            return
+        if self.asked[0] is before[0] and self.asked[1] is not before[1]:
+            raise OneStepError(
+                f"this {type(self.pipe).__name__} draws with guidance of its own, and steering would act on its "
+                "negative too: call it with true_cfg_scale=1"
+            )
 
     def _check_batch(self, batch: int) -> None:
         count = len(self.run.negative)

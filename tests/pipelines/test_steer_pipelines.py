@@ -131,6 +131,28 @@ def test_diffusers_own_guidance_puts_the_prompt_last() -> None:
     assert error(guided[:2], plain[:2]) < 1e-5 and error(guided[2:], alone) < 1e-5 and error(plain[2:], alone) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_a_pipelines_own_guidance_is_not_steered_unawares(name: str) -> None:
+    """Only its prompt's half may be, and the word says how; without guidance, before or after, nothing stands."""
+    pipe = make(name)
+    call: dict[str, Any] = {"output_type": "latent", "num_inference_steps": 1, "width": 16, "height": 16}
+    call |= {"max_sequence_length": 0} if name == "sd3" else {}
+    with steered(pipe, tokens(name, pipe, ["red"]), "nag"):
+        pipe("a cat", guidance_scale=1.0, **call)
+        with pytest.raises(OneStepError, match='guidance_scale=1, or say .*rows="second half"'):
+            pipe("a cat", guidance_scale=3.0, **call)
+        pipe("a cat", guidance_scale=1.0, **call)
+
+
+def test_true_cfg_of_flux_is_refused() -> None:
+    pipe = make("flux")
+    call: dict[str, Any] = {"output_type": "latent", "num_inference_steps": 2, "width": 16, "height": 16}
+    with steered(pipe, tokens("flux", pipe, ["red"]), "nag"):
+        pipe("a cat", negative_prompt="dog", true_cfg_scale=1.0, **call)
+        with pytest.raises(OneStepError, match="call it with true_cfg_scale=1"):
+            pipe("a cat", negative_prompt="dog", true_cfg_scale=2.0, **call)
+
+
 # the steps lie at shares 0, 1/4, 1/2, 3/4 of the schedule, each end of a range included
 RANGES = [
     ((0.0, 1.0), [1, 1, 1, 1]),
