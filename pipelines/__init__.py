@@ -13,6 +13,7 @@ _LAZY = {
     "DiffusersHost": ".adapt",
     "diffusers_settings": ".plain",
     "distill": ".distill",
+    "diverse": ".diversity",
     "load": ".load",
     "path_of": ".bundled",
     "steered": ".steer",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from lora_files import random_lora
 from tiny_pipelines import make
 from torch import Tensor
 
@@ -22,18 +23,6 @@ from onestep.pipelines.plain import diffusers_settings
 PROMPTS = ["a cat", "red dog"]
 CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent", "num_images_per_prompt": 2}
 RENOISED = (1000.0, 500.0)
-
-
-def lora(pipe: Any, path: Path, recipe: Recipe | None, size: float = 0.3, seed: int = 1) -> Path:
-    """A file of random adapters on every target."""
-    host = adapt(pipe)
-    host.denoiser.roles.add("student", 2, 0)
-    torch.manual_seed(seed)
-    for parameter in host.denoiser.roles.parameters("student"):
-        torch.nn.init.normal_(parameter, std=size)
-    save_lora(path, host.denoiser.roles.state("student"), host.family, recipe and recipe.to_json())
-    host.release()
-    return path
 
 
 def latents_of(pipe: Any, images: Tensor) -> Tensor:
@@ -57,7 +46,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "recipe"), [case for case in CASES if case[1] != "tcd-4"])
 def test_plain_diffusers_draws_the_same_picture(name: str, recipe: Recipe | str, tmp_path: Path) -> None:
     """The file through `load_lora_weights` and the scheduler that we print: 1e-5 of the latents' std."""
-    file = lora(make(name), tmp_path / "x.safetensors", None)
+    file = random_lora(make(name), tmp_path / "x.safetensors", None)
     ours = OneStepPipeline.from_pipe(make(name))
     without = ours(PROMPTS, recipe=recipe, generator=torch.Generator().manual_seed(3), **CALL).images
     found = ours.load_one_step_lora(file, recipe)
@@ -98,7 +87,7 @@ def test_the_printed_script_runs(name: str, tmp_path: Path) -> None:
     pipe = make(name)
     family = "sd3" if name == "sd3" else "unet"
     recipe = Recipe((1000.0 if name == "sd3" else 999.0,), (1.0,), family=family, sizes=((16, 16),), lora_scale=0.5)
-    file = lora(pipe, tmp_path / "x.safetensors", recipe)
+    file = random_lora(pipe, tmp_path / "x.safetensors", recipe)
     pipe.save_pretrained(tmp_path / "model")
     ours = OneStepPipeline.from_pipe(pipe)
     ours.load_one_step_lora(file)
@@ -194,7 +183,7 @@ def test_output_types_and_seeds() -> None:
 
 def test_the_recipe_comes_from_the_file(tmp_path: Path) -> None:
     recipe = Recipe((999.0, 499.0), (1.0, 1.0), renoise=True, lora_scale=0.5, sizes=((24, 16),))
-    file = lora(make("sd"), tmp_path / "x.safetensors", recipe)
+    file = random_lora(make("sd"), tmp_path / "x.safetensors", recipe)
     ours = OneStepPipeline.from_pipe(make("sd"))
     with pytest.raises(OneStepError, match="name a preset"):
         ours("a")
@@ -226,7 +215,7 @@ def test_flux_is_told_the_guidance_it_was_distilled_at(tmp_path: Path) -> None:
 
 
 def test_a_foreign_file_needs_a_preset(tmp_path: Path) -> None:
-    file = lora(make("sd"), tmp_path / "foreign.safetensors", None)
+    file = random_lora(make("sd"), tmp_path / "foreign.safetensors", None)
     ours = OneStepPipeline.from_pipe(make("sd"))
     with pytest.raises(OneStepError, match="no recipe in its header.*dmd2-1"):
         ours.load_one_step_lora(file)
@@ -238,7 +227,7 @@ def test_a_foreign_file_needs_a_preset(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:
-    file = lora(make("sd3"), tmp_path / "x.safetensors", PRESETS["sd3.5-turbo-4"])
+    file = random_lora(make("sd3"), tmp_path / "x.safetensors", PRESETS["sd3.5-turbo-4"])
     with pytest.raises(OneStepError, match="SD3"):
         OneStepPipeline.from_pipe(make("sd")).load_one_step_lora(file)
     with pytest.raises(OneStepError, match="Cannot read"):

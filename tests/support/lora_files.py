@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from onestep.core.families import bind_diffusers
+from onestep.core.lora_file import save_lora
+from onestep.core.recipe import Recipe
+from onestep.pipelines.adapt import adapt
 
 State = dict[str, tuple[Tensor, Tensor]]
 
@@ -36,3 +39,15 @@ def foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | N
 def factors(rank: int = 4, inputs: int = 8, outputs: int = 8, seed: int = 5) -> tuple[Tensor, Tensor]:
     draw = small.seeded(seed)
     return draw(rank, inputs).float(), draw(outputs, rank).float()
+
+
+def random_lora(pipe: Any, path: Path, recipe: Recipe | None, size: float = 0.3, seed: int = 1) -> Path:
+    """A file of random adapters on every target."""
+    host = adapt(pipe)
+    host.denoiser.roles.add("student", 2, 0)
+    torch.manual_seed(seed)
+    for parameter in host.denoiser.roles.parameters("student"):
+        torch.nn.init.normal_(parameter, std=size)
+    save_lora(path, host.denoiser.roles.state("student"), host.family, recipe and recipe.to_json())
+    host.release()
+    return path
