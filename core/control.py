@@ -149,29 +149,11 @@ class ControlAdapter(nn.Module):
 
     def _note(self, control: Tensor, x: Tensor, output: Tensor, call: Call) -> None:
         """Encode the control at the network's entry, for all places of this call."""
-        grid = self._grid(control, output)
+        grid = grid_of(self.config, control, output)
         control = control.repeat(len(output) // len(control), 1, 1, 1)
         features = self(control, cells_of(x, grid) if self.config.latents else None)
         for place, feature in zip(self.config.places, features, strict=True):
             call.kept[f"control {place.name}"] = feature
-
-    def _grid(self, control: Tensor, output: Tensor) -> tuple[int, int]:
-        """(h, w) of the finest grid, which the control picture must cover."""
-        cell, channels = self.config.cell, self.config.channels
-        if control.ndim != 4 or control.shape[1] != channels or len(output) % max(len(control), 1):
-            raise OneStepError(
-                f"the control picture is {list(control.shape)} for {len(output)} samples: a {self.config.control[:40]} "
-                f"adapter takes [B, {channels}, H, W], one for each"
-            )
-        height, width = control.shape[2:]
-        grid = height // cell, width // cell
-        cells = tuple(output.shape[2:]) if output.ndim == 4 else (output.shape[1],)
-        if height % cell or width % cell or cells not in (grid, (grid[0] * grid[1],)):
-            wanted = "x".join(str(side * cell) for side in reversed(cells)) if len(cells) == 2 else "another size"
-            raise OneStepError(
-                f"the control picture is {width}x{height} pixels, the picture to draw {wanted}: resize it first"
-            )
-        return grid
 
 
 class Block(nn.Module):
@@ -197,6 +179,26 @@ def cells_of(x: Tensor, grid: tuple[int, int]) -> Tensor:
     if x.ndim == 3:
         return x.transpose(1, 2).unflatten(2, grid)
     return pixel_unshuffle(x, x.shape[-1] // grid[1])
+
+
+def grid_of(config: Any, control: Tensor, output: Tensor) -> tuple[int, int]:
+    """(h, w) of the finest grid, which the control picture must cover. output: what the network's entry gives, or
+    latents."""
+    cell, channels = config.cell, config.channels
+    if control.ndim != 4 or control.shape[1] != channels or len(output) % max(len(control), 1):
+        raise OneStepError(
+            f"the control picture is {list(control.shape)} for {len(output)} samples: a {config.control[:40]} "
+            f"adapter takes [B, {channels}, H, W], one for each"
+        )
+    height, width = control.shape[2:]
+    grid = height // cell, width // cell
+    cells = tuple(output.shape[2:]) if output.ndim == 4 else (output.shape[1],)
+    if height % cell or width % cell or cells not in (grid, (grid[0] * grid[1],)):
+        wanted = "x".join(str(side * cell) for side in reversed(cells)) if len(cells) == 2 else "another size"
+        raise OneStepError(
+            f"the control picture is {width}x{height} pixels, the picture to draw {wanted}: resize it first"
+        )
+    return grid
 
 
 def new_adapter(

@@ -132,6 +132,16 @@ def bind_comfy(family: str, diffusion_model: nn.Module, config: Mapping[str, Any
     return _ordered(target for split in targets for target in split)
 
 
+def unet_parts(network: nn.Module) -> dict[str, nn.Module]:
+    """The norms and attentions inside the blocks of either host's U-Net, by diffusers' names."""
+    modules, layers = dict(network.named_modules()), [path for path, _ in _layers(network)]
+    if UNET.diffusers_class in {cls.__name__ for cls in type(network).__mro__}:
+        names = {ours: ours for _, ours in unet.parts(unet.layout_of_canonical(layers))}
+    else:
+        names = {ours: theirs for theirs, ours in unet.parts(unet.layout_of_comfy(layers))}
+    return {ours: modules[path] for ours, path in names.items() if path in modules}
+
+
 def select(targets: Sequence[Target], which: str) -> list[Target]:
     """The targets of "attention", of "attention+mlp", or "all"."""
     parts = {"attention": ("attn",), "attention+mlp": ("attn", "mlp"), "all": ("attn", "mlp", "rest")}

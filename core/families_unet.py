@@ -23,6 +23,15 @@ TRANSFORMER = (
     "ff.net.2",
 )
 
+# What stands beside a layer and is no matrix: the ends of both paths in ComfyUI's names, then in diffusers'.
+BESIDE = (
+    ("in_layers.2", "in_layers.0", "conv1", "norm1"),
+    ("out_layers.3", "out_layers.0", "conv2", "norm2"),
+    ("proj_in", "norm", "proj_in", "norm"),
+    *((layer, part, layer, part) for layer, part in (("attn1.to_q", "attn1"), ("attn2.to_q", "attn2"))),
+    *(("ff.net.2", f"norm{i}", "ff.net.2", f"norm{i}") for i in (1, 2, 3)),
+)
+
 # label_emb holds SDXL's embedding of the pooled text and sizes (in SD2 unCLIP, which is no base here, class_embedding).
 OUTSIDE = (
     Row("input_blocks.0.0", ("conv_in",)),
@@ -85,6 +94,14 @@ def rows(layout: Layout) -> Iterator[Row]:
     yield from _attention("middle_block.1", "mid_block.attentions.0", layout.depth)
     yield from _resnet("middle_block.2", "mid_block.resnets.1")
     yield from _up(layout)
+
+
+def parts(layout: Layout) -> Iterator[tuple[str, str]]:
+    """(ComfyUI's path, diffusers' path) of every norm and attention inside the blocks."""
+    for row in rows(layout):
+        for host_end, host_part, end, part in BESIDE:
+            if row.host.endswith(f".{host_end}") and row.names[0].endswith(f".{end}"):
+                yield row.host.removesuffix(host_end) + host_part, row.names[0].removesuffix(end) + part
 
 
 def _down(layout: Layout) -> Iterator[Row]:

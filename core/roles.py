@@ -20,7 +20,7 @@ from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
 from .factors import adapted, blended, initial, leaf
-from .side import Call, Sides
+from .side import Call, Port, Sides
 from .targets import Target
 
 TEACHER = "teacher"
@@ -52,13 +52,13 @@ class Roles:
     """Named adapters on the same targets. The role ``"teacher"``, and any target a role has no factors for, is the
     base.
 
-    Factors are float32 leaf tensors that require grad; the product runs in the layer's compute dtype.
+    Factors are float32 leaf tensors that require grad; the product runs in the layer's compute dtype. port: a U-Net's.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], port: Port | None = None) -> None:
         self.targets = {target.name: target for target in targets}
         self._factors: dict[str, State] = {}
-        self.sides = Sides(self.targets)
+        self.sides = Sides(self.targets, port)
         self._lineage: dict[str, int] = {}
         self._active = RoleMap()
         self._chosen: RoleMap | None = None

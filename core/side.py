@@ -6,7 +6,7 @@ it knows layers by their canonical target names, so that one side fits both host
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,11 +49,28 @@ class Side(Protocol):
         ...
 
 
-class Sides:
-    """The sides of the roles, by role, and the hooks by which they act."""
+PORT = "the network"
+"""The name of the port's hook, beside the layers'."""
 
-    def __init__(self, targets: Mapping[str, Target]) -> None:
-        self._targets = targets
+
+@dataclass(frozen=True)
+class Port:
+    """Where a host's U-Net takes what is added to its skips and its middle.
+
+    network: its module. carry: (the forward's keyword arguments, residuals in the order in which the U-Net makes its
+    skips, the middle's last) -> the keyword arguments with them.
+    """
+
+    network: nn.Module
+    carry: Callable[[dict[str, Any], list[Tensor]], dict[str, Any]]
+
+
+class Sides:
+    """The sides of the roles, by role, and the hooks by which they act. A side may have `residuals(x, call)`, what it
+    adds to a U-Net that takes x, or None: it needs a port."""
+
+    def __init__(self, targets: Mapping[str, Target], port: Port | None = None) -> None:
+        self._targets, self._port = targets, port
         self._of: dict[str, Any] = {}
         self._handles: dict[str, list[Any]] = {}
 
@@ -70,6 +87,10 @@ class Sides:
             if target is None or target.rows is not None or target.permutation is not None:
                 what = "is not in this model" if target is None else "is fused with others here"
                 raise OneStepError(f"the adapter needs the layer {name[:100]}, which {what}: choose one of its base")
+        if hasattr(side, "residuals") and self._port is None:
+            raise OneStepError(
+                "the adapter adds to the skips of a U-Net, which this model has not: choose another form"
+            )
         self._of[role] = side
 
     def drop(self, role: str) -> None:
@@ -107,6 +128,8 @@ class Sides:
         wanted = {name for side in self._of.values() for name in side.before | side.after}
         for name in sorted(wanted - set(self._handles)):
             self._handles[name] = self._hung(name, self._targets[name].module, roles)
+        if PORT not in self._handles and any(hasattr(side, "residuals") for side in self._of.values()):
+            self._handles[PORT] = [self._hung_at_port(roles)]
 
     def unhang(self) -> None:
         """Take all hooks off."""
@@ -126,6 +149,17 @@ class Sides:
             return None if side is None or name not in side.after else side.give(name, args[0], output, call)
 
         return [module.register_forward_pre_hook(take), module.register_forward_hook(give)]
+
+    def _hung_at_port(self, roles: Any) -> Any:
+        assert self._port is not None
+        carry = self._port.carry
+
+        def bring(module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[Any, Any] | None:
+            side, call = self._serving(roles.active)
+            found = side.residuals(args[0] if args else more["sample"], call) if hasattr(side, "residuals") else None
+            return None if found is None else (args, carry(more, found))
+
+        return self._port.network.register_forward_pre_hook(bring, with_kwargs=True)
 
     def _serving(self, active: Any) -> tuple[Any, Any]:
         """The side of the running call, where it has one."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.adapter_file import load_adapter
-from ..core.control import ControlAdapter, check_fit, fitted
+from ..core.cond import Cond
+from ..core.control import check_fit, fitted
+from ..core.control_copy import MAKERS
 from ..core.controls import control_of
 from ..core.errors import OneStepError
 from ..core.families import detect
@@ -21,20 +23,22 @@ from ..core.roles import RoleMap, Roles
 from ..core.side import Call
 from ..core.targets import Target
 from .adapt import network_of
+from .guidance_adapter import ORDER
+from .networks import port_of
 
 ROLE = "control"
 
 
-def load_control(path: str | Path, pipe: Any) -> ControlAdapter:
+def load_control(path: str | Path, pipe: Any) -> Any:
     """The control adapter of a file, on ``pipe``'s device. Raises OneStepError where it was made for another base."""
     network = network_of(pipe)
-    adapter = load_adapter(Path(path).expanduser(), {"control": ControlAdapter.from_config}, detect(network)).side
+    adapter = load_adapter(Path(path).expanduser(), MAKERS, detect(network)).side
     check_fit(adapter, _targets(adapter, network, base=True))
-    return adapter.to(network.device).requires_grad_(False)  # type: ignore[no-any-return]
+    return adapter.to(network.device).requires_grad_(False)
 
 
 @contextmanager
-def controlled(pipe: Any, adapter: ControlAdapter, control: Any, *, strength: float = 1.0) -> Iterator[None]:
+def controlled(pipe: Any, adapter: Any, control: Any, *, strength: float = 1.0) -> Iterator[None]:
     """Within, ``pipe`` (or a pipeline over its network) draws under ``control``, one picture for all or one for each
     picture that a call draws, in `control_picture`'s form. strength: 0 is none, 1 what was trained."""
     network = network_of(pipe)
@@ -42,19 +46,39 @@ def controlled(pipe: Any, adapter: ControlAdapter, control: Any, *, strength: fl
         raise OneStepError(f"the control's strength is {strength!r:.20}: give 0 to 10; 1 is what was trained")
     # under CPU offload the network lies on the CPU and works elsewhere
     device = getattr(pipe, "_execution_device", network.device)
-    roles = Roles(list(_targets(adapter, network).values()))
+    roles = Roles(list(_targets(adapter, network).values()), port_of(network))
     roles.add_side(ROLE, adapter.to(device))
     told = {"control": control.to(device), "strength": strength}
-    # time and condition are told to sides that ask for them; this one does not
     nothing: Any = None
-    role_map = RoleMap(((ROLE, None),), call=Call(nothing, nothing, told))
-    with torch.no_grad(), roles.installed(), roles.serving(role_map):
+    call = Call(nothing, nothing, told)
+    with torch.no_grad(), _noted(network, call), roles.installed(), roles.serving(RoleMap(((ROLE, None),), call=call)):
         yield
 
 
-def control_picture(
-    adapter: ControlAdapter, images: Any, size: tuple[int, int] | None = None, *, extract: bool = False
-) -> Tensor:
+@contextmanager
+def _noted(network: Any, call: Call) -> Iterator[None]:
+    """Within, ``call`` is about the time and prompts of what the U-Net ``network`` is asked last."""
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        told = dict(zip(ORDER["unet"], args, strict=False)) | kwargs
+        x, mask, more = told["sample"], told.get("encoder_attention_mask"), told.get("added_cond_kwargs") or {}
+        call.time = torch.as_tensor(told["timestep"], device=x.device).expand(len(x)).float()
+        call.cond = Cond(
+            told["encoder_hidden_states"],
+            mask=None if mask is None else mask.bool(),
+            pooled=more.get("text_embeds"),
+            size=more.get("time_ids"),
+        )
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True) if detect(network) == "unet" else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def control_picture(adapter: Any, images: Any, size: tuple[int, int] | None = None, *, extract: bool = False) -> Tensor:
     """[B, C, H, W] in [0, 1] as ``adapter`` takes it. images: a PIL image, several, or a tensor [B, C or 3, H, W].
 
     size: (width, height) in pixels to be drawn; a picture of another size is resized, and the log says so. extract:
@@ -89,7 +113,7 @@ def _tensor(images: Any) -> Tensor:
     return torch.stack(arrays)
 
 
-def _targets(adapter: ControlAdapter, network: Any, base: bool = False) -> dict[str, Target]:
+def _targets(adapter: Any, network: Any, base: bool = False) -> dict[str, Target]:
     """The layers that ``adapter`` acts on, as far as they are there. base: not the LoRA layers that peft hangs around
     them, whose output is what the stream gets."""
     layers = dict(network.named_modules())

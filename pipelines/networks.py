@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
+from ..core.families import detect
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+from ..core.side import Port
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,19 @@ class FluxNetwork:
 
 
 NETWORKS: dict[str, Any] = {"unet": UNetNetwork, "sd3": SD3Network, "flux": FluxNetwork}
+
+
+def port_of(network: Any) -> Port | None:
+    """Where a UNet2DConditionModel takes a ControlNet's residuals; None for other networks."""
+
+    def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
+        *skips, middle = residuals
+        others, other = more.get("down_block_additional_residuals"), more.get("mid_block_additional_residual")
+        if others is not None:
+            skips, middle = [mine + theirs for mine, theirs in zip(skips, others, strict=True)], middle + other
+        return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
+
+    return Port(network, carry) if detect(network) == "unet" else None
 
 
 def pack(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.control import ControlAdapter, new_adapter, places_of
+from ..core.control_copy import ControlCopy, new_copy
 from ..core.controls import control_of
 from ..core.errors import OneStepError
+from ..core.families import unet_parts
 from ..core.recipe import Recipe
 from ..core.tensor_file import read_header
 from .batch import Batch
@@ -18,7 +20,8 @@ from .host import Host
 from .inputs import recipe_of
 from .objectives.nct import NoiseConsistency, controlled
 from .prompts import Prompts
-from .settings import Settings
+from .settings import COPY, Settings
+from .student import STUDENT
 from .triples import TriplePool
 from .watch import Kept
 
@@ -27,18 +30,24 @@ def check_control(host: Host, settings: Settings) -> None:
     """Raises OneStepError for a control that is not known, layers that are not adapted, or a generator of many
     steps."""
     control_of(settings.control)
+    if settings.control_form == COPY and host.family != "unet":
+        raise OneStepError(f"control_form copy is a ControlNet for U-Nets, {host.name} has none: set it to light")
     places_of(host.family, host.denoiser.roles.targets)
     generator_recipe(host, settings)
 
 
-def control_adapter(host: Host, settings: Settings) -> ControlAdapter:
-    """A new adapter of ``settings.control`` for the host's network, that sees the noise as well."""
-    control = control_of(settings.control)
-    size = settings.size_list[0]
+def control_adapter(host: Host, settings: Settings) -> ControlAdapter | ControlCopy:
+    """A new adapter of ``settings.control`` for the host's network, that sees the noise as well. A copy is one of the
+    generator, the initial LoRA included."""
+    size, roles, control = settings.size_list[0], host.denoiser.roles, control_of(settings.control)
+    wanted = settings.control, control.channels
+    if settings.control_form == COPY:
+        cell, factors = size[1] // host.latent_shape(size)[1], roles.state(STUDENT)
+        return new_copy(roles.targets, unet_parts(host.network), wanted, cell, factors, seed=settings.seed)
     return new_adapter(
         host.family,
-        host.denoiser.roles.targets,
-        (settings.control, control.channels),
+        roles.targets,
+        wanted,
         size,
         host.latent_shape(size),
         width=settings.control_width,

@@ -21,6 +21,8 @@ class Host(Protocol):
     """Of the checkpoint, for messages and headers."""
     family: str
     """"unet", "sd3" or "flux": decides the LoRA's keys."""
+    network: nn.Module
+    """The denoising network."""
     denoiser: Denoiser
     device: torch.device
     blocks: list[nn.Module]

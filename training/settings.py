@@ -15,6 +15,8 @@ MATCHING = ("dmd", "vsd")
 GUIDING = ("agd", "guidance-lora")
 """The methods that put the teacher's guidance into one forward."""
 METHODS = (*MATCHING, "regression", *GUIDING, "nct")
+COPY = "copy"
+"""The form of a control adapter that is a ControlNet."""
 MOST_STEPS = 64
 """That a recipe can hold."""
 
@@ -114,6 +116,11 @@ class Settings:
     )
     states: int = setting(4, "States that agd and guidance-lora keep of each guided trajectory.", 1, 1000)
     control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
+    control_form: str = setting(
+        "light",
+        "nct's adapter: light = a small encoder of its own; copy = a ControlNet, U-Nets only: larger and slower.",
+        choices=("light", COPY),
+    )
     control_width: int = setting(
         0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class Watch:
 
 
 @torch.no_grad()
-def draw(host: Host, recipe: Recipe, role: str, batch: Batch, noise: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+def draw(host: Host, recipe: Recipe, role: str, batch: Batch, noise: Tensor, told: Mapping[str, Any]) -> Tensor:
     """``role``'s x0 by ``recipe`` from ``noise``. told: what its side is told."""
     with host.denoiser.roles.use(role, **told):
         return sample(
