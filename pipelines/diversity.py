@@ -69,7 +69,7 @@ def diverse(
     noise = _noise(many, (len(cond), *many.latent_shape(size)), generator)
     with _without(network_of(fast), adapter_name) if base is None else nullcontext():
         latents = descend(many.denoiser, levels, cond, cond.null_like(null.to(many.device)), noise, scale)
-    shared = {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}
+    shared: dict[str, Any] = {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}
     return fast(
         prompts, recipe=rest, latents=latents, generator=generator, width=size[0], height=size[1], **shared, **call
     )
