@@ -47,13 +47,12 @@ def network_of(pipe: Any) -> Any:
     raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a loaded text-to-image pipeline")
 
 
-def refuse_own_guidance(pipe: Any, rows: str) -> None:
-    """Raises OneStepError where ``pipe`` draws with guidance of its own and ``rows`` are not the prompt's alone."""
-    if rows == "all" and getattr(pipe, "do_classifier_free_guidance", False):
-        raise OneStepError(
-            f"this {type(pipe).__name__} draws with guidance of its own, whose negative is half of each batch: call it "
-            "with guidance_scale=1, or say which half is the prompt's (rows=\"second half\" in diffusers' pipelines)"
-        )
+def target_names(network: Any) -> list[str]:
+    """Names of the targets, also where a LoRA is attached."""
+    try:
+        return [target.name for target in bind_diffusers(network)]
+    except OneStepError:
+        return [path for path, module in network.named_modules() if hasattr(module, "lora_A")]
 
 
 def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:

@@ -19,9 +19,11 @@ from ..core.adapter_file import load_adapter
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
-from ..core.guidance_adapter import MAKERS, check_base, with_guidance
+from ..core.guidance_adapter import MAKERS, check_base
 from ..core.roles import Roles
 from ..core.targets import Target, is_linear
+from .adapt import network_of
+from .own_guidance import OwnGuidance, Rows, part
 
 ROLE = "guided"
 MOST = 30.0
@@ -33,31 +35,43 @@ ORDER = {
 }
 
 
-def load_guidance_adapter(pipe: Any, file: str | PathLike[str], guidance: float = 4.0) -> GuidanceDial:
+def load_guidance_adapter(
+    pipe: Any, file: str | PathLike[str], guidance: float = 4.0, rows: Rows = "all"
+) -> GuidanceDial:
     """Hang the adapter of ``file`` on a pipeline's network, or on a network, until `remove`.
 
-    It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. Every row
-    of a batch is guided: leave the pipeline's own guidance at 1. Raises OneStepError for a file that is no adapter, or
+    It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. rows: which
+    of the network's batch are guided; a pipeline with guidance of its own is refused, unless that is told its prompt's
+    half ("second half" in diffusers' pipelines): then both act. Raises OneStepError for a file that is no adapter, or
     one of another base.
     """
-    network = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(network, nn.Module):
-        raise OneStepError(f"a {type(pipe).__name__} has no U-Net or transformer: give a pipeline, or its network")
+    return GuidanceDial(pipe, read_guidance_adapter(pipe, file), guidance, rows)
+
+
+def read_guidance_adapter(pipe: Any, file: str | PathLike[str]) -> Any:
+    """The adapter of ``file``, a side. Raises OneStepError where it is none of ``pipe``'s base."""
+    network = _network(pipe)
     family = detect(network)
     side = load_adapter(file, MAKERS, family).side.requires_grad_(False)
-    # peft's own layers stand where the base's stood; what they wrap is theirs
-    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
-    targets = {name: Target(name, layer) for name, layer in layers.items()}
-    check_base(side, targets, family)
-    return GuidanceDial(network, family, side, [targets[name] for name in sorted(side.before | side.after)], guidance)
+    check_base(side, _targets(network), family)
+    return side
+
+
+def check_guidance(value: Any) -> float:
+    if not (isinstance(value, int | float) and math.isfinite(value) and 1 <= value <= MOST):
+        raise OneStepError(f"guidance is {value!r:.40}: it must lie in 1 (none) to {MOST:g}; 2 to 8 are usual")
+    return float(value)
 
 
 class GuidanceDial:
     """A guidance adapter that hangs on a network. guidance: the scale of classifier-free guidance, 1 (none) to 30."""
 
-    def __init__(self, network: Any, family: str, side: Any, targets: list[Target], guidance: float) -> None:
-        self.guidance, self._family, self._side = guidance, family, side
-        self._roles = Roles(targets)
+    def __init__(self, pipe: Any, side: Any, guidance: float, rows: Rows = "all") -> None:
+        network = _network(pipe)
+        self.guidance, self._family, self._side = guidance, detect(network), side
+        self._own = OwnGuidance(pipe, rows)
+        targets = _targets(network)
+        self._roles = Roles([targets[name] for name in sorted(side.before | side.after)])
         self._roles.add_side(ROLE, side)
         self._roles.install()
         self._calls: list[Any] = []
@@ -70,9 +84,7 @@ class GuidanceDial:
 
     @guidance.setter
     def guidance(self, value: float) -> None:
-        if not (isinstance(value, int | float) and math.isfinite(value) and 1 <= value <= MOST):
-            raise OneStepError(f"guidance is {value!r:.40}: it must lie in 1 (none) to {MOST:g}; 2 to 8 are usual")
-        self._guidance = float(value)
+        self._guidance = check_guidance(value)
 
     def remove(self) -> None:
         """Take the adapter off: the network is as it was."""
@@ -90,22 +102,39 @@ class GuidanceDial:
         """The call that begins is the guided role's, and is about these times and prompts."""
         told = dict(zip(ORDER[self._family], args, strict=False)) | kwargs
         x: Tensor = told[ORDER[self._family][0]]
+        text: Tensor = told["encoder_hidden_states"]
+        self._own.check(x, text)
         time = torch.as_tensor(told["timestep"], device=x.device).expand(len(x))
         mask = told.get("encoder_attention_mask")
-        cond = Cond(
-            told["encoder_hidden_states"],
-            mask=None if mask is None else mask.bool(),
-            pooled=told.get("pooled_projections"),
-        )
+        mask = None if mask is None else mask.bool()
+        cond = Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=self._scales(x))
         self._side.to(x.device)
         with self._roles.use(ROLE):
             # Flux is told sigma where all others are told 1000 sigma, or an index
             scale = 1000 if self._family == "flux" else 1
-            told_cond = with_guidance(cond, self.guidance) if self.guidance != 1 else cond
-            call = self._roles.capture(len(x), time.float() * scale, told_cond)
+            call = self._roles.capture(len(x), time.float() * scale, cond)
         self._calls.append(call)
         call.__enter__()
+
+    def _scales(self, x: Tensor) -> Tensor | None:
+        """[B], 1 for rows that are not guided; None, at which the adapter does not even look, where none is."""
+        if self.guidance == 1:
+            return None
+        scales = torch.ones(len(x), device=x.device)
+        scales[part(self._own.rows, len(x))] = self.guidance
+        return scales
 
     def _after(self, network: nn.Module, args: Any, output: Any) -> None:
         if self._calls:
             self._calls.pop().__exit__(None, None, None)
+
+
+def _network(pipe: Any) -> Any:
+    """The network of a pipeline, or that network itself."""
+    return pipe if isinstance(pipe, nn.Module) else network_of(pipe)
+
+
+def _targets(network: Any) -> dict[str, Target]:
+    """By name: peft's own layers stand where the base's stood; what they wrap is theirs."""
+    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
+    return {name: Target(name, layer) for name, layer in layers.items()}

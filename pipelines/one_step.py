@@ -20,28 +20,28 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.cond import Cond
 from ..core.control import ControlAdapter
 from ..core.errors import OneStepError
-from ..core.families import bind_diffusers, detect
+from ..core.families import detect
 from ..core.guidance import MODES, Steering
 from ..core.lora_file import load_lora
 from ..core.recipe import PRESETS, Recipe
 from ..core.sampling import sample
-from .adapt import DiffusersHost, denoiser_of, network_of
+from .adapt import DiffusersHost, denoiser_of, network_of, target_names
 from .control import control_picture, controlled, load_control
+from .guidance_adapter import GuidanceDial, check_guidance, read_guidance_adapter
 from .load import class_for
-from .networks import pack, unpack
+from .noise import Generator as Generator
+from .noise import Noise
+from .own_guidance import Rows
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
 from .steer import steered
-from .steer_attention import Rows
 
-Generator = torch.Generator | list[torch.Generator] | None
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
 
@@ -79,6 +79,7 @@ class OneStepPipeline(DiffusionPipeline):
         self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self._control: ControlAdapter | None = None
+        self._guidance: tuple[Any, float] | None = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -101,6 +102,7 @@ class OneStepPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] = "",
         steering: str | Steering | None = None,
         scale: float | None = None,
+        guidance: float | None = None,
         control_image: Any = None,
         control_strength: float = 1.0,
         height: int | None = None,
@@ -119,6 +121,9 @@ class OneStepPipeline(DiffusionPipeline):
         steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag" or "vsf" at a
         scale (None is a safe one for the family), or a `Steering`. None steers nothing. Where the recipe's guidance is
         not 1 both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+        guidance: the scale of guidance that `load_guidance_adapter`'s adapter stands in for, in the same forward, 1
+        (none) to 30; None is what it was loaded at. Where the recipe's is not 1 both act: the prompt's rows alone are
+        the adapter's.
         control_image: what `load_control`'s adapter draws by (edges, say), a PIL image or a tensor, for all pictures or
         one for each prompt, resized where it has another size. control_strength: 0 is none, 1 what was trained.
         height, width: in pixels; by default what the recipe was trained at, else the model's own size.
@@ -135,10 +140,10 @@ class OneStepPipeline(DiffusionPipeline):
         guided = recipe.guidance != 1
         negative = self._negative(host, negative_prompt, prompts, size) if guided or steering is not None else None
         null = _beside(negative, cond) if guided and negative is not None else None
-        noise = _Noise((len(cond), *host.latent_shape(size)), generator, host)
+        noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
         control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
-        with self._steered(negative, guided, steering, scale), control:
+        with self._steered(negative, guided, steering, scale), self._adapted(guidance, guided), control:
             x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
         self.maybe_free_model_hooks()
@@ -152,7 +157,7 @@ class OneStepPipeline(DiffusionPipeline):
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
         path, network = Path(path).expanduser(), network_of(self)
-        names = [name.replace(".base_layer", "") for name in _names(network)]
+        names = [name.replace(".base_layer", "") for name in target_names(network)]
         file = load_lora(path, names, detect(network))
         if recipe is None and file.recipe is None:
             raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
@@ -169,6 +174,11 @@ class OneStepPipeline(DiffusionPipeline):
     def load_control(self, path: str | Path | None) -> None:
         """Draw by a control adapter's file where a call has a ``control_image``; None takes it off again."""
         self._control = None if path is None else load_control(path, self)
+
+    def load_guidance_adapter(self, path: str | Path | None, guidance: float = 4.0) -> None:
+        """Draw under a guidance adapter's file, at ``guidance`` where a call says none; None takes it off again."""
+        usual = check_guidance(guidance)
+        self._guidance = None if path is None else (read_guidance_adapter(self, path), usual)
 
     def unload_lora_weights(self) -> None:
         """Take all LoRAs off again."""
@@ -224,6 +234,16 @@ class OneStepPipeline(DiffusionPipeline):
             raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
         return nullcontext()
 
+    def _adapted(self, guidance: float | None, guided: bool) -> AbstractContextManager[Any]:
+        if self._guidance is not None:
+            side, usual = self._guidance
+            return GuidanceDial(self, side, usual if guidance is None else guidance, "first half" if guided else "all")
+        if guidance is not None:
+            raise OneStepError(
+                f"guidance is {guidance!r:.20}, and no adapter has it: call load_guidance_adapter(path) first"
+            )
+        return nullcontext()
+
     def _controlled(
         self, images: Any, strength: float, size: tuple[int, int], prompts: int, each: int
     ) -> AbstractContextManager[None]:
@@ -265,29 +285,6 @@ def recipe_of(recipe: Recipe | str | None) -> Recipe:
     if recipe is None or (recipe not in PRESETS and not recipe.lstrip().startswith("{")):
         raise OneStepError(f"no recipe {recipe!r}: load a One-Step LoRA, or name a preset: {', '.join(PRESETS)}")
     return PRESETS[recipe] if recipe in PRESETS else Recipe.from_json(recipe)
-
-
-class _Noise:
-    """Standard normal latents as the family's own pipeline would draw them, one batch a call."""
-
-    def __init__(self, shape: tuple[int, ...], generator: Generator, host: DiffusersHost) -> None:
-        self._shape, self._generator, self._host = shape, generator, host
-
-    def __call__(self, packed: bool = False) -> Tensor:
-        """packed: in the order in which Flux' scheduler would, who sees patches."""
-        height, width = self._shape[2:]
-        packed = packed and self._host.family == "flux"
-        shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
-        noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
-        return (unpack(noise, height, width) if packed else noise).float()
-
-
-def _names(network: Any) -> list[str]:
-    """Names of the targets, also where a LoRA is attached."""
-    try:
-        return [target.name for target in bind_diffusers(network)]
-    except OneStepError:
-        return [path for path, module in network.named_modules() if hasattr(module, "lora_A")]
 
 
 def _check_family(recipe: Recipe, network: Any) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.guidance import SAFE, Steering
 from ..core.schedule import NoiseSchedule, VPSchedule
-from .adapt import network_of, refuse_own_guidance
+from .adapt import network_of
 from .networks import schedule_of
-from .steer_attention import JOINT, CrossSteered, JointSteered, Rows, Run, is_steered, repeated, unsteered
+from .own_guidance import OwnGuidance, Rows
+from .steer_attention import JOINT, CrossSteered, JointSteered, Run, is_steered, repeated, unsteered
 
 CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
 
@@ -63,14 +64,14 @@ def steered(
     network = network_of(pipe)
     plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
     family = _family(plain)
-    chosen = steering_of(steering, scale, family)
+    chosen, own = steering_of(steering, scale, family), OwnGuidance(pipe, rows)
     attentions = _attentions(plain, family)
-    _check_negative(negative, _width(plain, attentions), rows)
+    _check_negative(negative, _width(plain, attentions))
     latest, earliest = _times(pipe.scheduler, start, end)
     if chosen.neutral:
         yield
         return
-    hooks = _Hooks(Run(chosen, negative, rows, cache), family, pipe, plain, latest, earliest)
+    hooks = _Hooks(Run(chosen, negative, rows, cache), own, family, plain, latest, earliest)
     with ExitStack() as undo:
         undo.callback(_restore, plain)
         plain.set_attn_processor(_processors(plain, attentions, hooks.run))
@@ -91,16 +92,15 @@ def steering_of(steering: str | Steering, scale: float | None, family: str) -> S
 class _Hooks:
     """Around each forward of ``network``: is it steered, and, in joint attention, with which tokens.
 
-    latest, earliest: the network's own times between which it is. asked: latents and text of the forward before.
+    latest, earliest: the network's own times between which it is.
     """
 
     run: Run
+    own: OwnGuidance
     family: str
-    pipe: Any
     network: Any
     latest: float
     earliest: float
-    asked: tuple[Any, Any] = (None, None)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
         """A forward pre-hook: the negative's tokens follow the positive's where the two texts share one attention."""
@@ -115,8 +115,7 @@ class _Hooks:
                 "torch.no_grad(), or network.disable_gradient_checkpointing() first"
             )
         text = given["encoder_hidden_states"]
-        refuse_own_guidance(self.pipe, self.run.rows)
-        self._refuse_true_cfg(given)
+        self.own.check(given.get("hidden_states"), text)
         batch = len(given["sample"] if self.family == "unet" else text)
         self._check_batch(batch)
         if self.family == "unet":
@@ -142,17 +141,6 @@ class _Hooks:
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
         return self.earliest * (1 - slack) <= told <= self.latest * (1 + slack)
-
-    def _refuse_true_cfg(self, given: dict[str, Any]) -> None:
-        """Flux' pipelines ask for their negative in a forward of its own, of the very same latents."""
-        before, self.asked = self.asked, (given.get("hidden_states"), given["encoder_hidden_states"])
-        if "true_cfg_scale" not in inspect.signature(type(self.pipe).__call__).parameters:
-            return
-        if self.asked[0] is before[0] and self.asked[1] is not before[1]:
-            raise OneStepError(
-                f"this {type(self.pipe).__name__} draws with guidance of its own, and steering would act on its "
-                "negative too: call it with true_cfg_scale=1"
-            )
 
     def _check_batch(self, batch: int) -> None:
         count = len(self.run.negative)
@@ -235,9 +223,7 @@ def _restore(network: Any) -> None:
     network.set_attn_processor({name: unsteered(found) for name, found in network.attn_processors.items()})
 
 
-def _check_negative(negative: Any, width: int, rows: str) -> None:
-    if rows not in get_args(Rows):
-        raise OneStepError(f"rows is {rows!r:.40}: choose one of {', '.join(get_args(Rows))}")
+def _check_negative(negative: Any, width: int) -> None:
     if not isinstance(negative, Tensor) or negative.ndim != 3 or 0 in negative.shape:
         found = tuple(negative.shape) if isinstance(negative, Tensor) else type(negative).__name__
         raise OneStepError(

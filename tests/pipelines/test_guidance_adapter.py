@@ -15,8 +15,10 @@ from torch import Tensor
 from onestep.core.adapter_file import save_adapter
 from onestep.core.errors import OneStepError
 from onestep.core.guidance_adapter import new_adapter, with_guidance
+from onestep.core.recipe import Recipe
 from onestep.pipelines.adapt import adapt, denoiser_of, network_of
 from onestep.pipelines.guidance_adapter import load_guidance_adapter
+from onestep.pipelines.one_step import OneStepPipeline
 
 PIPES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(embedded=False)}
 PROMPTS = ["a cat", "a red dog"]
@@ -119,3 +121,99 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
     with pytest.raises(OneStepError, match="has no U-Net"):
         load_guidance_adapter(object(), file)
+
+
+# -- beside a pipeline's own guidance ---------------------------------------------------------------------------------
+
+CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
+
+
+def recipe_of(name: str, guidance: float = 1.0) -> Recipe:
+    family = {"sd3": "sd3", "flux": "flux"}.get(name, "unet")
+    return Recipe((999.0,) if family == "unet" else (1000.0,), (1.0,), guidance=guidance, family=family)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_one_step_pipeline_draws_under_it(name: str, tmp_path: Path) -> None:
+    """As with the dial on its network; at the scale it was loaded at, or the call's; 1 and taking it off are none."""
+    pipe, _, file = made(name, tmp_path)
+    if name == "flux":
+        pipe.text_encoder_2.eval()  # T5 is made with dropout
+    ours = OneStepPipeline.from_pipe(pipe)
+    told = {"recipe": recipe_of(name), "seed": 1, **CALL}
+    plain = ours(PROMPTS, **told).images
+    with load_guidance_adapter(pipe, file, guidance=5):
+        wanted = ours(PROMPTS, **told).images
+    ours.load_guidance_adapter(file, guidance=5)
+    assert torch.equal(ours(PROMPTS, **told).images, wanted) and error(wanted, plain) > 1e-2
+    assert error(ours(PROMPTS, guidance=2, **told).images, wanted) > 1e-2
+    assert torch.equal(ours(PROMPTS, guidance=1, **told).images, plain)
+    ours.load_guidance_adapter(None)
+    assert torch.equal(ours(PROMPTS, **told).images, plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network_of(pipe).modules())
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_beside_a_recipes_guidance_both_act(name: str, tmp_path: Path) -> None:
+    """D_u + k (D_agd - D_u): the negative's own rows are nobody's."""
+    pipe, _, file = made(name, tmp_path)
+    ours = OneStepPipeline.from_pipe(pipe)
+    more = {"seed": 1, **CALL}
+    away = ours(["dog", "red"], recipe=recipe_of(name), **more).images
+    ours.load_guidance_adapter(file, guidance=5)
+    alone = ours(PROMPTS, recipe=recipe_of(name), **more).images
+    both = ours(PROMPTS, negative_prompt=["dog", "red"], recipe=recipe_of(name, 3.0), **more).images
+    assert error(both, away + 3 * (alone - away)) < 1e-4
+
+
+def test_diffusers_own_guidance_is_refused_unless_told_the_prompts_half(tmp_path: Path) -> None:
+    pipe, _, file = made("sd", tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"output_type": "latent", "num_inference_steps": 1, "height": 16, "width": 16, "latents": noise}
+    answers: list[Tensor] = []
+    pipe.unet.register_forward_hook(lambda _, __, answer: answers.append(answer[0]))
+    pipe(PROMPTS, guidance_scale=3.0, **call)
+    with load_guidance_adapter(pipe, file, 5, rows="second half"):
+        pipe(PROMPTS, guidance_scale=3.0, **call)
+    with load_guidance_adapter(pipe, file, 5):
+        pipe(PROMPTS, guidance_scale=1.0, **call)
+        with pytest.raises(OneStepError, match="guidance_scale=1, or say which half"):
+            pipe(PROMPTS, guidance_scale=3.0, **call)
+    plain, guided, alone = answers
+    assert error(guided[:2], plain[:2]) < 1e-5 and error(guided[2:], alone) < 1e-5 and error(plain[2:], alone) > 1e-2
+
+
+def test_flux_own_guidance_is_refused(tmp_path: Path) -> None:
+    pipe, _, file = made("flux", tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"output_type": "latent", "num_inference_steps": 1, "height": 16, "width": 16, "negative_prompt": "dog"}
+    with load_guidance_adapter(pipe, file):
+        pipe("a cat", **call)
+        with pytest.raises(OneStepError, match="true_cfg_scale=1"):
+            pipe("a cat", true_cfg_scale=2.0, **call)
+
+
+def test_bad_calls_are_said(tmp_path: Path) -> None:
+    pipe, _, file = made("sd", tmp_path)
+    ours = OneStepPipeline.from_pipe(pipe)
+    told = {"recipe": recipe_of("sd"), "seed": 1, **CALL}
+    with pytest.raises(OneStepError, match="guidance is 5, and no adapter has it: call load_guidance_adapter"):
+        ours("a cat", guidance=5, **told)
+    with pytest.raises(OneStepError, match="guidance is nan: it must lie in 1"):
+        ours.load_guidance_adapter(file, guidance=float("nan"))
+    ours.load_guidance_adapter(file)
+    with pytest.raises(OneStepError, match="guidance is 0.5: it must lie in 1"):
+        ours("a cat", guidance=0.5, **told)
+    with pytest.raises(OneStepError, match="rows is 'last': choose one of all, first half, second half"):
+        load_guidance_adapter(pipe, file, rows="last")  # type: ignore[arg-type]
+    with (
+        load_guidance_adapter(pipe, file, rows="first half"),
+        pytest.raises(OneStepError, match="batch has 3 rows, no two halves"),
+    ):
+        ours(["a", "b", "c"], **told)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())

@@ -1,0 +1,27 @@
+"""The noise that a pipeline starts from, and takes between its steps."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .adapt import DiffusersHost
+from .networks import pack, unpack
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+class Noise:
+    """Standard normal latents as the family's own pipeline would draw them, one batch a call."""
+
+    def __init__(self, shape: tuple[int, ...], generator: Generator, host: DiffusersHost) -> None:
+        self._shape, self._generator, self._host = shape, generator, host
+
+    def __call__(self, packed: bool = False) -> Tensor:
+        """packed: in the order in which Flux' scheduler would, who sees patches."""
+        height, width = self._shape[2:]
+        packed = packed and self._host.family == "flux"
+        shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
+        noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
+        return (unpack(noise, height, width) if packed else noise).float()

@@ -1,0 +1,46 @@
+"""A pipeline's own classifier-free guidance: what acts on rows of a batch must know which of them are the prompt's."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args
+
+from ..core.errors import OneStepError
+
+Rows = Literal["all", "first half", "second half"]
+
+
+def part(rows: str, batch: int) -> slice:
+    """The ``rows`` of a batch."""
+    first, last = (rows == "second half") * batch // 2, batch // (1 + (rows == "first half"))
+    return slice(first, last)
+
+
+class OwnGuidance:
+    """Watches a pipeline whose network something hangs on. rows: of each batch, those that it acts on."""
+
+    def __init__(self, pipe: Any, rows: str) -> None:
+        if rows not in get_args(Rows):
+            raise OneStepError(f"rows is {rows!r:.40}: choose one of {', '.join(get_args(Rows))}")
+        self.pipe, self.rows = pipe, rows
+        self._asked: tuple[Any, Any] = (None, None)
+
+    def check(self, latents: Any, text: Any) -> None:
+        """Of the forward about to be made. Raises OneStepError where rows would be acted on that are not the
+        prompt's."""
+        name = type(self.pipe).__name__
+        if self.rows != "all" and len(text) % 2:
+            raise OneStepError(f"the network's batch has {len(text)} rows, no two halves, and rows is {self.rows!r}")
+        if self.rows == "all" and getattr(self.pipe, "do_classifier_free_guidance", False):
+            raise OneStepError(
+                f"this {name} draws with guidance of its own, whose negative is half of each batch: call it with "
+                "guidance_scale=1, or say which half is the prompt's (rows=\"second half\" in diffusers' pipelines)"
+            )
+        # Flux' pipelines ask for their negative in a forward of its own, of the very same latents
+        before, self._asked = self._asked, (latents, text)
+        again = latents is before[0] and text is not before[1]
+        if again and "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
+            raise OneStepError(
+                f"this {name} draws with guidance of its own, whose negative would be acted on as the prompt is: call "
+                "it with true_cfg_scale=1"
+            )
