@@ -100,6 +100,8 @@ class ComfyHost:
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         cond = encode(self.clip, prompts, self.family, self._pooled)
+        if self._training:
+            self._load()  # the encoder may have taken its place
         if self._sdxl:
             return with_sizes(cond, size)
         embedded = self.denoiser.guidance == "embedded"

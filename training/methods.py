@@ -13,6 +13,7 @@ from .control import asked, check_control, control_adapter, generator_recipe, nc
 from .direct import Direct
 from .host import Host
 from .inputs import recipe_of
+from .negative import check_negatives, negative_adapter, student_recipe, sun
 from .objectives.distribution_matching import DistributionMatching
 from .objectives.dmd import dmd
 from .objectives.guidance import adapter, agd, guidance_lora, guided_recipe
@@ -91,6 +92,16 @@ METHODS: dict[str, Method] = {
         recipe=generator_recipe,
         reference=asked,
         check=check_control,
+    ),
+    "sun": Method(
+        lambda settings: None,
+        "SpeedUpNet: a negative prompt in one forward, as an adapter",
+        "arXiv:2312.08887",
+        "3 + the segment",
+        direct=sun,
+        side=negative_adapter,
+        recipe=student_recipe,
+        check=check_negatives,
     ),
 }
 

@@ -41,13 +41,14 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Conditions of every prompt, and the null condition, for each size; on the CPU."""
+    """Conditions of every prompt, and the null condition, for each size; on the CPU. texts: of the prompts."""
 
     conds: dict[Size, Cond]
     nulls: dict[Size, Cond | None]
     shapes: dict[Size, tuple[int, ...]]
     seed: int
     device: torch.device
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.conds.values())))
@@ -78,9 +79,8 @@ def embed(host: Host, prompts: Sequence[str], settings: Settings, folder: Path) 
     every = {size: _told(_cached(host, texts, size, folder), host, settings) for size in sizes}
     trained_null = host.denoiser.guidance == "cfg"
     nulls = {size: cond[len(prompts) :] if trained_null else None for size, cond in every.items()}
-    return Prompts(
-        {size: cond[: len(prompts)] for size, cond in every.items()}, nulls, shapes, settings.seed, host.device
-    )
+    conds = {size: cond[: len(prompts)] for size, cond in every.items()}
+    return Prompts(conds, nulls, shapes, settings.seed, host.device, tuple(prompts))
 
 
 def _told(cond: Cond, host: Host, settings: Settings) -> Cond:

@@ -3,7 +3,7 @@
 config.json            what the run is; a run of another config is refused
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
 metrics.jsonl          the untrained student's measures, then one line an update
-embeddings/ pairs/ trajectories/ triples/   caches; deleting them costs time, nothing else
+embeddings/ pairs/ trajectories/ triples/ segments/   caches; deleting them costs time, nothing else
 previews/              teacher above student, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
@@ -28,7 +28,7 @@ from .settings import nearest
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
-KINDS = ("pairs", "trajectories", "triples")
+KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
 
 

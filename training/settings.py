@@ -14,7 +14,7 @@ MATCHING = ("dmd", "vsd")
 """The methods with a critic, and with a warm start before it."""
 GUIDING = ("agd", "guidance-lora")
 """The methods that put the teacher's guidance into one forward."""
-METHODS = (*MATCHING, "regression", *GUIDING, "nct")
+METHODS = (*MATCHING, "regression", *GUIDING, "nct", "sun")
 COPY = "copy"
 """The form of a control adapter that is a ControlNet."""
 MOST_STEPS = 64
@@ -94,7 +94,9 @@ class Settings:
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
 
-    initial_lora: str = setting("", "A LoRA that the student starts from, or nct's generator; empty = the base.")
+    initial_lora: str = setting(
+        "", "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base."
+    )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
     watch_every: int = setting(50, "Updates between measures of the student; 0 = none.", 0, 1_000_000)
@@ -125,9 +127,19 @@ class Settings:
         0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
     )
     noise_levels: int = setting(
-        32, "Steps from a picture's own noise to any other in nct, at the run's end; it begins with 4.", 1, 4096
+        4,
+        "How fine nct becomes by a run's end: noises asked for the same are 1 / this apart; it begins with 1.",
+        1,
+        4096,
     )
-    boundary: float = setting(1.0, "Weight of nct's boundary: a picture's own noise gives that picture.", 0, 100)
+    boundary: float = setting(
+        0.1, "Share of nct's samples that are asked for their own picture at their own noise.", 0, 1
+    )
+    negatives: str = setting(
+        "", "What sun learns to keep away from, parted by commas; empty = the parts of the prompts, parted so too."
+    )
+    push: float = setting(2.0, "How hard sun's teacher keeps away from a negative, in units of guidance.", 0, 30)
+    segment_steps: int = setting(3, "Steps of sun's teacher for one of the student's.", 1, 64)
 
     def __post_init__(self) -> None:
         for entry in fields(self):

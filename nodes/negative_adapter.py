@@ -1,0 +1,150 @@
+"""`Apply Negative Adapter`: a trained negative prompt, in one forward, at CFG 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..core.adapter_file import load_adapter
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import detect
+from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
+from ..core.roles import RoleMap, Roles
+from ..core.side import Call
+from .guidance_adapter import targets_of
+from .steer import check_negative
+
+KEY = "onestep_negative_adapter"
+ROLE = "away"
+
+
+class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
+    """A MODEL that a trained adapter keeps away from a negative text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="OneStepApplyNegativeAdapter",
+            display_name="Apply Negative Adapter",
+            category="OneStep/guidance",
+            description="Gives a few-step model its negative prompt back, as an adapter has learnt it: at CFG 1, in "
+            "one forward a step. The adapter is trained by Distil One-Step LoRA with method sun, for any checkpoint of "
+            "the same base; Negative Steering needs no training.",
+            search_aliases=["sun", "speedupnet", "negative prompt", "cfg free"],
+            inputs=[
+                io.Model.Input("model", tooltip="A checkpoint of the base that the adapter was trained on."),
+                io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
+                io.Combo.Input(
+                    "adapter",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A negative adapter in models/loras; Distil One-Step LoRA puts it into onestep/.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=0.0,
+                    max=MOST,
+                    step=0.05,
+                    round=False,
+                    tooltip="How hard to push: 1 as it was trained, 0 = off. Sample at cfg 1.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model under the negative: sample it at cfg 1.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, negative: Any, adapter: str, scale: float) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise("loras", adapter))
+        return io.NodeOutput(model_away(model, negative, path, scale))
+
+
+def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
+    """A clone of MODEL under the adapter of ``path`` and a negative CONDITIONING; ``model`` stays as it is.
+
+    Raises OneStepError for another base's adapter, and for a negative or a scale that does not fit.
+    """
+    scale, family = checked_scale(scale), detect(model.model.diffusion_model)
+    side = load_adapter(path, MAKERS, family).side.requires_grad_(False)
+    check_base(side, {target.name: target for target in targets_of(model.model, family)}, family)
+    check_negative(negative, side.config.text, False)
+    _check_range(negative)
+    if any(KEY in wrappers for wrappers in model.wrappers.values()):
+        raise OneStepError(
+            "this MODEL has a negative adapter already: give both negatives to one, through Conditioning (Combine), or "
+            "plug in the MODEL from before the first"
+        )
+    clone = model.clone()
+    if scale:
+        ours = Away(side, family, [text for text, _ in negative], scale)
+        clone.set_injections(KEY, [PatcherInjection(inject=ours.inject, eject=ours.eject)])
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
+    return clone
+
+
+def _check_range(negative: Any) -> None:
+    for _, told in negative:
+        first, last = told.get("start_percent", 0.0), told.get("end_percent", 1.0)
+        if (first, last) != (0.0, 1.0):
+            raise OneStepError(
+                f"the negative acts from {first:g} to {last:g} of the schedule, which the adapter cannot honour: plug "
+                "in the condition without a timestep range, or use Negative Steering"
+            )
+
+
+class Away:
+    """An adapter on one patched MODEL: its hooks while ComfyUI has the patches on, and what each forward tells it.
+
+    texts: [n, L, C] each, whose tokens are taken together.
+    """
+
+    def __init__(self, side: NegativeAttention, family: str, texts: list[Tensor], scale: float) -> None:
+        self.side, self.family, self.scale = side, family, scale
+        most = max(map(len, texts))
+        self.text = torch.cat([comfy.utils.repeat_to_batch_size(text, most) for text in texts], 1)
+        self.roles: dict[int, Roles] = {}
+
+    def inject(self, patcher: Any) -> None:
+        """Hooks on the network as it is now: a deep copy has layers of its own."""
+        needed = self.side.before | self.side.after
+        roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
+        roles.add_side(ROLE, self.side)
+        roles.install()
+        self.roles[id(patcher.model)] = roles
+
+    def eject(self, patcher: Any) -> None:
+        roles = self.roles.pop(id(patcher.model), None)
+        if roles is not None:
+            roles.remove()
+
+    def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay as they are."""
+        roles = self.roles.get(id(executor.class_obj))
+        if roles is None:
+            raise OneStepError(
+                "the negative adapter is not on this MODEL's layers: load the model again, and report it"
+            )
+        self.side.to(x.device)
+        # time and condition are told to sides that ask for them; this one does not
+        nothing: Any = None
+        told = self._told(x, args[3] if len(args) > 3 else kwargs.get("transformer_options"))
+        with roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, told))):
+            return executor(x, t, *args, **kwargs)
+
+    def _told(self, x: Tensor, options: dict[str, Any] | None) -> dict[str, Any]:
+        """Each prompt of a batch has its own negative, where there are several: in turn, as ComfyUI spreads them."""
+        flags = (options or {}).get("cond_or_uncond") or [0]
+        each = len(x) // len(flags)
+        text = torch.cat([comfy.utils.repeat_to_batch_size(self.text, each)] * len(flags)).to(x.device)
+        scales = torch.tensor([0.0 if flag else self.scale for flag in flags]).repeat_interleave(each)
+        return {"negative": Cond(text), "scale": scales}
+
+
+NODES = [ApplyNegativeAdapter]

@@ -1,0 +1,158 @@
+"""SpeedUpNet's data: prompts with negatives, and what a negative changes on each segment of a student's way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core import randomness
+from ..core.cond import Cond
+from ..core.recipe import Recipe
+from ..core.roles import TEACHER
+from ..core.sampling import fed_latents, jump
+from ..core.schedule import add_noise
+from .batch import Batch
+from .host import Host
+from .objectives.multi_step_consistency import Moves, between, walked
+from .pairs import Blocks
+from .prompts import Prompts, Size, embed
+from .settings import Settings
+from .student import STUDENT, level
+
+MOST = 512
+"""Different cases of a run."""
+EMPTY = 0.1
+"""Share of cases with nothing to keep away from."""
+SHARE = 0.75
+"""Of a segment's time that the teacher walks; the first part is the student's own jump."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and what it is to keep away from."""
+
+    prompt: str
+    negative: str
+
+    @property
+    def both(self) -> str:
+        """The two as one text, as a person would add a word."""
+        return f"{self.prompt}, {self.negative}" if self.negative else self.prompt
+
+
+def parts(text: str) -> list[str]:
+    """A prompt's parts, as commas and colons part them."""
+    return [part for part in re.split(r"\s*[,:]\s+", text.strip(" ,:")) if part]
+
+
+def case(texts: Sequence[str], negatives: Sequence[str], seed: int, index: int) -> Case:
+    """The first parts of a prompt, one of them at least; and one of ``negatives``, else a part that this prompt has
+    left out or that another one has."""
+
+    def draw(high: int, what: str) -> int:
+        return int(randomness.integers(high, seed, f"case {what}", 0, [index])[0])
+
+    prompt = texts[draw(len(texts), "prompt")]
+    every = parts(prompt) or [prompt]
+    kept = 1 + draw(len(every), "parts")
+    # cut out of the prompt itself, so that its colons and commas stay
+    end = prompt.find(every[kept - 1]) + len(every[kept - 1])
+    others = parts(texts[draw(len(texts), "other")])
+    pool = list(negatives) or (every[kept:] if kept < len(every) and draw(2, "own") else others)
+    pool = [part for part in pool if part not in every[:kept]]
+    empty = not pool or float(randomness.uniform(seed, "case empty", 0, [index])[0]) < EMPTY
+    return Case(prompt[:end], "" if empty else pool[draw(len(pool), "negative")])
+
+
+def cases(texts: Sequence[str], settings: Settings) -> list[Case]:
+    """The cases of a run, a function of its seed."""
+    negatives = [part.strip() for part in settings.negatives.split(",") if part.strip()]
+    count = min(MOST, max(settings.pairs, len(texts)))
+    return [case(texts, negatives, settings.seed, index) for index in range(count)]
+
+
+@dataclass
+class Segments(Blocks):
+    """Segments of the student's way without a negative, and where its negative would have them end.
+
+    prompts: of the cases. negatives, both: the other texts of each case, in their order. recipe: the student's.
+    """
+
+    recipe: Recipe
+    negatives: Cond
+    both: dict[Size, Cond]
+    stream = "segment"
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, Moves]:
+        drawn, (x, end, segment, at) = self._take(batch, update)
+        sigmas = torch.stack([*self._levels(), torch.zeros((), dtype=torch.float64)])
+        negative = self.negatives[at.cpu()].to(drawn.device)
+        return drawn, Moves(x, sigmas[segment.cpu()], sigmas[segment.cpu() + 1], end, negative)
+
+    def _levels(self) -> list[Tensor]:
+        schedule = self.host.denoiser.schedule
+        return list(schedule.sigma_of_time(torch.tensor(self.recipe.told, dtype=torch.float64)))
+
+    def _segment(self, block: int) -> int:
+        """One for a block: its samples walk together."""
+        return int(randomness.integers(self.recipe.steps, self.settings.seed, "segment", block, [0])[0])
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        rows = range(self.settings.batch)
+        at = torch.stack([self._prompt(block, row) for row in rows])
+        return kept["x"], kept["end"], torch.full((len(rows),), self._segment(block)), at
+
+    @torch.no_grad()
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        noise, made = self._noise(block), []
+        for rows, batch in self._slices(block, micro):
+            at = torch.stack([self._prompt(block, row) for row in rows])
+            both = self.both[self._size(block)][at].to(batch.device)
+            made.append([side.cpu() for side in self._move(batch, both, noise[rows].to(batch.device), block)])
+        x, end = (torch.cat(side) for side in zip(*made, strict=True))
+        return {"x": x, "end": end}
+
+    def _move(self, batch: Batch, both: Cond, noise: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """(x, y) of a block's segment."""
+        denoise, segment, settings = self.host.denoiser, self._segment(block), self.settings
+        schedule, null = denoise.schedule, batch.nulls()
+        assert null is not None
+        x, x0 = self._student(batch, noise, segment)
+        first, last = [*self._levels(), torch.zeros((), dtype=torch.float64)][segment : segment + 2]
+        sigmas = between(schedule, first, last, SHARE, settings.segment_steps)
+        sigma, middle, lower = (value.expand(len(x)) for value in (first, sigmas[0], last))
+        start = jump(schedule, x, x0, sigma, middle)
+        with denoise.roles.use(TEACHER):
+            # E_n and E_0, from the student's own jump
+            e_n = walked(denoise, start, sigmas, (batch.cond, null, both), settings.guidance, settings.push)
+            e_0 = walked(denoise, start, sigmas, (batch.cond, null, batch.cond), settings.guidance, 0.0)
+        # y = J(x, G) + (E_n - E_0)
+        return x, jump(schedule, x, x0, sigma, lower) + (e_n - e_0)
+
+    def _student(self, batch: Batch, noise: Tensor, segment: int) -> tuple[Tensor, Tensor]:
+        """(x, G) where the student begins its ``segment``, without a negative."""
+        denoise = self.host.denoiser
+        sigma = level(denoise, self.recipe, 0, batch)
+        x = fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
+        with denoise.roles.use(STUDENT):
+            x0 = denoise(x, sigma, batch.cond)
+            for step in range(1, segment + 1):
+                sigma = level(denoise, self.recipe, step, batch)
+                x = add_noise(denoise.schedule, x0, batch.normal(f"segment renoise {step}"), sigma)
+                x0 = denoise(x, sigma, batch.cond)
+        return x, x0
+
+
+def segments(host: Host, settings: Settings, prompts: Prompts, folder: Path, recipe: Recipe) -> Segments:
+    """The pool of a run in ``folder``/segments, with its cases' texts embedded."""
+    found = cases(prompts.texts, settings)
+    texts = [c.prompt for c in found] + [c.negative for c in found] + [c.both for c in found]
+    every, count = embed(host, texts, settings, folder / "embeddings"), len(found)
+    asked, both = ({size: cond[at] for size, cond in every.conds.items()} for at in (slice(count), slice(-count, None)))
+    negatives = every.conds[every.sizes[0]][count:-count]
+    return Segments(host, replace(every, conds=asked), settings, folder / "segments", recipe, negatives, both)
