@@ -91,14 +91,20 @@ class Steering:
         """Whether this steering changes nothing at all, so that a host need not take part."""
         return NEUTRAL.get(self.mode) == self.scale or (self.mode == "nag" and self.alpha == 0)
 
-    def cross(self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, Tensor]) -> Tensor:
+    def cross(
+        self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, Tensor], found: Tensor | None = None
+    ) -> Tensor:
         """Cross-attention of the picture to its text, steered. q: [B, H, N, D]. k, v: [B, H, L, D].
 
-        negative: its keys and values, [B, H, M, D] each. Returns [B, H, N, D].
+        negative: its keys and values, [B, H, M, D] each. found: what a host has made of the positive instead, as a
+        picture's prompt beside the text. Returns [B, H, N, D].
         """
-        if self.mode == "vsf":
-            return vsf(partial_attention(q, k, v), partial_attention(q, *negative), self.scale, self.offset)
-        return self.apart(attention(q, k, v), attention(q, *negative))
+        if self.mode != "vsf":
+            return self.apart(attention(q, k, v) if found is None else found, attention(q, *negative))
+        plain = partial_attention(q, k, v)
+        steered = vsf(plain, partial_attention(q, *negative), self.scale, self.offset)
+        # what is found beyond plain attention stays
+        return steered if found is None else steered + (found - plain.out)
 
     def joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None) -> Streams:
         """Joint attention with one picture and two texts: the doubled network's, its picture's rows computed once.

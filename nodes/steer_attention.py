@@ -68,12 +68,11 @@ def steered(
     """
     if steering.mode == "vsf":
         q, k, v, k_negative, v_negative = (_heads(part, heads) for part in (*positive, *negative))
-        own = _flat(steering.cross(q, k, v, (k_negative, v_negative)))
-        if rows is None and found is None:
-            return own
-        plain = look(*positive)
-        found = plain if found is None else found
-        pushed = own + (found - plain)  # what an earlier patch adds beyond plain attention stays
+        other = None if found is None else _heads(found, heads)
+        pushed = _flat(steering.cross(q, k, v, (k_negative, v_negative), other))
+        if rows is None:
+            return pushed
+        found = look(*positive) if found is None else found
     else:
         found = look(*positive) if found is None else found
         # NAG's norm is a token's over all heads: one head of their whole width has the same

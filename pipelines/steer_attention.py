@@ -100,8 +100,7 @@ class CrossSteered(nn.Module):
             steered = steering.apart(positive, attention(q, *negative))
         elif mask is None:
             k, v = seen.in_heads("k")[rows], seen.in_heads("v")[rows]
-            # beside plain attention, whatever the inner processor has added to it
-            steered = steering.cross(q, k, v, negative) + (positive - attention(q, k, v))
+            steered = steering.cross(q, k, v, negative, positive)
         else:
             raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa or nag")
         out = _merged(steered).to(found.dtype)

@@ -58,13 +58,16 @@ def nag_by_hand(z_pos: Array, z_neg: Array, s: float, tau: float, alpha: float, 
     return alpha * pushed * np.minimum(ratio, tau) / ratio + (1 - alpha) * z_pos
 
 
-def steer_by_hand(steering: Steering, q: Array, seen: KeysValues, unwanted: KeysValues, shared: KeysValues) -> Array:
-    """What a picture's queries find in the positive's keys, the negative's, and those they see beside either."""
+def steer_by_hand(
+    steering: Steering, q: Array, seen: KeysValues, unwanted: KeysValues, shared: KeysValues, added: Any = 0.0
+) -> Array:
+    """What a picture's queries find in the positive's keys, the negative's, and those they see beside either.
+    added: what a host adds to the positive's answer."""
     (k, v), (k_neg, v_neg) = beside(seen, shared), beside(unwanted, shared)
     if steering.mode == "vsf":
         bias = np.repeat([0.0, -steering.offset], [k.shape[2], unwanted[0].shape[2]])
-        return attend(q, *beside((k, v), (unwanted[0], -steering.scale * unwanted[1])), bias)
-    z_pos, z_neg = attend(q, k, v), attend(q, k_neg, v_neg)
+        return attend(q, *beside((k, v), (unwanted[0], -steering.scale * unwanted[1])), bias) + added
+    z_pos, z_neg = attend(q, k, v) + added, attend(q, k_neg, v_neg)
     if steering.mode == "nasa":
         return z_pos - steering.scale * z_neg
     return nag_by_hand(z_pos, z_neg, steering.scale, steering.tau, steering.alpha, steering.order)
@@ -116,10 +119,13 @@ def of(module: ModuleType, steering: Steering) -> Any:
 
 def check_cross(module: ModuleType, steering: Steering) -> None:
     q, *texts = crossed()
-    found = of(module, steering).cross(q, *texts[:2], (texts[2], texts[3]))
     k, v, k_neg, v_neg = numpied(*texts)
-    expected = steer_by_hand(steering, q.numpy(), (k, v), (k_neg, v_neg), (k[:, :, :0], v[:, :, :0]))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-12)
+    nothing, added = (k[:, :, :0], v[:, :, :0]), numpied(*drawn(7))[0]
+    other = torch.from_numpy(attend(q.numpy(), k, v) + added)
+    for told, more in ((None, 0.0), (other, added)):
+        found = of(module, steering).cross(q, *texts[:2], (texts[2], texts[3]), told)
+        expected = steer_by_hand(steering, q.numpy(), (k, v), (k_neg, v_neg), nothing, more)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 def check_joint(module: ModuleType, steering: Steering, rows: Tensor | None = None) -> None:
@@ -362,6 +368,7 @@ JOINS = {
     "the flipped text for the picture's": ("vsf(plain, to_negative", "vsf(plain, to_positive"),
     "a text that sees itself alone": ("merge(of_negative, own_negative)", "own_negative.out"),
     "a text that sees the picture alone": ("merge(of_positive, own_positive)", "of_positive.out"),
+    "what is found beside the text is lost": ("steered + (found - plain.out)", "steered"),
     "the others steered": (", steered, plain.out)", ", plain.out, steered)"),
     "the texts' keys exchanged": ("k.positive, v.positive", "k.negative, v.negative"),
 }
@@ -385,8 +392,8 @@ def test_a_wrong_equation_is_found_out(change: tuple[str, str], monkeypatch: pyt
 
 def test_texts_exchanged_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     change = (
-        "self.apart(attention(q, k, v), attention(q, *negative))",
-        "self.apart(attention(q, *negative), attention(q, k, v))",
+        "attention(q, k, v) if found is None else found, attention(q, *negative)",
+        "attention(q, *negative), attention(q, k, v) if found is None else found",
     )
     module = mutant("onestep.core.guidance", *change, monkeypatch)
     for name in ("nasa", "nag"):
