@@ -98,7 +98,9 @@ class NegativeAttention(nn.Module):
     def _found(self, at: int, q: Tensor, negative: Cond) -> Tensor:
         """A- [B, N, C]."""
         text, heads = negative.text.to(q), self.config.sites[at][2]
-        k, v = (F.linear(text, layers[at].weight.to(q)) for layers in (self.to_k_neg, self.to_v_neg))
+        # the float32 weights that learn, in the dtype that the network computes in
+        weights: list[Any] = [self.to_k_neg[at].weight, self.to_v_neg[at].weight]
+        k, v = (F.linear(text, weight.to(q)) for weight in weights)
         q, k, v = (rows.unflatten(-1, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
         k, v = (rows.expand(len(q), -1, -1, -1) for rows in (k, v))
         mask = None if negative.mask is None else negative.mask[:, None, None].to(q.device)
@@ -134,16 +136,16 @@ def new_adapter(
     sites = tuple((name, targets[f"{name}.to_k"].out_rows, heads[name]) for name in names)
     side = _made(Config(sites, targets[f"{names[0]}.to_k"].in_features))
     for layers, part in ((side.to_k_neg, "to_k"), (side.to_v_neg, "to_v")):
-        for layer, path in zip(layers, (f"{name}.{part}" for name in names), strict=True):
+        for layer, path in zip(layers.parameters(), (f"{name}.{part}" for name in names), strict=True):
             start = _start(targets[path], (role or {}).get(path), generator(seed, "negative adapter", path))
-            layer.weight.data.copy_(start)
+            layer.data.copy_(start)
     return side
 
 
 def heads_of(modules: Iterable[nn.Module], targets: Mapping[str, Target]) -> dict[str, int]:
     """Heads of each cross-attention by its canonical name. modules: what holds the host's attentions, e.g. blocks."""
     here = {id(target.module): name for name, target in targets.items() if name.endswith(".to_q")}
-    attentions = (part for module in modules for part in module.modules() if hasattr(part, "to_q"))
+    attentions: Iterable[Any] = (part for module in modules for part in module.modules() if hasattr(part, "to_q"))
     known = [(here.get(id(part.to_q)), part.heads) for part in attentions]
     return {name.removesuffix(".to_q"): int(heads) for name, heads in known if name is not None}
 
