@@ -47,6 +47,7 @@ def left(folder: Path) -> dict[str, Any]:
             "pairs/*",
             "trajectories/*",
             "triples/*",
+            "segments/*",
             "state-*/state.safetensors",
         )
         for path in sorted(folder.glob(pattern))
