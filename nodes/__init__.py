@@ -6,7 +6,10 @@ import importlib
 import logging
 from typing import Any
 
-MODULES = ("tiny", "prompts", "distil", "settings", "load_lora", "sample", "steer", "control", "guidance_adapter")
+MODULES = (
+    *("tiny", "prompts", "distil", "settings", "load_lora", "sample"),
+    *("steer", "guidance_adapter", "negative_adapter", "control", "control_picture", "own_control", "diversity"),
+)
 
 
 async def comfy_entrypoint() -> Any:

@@ -23,10 +23,9 @@ from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
+from .places import SUBFOLDER, stamp
 
 MASK = "mask"
-RESULTS = "onestep"
-"""The folder in models/loras that results of `Distil` lie in."""
 PATCH = 2
 """Latents along a side of one token of SD3 and Flux."""
 FIRST_BLOCK = ("double_block", 0)
@@ -48,7 +47,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "control_name",
                     options=names(),
-                    tooltip="A file in models/controlnet, or a result of Distil in models/loras/onestep.",
+                    tooltip="A file in models/controlnet, or a result of Distil in models/loras/onestep: its output "
+                    "file can be plugged in here.",
                 ),
             ],
             outputs=[
@@ -60,9 +60,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, control_name: str, **unused: Any) -> Any:
-        path = path_of(control_name)
-        return path and (path.stat().st_mtime_ns, path.stat().st_size)
+    def fingerprint_inputs(cls, control_name: str = "", **unused: Any) -> Any:
+        return stamp(path_of(control_name))
 
     @classmethod
     def execute(cls, control_name: str) -> io.NodeOutput:
@@ -75,7 +74,7 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 def names() -> list[str]:
     """Files that may hold a control adapter."""
-    results = [name for name in folder_paths.get_filename_list("loras") if Path(name).parts[0] == RESULTS]
+    results = [name for name in folder_paths.get_filename_list("loras") if Path(name).parts[0] == SUBFOLDER]
     return [*folder_paths.get_filename_list("controlnet"), *results]
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 
+from ..core.adapter_file import read_told
 from ..core.tensor_file import read_tensors
 from ..training.distil import Result, distil
 from ..training.methods import METHODS
@@ -24,11 +26,24 @@ from .settings import SettingsSocket
 
 BY_PRESET = "by preset"
 NO_LORA = "none"
+# A name that fits text inputs and the lists of files alike.
+FileName = io.Custom("STRING,COMBO")
+# The kind in a file's header -> the node that loads such an adapter.
+LOADERS = {
+    "guidance-attention": "Apply Guidance Adapter",
+    "guidance-offset": "Apply Guidance Adapter",
+    "control": "Load Control Adapter",
+}
 
 
 def help_of(name: str) -> str:
     """A setting's own help."""
     return str(Settings.__dataclass_fields__[name].metadata["help"])
+
+
+def methods_told() -> str:
+    """The methods, a line each."""
+    return "\n".join([help_of("method"), *(f"{name}: {method.title}." for name, method in METHODS.items())])
 
 
 def model_inputs() -> list[Any]:
@@ -51,7 +66,7 @@ def model_inputs() -> list[Any]:
 
 def plan_inputs() -> list[Any]:
     return [
-        io.Combo.Input("method", options=[BY_PRESET, *METHODS], default=BY_PRESET, tooltip=help_of("method")),
+        io.Combo.Input("method", options=[BY_PRESET, *METHODS], default=BY_PRESET, tooltip=methods_told()),
         io.Combo.Input(
             "preset",
             options=list(PRESETS),
@@ -71,7 +86,7 @@ def plan_inputs() -> list[Any]:
 
 def run_inputs() -> list[Any]:
     return [
-        io.String.Input("name", default="my-one-step", tooltip="Of the run and of its LoRA in models/loras/onestep."),
+        io.String.Input("name", default="my-one-step", tooltip="Of the run and of its result in models/loras/onestep."),
         io.Combo.Input(
             "existing",
             options=[CONTINUE, RESTART, STOP],
@@ -101,21 +116,28 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             display_name="Distil One-Step LoRA",
             category="OneStep/training",
             description="Trains a LoRA with which the model draws in one, two or four steps, from prompts "
-            "alone. Cancel keeps what is "
+            "alone; by method agd an adapter for guidance at CFG 1, by nct one for a control. Cancel keeps what is "
             "learnt; queue again with 'continue' to go on.",
-            search_aliases=["distillation", "train", "turbo", "few step"],
+            search_aliases=["distillation", "train", "turbo", "few step", "guidance adapter", "control adapter"],
             is_output_node=True,
             not_idempotent=True,
             inputs=[*model_inputs(), *plan_inputs(), *run_inputs()],
             outputs=[
-                io.LoraModel.Output(display_name="lora", tooltip="For Load LoRA Model and Save LoRA."),
+                io.LoraModel.Output(
+                    display_name="lora",
+                    tooltip="For Load LoRA Model and Save LoRA. Methods that train an adapter have none: use file.",
+                ),
                 io.LossMap.Output(
                     display_name="loss_map", tooltip="Distance to the teacher at each measure, for Plot Loss Graph."
                 ),
                 io.Image.Output(
                     display_name="preview", tooltip="The last preview: teacher above student, the same noise."
                 ),
-                io.String.Output(display_name="file", tooltip="The LoRA's name for the LoRA loaders."),
+                FileName.Output(
+                    display_name="file",
+                    tooltip="The result's name, for the list of files in any loader: LoRA loaders, Apply Guidance "
+                    "Adapter, Load Control Adapter, initial_lora.",
+                ),
                 RecipeSocket.Output(display_name="recipe", tooltip="How to sample it, for One-Step Sample."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -161,11 +183,13 @@ def settings_of(
 
 
 def outputs(result: Result, file: str) -> io.NodeOutput:
+    told = read_told(result.path)
+    words = f"{file} is an adapter: load it with {LOADERS.get(told['kind'], 'its own node')}" if told else ""
     said = [f"{file} ({result.updates} updates, {result.seconds:.0f} s, {result.role})", result.check, *result.notes]
-    shown = {"text": ["\n".join(said)], "onestep_preview": [viewed(result.preview)]}
-    return io.NodeOutput(
-        read_tensors(result.path), loss_map(result.metrics), as_image(result.preview), file, result.recipe, ui=shown
-    )
+    shown = {"text": ["\n".join([*said, *filter(None, [words])])], "onestep_preview": [viewed(result.preview)]}
+    # who asks for a LoRA where there is none is stopped with a word, and the other nodes go on
+    lora = ExecutionBlocker(f"{words}, by the output file") if told else read_tensors(result.path)
+    return io.NodeOutput(lora, loss_map(result.metrics), as_image(result.preview), file, result.recipe, ui=shown)
 
 
 NODES = [DistilOneStepLoRA]

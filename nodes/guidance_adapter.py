@@ -20,6 +20,7 @@ from ..core.guidance_adapter import MAKERS, check_base
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule
 from .denoiser import schedule_of
+from .places import stamp
 
 KEY = "onestep_guidance_adapter"
 ROLE = "guided"
@@ -43,7 +44,8 @@ class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "adapter",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="A guidance adapter in models/loras; Distil One-Step LoRA puts it into onestep/.",
+                    tooltip="A guidance adapter in models/loras; Distil One-Step LoRA puts it into onestep/, and its "
+                    "output file can be plugged in here.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -57,6 +59,10 @@ class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
             ],
             outputs=[io.Model.Output(tooltip="The guided model: sample it at cfg 1.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str = "", **unused: Any) -> Any:
+        return stamp(folder_paths.get_full_path("loras", adapter))
 
     @classmethod
     def execute(cls, model: Any, adapter: str, guidance: float) -> io.NodeOutput:

@@ -21,6 +21,7 @@ from ..core.recipe import PRESETS, Recipe
 from ..core.schedule import NoiseSchedule
 from ..core.tensor_file import read_header
 from .denoiser import schedule_of
+from .places import stamp
 
 RecipeSocket = io.Custom("ONESTEP_RECIPE")
 FROM_FILE = "from the file"
@@ -70,9 +71,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **unused: Any) -> Any:
-        path = folder_paths.get_full_path("loras", lora_name)
-        return path and (Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
+    def fingerprint_inputs(cls, lora_name: str = "", **unused: Any) -> Any:
+        return stamp(folder_paths.get_full_path("loras", lora_name))
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, recipe: str) -> io.NodeOutput:

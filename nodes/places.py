@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -34,7 +35,7 @@ def run_folder(name: str) -> Path:
 
 
 def publish(result: Path, name: str) -> str:
-    """Copy a result to models/loras/onestep; the name under which LoRA loaders list it."""
+    """Copy a result to models/loras/onestep; the name under which loaders list it."""
     folder = Path(folder_paths.get_folder_paths("loras")[0]) / SUBFOLDER
     place = folder / f"{checked_name(name)}.safetensors"
     beside = place.with_name(f".{place.name}.tmp")
@@ -44,11 +45,16 @@ def publish(result: Path, name: str) -> str:
         os.replace(beside, place)
     except OSError as error:
         raise OneStepError(
-            f"the LoRA could not be copied to {place}: {error.strerror}. It lies in {result}: copy it by hand"
+            f"the result could not be copied to {place}: {error.strerror}. It lies in {result}: copy it by hand"
         ) from None
     finally:
         beside.unlink(missing_ok=True)
     return f"{SUBFOLDER}/{place.name}"
+
+
+def stamp(path: str | Path | None) -> Any:
+    """When a file was written and how large it is: by that a node knows that it has changed. None for no file."""
+    return path and (Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
 
 
 def inside_input(path: str) -> Path:

@@ -18,8 +18,9 @@ SHOWN = {
 
 
 def widget(entry: Field[Any]) -> Any:
-    """A widget for one setting, with its help as the tooltip."""
-    meta, told = entry.metadata, {"default": entry.default, "tooltip": entry.metadata["help"]}
+    """A widget for one setting, with its help as the tooltip. Optional: saved graphs outlive settings that are new."""
+    meta = entry.metadata
+    told = {"default": entry.default, "tooltip": meta["help"], "optional": True}
     if meta["choices"]:
         return io.Combo.Input(entry.name, options=list(meta["choices"]), **told)
     if entry.type == "bool":

@@ -47,6 +47,10 @@ class Blocks:
         """What of a block is handed out, [batch, ...] each."""
         raise NotImplementedError
 
+    def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
+        """What of each block is handed out, in order; made in slices of ``micro`` samples."""
+        return (self._block(block, micro) for block in range(self.blocks))
+
     def _take(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, ...]]:
         """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size."""
         block = update if update < self.blocks else None

@@ -7,65 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_graphs import NEGATIVE, PROMPT, SEED, TINY, graph, ksampler, latents, loader, saved, text
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 from small_runs import settings_node
 
 from onestep.pipelines.steer import steered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-SEED, PROMPT, NEGATIVE, TOLERANCE = 11, "a red dragon", "wall", 1e-5
+TOLERANCE = 1e-5
 FIELDS = {"scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
-TINY = {"tiny": "sd-turbo-1", "tiny-flow": "sd3.5-turbo-4"}
+PRESETS = {"tiny": "sd-turbo-1", "tiny-flow": "sd3.5-turbo-4"}
 MODES = ("NASA", "NAG", "VSF")
-
-
-def loader(name: str) -> dict[str, Any]:
-    if name in TINY:
-        return {"class_type": "OneStepLoadTinyModel", "inputs": {"name": name}}
-    return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{name}.safetensors"}}
 
 
 def steering(mode: str, **changes: Any) -> dict[str, Any]:
     plugs = {"model": ["model", 0], "negative": ["negative", 0]}
     return {"class_type": "OneStepNegativeSteering", "inputs": {**plugs, "mode": mode, **FIELDS, **changes}}
-
-
-def text(words: str, clip: str = "texts") -> dict[str, Any]:
-    return {"class_type": "CLIPTextEncode", "inputs": {"text": words, "clip": [clip, 1]}}
-
-
-def saved(name: str) -> dict[str, Any]:
-    return {"class_type": "SaveLatent", "inputs": {"samples": [name, 0], "filename_prefix": f"latents/{name}"}}
-
-
-def ksampler(model: str, steps: int = 1) -> dict[str, Any]:
-    widgets = {"seed": SEED, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    plugs = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0]}
-    return {"class_type": "KSampler", "inputs": {**widgets, "denoise": 1.0, "model": [model, 0], **plugs}}
-
-
-def graph(name: str, side: int, **nodes: Any) -> dict[str, Any]:
-    """Prompts and latents for a model, and these nodes; Flux reads SD3's texts."""
-    told = {"width": side, "height": side, "batch_size": 2}
-    return {
-        "model": loader(name),
-        "texts": loader("sd3" if name == "flux" else name),
-        "positive": text(PROMPT),
-        "negative": text(NEGATIVE),
-        "empty": {"class_type": "EmptyLatentImage", "inputs": told},
-        **nodes,
-    }
-
-
-def latents(server: Any, workflow: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What each sampler of the workflow draws."""
-    names = [name for name, node in workflow.items() if node["class_type"] in ("KSampler", "OneStepSample")]
-    finished = server.run({**workflow, **{f"save {name}": saved(name) for name in names}})
-    assert finished.status == "success", finished.error
-    files = {name: finished.outputs[f"save {name}"]["latents"][0] for name in names}
-    places = {name: server.base / "output" / file["subfolder"] / file["filename"] for name, file in files.items()}
-    return {name: load_file(place)["latent_tensor"] for name, place in places.items()}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *TINY])
@@ -117,7 +74,7 @@ def test_one_step_sample_draws_a_steered_model(comfy_server: Any, name: str) -> 
     """Its recipe on a steered MODEL, loaded before or after; one step of it is KSampler's."""
     nodes: dict[str, Any] = {"steer": steering("NAG"), "after": steering("NAG", model=["loaded", 0])}
     for place, model in (("loaded", "model"), ("before", "steer")):
-        told = {"lora_name": "none (the model is few-step itself)", "recipe": TINY[name], "model": [model, 0]}
+        told = {"lora_name": "none (the model is few-step itself)", "recipe": PRESETS[name], "model": [model, 0]}
         nodes[place] = {"class_type": "OneStepLoadLoRA", "inputs": told}
     plugs = {"positive": ["positive", 0], "latent_image": ["empty", 0], "seed": SEED, "recipe": ["loaded", 1]}
     for place in ("before", "after", "loaded"):

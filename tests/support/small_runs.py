@@ -13,6 +13,6 @@ SMALL = {
 
 def settings_node(server: Any, **changes: Any) -> dict[str, Any]:
     """Distillation Settings with its own defaults, made small, and changes."""
-    known = server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]["input"]["required"]
+    known = server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]["input"]["optional"]
     values = {name: told[1]["default"] for name, told in known.items()}
     return {"class_type": "OneStepDistillationSettings", "inputs": {**values, **SMALL, **changes}}

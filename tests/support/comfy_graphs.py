@@ -1,0 +1,54 @@
+"""Graphs over HTTP that draw a few latents with any of the tiny models, and what they drew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+SEED, PROMPT, NEGATIVE = 11, "a red dragon", "wall"
+TINY = ("tiny", "tiny-flow")
+
+
+def loader(name: str) -> dict[str, Any]:
+    if name in TINY:
+        return {"class_type": "OneStepLoadTinyModel", "inputs": {"name": name}}
+    return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{name}.safetensors"}}
+
+
+def text(words: str, clip: str = "texts") -> dict[str, Any]:
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": words, "clip": [clip, 1]}}
+
+
+def saved(name: str) -> dict[str, Any]:
+    return {"class_type": "SaveLatent", "inputs": {"samples": [name, 0], "filename_prefix": f"latents/{name}"}}
+
+
+def ksampler(model: str, steps: int = 1, cfg: float = 1.0, **plugs: Any) -> dict[str, Any]:
+    widgets = {"seed": SEED, "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
+    plugs = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0], **plugs}
+    return {"class_type": "KSampler", "inputs": {**widgets, "denoise": 1.0, "model": [model, 0], **plugs}}
+
+
+def graph(name: str, side: int, **nodes: Any) -> dict[str, Any]:
+    """Prompts and latents for a model, and these nodes; Flux reads SD3's texts."""
+    told = {"width": side, "height": side, "batch_size": 2}
+    return {
+        "model": loader(name),
+        "texts": loader("sd3" if name == "flux" else name),
+        "positive": text(PROMPT),
+        "negative": text(NEGATIVE),
+        "empty": {"class_type": "EmptyLatentImage", "inputs": told},
+        **nodes,
+    }
+
+
+def latents(server: Any, workflow: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What each sampler of the workflow draws."""
+    names = [name for name, node in workflow.items() if node["class_type"] in ("KSampler", "OneStepSample")]
+    finished = server.run({**workflow, **{f"save {name}": saved(name) for name in names}})
+    assert finished.status == "success", finished.error
+    files = {name: finished.outputs[f"save {name}"]["latents"][0] for name in names}
+    places = {name: server.base / "output" / file["subfolder"] / file["filename"] for name, file in files.items()}
+    return {name: load_file(place)["latent_tensor"] for name, place in places.items()}
