@@ -6,7 +6,8 @@
 Every setting draws the same pictures (same prompts, same noise) under a negative word: one of eight colours, bright or
 dark, or the group that the student mistakes the prompt's for most often. rate: share of pictures in which the judge
 sees that word. agreement: share in which it sees the prompt's group. FD-local: to real pictures. Limits are one-sided
-95% bounds over pairs, on the side that could disprove a claim. CFG takes two forwards, all others one.
+95% bounds over pairs, on the side that could disprove a claim. CFG takes two forwards, all others one. SUN, the trained
+counterpart, needs its adapter: --sun adapter.safetensors.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from onestep.cli.evaluate import judge_of, read_pictures, student_of
 from onestep.cli.lora import read_lora
 from onestep.cli.model import native_size, open_host, read_prompts
 from onestep.core import randomness
+from onestep.core.adapter_file import load_adapter
 from onestep.core.cond import Cond
 from onestep.core.guidance import Steering
+from onestep.core.negative_adapter import MAKERS
 from onestep.core.sampling import fed_latents
 from onestep.pipelines.steer import steered
 from onestep.training.measures import frechet
@@ -37,6 +40,7 @@ SCALES = {
     "nag": (1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
     "vsf": (0.25, 0.5, 1.0, 2.0, 3.5),
     "cfg": (1.25, 1.5, 2.0, 3.0),
+    "sun": (0.5, 1.0, 1.5, 2.0, 3.0),
 }
 SUBJECTS = ("colour", "brightness", "group")
 ROLE = "student"
@@ -73,7 +77,8 @@ class World:
         sigma = denoise.schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
         x = fed_latents(denoise.schedule, noise, sigma, recipe.fed[0])
         on = steered(self.host.pipe, null.text, Steering(mode, scale)) if mode in ("nasa", "nag", "vsf") else None
-        with denoise.roles.use(ROLE, train=False), on or nullcontext():
+        told = {"negative": null, "scale": scale} if mode == "sun" else {}
+        with denoise.roles.use(ROLE, train=False, **told), on or nullcontext():
             x0 = denoise(x, sigma, cond)
             if mode == "cfg":
                 away = denoise(x, sigma, null)
@@ -197,14 +202,20 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
-    parser.add_argument("--modes", nargs="+", default=list(SCALES), choices=list(SCALES))
+    parser.add_argument("--modes", nargs="+", choices=list(SCALES), help="all by default; sun where there is --sun")
+    parser.add_argument("--sun", type=Path, help="a negative adapter for this student")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if "sun" in (args.modes or ()) and not args.sun:
+        parser.error("mode sun needs its adapter: --sun FILE")
     host = open_host(args.model, "all", "cpu")
     student, judge = student_of(read_lora(str(args.lora), host), host, ROLE), judge_of(args.model, None)
     state = {name: (a, b * student.recipe.lora_scale) for name, (a, b) in student.state.items()}
     host.denoiser.roles.load(ROLE, state)
+    if args.sun:
+        host.denoiser.roles.add_side(ROLE, load_adapter(args.sun, MAKERS, host.family).side.requires_grad_(False))
+    args.modes = args.modes or [mode for mode in SCALES if mode != "sun" or args.sun]
     real = judge.features(read_pictures(args.reference)).double()
     world, prompts = World(host, student, judge, real), read_prompts(args.prompts)
     found = {subject: measured(world, prompts, args, subject) for subject in args.subjects}
