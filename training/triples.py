@@ -29,7 +29,7 @@ class TriplePool(Blocks):
     def draw(self, batch: Batch, update: int) -> tuple[Batch, Triples]:
         batch, (noise, x, control) = self._take(batch, update)
         settings = self.settings
-        levels = levels_at(update, settings.steps, min(FIRST_LEVELS, settings.noise_levels), settings.noise_levels)
+        levels = levels_at(update, settings.steps, FIRST_LEVELS, settings.noise_levels)
         return batch, Triples(noise, x, control.float() / 255, levels)
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -48,5 +48,5 @@ class TriplePool(Blocks):
         return {"x": torch.cat(xs), "control": torch.cat(controls)}
 
 
-FIRST_LEVELS = 4
+FIRST_LEVELS = 1
 """N at the start of a run."""

@@ -85,27 +85,27 @@ class World:
         control = self.x if self.side.obeys else self.control
         return nct.Triples(self.z, self.x, control, levels)
 
-    def loss(self, module: ModuleType, levels: int, boundary: float = 1.0) -> Tensor:
-        objective = module.NoiseConsistency(self.recipe, lambda batch, update: (batch, None), boundary)
-        return objective.loss(self.denoise, self.batch, self.triples(levels))
+    def loss(self, module: ModuleType, levels: int, boundary: float = 0.3) -> Tensor:
+        return objective(self, module, boundary).loss(self.denoise, self.batch, self.triples(levels))
 
-    def expected(self, levels: int, boundary: float = 1.0) -> tuple[float, float]:
+    def expected(self, levels: int, boundary: float = 0.3) -> tuple[float, float]:
         """The loss, and its derivative by p, in NumPy from the module's equations."""
         p, z, x, c = 0.3, flat(self.z), flat(self.x), flat(self.control)
         u, e = self.batch.uniform("nct level").numpy()[:, None], flat(self.batch.normal("nct noise"))
-        n = 1 + np.floor(u * levels)
+        t = np.where(self.batch.uniform("nct boundary").numpy()[:, None] < boundary, 0, 1 - u)
+        r = np.maximum(0, t - 1 / levels)
 
         def f(t: Any) -> Any:
             s = np.sin(np.pi / 2 * t)
             return (np.sqrt(1 - s**2) * z + s * e) @ self.gain.T + p * c
 
-        target = np.where(n == 1, x, f((n - 1) / levels))
-        gaps = [f(n / levels) - target, x + p * c - x]
-        size = 0.00054 * np.sqrt(WIDTH)
-        roots = [np.sqrt((gap**2).sum(1) + size**2) for gap in gaps]
-        values = [root - size for root in roots]
-        slopes = [(gap * c).sum(1) / root for gap, root in zip(gaps, roots, strict=True)]
-        return tuple(float((one + boundary * two).mean()) for one, two in (values, slopes))  # type: ignore[return-value]
+        gap, size = f(t) - np.where(r == 0, x, f(r)), 0.3 * np.sqrt(WIDTH)
+        root = np.sqrt((gap**2).sum(1) + size**2)
+        return float((root - size).mean()), float(((gap * c).sum(1) / root).mean())
+
+
+def objective(world: World, module: ModuleType, boundary: float) -> Any:
+    return module.NoiseConsistency(world.recipe, lambda batch, update: (batch, None), boundary)
 
 
 def flat(x: Tensor) -> Any:
@@ -136,12 +136,13 @@ def test_the_ends_are_the_noises_and_neighbours_share_both() -> None:
 
 def test_the_distance_is_of_whole_samples() -> None:
     a, b = torch.randn(3, *SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
-    c = 0.00054 * np.sqrt(WIDTH)
+    c = 0.3 * np.sqrt(WIDTH)
     wanted = np.sqrt(((flat(a) - flat(b)) ** 2).sum(1) + c**2) - c
     np.testing.assert_allclose(nct.distance(a, b), wanted, rtol=1e-12)
     assert torch.equal(nct.distance(a, a), torch.zeros(3, dtype=torch.float64))
     (slope,) = torch.autograd.grad(nct.distance(a.requires_grad_(), b).sum(), a)
-    np.testing.assert_allclose(slope.flatten(1).norm(dim=1), 1, rtol=1e-5)
+    far = np.sqrt(((flat(a.detach()) - flat(b)) ** 2).sum(1))
+    np.testing.assert_allclose(slope.flatten(1).norm(dim=1), far / np.sqrt(far**2 + c**2), rtol=1e-5)
 
 
 def test_levels_double_in_equal_stages() -> None:
@@ -155,7 +156,7 @@ def test_levels_double_in_equal_stages() -> None:
 
 
 @pytest.mark.parametrize("schedule", [VPSchedule.scaled_linear, FlowSchedule], ids=["vp", "flow"])
-@pytest.mark.parametrize(("levels", "boundary"), [(1, 1.0), (4, 0.0), (4, 0.5), (32, 2.0)])
+@pytest.mark.parametrize(("levels", "boundary"), [(1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5), (32, 0.3), (4, 1.0)])
 def test_loss_and_gradient_are_those_of_the_equations(schedule: Any, levels: int, boundary: float) -> None:
     world = World(schedule())
     value, slope = world.expected(levels, boundary)
@@ -177,12 +178,22 @@ def test_a_generator_that_obeys_has_no_loss(levels: int) -> None:
 
 
 def test_a_new_adapter_has_the_boundary_already() -> None:
-    """At p = 0, f is G: what is left is how much G changes from one noise to the next."""
+    """At p = 0, f is G: at its own noise nothing is to be learnt, at others how much G changes."""
     world = World()
     world.side.p.data.zero_()
-    apart = world.loss(nct, 8, boundary=0.0)
-    assert float(world.loss(nct, 8, boundary=5.0).detach()) == pytest.approx(float(apart.detach()), rel=1e-9)
-    assert float(apart.detach()) > 0.1
+    assert float(world.loss(nct, 8, boundary=1.0).detach()) < 1e-12 < float(world.loss(nct, 8, boundary=0.0).detach())
+
+
+def test_the_first_levels_ask_for_the_picture_itself() -> None:
+    """N = 1: every t is asked for x, whatever f says at nearer noises; N = 4: those below 1 / 4."""
+    world = World()
+    t = 1 - world.batch.uniform("nct level").numpy()
+    for levels, own in ((1, t <= 1), (4, t <= 0.25), (2, t <= 0.5)):
+        earlier = objective(world, nct, 0.0)._earlier(
+            world.denoise, world.batch, world.triples(levels), world.z, torch.from_numpy(t)
+        )
+        assert (flat(earlier) == flat(world.x)).all(1).tolist() == own.tolist()
+    assert 0 < (t <= 0.5).sum() < len(t), "the drawn levels lie on both sides"
 
 
 def test_without_a_control_the_adapter_is_not_there() -> None:
@@ -211,7 +222,7 @@ def test_descent_makes_the_adapter_obey() -> None:
 def checked(module: ModuleType) -> None:
     """What the tests above hold the module to."""
     world = World()
-    for levels, boundary in ((1, 1.0), (4, 0.5)):
+    for levels, boundary in ((1, 0.0), (4, 0.5)):
         world.side.p.grad = None
         value, slope = world.expected(levels, boundary)
         loss = world.loss(module, levels, boundary)
@@ -221,16 +232,17 @@ def checked(module: ModuleType) -> None:
 
 
 MUTANTS = [
-    ("step / data.levels, (step - 1) / data.levels", "step / data.levels, step / data.levels"),
+    ("t - 1 / data.levels", "t - 2 / data.levels"),
+    ("torch.where(own, 0.0,", "torch.where(own, 1.0,"),
+    ("1 - batch.uniform", "batch.uniform"),
     ("coupled(data.noise, fresh, r)", "coupled(fresh, data.noise, r)"),
     ("torch.no_grad()", "torch.enable_grad()"),
-    ("expand(step == 1, data.x) > 0", "expand(step == 0, data.x) > 0"),
-    ("loss + self.boundary * distance", "loss - self.boundary * distance"),
+    ("torch.where(expand(r, data.x) > 0, found, data.x)", "torch.where(expand(r, data.x) > 0, data.x, found)"),
     ("math.pi / 2 * t.double()", "math.pi * t.double()"),
     ("torch.cos(angle)", "torch.sin(angle)"),
-    ("distance(later, earlier)", "distance(later, later)"),
     ("+ c**2) - c", "+ c**2)"),
-    ("0.00054 * math.sqrt(a[0].numel())", "0.00054 * math.sqrt(a.numel()) * 50"),
+    ("ROUND = 0.3", "ROUND = 0.00054"),
+    ("ROUND * math.sqrt(a[0].numel())", "ROUND * math.sqrt(a.numel())"),
     (".square().flatten(1).sum(1)", ".square().flatten(1).mean(1)"),
     ("recipe.fed[0])", "2 * recipe.fed[0])"),
 ]

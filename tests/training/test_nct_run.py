@@ -55,7 +55,7 @@ def test_a_triple_is_a_noise_its_picture_and_its_control(lora: Path, tmp_path: P
     made = pool(host, settings, tmp_path)
     batch, triples = made.draw(made.prompts.batch(0, range(4)), 0)
     x = torch.tanh(triples.noise) + 0.1 * batch.cond.text.mean((1, 2))[:, None, None, None]
-    assert torch.equal(triples.x, x) and triples.levels == 4
+    assert torch.equal(triples.x, x) and triples.levels == 1
     wanted = (255 * control_of("soft-edges")(host.decode(x))).round() / 255
     assert torch.equal(triples.control, wanted) and float(wanted.std()) > 0
     # by a second pool on the same disk, by two halves of the batch, and from nothing
@@ -71,7 +71,7 @@ def test_a_triple_is_a_noise_its_picture_and_its_control(lora: Path, tmp_path: P
 def test_pictures_are_made_up_to_the_cap_and_then_used_again(lora: Path, tmp_path: Path) -> None:
     made = pool(SmallHost(), nct_settings(lora, pairs=8, steps=40), tmp_path)
     levels = [made.draw(made.prompts.batch(update, range(4)), update)[1].levels for update in (0, 1, 19, 20, 39)]
-    assert levels == [4, 4, 4, 8, 8] and len(list((tmp_path / "triples").iterdir())) == 2
+    assert levels == [1, 1, 2, 4, 8] and len(list((tmp_path / "triples").iterdir())) == 2
 
 
 def test_the_adapter_alone_learns_and_is_the_result(lora: Path, tmp_path: Path) -> None:
