@@ -34,6 +34,11 @@ def run(args: Namespace, console: Console) -> None:
     _check(args, path)
     host = open_host(args.model, device=args.device)
     lora = None if args.lora is None else read_lora(args.lora, host, args.recipe)
+    if idle_negative(args, host, lora):
+        console.note(
+            "--negative does nothing here, where guidance is off: without guidance it acts in Python, by "
+            'OneStepPipeline(negative_prompt=..., steering="nag"), and in ComfyUI, by Negative Steering'
+        )
     size = size_of(args, host, lora)
     latents, steps, seconds = draw(host, prompts, lora, args, size)
     write_sheet(path, host.decode(latents))
@@ -49,6 +54,13 @@ def run(args: Namespace, console: Console) -> None:
     }
     many = f"{len(prompts)} pictures" if len(prompts) > 1 else "1 picture"
     console.result(f"{path}: {many} in {steps} step{'s' * (steps > 1)}, {duration(seconds)}", facts)
+
+
+def idle_negative(args: Namespace, host: Any, lora: Lora | None) -> bool:
+    """Whether there is a negative prompt, and no guidance that would steer away from it."""
+    usual = Settings.guidance if lora is None else lora.recipe.guidance
+    wanted = usual if args.guidance is None else args.guidance
+    return bool(args.negative) and (host.denoiser.guidance != "cfg" or wanted == 1)
 
 
 def draw(

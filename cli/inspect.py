@@ -23,6 +23,26 @@ TITLE, SETTINGS, PROMPTS = "modelspec.title", "onestep.settings", "onestep.promp
 LONG = 80
 SHIFTS = {"sd3": 3.0, "flux": 1.15}  # of the bases as they are published, where the recipe does not say
 
+# By the beginning of an adapter's kind: the node that takes it, and how it is drawn with in Python.
+USES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "guidance": (
+        "Apply Guidance Adapter, sampled at cfg 1",
+        (
+            "from onestep.pipelines.guidance_adapter import load_guidance_adapter",
+            "dial = load_guidance_adapter(pipe, {path!r}, guidance=4)",
+            'pipe("your prompt", guidance_scale=1)',
+        ),
+    ),
+    "control": (
+        "Load Control Adapter, then Apply ControlNet, beside the one-step LoRA that it was trained with",
+        (
+            "fast = onestep.pipelines.OneStepPipeline.from_pipe(pipe)  # and fast.load_one_step_lora(...)",
+            "fast.load_control({path!r})",
+            'fast("your prompt", control_image=edges)  # the control itself, not the picture that it is of',
+        ),
+    ),
+}
+
 
 def run(args: Namespace, console: Console) -> None:
     path = Path(args.file)
@@ -49,9 +69,10 @@ def of_adapter(path: Path, told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     }
     title = FAMILIES[told["family"]].title if told["family"] in FAMILIES else repr(told["family"])
     lines = [f"{path}: an adapter ({told['kind']}) for {title}", f"  {count} numbers"]
-    if told["kind"].startswith("guidance"):
-        lines += ["  diffusers:", f"    dial = load_guidance_adapter(pipe, {str(path)!r}, guidance=4)"]
-        lines += ['    pipe("your prompt", guidance_scale=1)']
+    node, calls = next((use for kind, use in USES.items() if told["kind"].startswith(kind)), ("", ()))
+    if node:
+        calls = [call.format(path=str(path)) for call in calls]
+        lines += [f"  ComfyUI: {node}", "  diffusers:", *(f"    {call}" for call in calls)]
     return "\n".join(lines), facts
 
 

@@ -30,10 +30,6 @@ class Lora:
 
 def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
-    if read_told(file) is not None:
-        raise OneStepError(
-            f"{Path(file).name[:100]} is an adapter, no LoRA: see onestep inspect for how it is loaded in diffusers"
-        )
     targets = list(host.denoiser.roles.targets.values())
     loaded = load_lora(file, [target.name for target in targets], host.family)
     chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -139,6 +140,8 @@ class OneStepPipeline(DiffusionPipeline):
         cond = self._told(host.encode(prompts, size)).repeat(num_images_per_prompt).to(host.device)
         guided = recipe.guidance != 1
         negative = self._negative(host, negative_prompt, prompts, size) if guided or steering is not None else None
+        if negative_prompt and negative is None:
+            logging.warning('OneStep: the negative prompt does nothing at guidance 1: give steering too, "nag" for one')
         null = _beside(negative, cond) if guided and negative is not None else None
         noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)

@@ -188,6 +188,13 @@ def test_it_acts_in_its_share_of_the_schedule(name: str, dtype: torch.dtype) -> 
         assert torch.equal(drawn, plain) == (not any(expected))
 
 
+def test_an_idle_negative_prompt_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    ours = OneStepPipeline.from_pipe(make("sd"))
+    for said, told in ((0, {"negative_prompt": "red", "steering": "nag"}), (0, {}), (1, {"negative_prompt": ["red"]})):
+        ours("a cat", recipe="sd-turbo-1", seed=1, **told, **CALL)
+        assert caplog.text.count("negative prompt does nothing at guidance 1: give steering too") == said
+
+
 def test_what_does_not_fit_is_said() -> None:
     ours = OneStepPipeline.from_pipe(make("sd"))
     more = {"recipe": "sd-turbo-1", "seed": 1, **CALL}
