@@ -71,8 +71,8 @@ def of_adapter(path: Path, told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     lines = [f"{path}: an adapter ({told['kind']}) for {title}", f"  {count} numbers"]
     node, calls = next((use for kind, use in USES.items() if told["kind"].startswith(kind)), ("", ()))
     if node:
-        calls = [call.format(path=str(path)) for call in calls]
-        lines += [f"  ComfyUI: {node}", "  diffusers:", *(f"    {call}" for call in calls)]
+        told_calls = (f"    {call.format(path=str(path))}" for call in calls)
+        lines += [f"  ComfyUI: {node}", "  diffusers:", *told_calls]
     return "\n".join(lines), facts
 
 
