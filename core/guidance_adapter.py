@@ -2,9 +2,10 @@ r"""Guidance in one forward: a small network that adds to a frozen base what cla
 
     D_agd(x, c, w) ~ D_u + w (D_c - D_u)          Adapter Guidance Distillation (arXiv:2503.07274)
 
-Two forms, as the paper attaches them. Attention: each cross-attention of a U-Net gets a second one, of one head, over
-[guidance, time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture.
-Ours: what is added is scaled by w - 1, so that at w = 1, where guidance adds nothing, neither does the adapter.
+Two forms, as the paper attaches them. Attention: each cross-attention of a U-Net gets a second one, over [guidance,
+time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture. Ours: what is
+added is scaled by w - 1, so that at w = 1, where guidance adds nothing, neither does the adapter; and the attention
+form also sees what the first attention found (benchmarks/results/guidance-adapter-tiny.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .side import Call
 from .targets import Target
 
 FEATURES = 64
+HEADS = 4
 SHARE = 0.02
 """An adapter's parameters, as a share of its base's."""
 ATTENTION = r"(.+\.attn2)\.to_out\.0"
@@ -49,7 +51,11 @@ class Config:
     def read(cls, sites: Any, text: int, hidden: int, seed: int) -> Config:
         """From a file's header. Raises TypeError or ValueError for values that are none."""
         pairs = tuple((str(name), int(width)) for name, width in sites)
-        if not 0 < len(pairs) <= 1000 or not 0 < min(text, hidden) <= max(text, hidden, *dict(pairs).values()) < 2**16:
+        if (
+            not 0 < len(pairs) <= 1000
+            or not 0 < min(text, hidden) <= max(text, hidden, *dict(pairs).values()) < 2**16
+            or hidden % HEADS
+        ):
             raise ValueError("a width is out of range")
         return cls(pairs, int(text), int(hidden), int(seed))
 
@@ -84,8 +90,9 @@ class Told(nn.Module):
 class GuidanceAttention(nn.Module):
     """A side (core.side) on the cross-attentions of a U-Net. It reads w [B] in ``cond.guidance``; None = it is silent.
 
-    out(softmax(q k^T) v), q = W_q h of what `to_q` takes, k and v of the tokens; added to what `to_out.0` gives. The
-    output layers begin at zero: a new adapter changes nothing, to the bit.
+    out(silu(softmax(q k^T) v + W_z z + W_c c)), q = W_q h of what `to_q` takes, k and v of the tokens, z what
+    `to_out.0` takes, c of guidance and time; added to what `to_out.0` gives. The output layers begin at zero: a new
+    adapter changes nothing, to the bit.
     """
 
     kind = "guidance-attention"
@@ -96,9 +103,12 @@ class GuidanceAttention(nn.Module):
         self.at = {_query(name): number for number, (name, _) in enumerate(config.sites)}
         self.before, self.after = frozenset(self.at), frozenset(name for name, _ in config.sites)
         self.told = Told(config.text, hidden)
+        self.mix = nn.Linear(hidden, hidden)
         self.queries = nn.ModuleList(nn.Linear(width, hidden, bias=False) for width in widths)
         self.keys = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in widths)
         self.values = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in widths)
+        self.found = nn.ModuleList(nn.Linear(width, hidden, bias=False) for width in widths)
+        self.shift = nn.ModuleList(nn.Linear(hidden, hidden) for _ in widths)
         self.out = nn.ModuleList(nn.Linear(hidden, width) for width in widths)
 
     @classmethod
@@ -115,24 +125,25 @@ class GuidanceAttention(nn.Module):
             return output
         look = _query(name)
         h, at = call.kept.pop(look), self.at[look]
-        tokens, mask = self._tokens(call)
-        tokens = tokens.to(h)
+        c, tokens, mask = self._told(call)
+        c, tokens = c.to(h), tokens.to(h)
         q, k, v = _linear(self.queries[at], h), _linear(self.keys[at], tokens), _linear(self.values[at], tokens)
-        found = attention(q[:, None], k[:, None], v[:, None], mask)[:, 0]
-        return output + _beyond_one(call, output) * _linear(self.out[at], found)
+        looked = attention(_heads(q), _heads(k), _heads(v), mask).transpose(1, 2).flatten(2)
+        inner = F.silu(looked + _linear(self.found[at], x) + _linear(self.shift[at], c))
+        return output + _beyond_one(call, output) * _linear(self.out[at], inner)
 
-    def _tokens(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """[B, 2 + L, hidden], and where to look, [B, 1, 1, 2 + L] or None for everywhere.
+    def _told(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """c [B, 1, hidden]; tokens [B, 2 + L, hidden]; and where to look, [B, 1, 1, 2 + L] or None for everywhere.
 
         Made anew at each site: a block that is recomputed in backward must do what it did in forward.
         """
         cond, told = call.cond, self.told
         assert cond.guidance is not None
-        text = told.text(cond.text.to(told.phases))
-        tokens = torch.cat([told.scale(cond.guidance)[:, None], told.moment(call.time)[:, None], text], 1)
-        return tokens, None if cond.mask is None else F.pad(cond.mask, (2, 0), value=True)[:, None, None].to(
-            tokens.device
-        )
+        scale, moment = told.scale(cond.guidance)[:, None], told.moment(call.time)[:, None]
+        c, text = scale + moment, told.text(cond.text.to(told.phases))
+        tokens = torch.cat([scale, moment, text + self.mix(F.silu(text + c))], 1)
+        mask = None if cond.mask is None else F.pad(cond.mask, (2, 0), value=True)[:, None, None].to(tokens.device)
+        return c, tokens, mask
 
 
 class GuidanceOffset(nn.Module):
@@ -182,7 +193,7 @@ def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: fl
     text = _text_width(targets, family, sites)
     wanted = share * sum(target.out_rows * math.prod(target.shape_a(1)) for target in targets.values())
     with torch.device("meta"):
-        sizes = {width: _size(cls(Config(sites, text, width))) for width in range(8, 1032, 8)}
+        sizes = {width: _size(cls(Config(sites, text, width))) for width in range(2 * HEADS, 1032, HEADS)}
     hidden = min(sizes, key=lambda width: abs(sizes[width] - wanted))
     return _made(cls, Config(sites, text, hidden, seed))
 
@@ -224,6 +235,11 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     weight: Any = layer.weight
     bias: Any = layer.bias
     return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[B, N, hidden] -> [B, HEADS, N, hidden / HEADS]."""
+    return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
 
 
 def _beyond_one(call: Call, like: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.denoiser import Denoiser, EpsDenoiser, FlowDenoiser, VDenoiser, X0Denoiser
-from ..core.schedule import FlowSchedule, NoiseSchedule, log_snr
+from ..core.schedule import NoiseSchedule, log_snr
 
 LevelSampler = Callable[[NoiseSchedule, Tensor], Tensor]
 """(schedule, u [B] uniform in [0, 1)) -> sigma [B]."""
@@ -43,33 +42,6 @@ class NormalLogSNR:
 def v_weight(lam: Tensor) -> Tensor:
     """1 + e^(2 lambda): the squared error of x0, so weighed, is that of v (arXiv:2202.00512, Eq. 13)."""
     return 1 + torch.exp(2 * lam)
-
-
-def eps_weight(lam: Tensor) -> Tensor:
-    """e^(2 lambda): the squared error of x0, so weighed, is that of the noise."""
-    return torch.exp(2 * lam)
-
-
-def flow_weight(lam: Tensor) -> Tensor:
-    """(1 + e^lambda)^2: the squared error of x0, so weighed, is that of a rectified flow's v = noise - x0, for alpha =
-    1 - sigma."""
-    return (1 + torch.exp(lam)) ** 2
-
-
-def network_weight(denoise: Denoiser) -> LevelWeight:
-    """The weight under which a squared error of x0 is that of what the network itself answers.
-
-    A host's own denoiser does not say what its network answers: its schedule decides, and v stands for all that start
-    from pure noise, where an error of the noise would weigh nothing.
-    """
-    weights: dict[type, LevelWeight] = {EpsDenoiser: eps_weight, VDenoiser: v_weight, FlowDenoiser: flow_weight}
-    weights[X0Denoiser] = torch.ones_like
-    if type(denoise) in weights:
-        return weights[type(denoise)]
-    if isinstance(denoise.schedule, FlowSchedule):
-        return flow_weight
-    noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
-    return eps_weight if float(denoise.schedule.alpha(noisiest)) > 1e-3 else v_weight
 
 
 def vsd_weight(lam: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import ModuleType
@@ -151,6 +152,17 @@ def seen(seed: int = 1, mask: bool = False) -> tuple[Tensor, Cond, Tensor]:
     return x, Cond(text, real, guidance=W), torch.tensor([801.0, 37.0], dtype=torch.float64)
 
 
+def many_heads(q: Array, k: Array, v: Array, lengths: Any, heads: int = 4) -> Array:
+    """softmax(q k^T / sqrt(d)) v head by head, row b over its first ``lengths[b]`` keys."""
+    out, width = np.zeros_like(q), q.shape[-1] // heads
+    for row, head in itertools.product(range(len(q)), range(heads)):
+        at = slice(head * width, (head + 1) * width)
+        scores = q[row, :, at] @ k[row, : lengths[row], at].T / math.sqrt(width)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[row, :, at] = weights / weights.sum(-1, keepdims=True) @ v[row, : lengths[row], at]
+    return out
+
+
 def check_attention(found: ModuleType, mask: bool) -> None:
     blocks, roles = cross()
     side = scattered(found.new_adapter(roles.targets, "unet", 3, share=1.0))
@@ -158,18 +170,17 @@ def check_attention(found: ModuleType, mask: bool) -> None:
     output = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     call = Call(time, cond)
     assert side.take("mid.1.attn2.to_q", x, call) is x
-    given = side.give("mid.1.attn2.to_out.0", torch.zeros(2, 6, 4), output, call)
+    first = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    given = side.give("mid.1.attn2.to_out.0", first, output, call)
     state, h = numpy_state(side), x.numpy()
-    g, t = told(state, W.numpy(), time.numpy())
+    g, t = (vector[:, None] for vector in told(state, W.numpy(), time.numpy()))
     text = cond.text.numpy() @ state["told.text.weight"].T + state["told.text.bias"]
-    tokens = np.concatenate([g[:, None], t[:, None], text], 1)
-    q, k, v = h @ state["queries.1.weight"].T, tokens @ state["keys.1.weight"].T, tokens @ state["values.1.weight"].T
-    scores = np.einsum("bnd,bld->bnl", q, k) / math.sqrt(q.shape[-1])
-    if mask:
-        scores[1, :, 3:] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    z = np.einsum("bnl,bld->bnd", weights / weights.sum(-1, keepdims=True), v)
-    added = (W.numpy() - 1)[:, None, None] * (z @ state["out.1.weight"].T + state["out.1.bias"])
+    text = text + silu(text + g + t) @ state["mix.weight"].T + state["mix.bias"]
+    tokens = np.concatenate([g, t, text], 1)
+    q, k, v = (at @ state[f"{name}.1.weight"].T for at, name in ((h, "queries"), (tokens, "keys"), (tokens, "values")))
+    z = many_heads(q, k, v, np.array([3, 1]) + 2 if mask else np.array([5, 5]))
+    z += first.numpy() @ state["found.1.weight"].T + (g + t) @ state["shift.1.weight"].T + state["shift.1.bias"]
+    added = (W.numpy() - 1)[:, None, None] * (silu(z) @ state["out.1.weight"].T + state["out.1.bias"])
     np.testing.assert_allclose(given.detach().numpy(), output.numpy() + added, rtol=1e-9, atol=1e-9)
 
 
@@ -214,6 +225,10 @@ MUTANTS = {
     "times too slow": ("-math.log(10_000) / half", "-math.log(10_000) / FEATURES"),
     "padding is looked at": ("F.pad(cond.mask, (2, 0), value=True)", "F.pad(cond.mask | True, (2, 0), value=True)"),
     "the output for the query": ("h, at = call.kept.pop(look)", "h, at = output"),
+    "one head": ("x.unflatten(2, (HEADS, -1))", "x.unflatten(2, (1, -1))"),
+    "blind to the first attention": ("_linear(self.found[at], x)", "_linear(self.found[at], output)"),
+    "not told": ("c, text = scale + moment,", "c, text = moment,"),
+    "guidance apart from the text": ("F.silu(text + c)", "F.silu(text)"),
 }
 
 

@@ -4,6 +4,7 @@ to the bit."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from mutations import must_fail, mutant
 from oracles import CASES, Array, Case, ExactGuidance, World, drawn, rows
 from small_host import PROMPTS, SmallHost, small
 from tiny_pipelines import sd
+from torch import Tensor
 from whole_runs import Cancelled, at_call, left, run
 
 from onestep.core.adapter_file import load_adapter
@@ -34,13 +36,6 @@ W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
 
 
-def prediction(case: Case, x: Array, x0: Array) -> Array:
-    """What the case's network answers where its x0 is this one."""
-    alpha, sigma = case.alpha, case.sigma
-    noise = (x - alpha * x0) / sigma
-    return {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0, "flow": noise - x0}[case.answers]
-
-
 def guided(world: World, x: Array, w: Array, alpha: Any = None, sigma: Any = None) -> Array:
     """D_u + w (D_c - D_u) of the teacher, in closed form."""
     d_c = world.x0("teacher", x, world.cond, alpha, sigma)
@@ -48,36 +43,58 @@ def guided(world: World, x: Array, w: Array, alpha: Any = None, sigma: Any = Non
     return d_u + w[:, None] * (d_c - d_u)
 
 
-def check_loss(module: ModuleType, case: Case) -> None:
+def states(world: World, x: Tensor, w: Tensor = W) -> States:
+    """Those of ``x`` under guidance ``w``, in closed form."""
+    target = guided(world, rows(x), w.numpy())
+    apart = np.linalg.norm(guided(world, rows(x), w.numpy() + 1) - target, axis=1)
+    return States(x, world.sigma(), w, torch.tensor(target).reshape(x.shape), torch.tensor(apart))
+
+
+def check_loss(module: ModuleType, case: Case, told: bool) -> None:
+    """|D - D_w|^2 / |D_c - D_u|, over (w - 1)^2 where the student is told w."""
     world, x = World(case), drawn()
-    target = guided(world, rows(x), W.numpy())
-    data = States(x, world.sigma(), W, torch.tensor(target).reshape(x.shape))
-    objective = module.GuidanceInOne(None, told=False)
-    loss = objective.loss(world.denoise, world.batch(), data)
+    data = states(world, x)
+    loss = module.GuidanceInOne(None, told=told).loss(world.denoise, world.batch(), data)
     loss.backward()
-    found, wanted = (prediction(case, rows(x), x0) for x0 in (world.x0("student", rows(x), world.cond), target))
-    assert float(loss.detach()) == pytest.approx(np.square(found - wanted).sum(1).mean(), rel=1e-8)
+    target = rows(data.target)
+    error = np.square(world.x0("student", rows(x), world.cond) - target).sum(1)
+    d_c, d_u = (world.x0("teacher", rows(x), cond) for cond in (world.cond, world.null.repeat(4)))
+    error /= np.linalg.norm(d_c - d_u, axis=1) + 1e-3 * np.linalg.norm(target, axis=1)
+    error /= (W.numpy() - 1) ** 2 if told else 1
+    assert float(loss.detach()) == pytest.approx(error.mean(), rel=1e-8)
     assert all(factor.grad is not None for factor in world.roles.parameters("student"))
     assert all(factor.grad is None for factor in world.roles.parameters("critic"))
     assert all(p.grad is None for p in world.network.parameters())
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("case", GUIDED, ids=str)
-def test_the_loss_is_the_squared_error_of_what_the_network_answers(case: Case) -> None:
-    check_loss(method, case)
+def test_the_loss_is_the_squared_error_per_unit_of_guidance(case: Case, told: bool) -> None:
+    check_loss(method, case, told)
+
+
+def test_no_guidance_has_a_finite_loss() -> None:
+    """A scale of 1, and a prompt that is the null prompt."""
+    world, x = World(CASES[0]), drawn()
+    objective = method.GuidanceInOne(None, told=True)  # type: ignore[arg-type]
+    data = States(x, world.sigma(), torch.ones_like(W), x, torch.zeros_like(W))
+    assert math.isfinite(float(objective.loss(world.denoise, world.batch(), data).detach()))
 
 
 MUTANTS = {
-    "the error of x0": ("at(network_weight(denoise), denoise.schedule, data.sigma).to(error) * error", "error"),
-    "a mean for a sum": (".flatten(1).sum(1)", ".flatten(1).mean(1)"),
+    "a mean for a sum": ("square().flatten(1).sum(1)", "square().flatten(1).mean(1)"),
     "the teacher taught": ("denoise.roles.use(STUDENT)", 'denoise.roles.use("critic")'),
+    "all states alike": ("data.apart.to(error)", "1"),
+    "guidance from nought": ("(data.w.to(error) - 1)", "data.w.to(error)"),
+    "the other way about": ("if self.told else 1", "if not self.told else 1"),
+    "a unit of guidance once": ("reach**2 * size", "reach * size"),
 }
 
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = mutant("onestep.training.objectives.guidance", *change, monkeypatch)
-    must_fail(lambda mutated: check_loss(mutated, CASES[0]), module)
+    must_fail(lambda mutated: check_loss(mutated, CASES[0], told=True), module)
 
 
 @pytest.mark.parametrize("case", GUIDED, ids=str)
@@ -86,10 +103,9 @@ def test_an_adapter_that_is_guidance_has_no_loss(case: Case) -> None:
     world, x = World(case), drawn()
     world.roles.drop("student")
     world.roles.add_side("student", ExactGuidance(torch.tensor(world.mean("teacher", world.null))))
-    target = torch.tensor(guided(world, rows(x), W.numpy())).reshape(x.shape)
-    objective = method.GuidanceInOne(None, told=True)  # type: ignore[arg-type]
-    right = objective.loss(world.denoise, world.batch(), States(x, world.sigma(), W, target))
-    wrong = objective.loss(world.denoise, world.batch(), States(x, world.sigma(), W.flip(0), target))
+    objective, data = method.GuidanceInOne(None, told=True), states(world, x)  # type: ignore[arg-type]
+    right = objective.loss(world.denoise, world.batch(), data)
+    wrong = objective.loss(world.denoise, world.batch(), replace(data, w=W.flip(0)))
     assert float(right.detach()) < 1e-18 < 1e-6 < float(wrong.detach())
     right.backward()
     assert float(world.roles.sides["student"].null.grad.abs().max()) < 1e-8
@@ -137,7 +153,7 @@ def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
     for _, b in host.denoiser.roles.state("student").values():
         b.normal_()
     with host.denoiser.roles.installed(), host.denoiser.roles.use("student"):
-        batch, (x, target, sigma, w) = made._take(made.prompts.batch(0, range(4)), 0)
+        batch, (x, target, sigma, apart, w) = made._take(made.prompts.batch(0, range(4)), 0)
         _, data = made.draw(made.prompts.batch(0, range(4)), 0)
     assert float(w.min()) >= 1 and float(w.max()) <= 5 and len(set(w.tolist())) == 4
     noise = made._noise(0)
@@ -149,9 +165,15 @@ def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
         assert len(set(at)) == 3
         torch.testing.assert_close(x[row], torch.stack([walk[step][0][row] for step in at]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(target[row], torch.stack([walk[step][2][row] for step in at]), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            part, null = (cond[torch.full((3,), row)] for cond in (batch.cond, batch.nulls()))
+            d_c, d_u = (host.denoiser(x[row], sigma[row], cond) for cond in (part, null))
+        wanted = (d_c - d_u).square().sum((1, 2, 3)).sqrt()
+        torch.testing.assert_close(apart[row], wanted, rtol=1e-3, atol=1e-4)
         kept = [index for index in range(3) if torch.equal(x[row][index], data.x[row])]
         assert len(kept) == 1 and torch.equal(target[row][kept[0]], data.target[row])
         assert data.sigma[row] == sigma[row][kept[0]] and data.w[row] == w[row]
+        assert data.apart[row] == apart[row][kept[0]] > 0
 
 
 def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:

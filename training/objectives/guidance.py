@@ -17,7 +17,6 @@ from ...core.recipe import Recipe
 from ...core.schedule import log_snr
 from ..batch import Batch
 from ..host import Host
-from ..levels import at, network_weight
 from ..prompts import Prompts
 from ..settings import Settings
 from ..student import STUDENT
@@ -35,13 +34,21 @@ class GuidanceInOne:
         return self.trajectories.draw(batch, update)
 
     def loss(self, denoise: Denoiser, batch: Batch, data: States) -> Tensor:
-        """|F(x, t, c, w) - F_w|^2 in what the network F itself answers, F_w = F_u + w (F_c - F_u) (AGD, Eq. 8 for
-        eps): a sum over a sample's elements, a mean over samples."""
+        """|D(x, t, c, w) - D_w|^2 / ((w - 1)^2 |D_c - D_u|), D_w = D_u + w (D_c - D_u) (AGD, Eq. 8, which weighs by the
+        noise instead): a sum over a sample's elements, a mean over samples. A student that is not told w answers for
+        all scales at once, and there (w - 1)^2 is left out."""
         cond = batch.cond.with_(guidance=data.w.to(data.x)) if self.told else batch.cond
         with denoise.roles.use(STUDENT):
             x0 = denoise(data.x, data.sigma, cond)
         error = (x0 - data.target).square().flatten(1).sum(1)
-        return (at(network_weight(denoise), denoise.schedule, data.sigma).to(error) * error).mean()
+        # a prompt that asks for what the null prompt asks for has no guidance: its states must not outweigh all others
+        size = data.apart.to(error) + LEAST * data.target.flatten(1).norm(dim=1)
+        reach = (data.w.to(error) - 1).clamp_min(LEAST) if self.told else 1
+        return (error / (reach**2 * size)).mean()
+
+
+LEAST = 1e-3
+"""What counts as no guidance: of a scale, that it is above 1; of |D_c - D_u|, its share of |D_w|."""
 
 
 def agd(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> GuidanceInOne:
