@@ -24,7 +24,8 @@ from ..core.roles import RoleMap, Roles
 from ..core.side import Call
 from ..core.targets import Target, is_linear
 from .adapt import network_of
-from .steer_attention import Rows, repeated
+from .own_guidance import OwnGuidance, Rows, part
+from .steer_attention import repeated
 
 ROLE = "away"
 
@@ -36,37 +37,27 @@ def load_negative_adapter(
 
     negative: [1 or P, L, C], a text as `encode_prompt` returns it (its first result), for all pictures or for each of P
     prompts in order; None is none. L may differ from the prompt's. scale: 0 (off) to 10; 1 is what was trained. rows:
-    which rows of the network's batch it acts on; under a pipeline's own guidance that is the "second half".
+    which of the network's batch it acts on; a pipeline with guidance of its own is refused, unless that is told its
+    prompt's half ("second half" in diffusers' pipelines): then both act.
     It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. Raises
     OneStepError for a file that is no adapter, or one of another base, and for a negative that does not fit.
     """
     network = pipe if isinstance(pipe, nn.Module) else network_of(pipe)
     family = detect(network)
     side = load_adapter(file, MAKERS, family).side.requires_grad_(False)
-    # peft's own layers stand where the base's stood; what they wrap is theirs
-    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
-    targets = {name: Target(name, layer) for name, layer in layers.items()}
-    check_base(side, targets, family)
-    return Away(network, side, [targets[name] for name in sorted(side.before | side.after)], negative, scale, rows)
+    check_base(side, _targets(network), family)
+    return Away(pipe, network, side, negative, scale, rows)
 
 
 class Away:
     """A negative adapter that hangs on a network. negative and scale may be set anew between forwards."""
 
     def __init__(
-        self,
-        network: Any,
-        side: NegativeAttention,
-        targets: list[Target],
-        negative: Tensor | None,
-        scale: float,
-        rows: Rows,
+        self, pipe: Any, network: Any, side: NegativeAttention, negative: Tensor | None, scale: float, rows: Rows
     ) -> None:
-        self._side, self._rows = side, rows
+        self._network, self._side, self._own = network, side, OwnGuidance(pipe, rows)
         self.negative, self.scale = negative, scale
-        self._roles = Roles(targets)
-        self._roles.add_side(ROLE, side)
-        self._roles.install()
+        self._roles = Roles([])
         self._calls: list[Any] = []
         before = network.register_forward_pre_hook(self._before, with_kwargs=True)
         self._handles = [before, network.register_forward_hook(self._after, always_call=True)]
@@ -109,29 +100,48 @@ class Away:
 
     def _before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call that begins is the adapter's, under this negative."""
-        x: Tensor = args[0] if args else kwargs["sample"]
+        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        x: Tensor = given["sample"]
+        self._own.check(x, given["encoder_hidden_states"])
         self._side.to(x.device)
+        self._hang()
         # time and condition are told to sides that ask for them; this one does not
         nothing: Any = None
         call = self._roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, self._told(x))))
         self._calls.append(call)
         call.__enter__()
 
+    def _hang(self) -> None:
+        """Queries are taken behind a LoRA's: one that was loaded since stands where the base's layer stood."""
+        needed = sorted(self._side.before | self._side.after)
+        layers = [self._network.get_submodule(name) for name in needed]
+        if [target.module for target in self._roles.targets.values()] != layers:
+            self._roles.remove()
+            self._roles = Roles([Target(name, layer) for name, layer in zip(needed, layers, strict=True)])
+            self._roles.add_side(ROLE, self._side)
+            self._roles.install()
+
     def _told(self, x: Tensor) -> dict[str, Any]:
+        """The negative of each row; rows that it does not act on have a scale of 0."""
         if self.negative is None or self.scale == 0:
             return {}
-        parts = 1 if self._rows == "all" else 2
-        count, odd = divmod(len(x), parts)
-        if odd or count % len(self.negative):
+        scale = torch.zeros(len(x))
+        scale[part(self._own.rows, len(x))] = self.scale
+        count = int(scale.count_nonzero())
+        if count % len(self.negative):
             raise OneStepError(
-                f"the network's batch has {len(x)} rows, of which {self._rows} are meant, and there are "
-                f"{len(self.negative)} negatives: give one for all pictures, or one for each prompt"
+                f"there are {len(self.negative)} negatives for {count} pictures: give one for all, or one for each "
+                "prompt"
             )
         text = repeated(self.negative.to(x), count)
-        acts = {"all": (1.0,), "first half": (1.0, 0.0), "second half": (0.0, 1.0)}[self._rows]
-        scale = self.scale * torch.tensor(acts).repeat_interleave(count)
-        return {"negative": Cond(torch.cat([text] * parts)), "scale": scale}
+        return {"negative": Cond(torch.cat([text] * (len(x) // count))), "scale": scale}
 
     def _after(self, network: nn.Module, args: Any, output: Any) -> None:
         if self._calls:
             self._calls.pop().__exit__(None, None, None)
+
+
+def _targets(network: Any) -> dict[str, Target]:
+    """By name: peft's own layers stand where the base's stood; what they wrap is theirs."""
+    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
+    return {name: Target(name, layer) for name, layer in layers.items()}
