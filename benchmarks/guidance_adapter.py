@@ -1,11 +1,12 @@
 """Guidance in one forward, measured: how near an adapter comes to classifier-free guidance, and what its dial does.
 
     python benchmarks/guidance_adapter.py --model tiny --prompts FILE --minutes 20 --runs runs/guidance \\
-        --out benchmarks/results/guidance-adapter-tiny.md --set steps=1500 batch=16
+        --reference FILE.npz --out benchmarks/results/guidance-adapter-tiny.md --set steps=8000 batch=16
 
 Every eighth prompt is held out of training. On them, on the guided teacher's own trajectories at scales that training
 never drew, the error |D_agd - D_w|^2 is compared with what there is to add, |D_w - D_c|^2. The dial is the share of D_c
-- D_u that the adapter adds, which for guidance itself is w - 1. --minutes are of processor time.
+- D_u that the adapter adds, which for guidance itself is w - 1. With real pictures in --reference, what the adapter
+draws stands beside what guidance draws, at the settings' guidance. --minutes are of processor time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.model import at_native_size, open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.adapter_file import load_adapter
@@ -31,6 +33,7 @@ from onestep.core.roles import TEACHER
 from onestep.core.sampling import trajectory
 from onestep.core.schedule import expand, log_snr
 from onestep.training.distil import Progress, distil
+from onestep.training.evaluation import Student, evaluate
 from onestep.training.settings import Settings
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -123,6 +126,18 @@ def dial(host: Any, prompts: list[str], settings: Settings, size: tuple[int, int
     return [f"| w | {cells[0]} |", "|---|" + "---|" * len(DIAL), f"| added | {cells[1]} |"], grows
 
 
+def beside(
+    args: argparse.Namespace, host: Any, side: Any, recipe: Any, settings: Settings, prompts: list[str]
+) -> list[str]:
+    """The evaluation's table of the guided teacher and the adapter, with intervals."""
+    student = Student("adapter, one forward a step", {}, recipe, side=side, dial=settings.guidance)
+    told = {"size": settings.size_list[0], "guidance": settings.guidance, "teacher_steps": settings.teacher_steps}
+    real, judge = read_pictures(args.reference), judge_of(args.model, None)
+    table, _ = evaluate(host, [student], prompts, args.samples, real, judge, **told)
+    about = f"Pictures at guidance {settings.guidance:g}, {settings.teacher_steps} steps, {args.samples} a row"
+    return ["", f"{about}, all prompts:", "", "```", table.to_text(), "```"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
@@ -130,6 +145,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the settings")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--runs", type=Path, default=Path("runs/guidance"))
+    parser.add_argument("--reference", type=Path, help="real pictures")
+    parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)
@@ -158,6 +175,7 @@ def main() -> None:
         "",
         *added,
     ]
+    told += beside(args, host, side, result.recipe, settings, prompts) if args.reference else []
     print("\n".join(told))
     if args.out:
         args.out.write_text("\n".join(told) + "\n", "utf-8")
