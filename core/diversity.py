@@ -26,18 +26,19 @@ def remaining(recipe: Recipe, schedule: NoiseSchedule, hand_over: float = 0.0) -
     hand-over's.
 
     hand_over: where the distilled model takes over, as a share of its time in 0 to 1 (exclusive); the recipe's later
-    steps follow. 0 is automatic: the recipe's second step, as in the paper, or a one-step recipe's only step where that
-    is told a level below pure noise. Raises OneStepError where no step is left to the base.
+    steps follow. 0 is automatic: the recipe's second step, as in the paper. Raises OneStepError for a recipe of one
+    step without a hand_over: the level that one step is told (time 625, say) was learnt with noise alone, and from a
+    base's state of that level it draws too much.
     """
     if not 0 <= hand_over < 1:
         raise OneStepError(f"hand_over is {hand_over!r:.20}: give a share of the time in 0 (automatic) to below 1")
-    share = torch.tensor(hand_over, dtype=torch.float64)
-    first = float(schedule.time_of_sigma(schedule.sigma_at(share))) if hand_over else recipe.told[recipe.steps > 1]
-    if first >= float(schedule.trailing(1)):
+    if hand_over == 0 and recipe.steps == 1:
         raise OneStepError(
-            f"this recipe's only step is at pure noise (time {first:g}), so nothing is left to the base: set hand_over "
-            "to the share of the time, like 0.75, of a lower level that the distilled model was trained at"
+            "a recipe of one step leaves nothing to the base: use a model of two or more steps (student_steps), or set "
+            "hand_over to the share of the time, like 0.75, of a lower level that this model was trained at"
         )
+    share = torch.tensor(hand_over, dtype=torch.float64)
+    first = float(schedule.time_of_sigma(schedule.sigma_at(share))) if hand_over else recipe.told[1]
     told = (first, *(time for time in recipe.told if time < first))
     return replace(recipe, told=told, fed=(1.0,) * len(told), log_snr=())
 

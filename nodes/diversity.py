@@ -55,7 +55,7 @@ class OneStepDiversitySigmas(io.ComfyNode):  # type: ignore[misc]
                     step=0.01,
                     round=False,
                     tooltip="Where the few-step model takes over, as a share of its time; 1 would be pure noise. 0 = "
-                    "automatic: its second step, or the only step of a model that begins below pure noise.",
+                    "automatic: its second step. A one-step model needs a level that it was trained at.",
                 ),
             ],
             outputs=[

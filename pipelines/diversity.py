@@ -46,8 +46,8 @@ def diverse(
     and with a network of its own; None is ``fast`` without the LoRA ``adapter_name``, all its other LoRAs left on.
     base_steps: of the base's whole run, 1 to 1000; it takes only those above the hand-over. guidance: the base's scale
     (None: 4), for Flux-dev the one that it is told (None: 3.5).
-    hand_over: where ``fast`` takes over, as a share of its time in 0 to 1; 0 is its second step, or the only step of a
-    recipe that begins below pure noise. negative_prompt: one for all pictures.
+    hand_over: where ``fast`` takes over, as a share of its time in 0 to 1; 0 is its second step. A recipe of one step
+    needs a level that the model was trained at. negative_prompt: one for all pictures.
     All else as `OneStepPipeline` takes it. Raises OneStepError where nothing is left to the base, or the two do not
     share an autoencoder.
 

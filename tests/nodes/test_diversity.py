@@ -54,7 +54,7 @@ VP, ZERO = noise_levels(), noise_levels(zero_terminal=True)
     ("name", "base", "distilled"),
     [
         ("one model", VP[[999, 949, 899, 849, 799, 749]], [*VP[[749, 499, 249]], 0]),
-        ("off the base's levels", VP[[999, 874, 800]], [VP[800], 0]),
+        ("off the base's levels", VP[[999, 874, 799]], [VP[799], 0]),
         ("flow", [1.0, flow_level(7 / 8), 0.9], [0.9, 0.75, 0.5, 0]),
         ("a share", [*map(flow_level, (1, 7 / 8, 6 / 8, 5 / 8)), 0.75], [0.75, 0.5, 0]),
         ("one step", VP[[999, 749]], [*VP[[749, 499, 249]], 0]),

@@ -29,7 +29,7 @@ MODELS = {"sd15": tiny("sd15"), "sd3": tiny("sd3")}
 MODELS["zero"] = zero_terminal(MODELS["sd15"])
 CASES = {
     "one model": ("sd15", "sd15", "dmd2-4", 20, "simple", 0.0),
-    "off the base's levels": ("sd15", "sd15", "hyper-sd-1", 8, "simple", 0.0),
+    "off the base's levels": ("sd15", "sd15", "hyper-sd-1", 8, "simple", 0.8),
     "karras": ("sd15", "sd15", "dmd2-4", 10, "karras", 0.0),
     "flow": ("sd3", "sd3", "sd3.5-turbo-4", 8, "simple", 0.0),
     "a share": ("sd3", "sd3", "sd3.5-turbo-4", 8, "simple", 0.5),
