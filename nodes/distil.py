@@ -32,6 +32,7 @@ FileName = io.Custom("STRING,COMBO")
 LOADERS = {
     "guidance-attention": "Apply Guidance Adapter",
     "guidance-offset": "Apply Guidance Adapter",
+    "negative-attention": "Apply Negative Adapter",
     "control": "Load Control Adapter",
 }
 

@@ -83,7 +83,7 @@ def as_image(path: Path | None) -> Tensor:
 
 def loss_map(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
     """LOSS_MAP: the watch's distance to the teacher at each measure; a loss where that was measured but once."""
-    for key in ("distance", "regression", "critic"):
+    for key in ("distance", "regression", "critic", "loss"):
         values = [float(line[key]) for line in metrics if line.get(key) is not None]
         if len(values) > 1:
             return {"loss": values}

@@ -39,83 +39,96 @@ def doubled(args, extra):
     return extra["original_block"]({**args, "img": 2 * args["img"]})
 
 
-def measured(family):
-    model, positive, negative = tiny(family), condition(family, 7, 1), condition(family, 7, 2)
-    network, shape = model.model.diffusion_model, shape_of(model)
-    targets = {t.name: t for t in bind_comfy(family, network, model.model.model_config.unet_config)}
-    side = made(targets, family, shape)
-    image = torch.rand(1, 64, 64, 1, generator=torch.Generator().manual_seed(5)).expand(-1, -1, -1, 3)
+class Case:
+    """A model, an adapter for it and a control picture, and what it draws with them in several ways."""
 
-    def controlled(name, strength=1.0, span=(0.0, 1.0), over=(positive, negative), picture=image):
-        net = LoadControlAdapter.execute(f"{name}.safetensors").args[0]
+    def __init__(self, family):
+        self.family, self.model = family, tiny(family)
+        self.positive, self.negative = condition(family, 7, 1), condition(family, 7, 2)
+        self.network, self.shape = self.model.model.diffusion_model, shape_of(self.model)
+        config = self.model.model.model_config.unet_config
+        self.targets = {target.name: target for target in bind_comfy(family, self.network, config)}
+        self.side = made(self.targets, family, self.shape)
+        self.image = torch.rand(1, 64, 64, 1, generator=torch.Generator().manual_seed(5)).expand(-1, -1, -1, 3)
+        self.plain = x0_of(self.model, self.positive)[0]
+
+    def apart(self, a, b):
+        return float((a - b).abs().max()) / float(self.plain.std())
+
+    def controlled(self, strength=1.0, span=(0.0, 1.0), over=None, picture=None, new=False):
+        """(positive, negative) under the adapter's file, by core's node."""
+        net = LoadControlAdapter.execute(f"{self.family}{'-new' * new}.safetensors").args[0]
+        picture = self.image if picture is None else picture
+        over = over or (self.positive, self.negative)
         return ControlNetApplyAdvanced().apply_controlnet(*over, net, picture, strength, *span)
 
-    def by_side(strength=1.0, cfg=1.0, given=model):
-        roles = Roles(list(targets.values()))
-        roles.add_side("control", side)
-        call = Call(None, None, {"control": image[..., :1].movedim(-1, 1), "strength": strength})
+    def by_side(self, strength=1.0, cfg=1.0, given=None):
+        """x0 with the adapter hung on the layer itself, as in training."""
+        roles = Roles(list(self.targets.values()))
+        roles.add_side("control", self.side)
+        call = Call(None, None, {"control": channel(self.image), "strength": strength})
         with roles.installed(), roles.serving(RoleMap((("control", None),), call=call)):
-            return x0_of(given, positive, negative, cfg)[0]
+            return x0_of(given or self.model, self.positive, self.negative, cfg)[0]
 
-    plain = x0_of(model, positive)[0]
-    scale = float(plain.std())
-
-    def apart(a, b):
-        return float((a - b).abs().max()) / scale
-
-    def hooked(noise, control, conds, kept=None, **told):
+    def by_hook(self, noise, control, conds):
         """x0 where the features are added to the embedded picture by a hook of this test."""
+        grid = control.shape[2] // 16, control.shape[3] // 16
 
         def add(module, given, out):
             x = given[0]
             if x.ndim == 3:  # Flux embeds tokens; those of a reference come last
-                x = x[:, : control[0].numel() // 256].transpose(1, 2).unflatten(2, (control.shape[2] // 16, -1))
+                x = x[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
             else:
                 x = torch.nn.functional.pixel_unshuffle(comfy.ldm.common_dit.pad_to_patch_size(x), 2)
-            (feature,) = side(control, x)
-            feature = feature.flatten(2).transpose(1, 2)
-            out = out.clone()
-            out[:, : feature.shape[1]] += feature
-            return out
+            feature = self.side(control, x)[0].flatten(2).transpose(1, 2)
+            return torch.cat((out[:, : feature.shape[1]] + feature, out[:, feature.shape[1] :]), 1)
 
-        handle = getattr(network, EMBED[family]).register_forward_hook(add)
+        handle = getattr(self.network, EMBED[self.family]).register_forward_hook(add)
         try:
-            return x0_of(model, conds, noise=noise)[0]
+            return x0_of(self.model, conds, noise=noise)[0]
         finally:
             handle.remove()
 
-    full = x0_of(model, controlled(family)[0])[0]
-    part = x0_of(model, controlled(family, 0.7)[0])[0]
-    both = controlled(family, 0.3, over=controlled(family, 0.4))
+
+def channel(image):
+    """[B, 1, H, W] of an IMAGE."""
+    return image[..., :1].movedim(-1, 1)
+
+
+def measured(case):
+    model, controlled, apart = case.model, case.controlled, case.apart
+    full, part = (x0_of(model, controlled(strength)[0])[0] for strength in (1.0, 0.7))
+    both = controlled(0.3, over=controlled(0.4))
     foreign = model.clone()
     foreign.set_model_patch_replace(doubled, "dit", "double_block", 0)
-    odd = torch.randn(1, shape[0], 7, 5, generator=torch.Generator().manual_seed(6))
-    small = image[:, :, :48].contiguous()
-    found = {
-        "effect": apart(full, plain),
-        "side": max(apart(full, by_side()), apart(part, by_side(0.7))),
-        "side, CFG": apart(x0_of(model, *controlled(family, 0.7), 3.0)[0], by_side(0.7, 3.0)),
-        "two": apart(x0_of(model, both[0])[0], by_side(0.7)),
-        "new": torch.equal(x0_of(model, controlled(f"{family}-new")[0])[0], plain),
-        "late": apart(x0_of(model, controlled(family, 1.0, (0.0, 0.3))[0])[0], plain),
-        "early": apart(x0_of(model, controlled(family, 1.0, (0.3, 1.0))[0])[0], plain),
-        "replacement": apart(x0_of(foreign, controlled(family)[0])[0], full),
-        "replaced": apart(x0_of(foreign, controlled(family)[0])[0], by_side(given=foreign)),
+    odd, small = torch.randn(1, case.shape[0], 7, 5, generator=torch.Generator().manual_seed(6)), case.image[:, :, :48]
+    return {
+        "effect": apart(full, case.plain),
+        "side": max(apart(full, case.by_side()), apart(part, case.by_side(0.7))),
+        "side, CFG": apart(x0_of(model, *controlled(0.7), 3.0)[0], case.by_side(0.7, 3.0)),
+        "two": apart(x0_of(model, both[0])[0], case.by_side(0.7)),
+        "new": torch.equal(x0_of(model, controlled(new=True)[0])[0], case.plain),
+        "late": apart(x0_of(model, controlled(span=(0.0, 0.3))[0])[0], case.plain),
+        "early": apart(x0_of(model, controlled(span=(0.3, 1.0))[0])[0], case.plain),
+        "replacement": apart(x0_of(foreign, controlled()[0])[0], full),
+        "replaced": apart(x0_of(foreign, controlled()[0])[0], case.by_side(given=foreign)),
         "odd": apart(
-            x0_of(model, controlled(family, picture=small)[0], noise=odd)[0],
-            hooked(odd, small[..., :1].movedim(-1, 1), positive),
+            x0_of(model, controlled(picture=small)[0], noise=odd)[0], case.by_hook(odd, channel(small), case.positive)
         ),
-        "after": torch.equal(x0_of(model, positive)[0], plain),
+        "after": torch.equal(x0_of(model, case.positive)[0], case.plain),
     }
-    if family == "flux":
-        reference = noise_of(model, side=4)
-        seen = [[positive[0][0], {**positive[0][1], "reference_latents": [reference]}]]
-        by_hook = hooked(noise_of(model), image[..., :1].movedim(-1, 1), seen)
-        told["reference"] = apart(x0_of(model, controlled(family, over=(seen, negative))[0])[0], by_hook)
-    return found
 
 
-told = {}
+def beside_reference(case):
+    """Flux told a reference picture: the features are the drawn picture's alone."""
+    text, more = case.positive[0]
+    seen = [[text, {**more, "reference_latents": [noise_of(case.model, side=4)]}]]
+    found = x0_of(case.model, case.controlled(over=(seen, case.negative))[0])[0]
+    return case.apart(found, case.by_hook(noise_of(case.model), channel(case.image), seen))
+
+
 with torch.inference_mode():
-    told |= {family: measured(family) for family in EMBED}
+    cases = {family: Case(family) for family in EMBED}
+    told = {family: measured(case) for family, case in cases.items()}
+    told["reference"] = beside_reference(cases["flux"])
 print(json.dumps(told))
