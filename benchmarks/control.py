@@ -6,7 +6,10 @@ for, and are they as good as the uncontrolled ones?
 
 Each control is that of another noise's picture for the same prompt, so the generator alone owes it nothing: its F1 is
 that of strangers. A control of the noise's own picture is the other end: there the generator alone is perfect.
---minutes are of processor time; --adapter measures one that is trained already.
+
+With --teacher-steps there is a baseline: an adapter of the same form on the teacher, trained by plain denoising on the
+same pictures and controls, as many samples in batches of the same size, and drawn in that many guided steps.
+--minutes are of processor time; --adapter and --baseline measure what is trained already.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +32,37 @@ from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.lora import read_lora
 from onestep.cli.model import at_native_size, native_size, open_host, read_prompts
 from onestep.core import randomness
-from onestep.core.adapter_file import load_adapter
-from onestep.core.control import ControlAdapter, check_fit
-from onestep.core.controls import control_of, edge_f1
-from onestep.core.sampling import sample
+from onestep.core.adapter_file import load_adapter, save_adapter
+from onestep.core.control import check_fit
+from onestep.core.control_copy import MAKERS
+from onestep.core.controls import control_of, edge_f1, visible
+from onestep.core.sampling import sample, teacher_sample
+from onestep.core.schedule import add_noise, log_snr
+from onestep.training.control import control_adapter, generator_recipe
 from onestep.training.distil import Progress, distil
+from onestep.training.levels import UniformTime
 from onestep.training.measures import frechet
+from onestep.training.prompts import embed
 from onestep.training.settings import Settings
+from onestep.training.student import STUDENT
+from onestep.training.trainer import EMA, Trainer
+from onestep.training.triples import TriplePool
 
-ROLE = "controlled"
+ROLE, BASELINE = "controlled", "baseline"
 MICRO = 32
 SHOWN = 12
 Draw = Callable[[Tensor, Any], Tensor]
 
 
+def settings_of(args: argparse.Namespace, host: Any) -> Settings:
+    changes = dict(text.split("=", 1) for text in args.set)
+    defaults = {"method": "nct", "initial_lora": str(args.lora), "control": args.control, "learning_rate": "0.003"}
+    return at_native_size(Settings().with_texts(defaults | changes), set(changes), host)
+
+
 def train(args: argparse.Namespace, host: Any, prompts: list[str]) -> tuple[Path, str]:
     """The adapter's file, and a line on its training."""
     began = time.process_time()
-    changes = dict(text.split("=", 1) for text in args.set)
-    defaults = {"method": "nct", "initial_lora": str(args.lora), "control": args.control, "learning_rate": "0.001"}
-    settings = at_native_size(Settings().with_texts(defaults | changes), set(changes), host)
 
     def report(progress: Progress) -> bool:
         if progress.update % 10 == 0:
@@ -55,9 +70,72 @@ def train(args: argparse.Namespace, host: Any, prompts: list[str]) -> tuple[Path
             print(progress.update, f"{time.process_time() - began:.0f} s of processor", numbers, flush=True)
         return time.process_time() - began > 60 * args.minutes
 
-    result = distil(host, prompts, settings, args.runs, existing="continue", report=report)
+    result = distil(host, prompts, settings_of(args, host), args.runs, existing="continue", report=report)
     spent = (time.process_time() - began) / 60
-    return result.path, f"{result.updates} updates with {json.dumps(changes)}, {spent:.0f} minutes of one core"
+    return result.path, f"{result.updates} updates with {json.dumps(args.set)}, {spent:.0f} minutes of one core"
+
+
+# -- the baseline -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """ControlNet's own loss (arXiv:2302.05543, Eq. 3) on the generator's pictures; a tenth without their prompts."""
+
+    pool: TriplePool
+
+    def draw(self, batch: Any, update: int) -> Any:
+        return self.pool.draw(batch, update)
+
+    def loss(self, denoise: Any, batch: Any, data: Any) -> Tensor:
+        batch, schedule = batch.with_nulls(0.1, "no prompt"), denoise.schedule
+        sigma = UniformTime()(schedule, batch.uniform("level"))
+        noisy = add_noise(schedule, data.x, batch.normal("level noise"), sigma)
+        with denoise.roles.use(STUDENT, control=data.control):
+            x0 = denoise(noisy, sigma, batch.cond)
+        # |eps - eps_theta|^2 = (alpha / sigma)^2 |x - D|^2
+        weight = torch.exp(2 * log_snr(schedule, sigma)).to(x0)
+        return (weight * (x0 - data.x).square().flatten(1).sum(1)).mean()  # type: ignore[no-any-return]
+
+
+def train_baseline(args: argparse.Namespace, host: Any, prompts: list[str], updates: int) -> Path:
+    """The baseline's file, of the pictures and controls that the adapter was trained on."""
+    settings = replace(settings_of(args, host), initial_lora="", steps=updates)
+    texts, roles = embed(host, prompts, settings, args.runs / "embeddings"), host.denoiser.roles
+    roles.load(STUDENT, {}, host.device)
+    roles.add_side(STUDENT, control_adapter(host, settings).to(host.device))
+    roles.copy(STUDENT, EMA)
+    pool = TriplePool(host, texts, settings, args.runs / "triples", control_of(settings.control), nothing_new)
+    trainer = Trainer(host, settings, generator_recipe(host, settings), texts, None, None, Denoising(pool))  # type: ignore[arg-type]
+    with host.training():
+        for update in range(updates):
+            numbers = trainer.step(update)
+            if update % 20 == 0:
+                print("baseline", update, {name: round(value, 5) for name, value in numbers.items()}, flush=True)
+    save_adapter(args.runs / "baseline.safetensors", roles.sides[EMA], host.family)
+    for role in (STUDENT, EMA):
+        roles.drop(role)
+    return args.runs / "baseline.safetensors"  # type: ignore[no-any-return]
+
+
+def nothing_new(batch: Any, noise: Tensor) -> Tensor:
+    raise SystemExit("the baseline learns from the adapter's own pictures: train that first, into the same --runs")
+
+
+@torch.no_grad()
+def guided_pictures(args: argparse.Namespace, host: Any, prompts: list[str], noise: Tensor, control: Tensor) -> Tensor:
+    """The baseline's [N, 3, H, W]: the teacher's guided steps under the control, in both of guidance's halves."""
+    found, size = [], native_size(host)
+    for rows in torch.arange(len(noise)).split(MICRO):
+        cond = host.encode([prompts[row] for row in rows.tolist()], size)
+        null = cond.null_like(host.encode([""], size))
+        with host.denoiser.roles.use(BASELINE, control=control[rows]):
+            x = teacher_sample(host.denoiser, cond, null, noise[rows], args.teacher_steps, args.guidance)
+        found.append(host.decode(x))
+    return torch.cat(found)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -91,12 +169,17 @@ def main() -> None:
     host, prompts = open_host(args.model, device="cpu"), read_prompts(args.prompts)
     lora = read_lora(str(args.lora), host)
     path, said = (args.adapter, "trained before") if args.adapter else train(args, host, prompts)
-    loaded = load_adapter(path, {"control": ControlAdapter.from_config}, host.family)
+    baseline = args.baseline
+    if baseline is None and args.teacher_steps:
+        baseline = train_baseline(args, host, prompts, args.baseline_updates)
+    loaded = load_adapter(path, MAKERS, host.family)
     roles = host.denoiser.roles
     check_fit(loaded.side, roles.targets)
     roles.install()
     roles.load(ROLE, lora.state)
     roles.add_side(ROLE, loaded.side)
+    if baseline is not None:
+        roles.add_side(BASELINE, load_adapter(baseline, MAKERS, host.family).side)
     control, judge = control_of(loaded.side.config.control), judge_of(args.model, None)
     real = None if args.reference is None else read_pictures(args.reference)
     texts = [prompts[at % len(prompts)] for at in range(args.samples)]
@@ -111,10 +194,14 @@ def main() -> None:
     sets = {"uncontrolled": drawn(noise, None), "controlled": drawn(noise, asked)}
     sets |= {f"controlled, strength {s:g}": drawn(noise, asked, s) for s in args.strengths}
     sets |= {"controlled, from the control's own noise": drawn(other, asked), "the pictures asked for": source}
+    if baseline is not None:
+        name = f"multi-step ControlNet, {args.teacher_steps} guided steps"
+        sets[name] = guided_pictures(args, host, texts, noise, asked)
     lines = [row(name, images, asked, control, real, judge, texts) for name, images in sets.items()]
     write(args, loaded.side, said, lines)
     if args.out:
-        shown = [source, asked.expand(-1, 3, -1, -1), sets["uncontrolled"], sets["controlled"]]
+        beside = [name for name in sets if name.startswith("multi-step")]
+        shown = [source, visible(asked), *(sets[name] for name in ("uncontrolled", "controlled", *beside))]
         grid(shown, args.out.with_suffix(".png"))
 
 
@@ -155,6 +242,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.5, 1.5])
+    parser.add_argument("--teacher-steps", type=int, default=0, help="the baseline's; 0 = no baseline")
+    parser.add_argument("--guidance", type=float, default=3.0, help="the baseline's")
+    parser.add_argument("--baseline", type=Path, help="a baseline that is trained already")
+    parser.add_argument("--baseline-updates", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the settings")

@@ -24,7 +24,7 @@ from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect, select
 from ..core.roles import Roles
 from .check import check_file
-from .denoiser import ComfyDenoiser, encode, guidance_of, schedule_of, with_sizes
+from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
 BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
@@ -66,7 +66,8 @@ class ComfyHost:
         self.family = detect(network)
         refuse_variant(self.family, self.model)
         config = self.model.model_config.unet_config
-        roles = Roles(select(bind_comfy(self.family, network, config), self.targets))
+        targets = select(bind_comfy(self.family, network, config), self.targets)
+        roles = Roles(targets, port_of(network, self.family))
         schedule = schedule_of(self.model.model_sampling)
         options = {"optimized_attention_override": differentiable_attention}
         self.denoiser: Denoiser = ComfyDenoiser(

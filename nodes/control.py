@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from ..core.adapter_file import load_adapter
 from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
+from ..core.control_copy import MAKERS, ControlCopy
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
@@ -68,7 +69,7 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
         path = path_of(control_name)
         if path is None:
             raise OneStepError(f"no control adapter {control_name[:100]!r} here: put it into models/controlnet")
-        adapter = load_adapter(path, {"control": ControlAdapter.from_config})
+        adapter = load_adapter(path, MAKERS)
         return io.NodeOutput(ControlAdapterNet(adapter.side.requires_grad_(False).eval(), adapter.family))
 
 
@@ -85,9 +86,9 @@ def path_of(name: str) -> Path | None:
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3 and Flux takes besides its picture."""
+    first block of SD3 and Flux takes besides its picture; a copy's as core's ControlNet has them."""
 
-    def __init__(self, adapter: ControlAdapter, family: str, patcher: Any = None) -> None:
+    def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:
         super().__init__()
         self.adapter, self.family = adapter, family
         self.patcher = patcher or comfy.model_patcher.ModelPatcher(
@@ -127,7 +128,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return previous
-        features = self._features(x_noisy, t, batched_number)
+        features = self._features(x_noisy, t, cond, batched_number)
         if self.family == "unet":
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
@@ -135,10 +136,14 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         replaced[FIRST_BLOCK] = entering(self.strength * tokens(features[0]), replaced.get(FIRST_BLOCK))
         return previous
 
-    def _features(self, x: Tensor, t: Tensor, batched_number: int) -> list[Tensor]:
-        """The adapter's, for latents ``x`` at the levels ``t``, in the order of its places."""
+    def _features(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> list[Tensor]:
+        """The adapter's, for latents ``x`` at the levels ``t`` and the prompts ``cond``, in the order of its places."""
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch, self.patch))
         hint = comfy.controlnet.broadcast_image_to(self._hint(x), len(x), batched_number).expand(len(x), -1, -1, -1)
+        if isinstance(self.adapter, ControlCopy):
+            seen, time = self.sampling.calculate_input(t, x), self.sampling.timestep(t).float()
+            text = cond.get("crossattn_controlnet", cond["c_crossattn"])
+            return self.adapter(seen, time, text.to(x.device), hint, told=cond.get("y"))  # type: ignore[no-any-return]
         if not self.adapter.config.latents:
             return self.adapter(hint)
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch
@@ -146,6 +151,8 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
 
     def _residuals(self, features: list[Tensor]) -> dict[str, list[Any]]:
         """{"input": behind each input block, last first; "middle"; "output"}, as a U-Net takes them."""
+        if isinstance(self.adapter, ControlCopy):
+            return {"input": [], "middle": features[-1:], "output": list(features[:-1])}
         inputs: list[Tensor | None] = [None] * self.inputs
         middle = []
         for block, feature in zip(self.blocks, features, strict=True):

@@ -20,6 +20,7 @@ from ..core.denoiser import Guidance
 from ..core.errors import OneStepError
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
+from ..core.side import Port
 
 
 @dataclass
@@ -58,6 +59,15 @@ def guidance_of(model: Any, family: str) -> Guidance:
     if family != "flux":
         return "cfg"
     return "embedded" if model.model_config.unet_config.get("guidance_embed") else "none"
+
+
+def port_of(network: Any, family: str) -> Port | None:
+    """Where ComfyUI's U-Net takes a ControlNet's residuals; None for other networks."""
+
+    def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
+        return more | {"control": {"input": [], "middle": residuals[-1:], "output": list(residuals[:-1])}}
+
+    return Port(network, carry) if family == "unet" else None
 
 
 def schedule_of(model_sampling: Any) -> NoiseSchedule:

@@ -77,3 +77,20 @@ def test_what_is_refused(told: dict[str, Any]) -> None:
     assert "models/controlnet" in told["missing"]
     assert "adds 7 channels to conv_in, this model has 64 channels" in told["wide"]
     assert set(told["names"]) >= {"new.safetensors", "stirred.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def copied(random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path_factory: Any) -> dict[str, Any]:
+    said = run_inside("control_copy", random_tiny["tiny"], tmp_path_factory.mktemp("controlnet"))
+    return json.loads(said.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_copy_is_as_a_control_net_what_it_is_as_a_side(copied: dict[str, Any], steps: int) -> None:
+    """The same residuals on the skips and the middle, with guidance and without; nothing is left behind."""
+    assert copied[f"side {steps}"] < 2e-5 * copied[f"effect {steps}"] and copied[f"effect {steps}"] > 0.1, copied
+    assert copied[f"after {steps}"]
+
+
+def test_cores_own_loader_reads_a_copys_file_as_a_controlnet(copied: dict[str, Any]) -> None:
+    assert copied["core"] < 1e-4, copied

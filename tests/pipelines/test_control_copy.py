@@ -19,6 +19,7 @@ from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.control import controlled, load_control
 from onestep.training.control import control_adapter
+from onestep.training.distil import distil
 from onestep.training.settings import Settings
 
 WIDTHS = (4, 4, 8, 24)
@@ -157,6 +158,27 @@ def test_the_plain_pipeline_draws_with_it_as_diffusers_controlnet_does(tmp_path:
         "a red potion", image=control.expand(-1, 3, -1, -1), latents=latents, controlnet_conditioning_scale=0.5, **call
     ).images
     torch.testing.assert_close(half, scaled, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_trains_one(tmp_path: Path) -> None:
+    """From a one-step LoRA's numbers, by the command's own way; its file is a ControlNet that acts."""
+    pipe, prompts = made(sd), ["a red potion", "a stone wall", "a gold ring"]
+    more = {"batch": 2, "sizes": "64x64", "watch_every": 0, "preview_every": 0, "rank": 2, "warm_up": 1, "pairs": 2}
+    first = distil(
+        adapt(pipe), prompts, Settings(method="regression", steps=1, teacher_steps=1, **more), tmp_path / "a"
+    )
+    settings = Settings(
+        method="nct", steps=3, control_form="copy", initial_lora=str(first.path), learning_rate=1e-2, **more
+    )
+    result = distil(adapt(pipe), prompts, settings, tmp_path / "b")
+    assert "bit for bit" in result.check
+    host = adapt(pipe)
+    net = ControlNetModel.from_unet(host.network, conditioning_embedding_out_channels=WIDTHS)
+    net.load_state_dict(read_tensors(result.path), strict=True)
+    x, sigma, control, cond = asked(host)
+    with torch.no_grad():
+        skips, middle = net(x, 500, cond.text, control.expand(-1, 3, -1, -1), return_dict=False)
+    assert min(float(skip.abs().max()) for skip in (*skips, middle)) > 1e-4
 
 
 def test_the_setting_makes_one_and_bad_ones_are_refused(host: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_host import PROMPTS, SmallHost, small
 from whole_runs import Cancelled, at_call, left, run
 
@@ -19,11 +20,12 @@ from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header, read_tensors, write_tensors
-from onestep.training.control import check_control, control_adapter, generator_recipe
+from onestep.training.control import asked, check_control, control_adapter, generator_recipe
 from onestep.training.objectives.nct import controlled
 from onestep.training.prompts import embed
 from onestep.training.settings import Settings
 from onestep.training.triples import TriplePool
+from onestep.training.watch import Watch, patch_distance
 
 MAKERS = {"control": ControlAdapter.from_config}
 
@@ -107,6 +109,62 @@ def test_what_it_learns_is_the_control(lora: Path, tmp_path: Path) -> None:
         found = controlled(host.denoiser, recipe, batch, batch.normal("another"), control)
     before, after = ((side - x).square().mean() for side in (stranger, found))
     assert float(after) < 0.6 * float(before)
+
+
+@pytest.mark.parametrize("name", list(CONTROLS))
+def test_every_control_is_learnt_and_acts(lora: Path, tmp_path: Path, name: str) -> None:
+    result, host = run(tmp_path / "run", nct_settings(lora, control=name, steps=3, learning_rate=0.01)), SmallHost()
+    adapter, roles = load_adapter(result.path, MAKERS), host.denoiser.roles
+    roles.load("student", load_lora(lora, list(roles.targets), "unet").state)
+    roles.add_side("student", adapter.side)
+    batch = embed(host, PROMPTS, nct_settings(lora), tmp_path / "embeddings").batch(0, range(2))
+    recipe, noise = Recipe.from_json(adapter.metadata["onestep.recipe"]), batch.normal("latent")
+    with torch.no_grad(), roles.installed():
+        plain = controlled(host.denoiser, recipe, batch, noise)
+        control = control_of(name)(host.decode(plain), [0, 1])
+        found, other = (controlled(host.denoiser, recipe, batch, noise, c) for c in (control, 1 - control))
+    for a, b in ((plain, found), (found, other)):
+        assert float((a - b).abs().max()) > 1e-3
+
+
+def test_it_is_watched_under_its_control(lora: Path, tmp_path: Path) -> None:
+    """The reference is the generator's; a new adapter misses as much as none; the preview shows control, without,
+    with."""
+    settings = nct_settings(lora, steps=4, watch_every=2, preview_every=2, watch_samples=8, control="low-resolution")
+    first, *others = [line for line in run(tmp_path / "run", settings).metrics if "distance" in line]
+    assert first["distance"] == pytest.approx(1) and all(0 < line["distance"] != 1 for line in others)
+    assert first["detail"] >= 0 and "detail" in others[0]
+    kept = read_tensors(tmp_path / "run" / "reference.safetensors")
+    assert sorted(kept) == ["control", "plain", "x"] and not torch.equal(kept["x"], kept["plain"])
+    host = SmallHost()
+    wanted = control_of("low-resolution")(host.decode(kept["x"]))
+    torch.testing.assert_close(kept["control"], wanted)
+    with Image.open(tmp_path / "run" / "previews" / "000000.png") as grid:
+        rows = torch.from_numpy(np.array(grid)).float().chunk(3)
+    assert torch.equal(rows[1], rows[2]), "a new adapter changes nothing"
+    with Image.open(tmp_path / "run" / "previews" / "000004.png") as grid:
+        last = torch.from_numpy(np.array(grid)).float().chunk(3)
+    assert torch.equal(last[0], rows[0]) and torch.equal(last[1], rows[1]) and not torch.equal(last[2], rows[2])
+
+
+def test_the_distance_is_the_share_of_the_control_that_is_missed(lora: Path, tmp_path: Path) -> None:
+    settings, host = nct_settings(lora, watch_samples=8, control="low-resolution"), SmallHost()
+    prompts = embed(host, PROMPTS, settings, tmp_path / "embeddings")
+    roles, recipe = host.denoiser.roles, generator_recipe(host, settings)
+    roles.load("student", load_lora(lora, list(roles.targets), "unet").state)
+    side = control_adapter(host, settings)
+    for leave in side.leave:
+        leave.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    roles.add_side("student", side)
+    with roles.installed():
+        watch = Watch.prepare(host, settings, prompts, make=asked)
+        numbers, found = watch(host, recipe, "student"), watch.student(host, recipe, "student")
+    missed = [
+        np.sqrt(((control_of("low-resolution")(host.decode(x[::4])) - watch.kept["control"][::4]).numpy() ** 2).mean())
+        for x in (found, watch.kept["plain"])
+    ]
+    assert numbers["distance"] == pytest.approx(float(missed[0] / missed[1]), rel=1e-5) and numbers["distance"] != 1
+    assert numbers["detail"] == pytest.approx(patch_distance(found, watch.kept["x"]))
 
 
 @pytest.mark.parametrize("call", [2, 5, 7, 9])
