@@ -1,0 +1,194 @@
+"""What negative steering and guidance adapters cost: a forward of each as a ratio to a plain one, in one process.
+
+    python benchmarks/cost.py [--networks sd15 sd3 flux] [--rounds 9] [--out benchmarks/results/cost.md]
+    $COMFYUI_PYTHON tests/support/comfy_launch.py $COMFYUI_DIR $PWD/benchmarks/cost.py --host comfyui
+    python benchmarks/cost.py --device cuda --dtype bfloat16 --networks sdxl flux-slice [--compile]
+
+Weights are random, of real width. Each round takes every row once, in an order drawn anew; VSF and rows of twice the
+batch come in every fourth. A ratio is the median of row / plain within a round; its interval holds the median in 95 of
+100 cases. On one CPU thread the clock is the process' own, which waits for no neighbour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+PLAIN = "plain"
+DOUBLED = ("CFG", "doubled form", "core NAGuidance")
+"""Rows of twice the batch."""
+SELDOM, SELDOM_IN = ("VSF", *DOUBLED), 4
+Measured = tuple[float, Tensor]
+Row = Callable[[], Measured]
+SCALES = {"NASA": 0.25, "NAG": 5.0, "VSF": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with random weights. side: of its latents. tokens: of each text. blocks: on each level of a U-Net going
+    down, or a transformer's double and single ones; none of SD3's last kind, whose text goes nowhere. wide: False = a
+    toy."""
+
+    family: str
+    side: int
+    tokens: int
+    blocks: tuple[int, int] = (2, 0)
+    wide: bool = True
+
+    def __str__(self) -> str:
+        blocks = f"{self.blocks[0]} + {self.blocks[1]} blocks" if self.blocks[1] else f"{self.blocks[0]} blocks"
+        level = " a level" if self.family in ("sd15", "sdxl") else ""
+        size = f"latents of {self.side}x{self.side}, texts of {self.tokens} tokens"
+        return f"{'' if self.wide else 'toy '}{self.family}, {blocks}{level}, {size}"
+
+
+CASES = {
+    "sd15": Case("sd15", 64, 77),
+    "sd15-short": Case("sd15", 64, 77, (1, 0)),
+    "sdxl": Case("sdxl", 128, 77),
+    "sd3": Case("sd3", 64, 154),
+    "sd3-long": Case("sd3", 64, 333),
+    "sd3-large": Case("sd3", 128, 333, (1, 0)),
+    "flux": Case("flux", 32, 32, (1, 1)),
+    "flux-large": Case("flux", 128, 512, (1, 1)),
+    "flux-slice": Case("flux", 128, 512, (4, 8)),
+    "toy-sd15": Case("sd15", 8, 7, wide=False),
+    "toy-sdxl": Case("sdxl", 8, 7, wide=False),
+    "toy-sd3": Case("sd3", 8, 7, wide=False),
+    "toy-flux": Case("flux", 8, 7, (1, 1), wide=False),
+}
+
+
+@dataclass
+class Times:
+    """Of one row: seconds by round, and the most memory that a round has taken, in bytes; 0 = not measured."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    peak: int = 0
+
+
+@torch.no_grad()
+def fill(network: Any) -> None:
+    """Weights drawn so that every layer's numbers stay of the order of 1; buffers (SD3's positions) too."""
+    for tensor in network.state_dict().values():
+        tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.5)
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> Measured:
+    """The seconds of a call, and its result."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        found = call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, found
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    found = call()
+    return clock() - began, found
+
+
+def measured(rows: dict[str, Row], rounds: int, device: torch.device) -> dict[str, Times]:
+    """Every row in ``rounds`` rounds, after one that is not counted and leaves out the seldom ones."""
+    order, found = random.Random(0), {name: Times() for name in rows}
+    for number in range(-1, rounds):
+        due = [name for name in rows if number % SELDOM_IN == 0 or name not in SELDOM]
+        for name in order.sample(due, len(due)):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds, _ = rows[name]()
+            if number >= 0:
+                found[name].seconds[number] = seconds
+            if device.type == "cuda":
+                found[name].peak = max(found[name].peak, torch.cuda.max_memory_allocated())
+        seconds = {name: round(found[name].seconds[number], 4) for name in found if number in found[name].seconds}
+        print(f"round {number + 1} of {rounds}: {seconds}", file=sys.stderr, flush=True)
+    return found
+
+
+def ratios(row: Times, plain: Times) -> list[float]:
+    return sorted(seconds / plain.seconds[number] for number, seconds in row.seconds.items())
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The k-th least and greatest of sorted values, k the largest whose interval misses a median in at most 5 of 100
+    cases: 2 sum_{i < k} C(n, i) / 2^n <= 0.05. Of few values, the least and the greatest."""
+    n = len(values)
+    missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, n // 2 + 1)]
+    k = max(1, sum(share <= 0.05 for share in missed))
+    return values[k - 1], values[n - k]
+
+
+def table(found: dict[str, Times]) -> list[str]:
+    lines = ["| row | ratio | 95% interval | rounds | seconds | peak GB |", "|---|---|---|---|---|---|"]
+    for name, row in found.items():
+        values = ratios(row, found[PLAIN])
+        low, high = interval(values)
+        peak = f"{row.peak / 1e9:.2f}" if row.peak else "-"
+        seconds = statistics.median(row.seconds.values())
+        ratio = f"{statistics.median(values):.3f} | {low:.3f} to {high:.3f}"
+        lines.append(f"| {name} | {ratio} | {len(values)} | {seconds:.4g} | {peak} |")
+    return lines
+
+
+def host_of(name: str) -> Any:
+    """The module that has rows(case, device, dtype, backend) and versions()."""
+    if name == "comfyui":
+        import cost_comfy
+
+        return cost_comfy
+    import cost_diffusers
+
+    return cost_diffusers
+
+
+def report(name: str, args: argparse.Namespace, host: Any) -> list[str]:
+    """A network's heading and table."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    with torch.inference_mode(args.host == "comfyui"), torch.no_grad():
+        rows = host.rows(CASES[name], device, dtype, args.compile)
+        chosen = {row: call for row, call in rows.items() if row == PLAIN or not args.rows or row in args.rows}
+        found = measured(chosen, args.rounds, device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    how = f"{args.dtype}, {where}, {torch.get_num_threads()} threads, {args.compile or 'eager'}"
+    return [f"**{CASES[name]}** ({how}, {host.versions()}, torch {torch.__version__})", "", *table(found), ""]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="diffusers", choices=["diffusers", "comfyui"])
+    parser.add_argument("--networks", nargs="+", default=["sd15", "sd3", "flux"], choices=list(CASES))
+    parser.add_argument("--rows", nargs="+", help="only these, beside plain")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", nargs="?", const="inductor", default="", help="a back end of torch.compile")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    host, found = host_of(args.host), []
+    for name in args.networks:
+        found.append("\n".join(report(name, args, host)))
+        print(found[-1], flush=True)
+    if args.out:
+        args.out.write_text("\n".join(found), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

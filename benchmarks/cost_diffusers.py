@@ -1,0 +1,168 @@
+"""The rows of benchmarks/cost.py on diffusers' networks."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from cost import DOUBLED, PLAIN, SCALES, Case, Row, fill, timed
+from torch import Tensor, nn
+
+from onestep.core.adapter_file import save_adapter
+from onestep.core.families import bind_diffusers, detect
+from onestep.core.guidance import Steering
+from onestep.core.guidance_adapter import new_adapter
+from onestep.pipelines.guidance_adapter import GuidanceDial, load_guidance_adapter
+from onestep.pipelines.steer import steered
+
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)}
+SDXL = {
+    **{"cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "block_out_channels": (320, 640, 1280)},
+    **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
+    **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")},
+    **{"transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True},
+    **{"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
+    **{"projection_class_embeddings_input_dim": 2816},
+}
+TOYS = {
+    "sd15": {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 4, "norm_num_groups": 8},
+    "sdxl": {
+        **{"block_out_channels": (32, 64, 64), "attention_head_dim": 4, "norm_num_groups": 8},
+        "transformer_layers_per_block": (1, 1, 2),
+    },
+    "sd3": {"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
+    "flux": {"attention_head_dim": 128, "num_attention_heads": 1},
+}
+Inputs = dict[str, Any]
+
+
+def versions() -> str:
+    return f"diffusers {diffusers.__version__}"
+
+
+def network_of(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
+    """With random weights."""
+    toy = {} if case.wide else TOYS[case.family]
+    with torch.device("meta"):
+        network = MAKERS[case.family](case, toy)
+    network = network.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    fill(network)
+    return network
+
+
+def _sd3(case: Case, toy: dict[str, Any]) -> Any:
+    wide = {"attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    network = diffusers.SD3Transformer2DModel(
+        **{**wide, **toy}, sample_size=128, pos_embed_max_size=192, num_layers=case.blocks[0] + 1, out_channels=16
+    )
+    del network.transformer_blocks[-1]
+    return network
+
+
+def _flux(case: Case, toy: dict[str, Any]) -> Any:
+    double, single = case.blocks
+    return diffusers.FluxTransformer2DModel(**toy, num_layers=double, num_single_layers=single, guidance_embeds=True)
+
+
+MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
+    "sd15": lambda case, toy: diffusers.UNet2DConditionModel(**{**SD15, **toy}, layers_per_block=case.blocks[0]),
+    "sdxl": lambda case, toy: diffusers.UNet2DConditionModel(**{**SDXL, **toy}, layers_per_block=case.blocks[0]),
+    "sd3": _sd3,
+    "flux": _flux,
+}
+
+
+def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Arguments of the network's forward, for one picture."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+    text = {"sd15": 768, "sdxl": 2048}.get(case.family, 4096)
+    told: Inputs = {"encoder_hidden_states": draw(1, case.tokens, text), "return_dict": False}
+    told["timestep"] = torch.tensor([700.0], device=device)
+    if case.family in ("sd15", "sdxl"):
+        told["sample"] = draw(1, 4, case.side, case.side)
+    if case.family == "sdxl":
+        told["added_cond_kwargs"] = {"text_embeds": draw(1, 1280), "time_ids": 1024 * torch.ones(1, 6, device=device)}
+    if case.family == "sd3":
+        told |= {"hidden_states": draw(1, 16, case.side, case.side), "pooled_projections": draw(1, 2048)}
+    if case.family == "flux":
+        told |= {"hidden_states": draw(1, (case.side // 2) ** 2, 64), "pooled_projections": draw(1, 768)}
+        told |= {"timestep": torch.tensor([0.7], device=device), "guidance": torch.tensor([3.5], device=device)}
+        places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
+        told |= {"img_ids": places.to(device), "txt_ids": torch.zeros(case.tokens, 3, device=device)}
+    return told
+
+
+def twice(told: Inputs, negative: Tensor) -> Inputs:
+    """The same picture with either text."""
+    alone = ("img_ids", "txt_ids")
+
+    def double(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: double(key, part) for key, part in value.items()}
+        return torch.cat([value, value]) if isinstance(value, Tensor) and name not in alone else value
+
+    both = {name: double(name, value) for name, value in told.items()}
+    return both | {"encoder_hidden_states": torch.cat([told["encoder_hidden_states"], negative])}
+
+
+def rows(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Row]:
+    """Each row has modules of its own over the same weights, so that a compiled one stays as it is."""
+    network, told = network_of(case, device, dtype), inputs_of(case, device, dtype)
+    negative = torch.flip(told["encoder_hidden_states"], (2,))
+
+    def row(prepare: Callable[[Any], Any] = nn.Module.eval, given: Inputs = told, mode: str = "") -> Row:
+        twin = copy.deepcopy(network, {id(tensor): tensor for tensor in network.parameters()})
+        kept = ExitStack()
+        kept.callback(lambda dial: None, prepare(twin))
+        called = torch.compile(twin, backend=backend) if backend else twin
+        if mode:
+            kept.enter_context(
+                steered(SimpleNamespace(unet=called, scheduler=None), negative, mode, scale=SCALES[mode.upper()])
+            )
+        return lambda kept=kept: timed(lambda: called(**given)[0], device)
+
+    found = {PLAIN: row(), **{name: row(mode=name.lower()) for name in SCALES}}
+    found["AGD"] = row(_guided)
+    found[DOUBLED[0]] = row(given=twice(told, negative))
+    if case.family in ("sd3", "flux"):
+        found[DOUBLED[1]] = row(lambda twin: _doubled(twin, case), twice(told, negative))
+    return found
+
+
+def _guided(network: nn.Module) -> GuidanceDial:
+    """With an adapter as a training begins with, its output layers moved away from zero."""
+    side = new_adapter({target.name: target for target in bind_diffusers(network)}, detect(network), 0)
+    for parameter in side.out.parameters():
+        parameter.normal_(0, 0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder, "adapter.safetensors"), side, detect(network))
+        return load_guidance_adapter(network, Path(folder, "adapter.safetensors"))
+
+
+def _doubled(network: Any, case: Case) -> None:
+    """NAG behind every joint attention: the picture's rows of both texts get the steered answer."""
+    steering = Steering("nag", SCALES["NAG"])
+
+    def push(z: Tensor) -> None:
+        z.copy_(steering.apart(z[:1, None], z[1:, None])[:, 0].expand_as(z))
+
+    def of_double(layer: nn.Module, args: tuple[Tensor]) -> None:
+        push(args[0])
+
+    def of_single(layer: nn.Module, args: tuple[Tensor]) -> None:
+        push(args[0][:, case.tokens :, : network.inner_dim])
+
+    for block in network.transformer_blocks:
+        block.attn.to_out[0].register_forward_pre_hook(of_double)
+    for block in getattr(network, "single_transformer_blocks", ()):
+        block.proj_out.register_forward_pre_hook(of_single)
