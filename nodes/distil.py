@@ -30,10 +30,9 @@ NO_LORA = "none"
 FileName = io.Custom("STRING,COMBO")
 # The kind in a file's header -> the node that loads such an adapter.
 LOADERS = {
-    "guidance-attention": "Apply Guidance Adapter",
-    "guidance-offset": "Apply Guidance Adapter",
+    **dict.fromkeys(("guidance-attention", "guidance-offset"), "Apply Guidance Adapter"),
     "negative-attention": "Apply Negative Adapter",
-    "control": "Load Control Adapter",
+    **dict.fromkeys(("control", "control copy"), "Load Control Adapter"),
 }
 
 

@@ -30,7 +30,10 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine."""
+    """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine.
+
+    A new setting comes last: saved graphs know the node's widgets by their order.
+    """
 
     method: str = setting("dmd", "How the student learns.", choices=METHODS)
     steps: int = setting(1000, "Student updates after the warm start.", 0, 1_000_000)
@@ -118,11 +121,6 @@ class Settings:
     )
     states: int = setting(4, "States that agd and guidance-lora keep of each guided trajectory.", 1, 1000)
     control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
-    control_form: str = setting(
-        "light",
-        "nct's adapter: light = a small encoder of its own; copy = a ControlNet, U-Nets only: larger and slower.",
-        choices=("light", COPY),
-    )
     control_width: int = setting(
         0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
     )
@@ -134,6 +132,11 @@ class Settings:
     )
     boundary: float = setting(
         0.1, "Share of nct's samples that are asked for their own picture at their own noise.", 0, 1
+    )
+    control_form: str = setting(
+        "light",
+        "nct's adapter: light = a small encoder of its own; copy = a ControlNet, U-Nets only: larger and slower.",
+        choices=("light", COPY),
     )
     negatives: str = setting(
         "", "What sun learns to keep away from, parted by commas; empty = the parts of the prompts, parted so too."

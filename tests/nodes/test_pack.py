@@ -46,6 +46,21 @@ def test_every_node_is_there_with_tooltips_and_a_help_page(comfy_server: Any, ro
         assert (root / "web" / "docs" / f"{name}.md").is_file(), f"{name} has no help page"
 
 
+# Saved graphs know a node's widgets by their order alone.
+SETTINGS = """
+start critic_rank targets matching_guidance batch accumulation learning_rate critic_learning_rate warm_up final_rate
+clip weight_decay ema optimizer warm_start warm_start_rate pairs critic_warm_up critic_updates follow matching_weight
+anchor separate_levels level_low level_high checkpointing preview_every watch_every watch_samples preview_samples
+save_every patience keep_prompts guidance_low guidance_high states control control_width noise_levels boundary
+""".split()
+
+
+def test_new_settings_come_last(comfy_server: Any) -> None:
+    node = comfy_server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]
+    assert not node["input"].get("required"), "a saved API graph has none of the settings that came after it"
+    assert list(node["input"]["optional"])[: len(SETTINGS)] == SETTINGS
+
+
 def test_a_broken_module_is_named_and_the_others_live(run_inside: Any) -> None:
     told = json.loads(run_inside("broken_module").strip().splitlines()[-1])
     assert told["nodes"] and "OneStepLoadTinyModel" in told["nodes"]
