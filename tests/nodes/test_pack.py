@@ -47,12 +47,14 @@ def test_every_node_is_there_with_tooltips_and_a_help_page(comfy_server: Any, ro
 
 
 # Saved graphs know a node's widgets by their order alone.
-SETTINGS = """
-start critic_rank targets matching_guidance batch accumulation learning_rate critic_learning_rate warm_up final_rate
-clip weight_decay ema optimizer warm_start warm_start_rate pairs critic_warm_up critic_updates follow matching_weight
-anchor separate_levels level_low level_high checkpointing preview_every watch_every watch_samples preview_samples
-save_every patience keep_prompts guidance_low guidance_high states control control_width noise_levels boundary
-""".split()
+SETTINGS = [
+    *("start", "critic_rank", "targets", "matching_guidance", "batch", "accumulation", "learning_rate"),
+    *("critic_learning_rate", "warm_up", "final_rate", "clip", "weight_decay", "ema", "optimizer", "warm_start"),
+    *("warm_start_rate", "pairs", "critic_warm_up", "critic_updates", "follow", "matching_weight", "anchor"),
+    *("separate_levels", "level_low", "level_high", "checkpointing", "preview_every", "watch_every", "watch_samples"),
+    *("preview_samples", "save_every", "patience", "keep_prompts", "guidance_low", "guidance_high", "states"),
+    *("control", "control_width", "noise_levels", "boundary"),
+]
 
 
 def test_new_settings_come_last(comfy_server: Any) -> None:
