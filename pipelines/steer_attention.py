@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import (
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams
 from ..kernels import attention
+from .own_guidance import Rows, part
 
-Rows = Literal["all", "first half", "second half"]
 JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
 Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -43,8 +43,7 @@ class Run:
 
     def steered(self, batch: int) -> slice:
         """The rows of a batch that are steered."""
-        first, last = (self.rows == "second half") * batch // 2, batch // (1 + (self.rows == "first half"))
-        return slice(first, last)
+        return part(self.rows, batch)
 
     def chosen(self, image: Tensor) -> Tensor | None:
         """The same as flags [B], on the device of the picture's tokens [B, ...]; None is all."""
