@@ -33,6 +33,15 @@ USES: dict[str, tuple[str, tuple[str, ...]]] = {
             'pipe("your prompt", guidance_scale=1)',
         ),
     ),
+    "negative": (
+        "Apply Negative Adapter, sampled at cfg 1, beside the few-step LoRA that it was trained with",
+        (
+            "from onestep.pipelines.negative_adapter import load_negative_adapter",
+            'negative = pipe.encode_prompt("what to avoid", pipe.device, 1, False)[0]',
+            "away = load_negative_adapter(pipe, {path!r}, negative)  # away.scale = 1.5, away.remove()",
+            'pipe("your prompt", guidance_scale=1)',
+        ),
+    ),
     "control": (
         "Load Control Adapter, then Apply ControlNet, beside the one-step LoRA that it was trained with",
         (

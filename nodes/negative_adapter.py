@@ -20,6 +20,7 @@ from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base,
 from ..core.roles import RoleMap, Roles
 from ..core.side import Call
 from .guidance_adapter import targets_of
+from .places import stamp
 from .steer import check_negative
 
 KEY = "onestep_negative_adapter"
@@ -45,7 +46,8 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "adapter",
                     options=folder_paths.get_filename_list("loras"),
-                    tooltip="A negative adapter in models/loras; Distil One-Step LoRA puts it into onestep/.",
+                    tooltip="A negative adapter in models/loras; Distil One-Step LoRA puts it into onestep/, and its "
+                    "output file can be plugged in here.",
                 ),
                 io.Float.Input(
                     "scale",
@@ -59,6 +61,10 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
             ],
             outputs=[io.Model.Output(tooltip="The model under the negative: sample it at cfg 1.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str = "", **unused: Any) -> Any:
+        return stamp(folder_paths.get_full_path("loras", adapter))
 
     @classmethod
     def execute(cls, model: Any, negative: Any, adapter: str, scale: float) -> io.NodeOutput:

@@ -30,6 +30,7 @@ IDS = {
     "OneStepSigmas",
     "OneStepNegativeSteering",
     "OneStepApplyGuidanceAdapter",
+    "OneStepApplyNegativeAdapter",
 }
 
 
