@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
         lambda settings: None,
         "Noise consistency training: a control for a one-step generator, as an adapter",
         "arXiv:2506.19741",
-        "7 + the picture",
+        "4 + the picture",
         direct=nct,
         side=control_adapter,
         recipe=generator_recipe,
