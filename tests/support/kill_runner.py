@@ -1,7 +1,8 @@
 """Kills whole runs at chosen instants and lets them go on; a program of its own, as it forks: torch is loaded once.
 
 An instant is the n-th of the events that a run goes through: a forward, a poll, half a write, a whole one, a sync, a
-rename, a deletion. The first run, which nobody kills, says which there are. Prints one line of JSON for each run.
+rename, a deletion. The first run of each method, which nobody kills, says which there are. Prints one line of JSON for
+each run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+POOLS = ("pairs", "trajectories", "triples", "segments")
+KILLS = {"dmd": 30, "agd": 4, "guidance-lora": 4, "nct": 4}
+SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
+POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))
+WORST = {True: SAVING, False: POOLING}
+"""(kind, place, count): of dmd, and of the methods that make their data first."""
 
 
 def _load() -> None:
@@ -34,10 +41,12 @@ class Clock:
 
     def __init__(self, deadly: int = 0) -> None:
         self.deadly, self.saving = deadly, False
-        self.events: list[tuple[str, bool]] = []
+        self.events: list[tuple[str, str]] = []
 
-    def tick(self, kind: str) -> None:
-        self.events.append((kind, self.saving))
+    def tick(self, kind: str, path: Any = "") -> None:
+        """path: of a file that is of a method's pool where it lies in such a folder."""
+        pool = "pool" if Path(str(path)).parent.name in POOLS else ""
+        self.events.append((kind, "save" if self.saving else pool))
         if len(self.events) == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -45,15 +54,15 @@ class Clock:
 class Watched:
     """An open file whose every write is two events: half of it is on the disk, all of it is."""
 
-    def __init__(self, file: Any, clock: Clock) -> None:
-        self._file, self._clock = file, clock
+    def __init__(self, file: Any, path: Any, clock: Clock) -> None:
+        self._file, self._path, self._clock = file, path, clock
 
     def write(self, data: Any) -> int:
         middle = len(data) // 2
         for part, kind in ((data[:middle], "half a write"), (data[middle:], "a write")):
             self._file.write(part)
             self._file.flush()
-            self._clock.tick(kind)
+            self._clock.tick(kind, self._path)
         return len(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +84,7 @@ def watch(clock: Clock, folder: Path) -> None:
 
         def call(*args: Any, **more: Any) -> Any:
             result = real(*args, **more)
-            clock.tick(name)
+            clock.tick(name, args[-1])
             return result
 
         setattr(module, name, call)
@@ -87,7 +96,7 @@ def watch(clock: Clock, folder: Path) -> None:
     def watched(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
         made = opened(file, mode, *args, **more)
         ours = isinstance(file, str | Path) and str(file).startswith(str(folder)) and not str(file).endswith(".lock")
-        return Watched(made, clock) if ours and set(mode) & set("wa") else made
+        return Watched(made, file, clock) if ours and set(mode) & set("wa") else made
 
     builtins.open = watched  # type: ignore[assignment]
     save = Run.save
@@ -124,19 +133,40 @@ def forked(work: Callable[[], Any]) -> Any:
     return json.loads(answer)
 
 
-def run_until(folder: Path, deadly: int) -> Any:
+def host_for(method: str) -> Any:
+    """agd needs the cross-attentions of a real U-Net."""
+    import torch
+    from small_host import SmallHost
+    from tiny_pipelines import sd
+
+    from onestep.pipelines.adapt import adapt
+
+    torch.manual_seed(0)
+    return adapt(sd(), device="cpu") if method == "agd" else SmallHost()
+
+
+def settings_for(method: str) -> Any:
+    from small_host import small
+
+    if method == "dmd":
+        return small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
+    quiet = {"watch_every": 0, "preview_every": 0, "warm_up": 1, "ema": 0.5, "sizes": "16x16", "batch": 2, "pairs": 4}
+    theirs = {"control": "soft-edges", "control_width": 8, "noise_levels": 4} if method == "nct" else {"states": 2}
+    return small(method=method, steps=3, save_every=1, guidance=3.0, **quiet, **theirs)
+
+
+def run_until(method: str, folder: Path, deadly: int) -> Any:
     """A run that starts or goes on in ``folder``, killed at its ``deadly``-th event (0: never)."""
 
     def work() -> Any:
-        from small_host import SmallHost, small
         from whole_runs import left, run
 
-        clock = Clock(deadly)
-        host = SmallHost(on_poll=lambda: clock.tick("a poll"))
+        clock, host = Clock(deadly), host_for(method)
+        host.on_poll = lambda: clock.tick("a poll")
         host.network.register_forward_hook(lambda *args: clock.tick("a forward"))
         first: list[int] = []
         watch(clock, folder)
-        settings = small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
+        settings = settings_for(method)
         run(folder, settings, host=host, report=lambda now: first.append(now.update), existing="continue")
         found = left(folder)
         # that a run was started anew is said in its notes, and is no part of what it learnt
@@ -146,15 +176,32 @@ def run_until(folder: Path, deadly: int) -> Any:
     return forked(work)
 
 
-def instants(events: list[tuple[str, bool]], seed: int) -> list[int]:
-    """30 event numbers: 3 of each kind inside a save, the rest anywhere."""
+def instants(events: list[tuple[str, str]], method: str, seed: int) -> list[int]:
+    """Event numbers: those of the worst places first, the rest anywhere."""
     choose = random.Random(seed)
     chosen: set[int] = set()
-    for kind in ("half a write", "a write", "fsync", "replace", "unlink"):
-        inside = [number for number, event in enumerate(events, 1) if event == [kind, True]]
-        chosen |= set(choose.sample(inside, 3))
-    chosen |= set(choose.sample([n for n in range(1, len(events) + 1) if n not in chosen], 30 - len(chosen)))
-    return sorted(chosen)
+    for kind, place, count in WORST[method == "dmd"]:
+        there = [number for number, event in enumerate(events, 1) if event == [kind, place]]
+        chosen |= set(choose.sample(there, count))
+    others = [number for number in range(1, len(events) + 1) if number not in chosen]
+    return sorted(chosen | set(choose.sample(others, KILLS[method] - len(chosen))))
+
+
+def kill(base: Path, method: str) -> None:
+    """One whole run of ``method``, then one for each kill."""
+    whole = run_until(method, base / method / "whole" / "run", 0)
+    print(json.dumps({"method": method, "left": whole["left"], "updates": whole["updates"]}), flush=True)
+    for count, instant in enumerate(instants(whole["events"], method, seed=7)):
+        folder = base / method / str(count) / "run"
+        deaths = 0
+        # every third run is killed once more while it goes on
+        for deadly in (instant, *([3 + 5 * count] if count % 3 == 0 else []), 0):
+            end = run_until(method, folder, deadly)
+            deaths += end is None
+            if end is not None:
+                break
+        record = {"method": method, "instant": instant, "event": whole["events"][instant - 1], "deaths": deaths}
+        print(json.dumps({**record, "left": end["left"], "updates": end["updates"]}), flush=True)
 
 
 def main() -> None:
@@ -162,33 +209,15 @@ def main() -> None:
     import torch
     import torch._dynamo  # noqa: F401  (checkpointing reads its settings, and it takes seconds to load)
     from PIL import Image  # noqa: F401
-    from small_host import SmallHost  # noqa: F401  (loaded before the forks)
-    from whole_runs import run  # noqa: F401
+    from whole_runs import run  # noqa: F401  (loaded before the forks)
 
+    host_for("agd")
     torch.set_num_threads(1)
     # in memory where there is such a place: a kill loses nothing that was written, and syncing a disk takes its time
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as base:
-        whole = run_until(Path(base) / "whole" / "run", 0)
-        print(json.dumps({"left": whole["left"], "updates": whole["updates"]}), flush=True)
-        for count, instant in enumerate(instants(whole["events"], seed=7)):
-            folder = Path(base) / str(count) / "run"
-            deaths = 0
-            # every third run is killed once more while it goes on
-            for deadly in (instant, *([3 + 5 * count] if count % 3 == 0 else []), 0):
-                end = run_until(folder, deadly)
-                deaths += end is None
-                if end is not None:
-                    break
-            event = whole["events"][instant - 1]
-            record = {
-                "instant": instant,
-                "event": event,
-                "deaths": deaths,
-                "left": end["left"],
-                "updates": end["updates"],
-            }
-            print(json.dumps(record), flush=True)
+        for method in sys.argv[1:] or KILLS:
+            kill(Path(base), method)
 
 
 if __name__ == "__main__":

@@ -13,39 +13,55 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and sends SIGKILL")
 RUNNER = Path(__file__).parents[1] / "support" / "kill_runner.py"
+MAKING = {"agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples"}
+"""The methods that make their data first, and its folder."""
 
 
 @pytest.fixture(scope="module")
-def records() -> list[dict[str, Any]]:
-    """The run that nobody killed, then one for each kill."""
-    ended = subprocess.run([sys.executable, str(RUNNER)], capture_output=True, text=True, timeout=600)
+def records() -> dict[str, list[dict[str, Any]]]:
+    """By method: the run that nobody killed, then one for each kill."""
+    ended = subprocess.run([sys.executable, str(RUNNER)], capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+    told = [json.loads(line) for line in ended.stdout.splitlines()]
+    return {method: [record for record in told if record["method"] == method] for method in ("dmd", *MAKING)}
 
 
-def test_every_resume_ends_as_the_uninterrupted_run(records: list[dict[str, Any]]) -> None:
-    """LoRA, state with moments and counters, metrics, pictures and pairs."""
-    whole, *killed = records
-    assert whole["left"]["files"] and whole["left"]["metrics"][-1]["update"] == 6
+@pytest.mark.parametrize("method", ["dmd", *MAKING])
+def test_every_resume_ends_as_the_uninterrupted_run(method: str, records: dict[str, list[dict[str, Any]]]) -> None:
+    """The result's file, state with moments and counters, metrics, pictures and what the method has made to learn
+    from."""
+    whole, *killed = records[method]
+    assert whole["left"]["files"] and whole["left"]["metrics"][-1]["update"] == whole["updates"][-1]
     for record in killed:
         assert record["left"] == whole["left"], f"killed after {record['event']} at instant {record['instant']}"
 
 
-def test_enough_were_killed_and_in_the_worst_places(records: list[dict[str, Any]]) -> None:
+def test_enough_were_killed_and_in_the_worst_places(records: dict[str, list[dict[str, Any]]]) -> None:
     """At least 25 kills; at least 5 inside a save: after half a write, a whole one, a sync, a rename, a deletion."""
-    killed = records[1:]
+    killed = records["dmd"][1:]
     assert all(record["deaths"] >= 1 for record in killed)
     assert sum(record["deaths"] for record in killed) >= 25
-    inside = [record["event"][0] for record in killed if record["event"][1]]
+    inside = [record["event"][0] for record in killed if record["event"][1] == "save"]
     assert len(inside) >= 15
     assert set(inside) >= {"half a write", "a write", "fsync", "replace", "unlink"}
-    assert {"a forward"} <= {record["event"][0] for record in killed if not record["event"][1]}
+    assert {"a forward"} <= {record["event"][0] for record in killed if record["event"][1] != "save"}
 
 
-def test_they_went_on_and_did_not_start_anew(records: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", MAKING)
+def test_what_a_method_makes_first_is_killed_too(method: str, records: dict[str, list[dict[str, Any]]]) -> None:
+    """In the middle of a block's file and behind its rename, and the same within a save."""
+    whole, *killed = records[method]
+    assert sum(name.startswith(MAKING[method]) for name in whole["left"]["files"]) == 2
+    assert all(record["deaths"] >= 1 for record in killed)
+    places = {tuple(record["event"]) for record in killed}
+    assert places >= {(kind, place) for kind in ("half a write", "replace") for place in ("pool", "save")}
+
+
+def test_they_went_on_and_did_not_start_anew(records: dict[str, list[dict[str, Any]]]) -> None:
     """Killed late, a run does only what was left: fewer updates than a cold start, whose end it shares."""
-    whole, *killed = records
+    whole, *killed = records["dmd"]
     assert whole["updates"] == [0, 1, 2, 3, 4, 5, 6]
     for record in killed:
         assert record["updates"] == whole["updates"][7 - len(record["updates"]) :]
     assert sum(len(record["updates"]) < 6 for record in killed) >= 12
+    assert any(len(record["updates"]) < 3 for method in MAKING for record in records[method][1:])
