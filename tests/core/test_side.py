@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
+from mutations import must_fail, mutant
 from torch import Tensor, nn
 
+from onestep.core import side as original
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
@@ -132,3 +137,130 @@ def test_what_cannot_be_served_is_refused() -> None:
             called(network, roles, x, time, cond)
         with roles.use("student", train=False, strength=1.0), pytest.raises(OneStepError, match="always learn"):
             called(network, roles, x, time, cond)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+class Sloping(nn.Module):
+    """Tells what it is handed: at the last layer of a block, output + zeta * (what that took) + alpha."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.zeta = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+        self.alpha = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.before, self.after = frozenset({f"blocks.{at}.0"}), frozenset({f"blocks.{at}.2"})
+
+    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+        return x * call.time[:, None]
+
+    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        return output + self.zeta * x + self.alpha
+
+
+def check_sides(module: ModuleType) -> None:
+    """Two roles with sides at two blocks, beside the teacher: each call has its own role's, once."""
+    network, roles, x, time, cond = setting()
+    roles.sides = module.Sides(roles.targets)
+    one, two = Sloping(0), Sloping(1)
+    roles.add_side("student", one)
+    with torch.no_grad(), roles.installed():
+        roles.add_side("critic", two)
+        found = {}
+        for role in ("student", "critic", TEACHER):
+            with roles.use(role):
+                found[role] = called(network, roles, x, time, cond)
+        with roles.use("student", train=False):
+            assert torch.equal(called(network, roles, x, time, cond), found["student"])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in network.modules())
+    with torch.no_grad():
+        hidden = network.blocks[0][:2](x * time[:, None])
+        student = network.blocks[1](network.blocks[0][2](hidden) + 0.25 * hidden + 2)
+        middle = network.blocks[0](x)
+        hidden = network.blocks[1][:2](middle * time[:, None])
+        critic = network.blocks[1][2](hidden) + 0.25 * hidden + 2
+    assert torch.allclose(found["student"], student, atol=1e-14) and torch.allclose(found["critic"], critic, atol=1e-14)
+    assert torch.equal(found[TEACHER], network(x))
+    check_refused(network, roles, x, time, cond)
+    check_numbers(module)
+
+
+def check_refused(network: Network, roles: Roles, x: Tensor, time: Tensor, cond: Cond) -> None:
+    """Mixed rows; a forward that would build a graph where nothing learns; a layer that a host fuses or reorders."""
+    with roles.installed():
+        with roles.rows([(TEACHER, 2), ("student", 2)]), torch.no_grad():
+            refused(lambda: called(network, roles, x, time, cond))
+        with roles.use("student", train=False):
+            refused(lambda: called(network, roles, x, time, cond))
+        with roles.use("student"):
+            assert called(network, roles, x, time, cond).requires_grad
+    layer = nn.Linear(3, 6)
+    for at, more in ((3, {"rows": slice(0, 3)}), (7, {"permutation": torch.arange(3).flip(0)})):
+        roles.targets[f"blocks.{at}.0"] = Target(f"blocks.{at}.0", layer, **more)
+        roles.targets[f"blocks.{at}.2"] = Target(f"blocks.{at}.2", layer)
+        refused(lambda at=at: roles.add_side("student", Sloping(at)))
+
+
+def refused(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except OneStepError:
+        return
+    raise AssertionError("it was not refused")
+
+
+def check_numbers(module: ModuleType) -> None:
+    """Copies are apart, live ones are written in place; a mean is (1 - w) a + w b; parameters lie by name."""
+    sides = module.Sides({f"blocks.0.{layer}": Target(f"blocks.0.{layer}", nn.Linear(3, 3)) for layer in (0, 2)})
+    side = Sloping(0)
+    sides.add("student", side)
+    assert [float(value) for value in sides.parameters("student")] == [2.0, 0.25]
+    sides.copy("student", "ema")
+    mean = sides["ema"]
+    assert mean is not side and sides.state("ema")["zeta"].data_ptr() == mean.zeta.data_ptr()
+    with torch.no_grad():
+        side.zeta.fill_(1.25)
+    assert float(mean.zeta) == 0.25
+    sides.lerp("ema", "student", 0.25)
+    assert float(mean.zeta) == 0.5 and float(mean.alpha) == 2.0
+    sides.copy("student", "ema")
+    assert sides["ema"] is mean and float(mean.zeta) == 1.25
+    assert not any(value.requires_grad for value in sides.state("ema").values())
+    sides.copy("nobody", "ema")
+    assert "ema" not in sides and "student" in sides and sides.parameters("nobody") == []
+    sides.drop("student")
+    assert "student" not in sides
+
+
+def test_sides_are_as_they_should_be() -> None:
+    check_sides(original)
+
+
+MUTANTS = {
+    "what it takes at the wrong layers": ("name not in side.before", "name in side.before"),
+    "what it gives at the wrong layers": ("name not in side.after", "name in side.after"),
+    "nothing taken": ("side.take(name, args[0], call)", "args[0]"),
+    "nothing given": ("else side.give(name, args[0], output, call)", "else output"),
+    "the output for the input": ("give(name, args[0], output", "give(name, output, output"),
+    "the first role's for all": (
+        "[role for role, _ in active.blocks if role in self._of]",
+        "list(self._of)[: len(active.blocks)]",
+    ),
+    "mixed rows": ("len(active.blocks) > 1", "len(active.blocks) > 2"),
+    "a graph of what is still": ("not active.train and", "active.train and"),
+    "fused layers": ("target.rows is not None or ", ""),
+    "reordered layers": (" or target.permutation is not None", ""),
+    "hooks twice": ("sorted(wanted - set(self._handles))", "sorted(wanted)"),
+    "hooks left behind": ("            handle.remove()\n", "            pass\n"),
+    "a mean the other way": ("mine.lerp_(theirs.to(mine), weight)", "mine.lerp_(theirs.to(mine), 1 - weight)"),
+    "a copy that is the same": ("deepcopy(self._of[source])", "self._of[source]"),
+    "a copy out of place": ("elif into in self._of:", "elif False:"),
+    "a copy of nothing": ("            self.drop(into)\n", "            pass\n"),
+    "parameters as declared": ("in sorted(self._named(role))]", "in self._named(role)]"),
+    "a state that learns": ("value.detach() for", "value for"),
+}
+
+
+@pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
+def test_a_mistake_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    must_fail(check_sides, mutant("onestep.core.side", *change, monkeypatch))
