@@ -222,7 +222,7 @@ def new_adapter(
     return ControlAdapter(ControlConfig(*control, cell, latents, places, width, seed=seed))
 
 
-def check_fit(adapter: ControlAdapter, targets: Mapping[str, Target]) -> None:
+def check_fit(adapter: Any, targets: Mapping[str, Target]) -> None:
     """Raises OneStepError where a layer that ``adapter`` acts on is missing, or of another width: another base's."""
     for place in adapter.config.places:
         found = targets[place.name].out_rows if place.name in targets else None
