@@ -12,7 +12,7 @@ from browser import ENDED, QUEUE
 from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["distil", "negative", "sample"]
+NAMES = ["distil", "diversity", "negative", "sample"]
 TO_PROMPT = """
 const done = arguments[0];
 window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
@@ -76,6 +76,15 @@ def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
     assert len(steered) == len(plain) == 4
     red = [sum(float(p[..., 0].mean() - p[..., 1:].mean()) for p in row) for row in (steered, plain)]
     assert red[0] < red[1], red
+
+
+def test_diversity_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """It trains four steps, and draws with the base first and without it, from the same noise."""
+    graph = made_small(comfy_server, workflow(root, "api/diversity"), "tiny-diversity")
+    finished = comfy_server.run(graph)
+    first, alone = (comfy_server.images(finished, node) for node in ("14", "17"))
+    assert len(first) == len(alone) == 4
+    assert all((a != b).mean() > 0.5 for a, b in zip(first, alone, strict=True))
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
