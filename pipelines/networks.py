@@ -89,9 +89,9 @@ def port_of(network: Any) -> Port | None:
 
     def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
         *skips, middle = residuals
-        others, other = more.get("down_block_additional_residuals"), more.get("mid_block_additional_residual")
-        if others is not None:
-            skips, middle = [mine + theirs for mine, theirs in zip(skips, others, strict=True)], middle + other
+        if more.get("down_block_additional_residuals") is not None:  # another ControlNet's
+            others = [*more["down_block_additional_residuals"], more["mid_block_additional_residual"]]
+            *skips, middle = (mine + theirs for mine, theirs in zip(residuals, others, strict=True))
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
     return Port(network, carry) if detect(network) == "unet" else None

@@ -154,10 +154,17 @@ def test_the_plain_pipeline_draws_with_it_as_diffusers_controlnet_does(tmp_path:
     assert not torch.allclose(pipe("a red potion", latents=latents, **call).images, wanted, atol=1e-2)
     with controlled(pipe, adapter, control, strength=0.5):
         half = pipe("a red potion", latents=latents, **call).images
-    scaled = with_net(
-        "a red potion", image=control.expand(-1, 3, -1, -1), latents=latents, controlnet_conditioning_scale=0.5, **call
-    ).images
-    torch.testing.assert_close(half, scaled, rtol=1e-3, atol=1e-4)
+    with controlled(with_net, adapter, control):
+        both = with_net("a red potion", image=control.expand(-1, 3, -1, -1), latents=latents, **call).images
+    for strength, ours in ((0.5, half), (2.0, both)):
+        theirs_too = with_net(
+            "a red potion",
+            image=control.expand(-1, 3, -1, -1),
+            latents=latents,
+            controlnet_conditioning_scale=strength,
+            **call,
+        ).images
+        torch.testing.assert_close(ours, theirs_too, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_trains_one(tmp_path: Path) -> None:

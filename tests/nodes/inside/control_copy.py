@@ -12,7 +12,6 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy_steering import fill
 
 from nodes import ControlNetApplyAdvanced
 from onestep.core.adapter_file import save_adapter
@@ -37,6 +36,14 @@ def stirred(network, config, cell):
         if name.startswith(("controlnet_down", "controlnet_mid")):
             value.copy_(0.1 * torch.randn(value.shape, generator=draw))
     return copy, targets
+
+
+def fill(network):
+    """Random weights that keep activations' scale; none is 0."""
+    made = torch.Generator().manual_seed(0)
+    for name, value in network.state_dict().items():
+        spread = 0.1 if value.ndim < 2 else value[0].numel() ** -0.5
+        value.copy_(torch.randn(value.shape, generator=made) * spread + float(value.ndim < 2 and "weight" in name))
 
 
 def draw(model, positive, negative, steps, cfg):
