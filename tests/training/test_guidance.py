@@ -53,9 +53,13 @@ def states(world: World, x: Tensor, w: Tensor = W) -> States:
 def check_loss(module: ModuleType, case: Case, told: bool) -> None:
     """|D - D_w|^2 / |D_c - D_u|, over (w - 1)^2 where the student is told w."""
     world, x = World(case), drawn()
-    data = states(world, x)
+    data, heard = states(world, x), []
+    hook = world.network.register_forward_pre_hook(lambda network, given: heard.append(given[-1].guidance))
     loss = module.GuidanceInOne(None, told=told).loss(world.denoise, world.batch(), data)
     loss.backward()
+    hook.remove()
+    # asked once, and told each trajectory's own w or nothing
+    assert [None if w is None else w.tolist() for w in heard] == [W.tolist() if told else None]
     target = rows(data.target)
     error = np.square(world.x0("student", rows(x), world.cond) - target).sum(1)
     d_c, d_u = (world.x0("teacher", rows(x), cond) for cond in (world.cond, world.null.repeat(4)))
@@ -87,6 +91,8 @@ MUTANTS = {
     "all states alike": ("data.apart.to(error)", "1"),
     "guidance from nought": ("(data.w.to(error) - 1)", "data.w.to(error)"),
     "the other way about": ("if self.told else 1", "if not self.told else 1"),
+    "not told": ("if self.told else batch.cond", "if False else batch.cond"),
+    "told another scale": ("with_(guidance=data.w.to", "with_(guidance=2 * data.w.to"),
     "a unit of guidance once": ("reach**2 * size", "reach * size"),
 }
 
