@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import randomness
 from ..core.cond import Cond
+from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER
 from ..core.sampling import fed_latents, jump
@@ -70,10 +71,16 @@ def case(texts: Sequence[str], negatives: Sequence[str], seed: int, index: int) 
 
 
 def cases(texts: Sequence[str], settings: Settings) -> list[Case]:
-    """The cases of a run, a function of its seed."""
+    """The cases of a run, a function of its seed. Raises OneStepError where none has anything to keep away from."""
     negatives = [part.strip() for part in settings.negatives.split(",") if part.strip()]
     count = min(MOST, max(settings.pairs, len(texts)))
-    return [case(texts, negatives, settings.seed, index) for index in range(count)]
+    found = [case(texts, negatives, settings.seed, index) for index in range(count)]
+    if not any(case.negative for case in found):
+        raise OneStepError(
+            f"{len(texts)} prompts, {texts[0]!r:.60} the first, leave nothing to keep away from: give prompts of several "
+            "parts, with commas between them, or say in negatives what is to be learnt"
+        )
+    return found
 
 
 @dataclass

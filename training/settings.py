@@ -141,7 +141,7 @@ class Settings:
     negatives: str = setting(
         "", "What sun learns to keep away from, parted by commas; empty = the parts of the prompts, parted so too."
     )
-    push: float = setting(2.5, "How hard sun's teacher keeps away from a negative, in units of guidance.", 0, 30)
+    push: float = setting(2.5, "How hard sun's teacher keeps away from a negative, in units of guidance.", 0.01, 30)
     segment_steps: int = setting(2, "Steps of sun's teacher for one of the student's.", 1, 64)
 
     def __post_init__(self) -> None:

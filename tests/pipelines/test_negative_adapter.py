@@ -16,8 +16,10 @@ from onestep.core.adapter_file import save_adapter
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.negative_adapter import heads_of, new_adapter
+from onestep.core.recipe import Recipe
 from onestep.pipelines.adapt import adapt, denoiser_of, network_of
 from onestep.pipelines.negative_adapter import load_negative_adapter
+from onestep.pipelines.one_step import OneStepPipeline
 
 PIPES = {"sd": sd, "sdxl": sdxl}
 
@@ -140,6 +142,29 @@ def test_the_pipeline_itself_draws_with_it_on_another_checkpoint(tmp_path: Path)
     with load_negative_adapter(other, file, negative), pytest.raises(OneStepError, match="guidance of its own"):
         other("a cat", num_inference_steps=1, guidance_scale=3.0, height=16, width=16)
     assert torch.equal(draw(), plain)
+
+
+@torch.no_grad()
+def test_a_one_step_pipeline_draws_with_it(tmp_path: Path) -> None:
+    pipe, side, file = made("sd", tmp_path)
+    fast, negative = OneStepPipeline.from_pipe(pipe), pipe.encode_prompt("red", "cpu", 1, False)[0]
+    recipe = Recipe((624.0,), (1.0,), (-0.9,), family="unet", sizes=((16, 16),))
+
+    def draw() -> Tensor:
+        return fast(["a cat", "a dog"], recipe=recipe, seed=0, output_type="latent").images
+
+    plain = draw()
+    with load_negative_adapter(fast, file, negative, scale=0.5):
+        found = draw()
+    host = adapt(pipe, device="cpu")
+    host.denoiser.roles.add_side("student", side)
+    cond = host.encode(["a cat", "a dog"], (16, 16))
+    sigma = host.denoiser.schedule.sigma_of_time(torch.tensor([624.0, 624.0], dtype=torch.float64))
+    noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+    with host.denoiser.roles.use("student", negative=Cond(negative), scale=0.5):
+        torch.testing.assert_close(found, host.denoiser(noise, sigma, cond), rtol=1e-4, atol=1e-4)
+    host.release()
+    assert not torch.allclose(found, plain) and torch.equal(draw(), plain)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def test_negatives_of_ones_own() -> None:
     assert not any(case.negative == "red" and case.prompt.endswith("red") for case in found)
 
 
+def test_prompts_that_leave_nothing_to_avoid_are_refused() -> None:
+    with pytest.raises(OneStepError, match="1 prompts, 'a cat' the first, leave nothing to keep away from"):
+        cases(["a cat"], small(method="sun"))
+    with pytest.raises(OneStepError, match="push is 0"):
+        small(method="sun", push=0.0)
+    assert cases(["a cat"], small(method="sun", negatives="dogs"))[0].prompt == "a cat"
+
+
 # -- segments ---------------------------------------------------------------------------------------------------------
 
 
