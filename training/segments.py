@@ -77,8 +77,8 @@ def cases(texts: Sequence[str], settings: Settings) -> list[Case]:
     found = [case(texts, negatives, settings.seed, index) for index in range(count)]
     if not any(case.negative for case in found):
         raise OneStepError(
-            f"{len(texts)} prompts, {texts[0]!r:.60} the first, leave nothing to keep away from: give prompts of several "
-            "parts, with commas between them, or say in negatives what is to be learnt"
+            f"{len(texts)} prompts, {texts[0]!r:.60} the first, leave nothing to keep away from: give prompts of "
+            "several parts, with commas between them, or say in negatives what is to be learnt"
         )
     return found
 
