@@ -12,7 +12,7 @@ from browser import ENDED, QUEUE
 from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["distil", "diversity", "negative", "sample"]
+NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "sample"]
 TO_PROMPT = """
 const done = arguments[0];
 window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
@@ -35,12 +35,12 @@ def workflow(root: Path, name: str) -> dict[str, Any]:
 
 
 def made_small(server: Any, graph: dict[str, Any], name: str, steps: int = 2) -> dict[str, Any]:
-    """The same graph, as short as it can be."""
-    graph = copy.deepcopy(graph) | {"99": settings_node(server)}
-    for node in graph.values():
-        if node["class_type"] == "OneStepDistil":
-            node["inputs"] |= {"steps": steps, "rank": 2, "teacher_steps": 1, "name": name, "existing": "restart"}
-            node["inputs"]["settings"] = ["99", 0]
+    """The same graph, as short as it can be; its runs are called ``name``, and a second one by its node too."""
+    graph = copy.deepcopy(graph) | {"99": settings_node(server, states=1)}
+    runs = [(key, node["inputs"]) for key, node in graph.items() if node["class_type"] == "OneStepDistil"]
+    for number, (key, inputs) in enumerate(runs):
+        inputs |= {"steps": steps, "rank": 2, "teacher_steps": 1, "existing": "restart", "settings": ["99", 0]}
+        inputs["name"] = f"{name}-{key}" if number else name
     return graph
 
 
@@ -78,13 +78,31 @@ def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
     assert red[0] < red[1], red
 
 
-def test_diversity_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """It trains four steps, and draws with the base first and without it, from the same noise."""
-    graph = made_small(comfy_server, workflow(root, "api/diversity"), "tiny-diversity")
+def test_guidance_adapter_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """It trains the adapter and draws with it, with CFG and without guidance."""
+    graph = made_small(comfy_server, workflow(root, "api/guidance-adapter"), "tiny-guidance")
     finished = comfy_server.run(graph)
-    first, alone = (comfy_server.images(finished, node) for node in ("14", "17"))
-    assert len(first) == len(alone) == 4
-    assert all((a != b).mean() > 0.5 for a, b in zip(first, alone, strict=True))
+    assert all(len(comfy_server.images(finished, node)) == 4 for node in ("11", "14", "17"))
+    assert "load it with Apply Guidance Adapter" in finished.outputs["4"]["text"][0]
+
+
+def test_control_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """It trains one step, then the control on it, and draws by a picture's edges."""
+    graph = made_small(comfy_server, workflow(root, "api/control"), "tiny-control")
+    finished = comfy_server.run(graph)
+    assert all(len(comfy_server.images(finished, node)) == 4 for node in ("20", "23"))
+    edges = comfy_server.images(finished, "16")[0]
+    assert set(edges.flatten().tolist()) == {0, 255} and 20 < int((edges[..., 0] > 0).sum()) < 500
+    assert "load it with Load Control Adapter" in finished.outputs["5"]["text"][0]
+
+
+def test_controls_second_run_is_of_its_firsts_generator(root: Path) -> None:
+    """No file is needed that the graph does not make, and what is trained once is not trained again."""
+    graph = workflow(root, "api/control")
+    assert graph["5"]["inputs"]["initial_lora"] == graph["7"]["inputs"]["lora_name"] == ["3", 3]
+    assert graph["6"]["inputs"]["control_name"] == ["5", 3]
+    assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
+    assert graph["4"]["inputs"]["control"] == graph["15"]["inputs"]["control"]
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
