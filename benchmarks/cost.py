@@ -2,11 +2,13 @@
 
     python benchmarks/cost.py [--networks sd15 sd3 flux] [--rounds 9] [--out benchmarks/results/cost.md]
     $COMFYUI_PYTHON tests/support/comfy_launch.py $COMFYUI_DIR $PWD/benchmarks/cost.py --host comfyui
+    python benchmarks/cost.py --count --networks sd15-whole sdxl sd3-whole flux-whole --rows NASA NAG VSF CFG
     python benchmarks/cost.py --device cuda --dtype bfloat16 --networks sdxl flux-slice [--compile]
 
 Weights are random, of real width. Each round takes every row once, in an order drawn anew; VSF and rows of twice the
 batch come in every fourth. A ratio is the median of row / plain within a round; its interval holds the median in 95 of
-100 cases. On one CPU thread the clock is the process' own, which waits for no neighbour.
+100 cases. On one CPU thread the clock is the process' own, which waits for no neighbour. --count measures no
+time: it counts the operations in products and convolutions, attention's included, of networks without numbers.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -57,8 +62,8 @@ class Case:
 
 
 CASES = {
-    "sd15": Case("sd15", 64, 77),
-    "sd15-short": Case("sd15", 64, 77, (1, 0)),
+    "sd15": Case("sd15", 64, 77, (1, 0)),
+    "sd15-whole": Case("sd15", 64, 77),
     "sdxl": Case("sdxl", 128, 77),
     "sd3": Case("sd3", 64, 154),
     "sd3-long": Case("sd3", 64, 333),
@@ -66,6 +71,8 @@ CASES = {
     "flux": Case("flux", 32, 32, (1, 1)),
     "flux-large": Case("flux", 128, 512, (1, 1)),
     "flux-slice": Case("flux", 128, 512, (4, 8)),
+    "sd3-whole": Case("sd3", 128, 333, (23, 0)),
+    "flux-whole": Case("flux", 128, 512, (19, 38)),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),
     "toy-sd3": Case("sd3", 8, 7, wide=False),
@@ -146,8 +153,27 @@ def table(found: dict[str, Times]) -> list[str]:
     return lines
 
 
+def counted(row: Row) -> int:
+    """Multiplications and additions in a row's call."""
+
+    def of_attention(q: Any, k: Any, v: Any, *more: Any, **told: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    row()  # the first call tries kernels
+    of_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_attention}
+    with FlopCounterMode(display=False, custom_mapping=of_cpu) as counter:
+        row()
+    return int(counter.get_total_flops())
+
+
+def counts(makers: dict[str, Callable[[], Row]]) -> list[str]:
+    found = {name: counted(make()) for name, make in makers.items()}
+    lines = ["| row | ratio | 10^12 operations |", "|---|---|---|"]
+    return lines + [f"| {name} | {n / found[PLAIN]:.3f} | {n / 1e12:.3f} |" for name, n in found.items()]
+
+
 def host_of(name: str) -> Any:
-    """The module that has rows(case, device, dtype, backend) and versions()."""
+    """The module that has makers(case, device, dtype, backend), of rows by their names, and versions()."""
     if name == "comfyui":
         import cost_comfy
 
@@ -160,10 +186,16 @@ def host_of(name: str) -> Any:
 def report(name: str, args: argparse.Namespace, host: Any) -> list[str]:
     """A network's heading and table."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with torch.inference_mode(args.host == "comfyui"), torch.no_grad():
-        rows = host.rows(CASES[name], device, dtype, args.compile)
-        chosen = {row: call for row, call in rows.items() if row == PLAIN or not args.rows or row in args.rows}
-        found = measured(chosen, args.rounds, device)
+    with (
+        torch.inference_mode(args.host == "comfyui"),
+        torch.no_grad(),
+        FakeTensorMode() if args.count else nullcontext(),
+    ):
+        makers = host.makers(CASES[name], device, dtype, args.compile)
+        chosen = {row: make for row, make in makers.items() if row == PLAIN or not args.rows or row in args.rows}
+        if args.count:
+            return [f"**{CASES[name]}** ({host.versions()}, torch {torch.__version__})", "", *counts(chosen), ""]
+        found = measured({row: make() for row, make in chosen.items()}, args.rounds, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     how = f"{args.dtype}, {where}, {torch.get_num_threads()} threads, {args.compile or 'eager'}"
     return [f"**{CASES[name]}** ({how}, {host.versions()}, torch {torch.__version__})", "", *table(found), ""]
@@ -174,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="diffusers", choices=["diffusers", "comfyui"])
     parser.add_argument("--networks", nargs="+", default=["sd15", "sd3", "flux"], choices=list(CASES))
     parser.add_argument("--rows", nargs="+", help="only these, beside plain")
+    parser.add_argument("--count", action="store_true", help="count operations, in diffusers")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,16 @@ def text_of(case: Case, seed: int) -> list[Any]:
     return [[text, {"pooled_output": torch.ones(1, POOLED[case.family])}]]
 
 
-def rows(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Row]:
+def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Callable[[], Row]]:
+    """What makes each row."""
     if backend:
         raise SystemExit("--compile measures diffusers' networks: leave it out, or --host comfyui")
     model, positive, negative = model_of(case, device, dtype), text_of(case, 1), text_of(case, 2)
     noise = torch.randn(1, model.model.latent_format.latent_channels, case.side, case.side)
 
-    def row(patched: Any, cfg: float = 1.0) -> Row:
+    def row(patch: Callable[[], Any], cfg: float = 1.0) -> Row:
+        patched = patch()
+
         def run() -> Measured:
             guider, call = comfy.samplers.CFGGuider(patched), OneCall()
             guider.set_conds(positive, negative)
@@ -100,16 +104,15 @@ def rows(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> 
 
         return run
 
-    found = {PLAIN: row(model)}
+    found: dict[str, Callable[[], Any]] = {PLAIN: model.clone}
     for name, scale in SCALES.items():
-        found[name] = row(steered_model(model, negative, Steering(name.lower(), scale)))
-    found["AGD"] = row(_guided(model))
-    found[DOUBLED[0]] = row(model, 5.0)
+        found[name] = partial(steered_model, model, negative, Steering(name.lower(), scale))
+    found["AGD"] = partial(_guided, model)
     if case.family in ("sd3", "flux"):
-        found[DOUBLED[1]] = row(_doubled(model, case))
+        found[DOUBLED[1]] = partial(_doubled, model, case)
     if case.family != "sd3":  # whose attention it does not reach
-        found[DOUBLED[2]] = row(NAGuidance.execute(model, 5.0, 0.5, 1.5)[0])
-    return found
+        found[DOUBLED[2]] = lambda: NAGuidance.execute(model, 5.0, 0.5, 1.5)[0]
+    return {name: partial(row, patch) for name, patch in found.items()} | {DOUBLED[0]: partial(row, model.clone, 5.0)}
 
 
 def _guided(model: Any) -> Any:

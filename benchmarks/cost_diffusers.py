@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +53,10 @@ def network_of(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
     toy = {} if case.wide else TOYS[case.family]
     with torch.device("meta"):
         network = MAKERS[case.family](case, toy)
-    network = network.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    empty = {name: torch.empty_like(t, device=device, dtype=dtype) for name, t in network.state_dict().items()}
+    network.load_state_dict(empty, assign=True)
     fill(network)
-    return network
+    return network.eval().requires_grad_(False)
 
 
 def _sd3(case: Case, toy: dict[str, Any]) -> Any:
@@ -115,13 +117,14 @@ def twice(told: Inputs, negative: Tensor) -> Inputs:
     return both | {"encoder_hidden_states": torch.cat([told["encoder_hidden_states"], negative])}
 
 
-def rows(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Row]:
-    """Each row has modules of its own over the same weights, so that a compiled one stays as it is."""
+def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Callable[[], Row]]:
+    """What makes each row; it has modules of its own over the same weights, so that a compiled one stays as it is."""
     network, told = network_of(case, device, dtype), inputs_of(case, device, dtype)
     negative = torch.flip(told["encoder_hidden_states"], (2,))
+    shared = [*network.parameters(), *network.buffers()]
 
     def row(prepare: Callable[[Any], Any] = nn.Module.eval, given: Inputs = told, mode: str = "") -> Row:
-        twin = copy.deepcopy(network, {id(tensor): tensor for tensor in network.parameters()})
+        twin = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
         kept = ExitStack()
         kept.callback(lambda dial: None, prepare(twin))
         called = torch.compile(twin, backend=backend) if backend else twin
@@ -131,11 +134,11 @@ def rows(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> 
             )
         return lambda kept=kept: timed(lambda: called(**given)[0], device)
 
-    found = {PLAIN: row(), **{name: row(mode=name.lower()) for name in SCALES}}
-    found["AGD"] = row(_guided)
-    found[DOUBLED[0]] = row(given=twice(told, negative))
+    found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
+    found["AGD"] = partial(row, _guided)
+    found[DOUBLED[0]] = partial(row, given=twice(told, negative))
     if case.family in ("sd3", "flux"):
-        found[DOUBLED[1]] = row(lambda twin: _doubled(twin, case), twice(told, negative))
+        found[DOUBLED[1]] = partial(row, lambda twin: _doubled(twin, case), twice(told, negative))
     return found
 
 

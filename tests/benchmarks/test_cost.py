@@ -26,8 +26,8 @@ TOYS = ("toy-sd15", "toy-sd3", "toy-flux")
 def found_by(name: str) -> dict[str, Any]:
     """The first picture's prediction of every row of a toy."""
     with torch.no_grad():
-        rows = cost_diffusers.rows(cost.CASES[name], torch.device("cpu"), torch.float32, "")
-        return {row: call()[1][:1].double() for row, call in rows.items()}
+        makers = cost_diffusers.makers(cost.CASES[name], torch.device("cpu"), torch.float32, "")
+        return {row: make()()[1][:1].double() for row, make in makers.items()}
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -13,8 +13,8 @@ import torch
 told = {}
 with torch.inference_mode():
     for name in ("toy-sd15", "toy-sd3", "toy-flux"):
-        rows = cost_comfy.rows(cost.CASES[name], torch.device("cpu"), torch.float32, "")
-        found = {row: call()[1].clone() for row, call in rows.items()}
+        makers = cost_comfy.makers(cost.CASES[name], torch.device("cpu"), torch.float32, "")
+        found = {row: make()()[1].clone() for row, make in makers.items()}
         nag, scale = found["NAG"], float(found[cost.PLAIN].std())
         told[name] = {row: float((x0 - nag).abs().max()) / scale for row, x0 in found.items()}
 print(json.dumps(told))
