@@ -131,7 +131,8 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                     display_name="loss_map", tooltip="Distance to the teacher at each measure, for Plot Loss Graph."
                 ),
                 io.Image.Output(
-                    display_name="preview", tooltip="The last preview: teacher above student, the same noise; of nct: controls, without, with."
+                    display_name="preview",
+                    tooltip="The last preview: teacher above student, the same noise; of nct: controls, without, with.",
                 ),
                 FileName.Output(
                     display_name="file",
