@@ -98,7 +98,9 @@ class Settings:
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
 
     initial_lora: str = setting(
-        "", "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base."
+        "",
+        "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base, which nct takes "
+        "for a model of one step.",
     )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
