@@ -99,8 +99,8 @@ class Settings:
 
     initial_lora: str = setting(
         "",
-        "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base, which nct takes "
-        "for a model of one step.",
+        "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base, which nct "
+        "takes for a model of one step.",
     )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
