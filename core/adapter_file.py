@@ -81,6 +81,15 @@ def read_told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return _told(path, metadata) if KEY in metadata else None
 
 
+def refuse_adapter(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Raises OneStepError where a file with this header, which is to be a LoRA, holds an adapter."""
+    if KEY in metadata:
+        raise OneStepError(
+            f"{short(Path(path))} holds an adapter, no LoRA: in ComfyUI Apply Guidance Adapter, Apply Negative Adapter "
+            "or Load Control Adapter takes it; onestep inspect says which it is and how Python loads it"
+        )
+
+
 def check_adapter(path: str | os.PathLike[str], side: Any, family: str) -> str:
     """One line that says what was proven: the file gives back ``side``, number for number."""
     read, own = load_adapter(path, {side.kind: type(side).from_config}, family).side, side.state_dict()

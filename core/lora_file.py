@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_file import KEY as ADAPTER
+from .adapter_file import refuse_adapter
 from .errors import OneStepError
 from .families import FAMILIES
 from .lora_keys import KEY, TEXT_ENCODER, KeyMap, Place, alpha_key_of, family_of_keys, key_of, refuse_kinds
 from .targets import Target
 from .tensor_file import Entry, digest, read_header, read_tensors, write_tensors
-from .whole_file import short
 
 MAX_RANK = 4096
 MAX_BYTES = 16 * 2**30
@@ -91,10 +90,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     """
     names = None if names is None else set(names)
     header = read_header(path)
-    if ADAPTER in header.metadata:
-        raise OneStepError(
-            f"{short(Path(path))} holds an adapter, no LoRA: onestep inspect says which, and what loads it"
-        )
+    refuse_adapter(path, header.metadata)
     refuse_kinds(header.tensors)
     unused = tuple(sorted(key for key in header.tensors if TEXT_ENCODER.match(key)))
     keys = [key for key in header.tensors if key not in unused]

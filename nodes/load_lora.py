@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..core.adapter_file import refuse_adapter
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
 from ..core.lora_file import fit, load_lora
@@ -77,6 +78,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def execute(cls, model: Any, lora_name: str, recipe: str) -> io.NodeOutput:
         path = None if lora_name == NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        if path:
+            refuse_adapter(path, read_header(path).metadata)
         found = recipe_of(path, recipe)
         family = detect(model.model.diffusion_model)
         if found.family != family:
