@@ -3,8 +3,8 @@
     python benchmarks/diversity.py --model tiny --lora one.safetensors four.safetensors --reference tiles.npz \\
         --samples 512 --base-steps 4 8 --hand-over 0 0.5 0.25 --out benchmarks/results/diversity-tiny.md
 
-Every row draws the same prompts from the same noise. "then base": the base's own x0 at the hand-over, in place of the
-student: what the student adds is the difference. forwards: of the network, for one picture; the base's are guided, two
+Every row draws the same prompts from the same noise. "then base": the base takes the student's steps too, unguided:
+what the student adds is the difference. forwards: of the network, for one picture; the base's are guided, two
 a step. variety: mean distance of a prompt's pictures in the judge's features, of the teacher's. 95% intervals.
 """
 
