@@ -129,7 +129,7 @@ def open_page(url: str, vue: bool = False) -> Iterator[Page]:
         driver.set_script_timeout(120)
         driver.get(url)
         page = Page(driver)
-        page.until(READY)
+        page.until(READY, 180)
         trouble = page.asynchronous(SETTINGS, vue)
         assert trouble is None, trouble
         page.dismiss()
