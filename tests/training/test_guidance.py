@@ -247,6 +247,7 @@ def test_a_killed_guidance_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> No
         ({"states": 7}, "agd keeps 7 states of 6 steps"),
         ({"teacher_steps": 100}, "agd keeps 3 states of 100 steps"),
         ({"targets": "attention"}, "set targets=all and no initial_lora"),
+        ({"guidance_low": 0.5}, "guidance_low is 0.5: an adapter.s dial begins at 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(

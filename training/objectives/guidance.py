@@ -73,6 +73,10 @@ def check(host: Host, settings: Settings) -> None:
         )
     if settings.method == "agd" and (settings.targets != "all" or settings.initial_lora):
         raise OneStepError("agd trains an adapter, which has places of its own: set targets=all and no initial_lora")
+    if settings.method == "agd" and settings.scales[0] < 1:
+        raise OneStepError(
+            f"guidance_low is {settings.scales[0]:g}: an adapter's dial begins at 1, which is no guidance"
+        )
     if settings.method == "agd":
         adapter(host, settings)
 
