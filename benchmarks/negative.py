@@ -188,7 +188,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.axvline(0.5, color="grey", linewidth=0.5)
             axis.axhline((1.1, 0.02)[line], color="grey", linewidth=0.5)
             axis.set(title=f"negative {subject}", xlabel="rate of the word, of the plain student's", ylabel=measure)
-            axis.set_ylim(*((0.8, 2.0), (-0.06, 0.2))[line])
+            axis.set_ylim(*((0.5, 2.0), (-0.06, 0.2))[line])
             axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
