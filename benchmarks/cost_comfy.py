@@ -38,7 +38,10 @@ WIDE: dict[str, dict[str, Any]] = {
         "transformer_depth_middle": 10,
     },
     # SD3's width is 64 times what is called its depth
-    "sd3": {"depth": 24, "num_patches": 36864, "pos_embed_max_size": 192, "qk_norm": None},
+    "sd3": {
+        **{"depth": 24, "num_patches": 36864, "pos_embed_max_size": 192, "qk_norm": None},
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
+    },
     "flux": {"hidden_size": 3072, "num_heads": 24, "mlp_ratio": 4.0, "axes_dim": [16, 56, 56]},
 }
 
