@@ -66,7 +66,9 @@ def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
 def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], name: str, mode: str) -> None:
     ours = latents(comfy_server, graph(name, 32, steer=steering(mode), steered=ksampler("steer")))["steered"]
     theirs = drawn_by_diffusers(bundled[name], mode.lower())
-    assert float((ours - theirs).abs().max()) < TOLERANCE * float(theirs.std())
+    # the largest error beside the largest value: from pure noise x0 = (x - sigma eps) / alpha, and 1 / alpha, 15 for
+    # tiny, multiplies the rounding of the two hosts' float32
+    assert float((ours - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("name", TINY)
