@@ -9,6 +9,7 @@ import pytest
 import torch
 from role_networks import Mixed, Stored, call, delta, roles_on, scatter, targets_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from onestep.core.errors import OneStepError
 from onestep.core.roles import TEACHER, Roles
@@ -321,7 +322,9 @@ def test_each_base_tensor_exists_once() -> None:
     kept: set[int] = set()
 
     def large() -> set[int]:
-        tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
+        # a fake tensor that torch's own caches hold has no memory to count
+        live = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
+        tensors = [value for value in live if not issubclass(type(value), FakeTensor)]
         ours = [t for t in tensors if t.device.type == "cpu" and t.untyped_storage().nbytes() == 256 * 256 * 4]
         return {t.untyped_storage().data_ptr() for t in ours}
 
