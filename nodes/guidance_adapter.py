@@ -8,18 +8,17 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.adapter_file import load_adapter
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import bind_comfy, detect
+from ..core.families import detect
 from ..core.guidance_adapter import MAKERS, check_base
-from ..core.roles import Roles
 from ..core.schedule import FlowSchedule
 from .denoiser import schedule_of
+from .hung_side import HungSide, targets_of
 from .places import stamp
 
 KEY = "onestep_guidance_adapter"
@@ -82,35 +81,15 @@ def guided_model(model: Any, path: Path, guidance: float) -> Any:
     clone = model.clone()
     if guidance != 1:
         ours = Guided(side, family, guidance)
-        clone.set_injections(KEY, [PatcherInjection(inject=ours.inject, eject=ours.eject)])
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
+        ours.hung.put_on(clone, KEY, ours.apply_model)
     return clone
 
 
-def targets_of(model: Any, family: str) -> Any:
-    """All targets of a BaseModel's network."""
-    return bind_comfy(family, model.diffusion_model, model.model_config.unet_config)
-
-
 class Guided:
-    """An adapter on one patched MODEL: its hooks while ComfyUI has the patches on, and what each forward tells it."""
+    """An adapter on one patched MODEL: what each forward tells it."""
 
     def __init__(self, side: Any, family: str, guidance: float) -> None:
-        self.side, self.family, self.guidance = side, family, guidance
-        self.roles: dict[int, Roles] = {}
-
-    def inject(self, patcher: Any) -> None:
-        """Hooks on the network as it is now: a deep copy has layers of its own."""
-        needed = self.side.before | self.side.after
-        roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
-        roles.add_side(ROLE, self.side)
-        roles.install()
-        self.roles[id(patcher.model)] = roles
-
-    def eject(self, patcher: Any) -> None:
-        roles = self.roles.pop(id(patcher.model), None)
-        if roles is not None:
-            roles.remove()
+        self.hung, self.family, self.guidance = HungSide(side, family, ROLE), family, guidance
 
     def apply_model(
         self,
@@ -125,12 +104,7 @@ class Guided:
     ) -> Tensor:
         """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay unguided."""
         model, options = executor.class_obj, transformer_options or {}
-        roles = self.roles.get(id(model))
-        if roles is None:
-            raise OneStepError(
-                "the guidance adapter is not on this MODEL's layers: load the model again, and report it"
-            )
-        self.side.to(x.device)
+        roles = self.hung.roles(model, x)
         with roles.use(ROLE), roles.capture(len(x), time_of(model, t), self._cond(x, c_crossattn, options, kwargs)):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

@@ -8,7 +8,6 @@ from typing import Any
 import comfy.utils
 import folder_paths
 import torch
-from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -17,9 +16,9 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
-from ..core.roles import RoleMap, Roles
+from ..core.roles import RoleMap
 from ..core.side import Call
-from .guidance_adapter import targets_of
+from .hung_side import HungSide, targets_of
 from .places import stamp
 from .steer import check_negative
 
@@ -90,8 +89,7 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     clone = model.clone()
     if scale:
         ours = Away(side, family, [text for text, _ in negative], scale)
-        clone.set_injections(KEY, [PatcherInjection(inject=ours.inject, eject=ours.eject)])
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
+        ours.hung.put_on(clone, KEY, ours.apply_model)
     return clone
 
 
@@ -106,38 +104,19 @@ def _check_range(negative: Any) -> None:
 
 
 class Away:
-    """An adapter on one patched MODEL: its hooks while ComfyUI has the patches on, and what each forward tells it.
+    """An adapter on one patched MODEL: what each forward tells it.
 
     texts: [n, L, C] each, whose tokens are taken together.
     """
 
     def __init__(self, side: NegativeAttention, family: str, texts: list[Tensor], scale: float) -> None:
-        self.side, self.family, self.scale = side, family, scale
+        self.hung, self.scale = HungSide(side, family, ROLE), scale
         most = max(map(len, texts))
         self.text = torch.cat([comfy.utils.repeat_to_batch_size(text, most) for text in texts], 1)
-        self.roles: dict[int, Roles] = {}
-
-    def inject(self, patcher: Any) -> None:
-        """Hooks on the network as it is now: a deep copy has layers of its own."""
-        needed = self.side.before | self.side.after
-        roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
-        roles.add_side(ROLE, self.side)
-        roles.install()
-        self.roles[id(patcher.model)] = roles
-
-    def eject(self, patcher: Any) -> None:
-        roles = self.roles.pop(id(patcher.model), None)
-        if roles is not None:
-            roles.remove()
 
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay as they are."""
-        roles = self.roles.get(id(executor.class_obj))
-        if roles is None:
-            raise OneStepError(
-                "the negative adapter is not on this MODEL's layers: load the model again, and report it"
-            )
-        self.side.to(x.device)
+        roles = self.hung.roles(executor.class_obj, x)
         # time and condition are told to sides that ask for them; this one does not
         nothing: Any = None
         told = self._told(x, args[3] if len(args) > 3 else kwargs.get("transformer_options"))

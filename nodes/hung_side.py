@@ -1,0 +1,51 @@
+"""A side (core.side) on a patched MODEL: its hooks are there while ComfyUI has the MODEL's patches on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.families import bind_comfy
+from ..core.roles import Roles
+
+
+class HungSide:
+    """One side, under the role ``role``, on each network that ComfyUI patches for the MODEL it was put on."""
+
+    def __init__(self, side: Any, family: str, role: str) -> None:
+        self.side, self.family, self.role = side, family, role
+        self._roles: dict[int, Roles] = {}
+
+    def put_on(self, clone: Any, key: str, apply_model: Any) -> None:
+        """Give ``clone`` the hooks and the wrapper ``apply_model`` (ComfyUI's APPLY_MODEL)."""
+        clone.set_injections(key, [PatcherInjection(inject=self._inject, eject=self._eject)])
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model)
+
+    def roles(self, model: Any, x: Tensor) -> Roles:
+        """Those on ``model``'s layers, the side on ``x``'s device."""
+        found = self._roles.get(id(model))
+        if found is None:
+            raise OneStepError("the adapter is not on this MODEL's layers: load the model again, and report it")
+        self.side.to(x.device)
+        return found
+
+    def _inject(self, patcher: Any) -> None:
+        """Hooks on the network as it is now: a deep copy has layers of its own."""
+        needed = self.side.before | self.side.after
+        roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
+        roles.add_side(self.role, self.side)
+        roles.install()
+        self._roles[id(patcher.model)] = roles
+
+    def _eject(self, patcher: Any) -> None:
+        roles = self._roles.pop(id(patcher.model), None)
+        if roles is not None:
+            roles.remove()
+
+
+def targets_of(model: Any, family: str) -> Any:
+    """All targets of a BaseModel's network."""
+    return bind_comfy(family, model.diffusion_model, model.model_config.unet_config)
