@@ -74,9 +74,14 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
 def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     """A clone of MODEL under the adapter of ``path`` and a negative CONDITIONING; ``model`` stays as it is.
 
-    Raises OneStepError for another base's adapter, and for a negative or a scale that does not fit.
+    Raises OneStepError for a model that can have none, for another base's adapter, and for a negative or a scale that
+    does not fit.
     """
     scale, family = checked_scale(scale), detect(model.model.diffusion_model)
+    if family != "unet":
+        raise OneStepError(
+            f"this {family!r} model has no cross-attention that a negative adapter could act on: use Negative Steering"
+        )
     side = load_adapter(path, MAKERS, family).side.requires_grad_(False)
     check_base(side, {target.name: target for target in targets_of(model.model, family)}, family)
     check_negative(negative, side.config.text, False)

@@ -92,6 +92,15 @@ def server_with_checkpoints(comfy_server: Any, checkpoints: Path) -> Any:
     return comfy_server
 
 
+@pytest.fixture(scope="session")
+def stirred(server_with_checkpoints: Any, checkpoints: Path, run_inside: Callable[..., str]) -> Any:
+    """That server with adapters of its checkpoints: guidance-KIND, control-KIND, and negative-sd15, in onestep/."""
+    folder = server_with_checkpoints.base / "models" / "loras" / "onestep"
+    folder.mkdir(parents=True, exist_ok=True)
+    run_inside("stirred_adapters", checkpoints, folder)
+    return server_with_checkpoints
+
+
 @pytest.fixture
 def open_page(comfy_server: Any) -> Callable[..., Any]:
     """open_page(vue=False): a browser page on the server's front end, as a context manager."""

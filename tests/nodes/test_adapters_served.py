@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_graphs import PROMPT, SEED, TINY, graph, ksampler, latents, saved
+from comfy_graphs import PROMPT, QUICK, SEED, TINY, apart, distil, few_step, graph, ksampler, latents, saved
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from small_runs import settings_node
@@ -19,16 +20,8 @@ from onestep.pipelines.guidance_adapter import load_guidance_adapter
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-5
-# Large steps, so that one update is seen.
-QUICK = {"learning_rate": 0.05, "warm_up": 0, "states": 1, "ema": 0.0, "watch_samples": 4}
-
-
-def distil(name: str, method: str, **changes: Any) -> dict[str, Any]:
-    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "settings": ["settings", 0]}
-    plan = {"method": method, "preset": "Fast", "steps": 2, "student_steps": "1", "rank": 4, "sizes": "32x32"}
-    more = {"teacher_steps": 2, "guidance": 3.0, "seed": 0, "name": name, "existing": "restart", "initial_lora": "none"}
-    told = {"prompts": f"{PROMPT}\na blue wall", "negative": "", **plan, **more, **plugs, **changes}
-    return {"class_type": "OneStepDistil", "inputs": told}
+# A model, and the form of control that it learns.
+CONTROLS = [("tiny", "light"), ("tiny-flow", "light"), ("tiny", "copy")]
 
 
 def apply_guidance(adapter: Any, guidance: float = 4.0) -> dict[str, Any]:
@@ -58,10 +51,6 @@ def under_control(model: str, steps: int = 1, cfg: float = 1.0) -> dict[str, Any
     return ksampler(model, steps, cfg, positive=["controlled", 0], negative=["controlled", 1])
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max()) / float(b.std())
-
-
 # -- trained by the node ----------------------------------------------------------------------------------------------
 
 
@@ -81,34 +70,45 @@ def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, 
     assert told is not None and told["kind"] == {"tiny": "guidance-attention", "tiny-flow": "guidance-offset"}[name]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_control_is_trained_and_used_in_one_graph(comfy_server: Any, name: str) -> None:
-    """On the one-step LoRA that the same graph has trained before."""
-    settings = settings_node(comfy_server, **QUICK, control_width=16, noise_levels=2)
-    nodes = {
-        "settings": settings,
+def trained_control(server: Any, name: str, form: str) -> dict[str, Any]:
+    """A run of nct on the one-step LoRA that the same graph has trained before, and what draws with both."""
+    return {
+        "settings": settings_node(server, **QUICK, control_width=16, noise_levels=2, control_form=form),
         "first": distil(f"one-{name}", "regression"),
-        "distil": distil(f"canny-{name}", "nct", initial_lora=["first", 3]),
+        "distil": distil(f"{form}-{name}", "nct", initial_lora=["first", 3]),
         **by_control(["distil", 3], 32),
-        "lora": {"class_type": "LoraModelLoader", "inputs": {"model": ["model", 0], "lora": ["first", 0]}},
-        "drawn": under_control("lora"),
-        "plain": ksampler("lora"),
+        "lora": few_step("model", "first"),
     }
-    nodes["lora"]["inputs"] |= {"strength_model": 1.0, "bypass": False}
+
+
+@pytest.mark.parametrize(("name", "form"), CONTROLS)
+def test_a_control_is_trained_and_used_in_one_graph(comfy_server: Any, name: str, form: str) -> None:
+    nodes = trained_control(comfy_server, name, form)
+    plugs = {"positive": ["off", 0], "negative": ["off", 1]}
+    nodes |= {"off": copy.deepcopy(nodes["controlled"]), "drawn off": ksampler("lora", **plugs)}
+    nodes["off"]["inputs"]["strength"] = 0.0
+    nodes |= {"drawn": under_control("lora"), "plain": ksampler("lora")}
     drawn = latents(comfy_server, graph(name, 32, **nodes))
     assert drawn["drawn"].isfinite().all() and apart(drawn["drawn"], drawn["plain"]) > 0.01
-    file = comfy_server.base / "models" / "loras" / "onestep" / f"canny-{name}.safetensors"
-    told = read_told(file)
-    assert told is not None and told["kind"] == "control" and told["config"]["control"] == "canny"
+    assert torch.equal(drawn["drawn off"], drawn["plain"])
+    file = comfy_server.base / "models" / "loras" / "onestep" / f"{form}-{name}.safetensors"
+    told, kind = read_told(file), {"light": "control", "copy": "control copy"}[form]
+    assert told is not None and told["kind"] == kind and told["config"]["control"] == "canny"
+
+
+def test_a_copy_of_no_unet_is_refused_before_it_is_trained(comfy_server: Any) -> None:
+    nodes = trained_control(comfy_server, "tiny-flow", "copy")
+    refused = comfy_server.run(graph("tiny-flow", 32, **nodes, drawn=under_control("lora"), save=saved("drawn")))
+    assert "control_form copy is a ControlNet for U-Nets" in refused.error and "set it to light" in refused.error
+    assert not (comfy_server.base / "models" / "loras" / "onestep" / "copy-tiny-flow.safetensors").exists()
 
 
 def test_who_asks_an_adapter_for_a_lora_is_told_which_node_loads_it(comfy_server: Any) -> None:
     """The branch without an answer is stopped with a word; the rest of the graph runs."""
-    told = {"model": ["model", 0], "lora": ["distil", 0], "strength_model": 1.0, "bypass": False}
     nodes = {
         "settings": settings_node(comfy_server, **QUICK),
         "distil": distil("no-lora", "agd", existing="continue"),
-        "lora": {"class_type": "LoraModelLoader", "inputs": told},
+        "lora": few_step("model", "distil"),
         "drawn": ksampler("lora"),
         "save": saved("drawn"),
         "plain": ksampler("model"),
@@ -121,11 +121,10 @@ def test_who_asks_an_adapter_for_a_lora_is_told_which_node_loads_it(comfy_server
 
 
 def test_guidance_at_one_scale_is_a_lora_for_cores_loader(comfy_server: Any) -> None:
-    told = {"model": ["model", 0], "lora": ["distil", 0], "strength_model": 1.0, "bypass": False}
     nodes = {
         "settings": settings_node(comfy_server, **QUICK),
         "distil": distil("guided-lora", "guidance-lora"),
-        "lora": {"class_type": "LoraModelLoader", "inputs": told},
+        "lora": few_step("model", "distil"),
         "drawn": ksampler("lora", 2),
         "plain": ksampler("model", 2),
     }
@@ -174,15 +173,6 @@ def test_pictures_of_another_run_are_refused(comfy_server: Any) -> None:
 
 
 # -- on every layout --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stirred(server_with_checkpoints: Any, checkpoints: Path, run_inside: Any) -> Any:
-    """The server with adapters guidance-KIND and control-KIND for its checkpoints."""
-    folder = server_with_checkpoints.base / "models" / "loras" / "onestep"
-    folder.mkdir(parents=True, exist_ok=True)
-    run_inside("stirred_adapters", checkpoints, folder)
-    return server_with_checkpoints
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
@@ -241,21 +231,24 @@ def drawn_by_diffusers(folder: Path, file: Path, edges: torch.Tensor | None) -> 
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], name: str) -> None:
-    """By the adapters that the first tests have trained, and the edges of a dark square on a light ground."""
-    place = "onestep/{}-" + name + ".safetensors"
-    nodes = {
-        "guide": apply_guidance(place.format("guided")),
-        **by_control(place.format("canny"), 32, strength=0.8),
-        "guided": ksampler("guide"),
-        "drawn": under_control("model"),
-    }
-    drawn = latents(comfy_server, graph(name, 32, **nodes))
+def test_both_hosts_draw_the_same_guidance(comfy_server: Any, bundled: dict[str, Path], name: str) -> None:
+    """By the adapter that the first test has trained."""
+    place = f"onestep/guided-{name}.safetensors"
+    nodes = {"guide": apply_guidance(place), "guided": ksampler("guide")}
+    drawn = latents(comfy_server, graph(name, 32, **nodes))["guided"]
+    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "loras" / place, None)
+    assert apart(drawn, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "form"), CONTROLS)
+def test_both_hosts_draw_the_same_control(comfy_server: Any, bundled: dict[str, Path], name: str, form: str) -> None:
+    """By the adapters that the tests above have trained, and the edges of a dark square on a light ground."""
+    place = f"onestep/{form}-{name}.safetensors"
+    nodes = {**by_control(place, 32, strength=0.8), "drawn": under_control("model")}
+    drawn = latents(comfy_server, graph(name, 32, **nodes))["drawn"]
     picture = torch.tensor([0xC0, 0x80, 0x40]).div(255)[:, None, None].repeat(1, 32, 32)
     picture[:, 8:24, 8:24] = torch.tensor([0x10, 0x20, 0x30]).div(255)[:, None, None]
     edges = control_of("canny")(picture[None])
     assert 20 < float(edges.sum()) < 200
-    for found, kind, told in (("guided", "guided", None), ("drawn", "canny", edges)):
-        file = comfy_server.base / "models" / "loras" / place.format(kind)
-        theirs = drawn_by_diffusers(bundled[name], file, told)
-        assert apart(drawn[found], theirs) < TOLERANCE, found
+    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "loras" / place, edges)
+    assert apart(drawn, theirs) < TOLERANCE

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 SEED, PROMPT, NEGATIVE = 11, "a red dragon", "wall"
 TINY = ("tiny", "tiny-flow")
+# Finer settings of a run of two updates: large steps, so that one update is seen.
+QUICK = {"learning_rate": 0.05, "warm_up": 0, "states": 1, "ema": 0.0, "watch_samples": 4}
 
 
 def loader(name: str) -> dict[str, Any]:
@@ -29,6 +31,21 @@ def ksampler(model: str, steps: int = 1, cfg: float = 1.0, **plugs: Any) -> dict
     widgets = {"seed": SEED, "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
     plugs = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0], **plugs}
     return {"class_type": "KSampler", "inputs": {**widgets, "denoise": 1.0, "model": [model, 0], **plugs}}
+
+
+def distil(name: str, method: str, **changes: Any) -> dict[str, Any]:
+    """A run of two updates on the graph's model, with the settings of its node "settings"."""
+    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "settings": ["settings", 0]}
+    plan = {"method": method, "preset": "Fast", "steps": 2, "student_steps": "1", "rank": 4, "sizes": "32x32"}
+    more = {"teacher_steps": 2, "guidance": 3.0, "seed": 0, "name": name, "existing": "restart", "initial_lora": "none"}
+    told = {"prompts": f"{PROMPT}\na blue wall", "negative": "", **plan, **more, **plugs, **changes}
+    return {"class_type": "OneStepDistil", "inputs": told}
+
+
+def few_step(model: str, lora: str) -> dict[str, Any]:
+    """A model under the LoRA that a run in the same graph has made."""
+    told = {"model": [model, 0], "lora": [lora, 0], "strength_model": 1.0, "bypass": False}
+    return {"class_type": "LoraModelLoader", "inputs": told}
 
 
 def graph(name: str, side: int, **nodes: Any) -> dict[str, Any]:
@@ -52,3 +69,7 @@ def latents(server: Any, workflow: dict[str, Any]) -> dict[str, torch.Tensor]:
     files = {name: finished.outputs[f"save {name}"]["latents"][0] for name in names}
     places = {name: server.base / "output" / file["subfolder"] / file["filename"] for name, file in files.items()}
     return {name: load_file(place)["latent_tensor"] for name, place in places.items()}
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max()) / float(b.std())

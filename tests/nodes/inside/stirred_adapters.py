@@ -1,4 +1,7 @@
-"""stirred_adapters.py CHECKPOINTS FOLDER: guidance and control adapters away from their start, for each checkpoint."""
+"""stirred_adapters.py CHECKPOINTS FOLDER: adapters away from their start, for each checkpoint.
+
+Guidance and control for all, a negative's for the one with cross-attention.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 import torch
 from comfy_steering import checkpoint
 
-from onestep.core import control, guidance_adapter
+from onestep.core import control, guidance_adapter, negative_adapter
 from onestep.core.adapter_file import save_adapter
 from onestep.core.families import detect
 from onestep.nodes.guidance_adapter import targets_of
@@ -32,3 +35,7 @@ for kind in ("sd15", "sd3", "flux"):
     edges = control.new_adapter(family, targets, ("canny", 1), (64, 64), (channels, 8, 8), width=16)
     save_adapter(FOLDER / f"guidance-{kind}.safetensors", stirred(guidance), family)
     save_adapter(FOLDER / f"control-{kind}.safetensors", stirred(edges), family)
+    if family == "unet":
+        heads = negative_adapter.heads_of([model.diffusion_model], targets)
+        away = negative_adapter.new_adapter(targets, family, heads, 1)
+        save_adapter(FOLDER / f"negative-{kind}.safetensors", stirred(away), family)
