@@ -116,9 +116,9 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             display_name="Distil One-Step LoRA",
             category="OneStep/training",
             description="Trains a LoRA with which the model draws in one, two or four steps, from prompts "
-            "alone; by method agd an adapter for guidance at CFG 1, by nct one for a control. Cancel keeps what is "
-            "learnt; queue again with 'continue' to go on.",
-            search_aliases=["distillation", "train", "turbo", "few step", "guidance adapter", "control adapter"],
+            "alone; by method agd an adapter for guidance at CFG 1, by sun one for a negative prompt, by nct one for a "
+            "control. Cancel keeps what is learnt; queue again with 'continue' to go on.",
+            search_aliases=["distillation", "train", "turbo", "few step", "guidance adapter", "control adapter", "sun"],
             is_output_node=True,
             not_idempotent=True,
             inputs=[*model_inputs(), *plan_inputs(), *run_inputs()],
@@ -137,7 +137,7 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                 FileName.Output(
                     display_name="file",
                     tooltip="The result's name, for the list of files in any loader: LoRA loaders, Apply Guidance "
-                    "Adapter, Load Control Adapter, initial_lora.",
+                    "Adapter, Apply Negative Adapter, Load Control Adapter, initial_lora.",
                 ),
                 RecipeSocket.Output(display_name="recipe", tooltip="How to sample it, for One-Step Sample."),
             ],
