@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 POOLS = ("pairs", "trajectories", "triples", "segments")
-KILLS = {"dmd": 30, "agd": 4, "guidance-lora": 4, "nct": 4}
+KILLS = {"dmd": 30, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4}
 SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
 POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))
 WORST = {True: SAVING, False: POOLING}
@@ -134,7 +134,7 @@ def forked(work: Callable[[], Any]) -> Any:
 
 
 def host_for(method: str) -> Any:
-    """agd needs the cross-attentions of a real U-Net."""
+    """agd and sun need the cross-attentions of a real U-Net."""
     import torch
     from small_host import SmallHost
     from tiny_pipelines import sd
@@ -142,7 +142,7 @@ def host_for(method: str) -> Any:
     from onestep.pipelines.adapt import adapt
 
     torch.manual_seed(0)
-    return adapt(sd(), device="cpu") if method == "agd" else SmallHost()
+    return adapt(sd(), device="cpu") if method in ("agd", "sun") else SmallHost()
 
 
 def settings_for(method: str) -> Any:
@@ -151,8 +151,13 @@ def settings_for(method: str) -> Any:
     if method == "dmd":
         return small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
     quiet = {"watch_every": 0, "preview_every": 0, "warm_up": 1, "ema": 0.5, "sizes": "16x16", "batch": 2, "pairs": 4}
-    theirs = {"control": "soft-edges", "control_width": 8, "noise_levels": 4} if method == "nct" else {"states": 2}
-    return small(method=method, steps=3, save_every=1, guidance=3.0, **quiet, **theirs)
+    theirs: dict[str, dict[str, Any]] = {
+        "agd": {"states": 2, "optimizer": "muon"},
+        "guidance-lora": {"states": 2},
+        "nct": {"control": "soft-edges", "control_width": 8, "noise_levels": 4},
+        "sun": {"negatives": "people, blurry", "segment_steps": 2},
+    }
+    return small(method=method, steps=3, save_every=1, guidance=3.0, **quiet, **theirs[method])
 
 
 def run_until(method: str, folder: Path, deadly: int) -> Any:
