@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import ENDED, QUEUE
 from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "sample"]
+NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "negative-adapter", "sample"]
 TO_PROMPT = """
 const done = arguments[0];
 window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
@@ -78,6 +80,15 @@ def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
     assert red[0] < red[1], red
 
 
+def test_diversity_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """It trains four steps, and draws with the base first and without it, from the same noise."""
+    graph = made_small(comfy_server, workflow(root, "api/diversity"), "tiny-diversity")
+    finished = comfy_server.run(graph)
+    first, alone = (comfy_server.images(finished, node) for node in ("14", "17"))
+    assert len(first) == len(alone) == 4
+    assert all((a != b).mean() > 0.5 for a, b in zip(first, alone, strict=True))
+
+
 def test_guidance_adapter_runs_over_http(comfy_server: Any, root: Path) -> None:
     """It trains the adapter and draws with it, with CFG and without guidance."""
     graph = made_small(comfy_server, workflow(root, "api/guidance-adapter"), "tiny-guidance")
@@ -103,6 +114,30 @@ def test_controls_second_run_is_of_its_firsts_generator(root: Path) -> None:
     assert graph["6"]["inputs"]["control_name"] == ["5", 3]
     assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
     assert graph["4"]["inputs"]["control"] == graph["15"]["inputs"]["control"]
+
+
+def test_negative_adapter_runs_over_http(comfy_server: Any, root: Path) -> None:
+    """It trains one step, then the negative adapter beside it; two negatives and none draw three rows of one noise."""
+    graph = made_small(comfy_server, workflow(root, "api/negative-adapter"), "tiny-away")
+    graph["99"]["inputs"]["learning_rate"] = 0.05  # so that two updates are seen
+    finished = comfy_server.run(graph)
+    rows = [np.stack(comfy_server.images(finished, node)) for node in ("14", "17", "20")]
+    assert all(len(row) == 4 for row in rows)
+    assert all((a != b).mean() > 0.02 for a, b in itertools.combinations(rows, 2))
+    assert "load it with Apply Negative Adapter" in finished.outputs["5"]["text"][0]
+
+
+def test_negative_adapters_files_are_those_of_its_own_runs(root: Path) -> None:
+    """All three rows are of one student, two of one negative; what is trained once is not trained again."""
+    graph = workflow(root, "api/negative-adapter")
+    assert graph["5"]["inputs"]["initial_lora"] == graph["6"]["inputs"]["lora_name"] == ["3", 3]
+    assert graph["11"]["inputs"]["adapter"] == ["5", 3]
+    assert graph["10"]["inputs"]["negative"] == graph["11"]["inputs"]["negative"] == ["8", 0]
+    assert [graph[row]["inputs"]["model"] for row in ("12", "15", "18")] == [["6", 0], ["10", 0], ["11", 0]]
+    assert graph["10"]["inputs"]["model"] == graph["11"]["inputs"]["model"] == ["6", 0]
+    noises = [(graph[row]["inputs"]["seed"], graph[row]["inputs"]["latent_image"]) for row in ("12", "15", "18")]
+    assert noises[0] == noises[1] == noises[2]
+    assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
