@@ -15,6 +15,8 @@ from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "negative-adapter", "sample"]
+SAMPLERS = ("KSampler", "SamplerCustom", "OneStepSample")
+TITLE, PREVIEW, LEAST_WIDTH = 30, 225, 225  # in the front end's pixels
 TO_PROMPT = """
 const done = arguments[0];
 window.app.graphToPrompt().then(made => done(made.output)).catch(error => done(String(error)))"""
@@ -138,6 +140,21 @@ def test_negative_adapters_files_are_those_of_its_own_runs(root: Path) -> None:
     noises = [(graph[row]["inputs"]["seed"], graph[row]["inputs"]["latent_image"]) for row in ("12", "15", "18")]
     assert noises[0] == noises[1] == noises[2]
     assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
+
+
+def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom with the title, as wide as Nodes 2.0 draws it, with room for a sampler's preview."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    preview = PREVIEW if node["type"] in SAMPLERS else 0
+    return x, y - TITLE, x + max(width, LEAST_WIDTH), y + height + preview
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_covers_another(root: Path, name: str) -> None:
+    boxes = {node["id"]: box(node) for node in workflow(root, name)["nodes"]}
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, f"{one} and {other} of {name}: {a}, {b}"
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
