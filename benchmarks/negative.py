@@ -7,7 +7,8 @@ Every setting draws the same pictures (same prompts, same noise) under a negativ
 dark, or the group that the student mistakes the prompt's for most often. rate: share of pictures in which the judge
 sees that word. agreement: share in which it sees the prompt's group. FD-local: to real pictures. Limits are one-sided
 95% bounds over pairs, on the side that could disprove a claim. CFG takes two forwards, all others one. SUN, the trained
-counterpart, needs its adapter: --sun adapter.safetensors.
+counterpart, needs its adapter: --sun adapter.safetensors. --blend draws NAG at other alphas, --layers steers fewer
+layers. --floor N adds what the teacher makes of the negative in N guided steps, beside its own pictures without one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from negative_table import Seen, plot, row, seen, table
 from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures, student_of
@@ -29,11 +31,11 @@ from onestep.cli.model import native_size, open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.adapter_file import load_adapter
 from onestep.core.cond import Cond
-from onestep.core.guidance import Steering
+from onestep.core.guidance import LAYERS, MODES, Steering
 from onestep.core.negative_adapter import MAKERS
-from onestep.core.sampling import fed_latents
+from onestep.core.roles import TEACHER
+from onestep.core.sampling import fed_latents, trajectory
 from onestep.pipelines.steer import steered
-from onestep.training.measures import frechet
 
 SCALES = {
     "nasa": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
@@ -44,8 +46,31 @@ SCALES = {
 }
 SUBJECTS = ("colour", "brightness", "group")
 ROLE = "student"
-DRAWS = 400
 BATCH = 64
+ALPHA = Steering().alpha
+W = 3.0
+"""The teacher's guidance."""
+
+
+@dataclass(frozen=True)
+class How:
+    """One setting. mode: "" is the plain student. alpha: NAG's blend. steps: the teacher's."""
+
+    mode: str = ""
+    scale: float = 0.0
+    alpha: float = ALPHA
+    steps: int = 0
+    layers: str = "all"
+
+    @property
+    def steering(self) -> Steering:
+        return Steering(self.mode, self.scale, alpha=self.alpha, layers=self.layers)
+
+    @property
+    def name(self) -> str:
+        blend = "" if self.alpha == ALPHA else f" alpha {self.alpha:g}"
+        where = "" if self.layers == "all" else f" {self.layers}"
+        return f"{self.mode} {self.scale:g}{blend}{where}" if self.mode else "plain"
 
 
 @dataclass
@@ -64,19 +89,26 @@ class World:
         return self.host.encode(once, native_size(self.host))[torch.tensor([place[text] for text in texts])]
 
     @torch.no_grad()
-    def draw(self, texts: list[str], negatives: list[str], mode: str, scale: float, stream: str) -> Tensor:
-        """Pictures [N, 3, H, W] of ``texts``, each under its negative; mode "" is none."""
+    def draw(self, texts: list[str], negatives: list[str], how: How, stream: str) -> Tensor:
+        """Pictures [N, 3, H, W] of ``texts``, each under its negative."""
         cond, null = self.told(texts), self.told(negatives)
         shape = self.host.latent_shape(native_size(self.host))
         noise = randomness.normal(shape, 0, stream, 0, range(len(texts)))
-        parts = [self._part(cond[rows], null[rows], noise[rows], mode, scale) for rows in slices(len(texts))]
-        return torch.cat(parts)
+        part = self._walked if how.mode == "teacher" else self._part
+        return torch.cat([part(cond[rows], null[rows], noise[rows], how) for rows in slices(len(texts))])
 
-    def _part(self, cond: Cond, null: Cond, noise: Tensor, mode: str, scale: float) -> Tensor:
+    def _walked(self, cond: Cond, null: Cond, noise: Tensor, how: How) -> Tensor:
+        """The teacher's, by classifier-free guidance with the negative as its null, in ``how.steps`` steps."""
+        with self.host.denoiser.roles.use(TEACHER):
+            *_, (_, _, x0) = trajectory(self.host.denoiser, cond, null, noise, how.steps, how.scale)
+        return self.host.decode(x0)
+
+    def _part(self, cond: Cond, null: Cond, noise: Tensor, how: How) -> Tensor:
+        mode, scale = how.mode, how.scale
         denoise, recipe = self.host.denoiser, self.student.recipe
         sigma = denoise.schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
         x = fed_latents(denoise.schedule, noise, sigma, recipe.fed[0])
-        on = steered(self.host.pipe, null.text, Steering(mode, scale)) if mode in ("nasa", "nag", "vsf") else None
+        on = steered(self.host.pipe, null.text, how.steering) if mode in MODES else None
         told = {"negative": null, "scale": scale} if mode == "sun" else {}
         with denoise.roles.use(ROLE, train=False, **told), on or nullcontext():
             x0 = denoise(x, sigma, cond)
@@ -88,47 +120,6 @@ class World:
 
 def slices(count: int) -> Iterator[Tensor]:
     yield from torch.arange(count).split(BATCH)
-
-
-@dataclass
-class Seen:
-    """What the judge sees in a setting's pictures. there: [N] the negative word. right: [N] the prompt's group."""
-
-    there: Tensor
-    right: Tensor
-    features: Tensor
-
-
-def seen(world: World, images: Tensor, subject: str, words: Tensor, groups: Tensor) -> Seen:
-    chosen = {head: chances.argmax(1).cpu() for head, chances in world.judge.predict(images).items()}
-    return Seen(chosen[subject] == words, chosen["group"] == groups, world.judge.features(images).cpu().double())
-
-
-def row(name: str, here: Seen, plain: Seen, real: Tensor) -> dict[str, Any]:
-    """Measures of a setting, with the one-sided bound of each claim by the bootstrap over pairs."""
-
-    def measures(at: Tensor) -> tuple[float, float, float]:
-        cut = float(here.there[at].double().mean()) / max(float(plain.there[at].double().mean()), 1e-9)
-        loss = float(plain.right[at].double().mean() - here.right[at].double().mean())
-        return cut, loss, frechet(here.features[at], real) / frechet(plain.features[at], real)
-
-    count = len(here.there)
-    generator = randomness.generator(0, "negative bootstrap")
-    drawn = torch.tensor([measures(torch.randint(count, (count,), generator=generator)) for _ in range(DRAWS)])
-    cut, loss, far = measures(torch.arange(count))
-    upper = drawn.quantile(0.95, 0).tolist()
-    return {
-        "setting": name,
-        "rate": float(here.there.double().mean()),
-        "of plain": cut,
-        "of plain, at most": upper[0],
-        "agreement": float(here.right.double().mean()),
-        "loss": loss,
-        "loss, at most": upper[1],
-        "FD-local": frechet(here.features, real),
-        "FD of plain's": far,
-        "FD of plain's, at most": upper[2],
-    }
 
 
 def asked(world: World, prompts: list[str], count: int, subject: str) -> tuple[list[str], list[str], Tensor, Tensor]:
@@ -154,44 +145,11 @@ def named(classes: list[str], index: int) -> int:
 
 def rivals(world: World, texts: list[str], groups: Tensor) -> Tensor:
     """For each prompt the group that the student's pictures are most often taken for instead, on noise of their own."""
-    images = world.draw(texts, texts, "", 0.0, "negative rivals")
+    images = world.draw(texts, texts, How(), "negative rivals")
     chosen = world.judge.predict(images)["group"].argmax(1).cpu()
     confusion = torch.zeros(2 * [len(world.judge.config["heads"]["group"])])
     confusion.index_put_((groups, chosen), torch.ones(len(groups)), accumulate=True)
     return confusion.fill_diagonal_(0).argmax(1)[groups]
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---|" * (len(names) - 1)]
-    for entry in rows:
-        lines.append("| " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in entry.values()) + " |")
-    return lines
-
-
-def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """For each subject the rate left, against FD-local and against the loss of agreement; a line for each mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(found), figsize=(5 * len(found), 8), squeeze=False)
-    for column, (subject, rows) in enumerate(found.items()):
-        for line, measure in enumerate(("FD of plain's", "loss")):
-            axis = axes[line][column]
-            for mode in SCALES:
-                mine = [entry for entry in rows if entry["setting"].startswith(mode)]
-                axis.plot([e["of plain"] for e in mine], [e[measure] for e in mine], marker="o", label=mode.upper())
-                for entry in mine:
-                    axis.annotate(entry["setting"].split()[1], (entry["of plain"], entry[measure]), fontsize=7)
-            axis.axvline(0.5, color="grey", linewidth=0.5)
-            axis.axhline((1.1, 0.02)[line], color="grey", linewidth=0.5)
-            axis.set(title=f"negative {subject}", xlabel="rate of the word, of the plain student's", ylabel=measure)
-            axis.set_ylim(*((0.5, 2.0), (-0.06, 0.2))[line])
-            axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -203,6 +161,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--modes", nargs="+", choices=list(SCALES), help="all by default; sun where there is --sun")
+    parser.add_argument("--scales", nargs="+", type=float, help="instead of each mode's own")
+    parser.add_argument("--blend", nargs="+", type=float, default=[ALPHA], help="NAG's alphas")
+    parser.add_argument("--layers", default="all", choices=LAYERS, help="which are steered")
+    parser.add_argument("--floor", type=int, default=0, help="the teacher's steps; 0 = without these rows")
     parser.add_argument("--sun", type=Path, help="a negative adapter for this student")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -227,23 +189,50 @@ def main() -> None:
         args.out.write_text("\n".join(lines), "utf-8")
         args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if args.plot:
-        plot(found, args.plot)
+        plot(found, tuple(SCALES), args.plot)
 
 
 def measured(world: World, prompts: list[str], args: argparse.Namespace, subject: str) -> list[dict[str, Any]]:
     """The rows of one subject: the plain student first."""
     texts, negatives, words, groups = asked(world, prompts, args.seeds, subject)
 
-    def look(mode: str, scale: float) -> Seen:
-        return seen(world, world.draw(texts, negatives, mode, scale, f"negative {subject}"), subject, words, groups)
+    def look(how: How, away: list[str]) -> Seen:
+        return seen(world.judge, world.draw(texts, away, how, f"negative {subject}"), subject, words, groups)
 
-    plain = look("", 0.0)
-    rows = [row("plain", plain, plain, world.real)]
-    for mode in args.modes:
-        for scale in SCALES[mode]:
-            rows.append(row(f"{mode} {scale:g}", look(mode, scale), plain, world.real))
-            print(subject, json.dumps(rows[-1]), flush=True)
+    def tell(how: How, away: list[str], plain: Seen | None, name: str = "") -> Seen:
+        here = look(how, away)
+        rows.append(row(name or how.name, here, plain or here, world.real))
+        print(subject, json.dumps(rows[-1]), flush=True)
+        return here
+
+    rows: list[dict[str, Any]] = []
+    plain = tell(How(), negatives, None)
+    for how in settings(args):
+        tell(how, negatives, plain)
+    if args.floor:
+        teacher = How("teacher", W, steps=args.floor)
+        alone = tell(teacher, [""] * len(texts), None, "teacher, no negative")
+        tell(teacher, negatives, alone, "teacher, negative as null")
+        if subject != "group":
+            texts = [f"{text}, {word}" for text, word in zip(texts, others_of(world, subject, words), strict=True)]
+            tell(teacher, [""] * len(texts), alone, "teacher, told another")
     return rows
+
+
+def settings(args: argparse.Namespace) -> Iterator[How]:
+    """What is asked for: each mode at its scales, or at --scales; NAG at each --blend."""
+    for mode in args.modes:
+        for alpha in args.blend if mode == "nag" else [ALPHA]:
+            for scale in args.scales or SCALES[mode]:
+                yield How(mode, scale, alpha, layers=args.layers if mode in MODES else "all")
+
+
+def others_of(world: World, subject: str, words: Tensor) -> list[str]:
+    """For each word the next one of its kind: what to ask for instead."""
+    classes = world.judge.config["heads"][subject]
+    if subject == "brightness":
+        return ["dark" if classes[int(word)] == "bright" else "bright" for word in words]
+    return [classes[(int(word) + 1) % len(classes)] for word in words]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ..kernels import Partial, attention, merge, partial_attention
 from .errors import OneStepError
 
 MODES = ("nasa", "nag", "vsf")
+LAYERS = ("all", "decoder")
 SAFE = {
     "unet": {"nasa": 0.25, "nag": 5.0, "vsf": 1.0},
     "sd3": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5},
@@ -66,7 +67,9 @@ class Steering:
 
     mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `SAFE`
     has every mode's in every family. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order.
-    offset: what VSF takes from the negative's scores. OneStepError for a value out of range.
+    offset: what VSF takes from the negative's scores. layers: "all", or "decoder", which leaves a U-Net's encoder as it
+    is: the picture stays closer to its prompt (benchmarks/results/negative-tiny.md). OneStepError for a value out of
+    range.
     """
 
     mode: str = "nasa"
@@ -75,16 +78,26 @@ class Steering:
     alpha: float = 0.25
     order: float = 1
     offset: float = 0.1
+    layers: str = "all"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise OneStepError(f"no steering mode {self.mode!r:.40}: choose one of {', '.join(MODES)}")
+        if self.layers not in LAYERS:
+            raise OneStepError(f"steering's layers are {self.layers!r:.40}: choose one of {', '.join(LAYERS)}")
         for name, low, high, wanted in LIMITS:
             value = getattr(self, name)
             least = NEUTRAL.get(self.mode, low) if name == "scale" else low
             if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= high):
                 found = f"steering's {name} is {value!r:.40}"
                 raise OneStepError(f"{found}: with {self.mode} it must lie in {least:g} to {high:g}. {wanted}")
+
+    def check_family(self, family: str) -> None:
+        """Raises OneStepError where a network of this family has no such layers."""
+        if self.layers != "all" and family != "unet":
+            raise OneStepError(
+                f"steering's layers are {self.layers!r}, which only U-Nets have, and this is {family}: set layers=all"
+            )
 
     @property
     def neutral(self) -> bool:

@@ -8,13 +8,17 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..core.errors import OneStepError
-from ..core.guidance import MODES, SAFE, Steering
+from ..core.guidance import LAYERS, MODES, SAFE, Steering
 from .steer_networks import network_of, served
 from .steer_run import KEY, NegativeSteering
 
 MODES_TOLD = (
     "NASA subtracts what the picture finds in the negative. NAG pushes away from it and limits the change. VSF lets it "
     "answer with its sign flipped."
+)
+LAYERS_TOLD = (
+    "U-Nets: decoder leaves the blocks that take the picture in unsteered. What is drawn stays closer to the prompt; "
+    "a colour is kept away less. Push harder with it (alpha 0.35)."
 )
 SCALES = "; ".join(
     f"{mode.upper()} {' or '.join(f'{scale:g}' for scale in sorted({scales[mode] for scales in SAFE.values()}))}"
@@ -57,6 +61,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
                 number("alpha", 0.25, 1.0, 0.05, "NAG alone: how much of the pushed attention is taken. 0 = off."),
                 number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
                 number("end_percent", 1.0, 1.0, 0.01, "Share of the schedule where steering ends; 1 = the last step."),
+                io.Combo.Input("layers", options=list(LAYERS), optional=True, advanced=True, tooltip=LAYERS_TOLD),
             ],
             outputs=[io.Model.Output(tooltip="The steered model: sample it at CFG 1.")],
         )
@@ -72,9 +77,10 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
         alpha: float,
         start_percent: float,
         end_percent: float,
+        layers: str = LAYERS[0],
     ) -> io.NodeOutput:
-        name = mode.lower()
-        steering = Steering(name, scale if scale != 0 else SAFE[served(model).family][name], tau, alpha)
+        name, family = mode.lower(), served(model).family
+        steering = Steering(name, scale if scale != 0 else SAFE[family][name], tau, alpha, layers=layers)
         if not 0 <= start_percent < end_percent <= 1:
             raise OneStepError(
                 f"steering from {start_percent:g} to {end_percent:g} of the schedule is no range: start_percent must "
@@ -86,6 +92,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
 def steered_model(model: Any, negative: Any, steering: Steering, start: float = 0.0, end: float = 1.0) -> Any:
     """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
     found = served(model)
+    steering.check_family(found.family)
     check_negative(negative, found.width(network_of(model)), bool(model.model.adm_channels))
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(

@@ -120,13 +120,19 @@ def unet_width(network: Any) -> int:
     return int(next(cross_blocks(network))[1].to_k.in_features)
 
 
+def acts(steering: Steering, key: tuple[str, int, int]) -> bool:
+    """Whether the cross-attention of this name is steered: the decoder is all but the blocks that take in."""
+    return steering.layers == "all" or key[0] != "input"
+
+
 def steer_unet(call: Call, options: dict[str, Any]) -> Tensor:
     """attn2_replace at every cross-attention, around whatever another patch has put there."""
     replaced = options.get("patches_replace", {})
     earlier = replaced.get("attn2", {})
     if not call.kept:
+        steered = {key: attn for key, attn in cross_blocks(call.network) if acts(call.steering, key)}
         # by the block's own projections: whatever LoRA is on them acts
-        call.kept |= {key: (attn.to_k(call.tokens), attn.to_v(call.tokens)) for key, attn in cross_blocks(call.network)}
+        call.kept |= {key: (attn.to_k(call.tokens), attn.to_v(call.tokens)) for key, attn in steered.items()}
     ours = {}
     for key, (k, v) in call.kept.items():
         negative, before = (call.spread(k), call.spread(v)), earlier.get(key, earlier.get(key[:2]))

@@ -65,7 +65,8 @@ def steered(
     plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
     family = _family(plain)
     chosen, own = steering_of(steering, scale, family), OwnGuidance(pipe, rows)
-    attentions = _attentions(plain, family)
+    chosen.check_family(family)
+    attentions = _attentions(plain, family, chosen.layers)
     _check_negative(negative, _width(plain, attentions))
     latest, earliest = _times(pipe.scheduler, start, end)
     if chosen.neutral:
@@ -184,8 +185,8 @@ def _family(network: Any) -> str:
     )
 
 
-def _attentions(network: Any, family: str) -> dict[str, Any]:
-    """The attentions that see a text, by their processors' names."""
+def _attentions(network: Any, family: str, layers: str) -> dict[str, Any]:
+    """The attentions that see a text and are steered, by their processors' names."""
     found = {name: network.get_submodule(name.removesuffix(".processor")) for name in network.attn_processors}
     if family == "flux":
         return found
@@ -195,7 +196,10 @@ def _attentions(network: Any, family: str) -> dict[str, Any]:
     crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
     if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
         raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
-    return crossed
+    chosen = {name: attn for name, attn in crossed.items() if layers == "all" or not name.startswith("down_blocks.")}
+    if not chosen:
+        raise OneStepError("this U-Net has no cross-attention in its decoder: set steering's layers to all")
+    return chosen
 
 
 def _processors(network: Any, attentions: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -315,6 +315,7 @@ REFUSED = [
     ({"order": math.inf}, "order is inf"),
     ({"offset": -1}, "offset is -1: .* in 0 to 100"),
     ({"offset": math.nan}, "offset is nan"),
+    ({"layers": "encoder"}, "layers are 'encoder': choose one of all, decoder"),
 ]
 
 

@@ -15,6 +15,7 @@ NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "wan", "wan-i2v"]
 NETWORKS += ["wan-i2v without pictures", "flux with a reference picture"]
 CHECKPOINTS = ["sd15 checkpoint", "sd3 checkpoint", "flux checkpoint"]
 TEXTS = ["longer", "equal", "together as long as the video"]
+LAYERS = ["sd15, decoder", "sdxl, decoder"]
 LENGTHS = [f"{kind}, {how}" for kind in ("sd15", "sd3", "flux", "wan") for how in TEXTS]
 
 
@@ -23,7 +24,7 @@ def measured(checkpoints: Path, run_inside: Callable[..., str]) -> Any:
     return json.loads(run_inside("steer_exact", checkpoints).strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", NETWORKS + CHECKPOINTS + LENGTHS)
+@pytest.mark.parametrize("case", NETWORKS + CHECKPOINTS + LAYERS + LENGTHS)
 def test_one_picture_stream_is_the_oracles(measured: Any, case: str) -> None:
     """SD3 and Flux: batch of two, both texts, the picture's rows of both overwritten after each attention."""
     assert measured[case]

@@ -108,6 +108,7 @@ def test_distillation_refuses_a_steered_teacher_by_name(comfy_server: Any) -> No
         ({"negative": ["foreign", 0]}, ("4096", "CLIP")),
         ({"start_percent": 0.5, "end_percent": 0.5}, ("start_percent",)),
         ({"mode": "NAG", "scale": 0.5}, ("scale", "0.5")),
+        ({"model": ["other", 0], "negative": ["foreign", 0], "layers": "decoder"}, ("layers", "U-Nets", "sd3")),
     ],
 )
 def test_bad_input_is_told_to_the_person(server_with_checkpoints: Any, changes: Any, words: tuple[str, ...]) -> None:

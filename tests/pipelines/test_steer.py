@@ -192,6 +192,7 @@ def test_a_compiled_network_follows_each_steering(name: str) -> None:
         ("sd15", texts(1, 6), {"start": 0.5, "end": 0.5}, "from 0.5 to 0.5"),
         ("sd15", texts(1, 6), {"end": 1.5}, "from 0.0 to 1.5"),
         ("sd15", texts(1, 6), {"rows": "both"}, "rows is 'both'"),
+        ("flux", texts(1, 6), {"steering": Steering("nag", 5.0, layers="decoder")}, "which only U-Nets have"),
     ],
 )
 def test_bad_input_is_said_before_anything_changes(name: str, negative: Any, more: dict[str, Any], why: str) -> None:

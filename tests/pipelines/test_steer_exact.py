@@ -13,6 +13,7 @@ from steered_networks import JOINT, SCALES, UNETS, CrossOracle, doubled, pipe_of
 from tiny_pipelines import randomise
 from torch import Tensor
 
+from onestep.core.guidance import Steering
 from onestep.pipelines import steered
 
 MODES = list(SCALES)
@@ -105,6 +106,21 @@ def test_a_unet_is_its_formula(name: str, mode: str) -> None:
         found = run(name, network)
     close(found, expected)
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", UNETS)
+def test_the_decoder_alone_is_its_formula_behind_the_encoder(name: str, mode: str) -> None:
+    pipe, network = pipe_of(name)
+    negative = texts(1, 9)
+    chosen = crossed(mode, negative)
+    encoder = {id(module) for block in network.down_blocks for module in block.modules()}
+    expected = replaced(network, lambda attn: None if id(attn) in encoder else chosen(attn))(lambda: run(name, network))
+    with steered(pipe, negative, Steering(mode, SCALES[mode], layers="decoder")):
+        found = run(name, network)
+    close(found, expected)
+    with steered(pipe, negative, mode, scale=SCALES[mode]):
+        assert (found - run(name, network)).abs().max() > 1e-3 * found.abs().max()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -259,6 +259,9 @@ def hooked(model: Any, negative: Tensor, form: dict[str, Any], extra: Any = None
         return getattr(module, "to_out", getattr(module, "o", None))(z.to(x).transpose(1, 2).flatten(2))
 
     modules = [module for name, module in network.named_modules() if name.endswith(("attn2", "cross_attn"))]
+    if form.get("layers") == "decoder":
+        encoder = {id(module) for module in network.input_blocks.modules()}
+        modules = [module for module in modules if id(module) not in encoder]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
         yield

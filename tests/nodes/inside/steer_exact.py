@@ -45,6 +45,9 @@ with torch.inference_mode():
     found["wan-i2v without pictures"] = every_form(video, "wan-i2v")
     reference = {"reference_latents": [torch.randn(1, 16, 6, 4)]}
     found["flux with a reference picture"] = every_form(tiny("flux"), "flux", **reference)
+    for kind in ("sd15", "sdxl"):
+        behind = {name: {**form, "layers": "decoder"} for name, form in FORMS.items()}
+        found[f"{kind}, decoder"] = {name: measured(tiny(kind), kind, form) for name, form in behind.items()}
     for kind in ("sd15", "sd3", "flux", "wan"):
         model = tiny(kind)
         for name, lengths in LENGTHS.items():
