@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core import randomness
+from ..core.denoiser import both
 from ..core.roles import TEACHER
-from ..core.sampling import trajectory
+from ..core.sampling import walk
+from ..core.schedule import expand
 from .batch import Batch
 from .pairs import Blocks
 
@@ -32,7 +34,12 @@ class States:
 @dataclass
 class Trajectories(Blocks):
     """Trajectories of ``settings.teacher_steps`` steps from unit noise, each under a guidance of its own from the range
-    ``settings.scales``; ``settings.states`` of its states are kept, chosen at random."""
+    ``settings.scales``; ``settings.states`` of its states are kept.
+
+    They are drawn as often as guidance is large there, |D_c - D_u|, and the losses divide by that once: so it is the
+    square error of x0 that falls, with fewer states than chance alone would need
+    (benchmarks/results/guidance-adapter-tiny.md).
+    """
 
     stream = "trajectory"
 
@@ -58,25 +65,29 @@ class Trajectories(Blocks):
     @torch.no_grad()
     def _walk(self, block: int, rows: list[int], batch: Batch, noise: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """(x, target, sigma, apart), [B, states, ...] each, on the CPU."""
-        denoise, steps, null = self.host.denoiser, self.settings.teacher_steps, batch.nulls()
+        denoise, null = self.host.denoiser, batch.nulls()
         assert null is not None  # the method's check has seen to that
-        kept = torch.stack([self._steps(block, row) for row in rows])
-        seen: list[list[tuple[Tensor, ...]]] = [[] for _ in rows]
-        with denoise.roles.use(TEACHER):
-            walk = trajectory(denoise, batch.cond, null, noise, steps, w)
-            for step, state in enumerate(walk):
-                for row in torch.nonzero((kept == step).any(1)).flatten().tolist():
-                    seen[row].append(tuple(side[row].cpu() for side in (state[0], state[2], state[1])))
-            x, target, sigma = (torch.stack([torch.stack([s[at] for s in row]) for row in seen]) for at in range(3))
-            d_u = [denoise(x[:, at].to(noise.device), sigma[:, at], null).cpu() for at in range(x.shape[1])]
-        # D_w - D_u = w (D_c - D_u)
-        apart = (target - torch.stack(d_u, 1)).flatten(2).norm(dim=2) / w[:, None].to(target)
-        return x, target, sigma, apart
+        large: list[Tensor] = []
 
-    def _steps(self, block: int, row: int) -> Tensor:
-        """[states] of the trajectory's steps, each at most once."""
+        def answer(x: Tensor, sigma: Tensor) -> Tensor:
+            d_c, d_u = both(denoise, x, sigma, batch.cond, null)
+            large.append((d_c - d_u).flatten(1).norm(dim=1).cpu())
+            return d_u + expand(w, x) * (d_c - d_u)
+
+        with denoise.roles.use(TEACHER):
+            way = walk(denoise.schedule, answer, noise, self.settings.teacher_steps)
+            steps = [[side.cpu() for side in step] for step in way]
+        x, sigma, target = (torch.stack(sides, 1) for sides in zip(*steps, strict=True))
+        apart = torch.stack(large, 1)
+        kept = torch.stack([self._steps(block, row, apart[at]) for at, row in enumerate(rows)])
+        at = torch.arange(len(rows))[:, None], kept
+        return x[at], target[at], sigma[at], apart[at]
+
+    def _steps(self, block: int, row: int, apart: Tensor) -> Tensor:
+        """[states] of a trajectory's steps, each at most once, by chances in proportion to ``apart`` [steps]."""
         draw = randomness.generator(self.settings.seed, "trajectory steps", block, row)
-        return torch.randperm(self.settings.teacher_steps, generator=draw)[: self.settings.states]
+        chances = apart.double() + 1e-6 * apart.double().max() + torch.finfo(torch.float32).tiny
+        return torch.multinomial(chances, self.settings.states, generator=draw)
 
     def _scales(self, block: int) -> Tensor:
         """[batch] scales, uniform in the range, float64."""

@@ -182,6 +182,16 @@ def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
         assert data.apart[row] == apart[row][kept[0]] > 0
 
 
+def test_steps_are_kept_as_often_as_guidance_is_large_there(tmp_path: Path) -> None:
+    """One of four steps, by chances in proportion to |D_c - D_u|; where there is no guidance at all, by equal ones."""
+    made = trajectories(tmp_path, agd_settings(states=1), SmallHost())
+    for apart in ([4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]):
+        kept = [int(made._steps(block, row, torch.tensor(apart))) for block in range(1000) for row in range(4)]
+        shares = np.bincount(kept, minlength=4) / len(kept)
+        wanted = np.array(apart) / sum(apart) if any(apart) else np.full(4, 0.25)
+        np.testing.assert_allclose(shares, wanted, atol=0.03)
+
+
 def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:
     """Whole batches and micro-batches, new trajectories and ones drawn again, from memory or disk."""
     for update in (0, 1, 5):
