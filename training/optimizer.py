@@ -54,7 +54,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adam = torch.optim.AdamW(rest, betas=betas, **options) if rest else None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         group = self.param_groups[0]
         for part in filter(None, (self._muon, self._adam)):
             # one state for both, by tensor: it is saved and restored as this optimiser's

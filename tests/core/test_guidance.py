@@ -332,8 +332,7 @@ def test_the_ends_of_the_ranges_are_taken() -> None:
     for mode in MODES:
         assert Steering(mode, NEUTRAL.get(mode, 0)).mode == mode
     for name, low, high, _ in LIMITS:
-        for value in (low, high):
-            assert getattr(Steering(**{name: value}), name) == value
+        assert all(getattr(Steering(**{name: value}), name) == value for value in (low, high))
 
 
 def test_every_family_has_a_scale_that_acts_for_every_mode() -> None:
