@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -57,7 +58,9 @@ def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:
     known = {entry.name for entry in fields(Settings)}
     for unknown in sorted(set(changes) - known):
         raise OneStepError(f"no setting {unknown!r}{nearest(unknown, known)}")
-    return known_settings.preset(name, **{"method": method, **changes})
+    # a path is a text here, as in Result.path given for initial_lora
+    plain = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items()}
+    return known_settings.preset(name, **{"method": method, **plain})
 
 
 def _prompts(prompts: Sequence[str] | Path) -> list[str]:

@@ -67,6 +67,9 @@ def test_prompts_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\nred dog\n", encoding="utf-8")
     few = {**SHORT, "steps": 1, "warm_start": 1}
     result = onestep.distill(make("sd"), tmp_path / "prompts.txt", out=tmp_path / "run", **few)
+    goes_on = {**few, "initial_lora": result.path}
+    assert isinstance(result.path, Path)
+    assert onestep.distill(make("sd"), ["a"], out=tmp_path / "further", **goes_on).updates
     assert result.path.is_file()
     with pytest.raises(OneStepError, match="cannot be read"):
         onestep.distill(make("sd"), tmp_path / "absent.txt", out=tmp_path / "other", **few)
