@@ -65,6 +65,7 @@ def distil(
         session = _Session(host, prompts, settings, run, report, initial)
         if existing == CONTINUE and not goes_on:
             session.notes.append(f"no run to continue in {folder}: started anew")
+        session.notes += filter(None, [METHODS[settings.method].note(settings)])
         return session.run_all(goes_on)
 
 

@@ -24,6 +24,13 @@ from .student import STUDENT
 from .watch import Reference, taught
 
 
+def whose_pictures(settings: Settings) -> str:
+    """A word where the few-step student that an adapter is for is not told."""
+    if settings.initial_lora:
+        return ""
+    return f"no initial_lora: {settings.method} takes the base itself, drawn in few steps, for the student"
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the README's table. forwards: network forwards of one sample in a student update, backward
@@ -31,7 +38,8 @@ class Method:
 
     direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
     place of the student's factors. recipe: how the student draws. reference: what the watch
-    compares it with. check: raises OneStepError for settings that it cannot do with this host.
+    compares it with. check: raises OneStepError for settings that it cannot do with this host. note: what a run tells
+    of its settings as it begins, or nothing.
     """
 
     make: Callable[[Settings], DistributionMatching | None]
@@ -43,6 +51,7 @@ class Method:
     recipe: Callable[[Host, Settings], Recipe] = recipe_of
     reference: Reference = taught
     check: Callable[[Host, Settings], None] = lambda host, settings: None
+    note: Callable[[Settings], str] = lambda settings: ""
 
     def __call__(self, settings: Settings) -> DistributionMatching | None:
         """The engine's objective; None where the student regresses on pairs alone."""
@@ -92,6 +101,7 @@ METHODS: dict[str, Method] = {
         recipe=generator_recipe,
         reference=asked,
         check=check_control,
+        note=whose_pictures,
     ),
     "sun": Method(
         lambda settings: None,
@@ -102,6 +112,7 @@ METHODS: dict[str, Method] = {
         side=negative_adapter,
         recipe=student_recipe,
         check=check_negatives,
+        note=whose_pictures,
     ),
 }
 

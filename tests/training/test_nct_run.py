@@ -200,6 +200,15 @@ def test_without_a_lora_the_base_is_the_generator() -> None:
     assert control_adapter(SmallHost(), settings).config.cell == 8
 
 
+def test_a_run_without_a_lora_says_whose_pictures_it_learns_on(lora: Path, tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", nct_settings(Path(""), initial_lora="", steps=1))
+    told = run(tmp_path / "told", nct_settings(lora, steps=1))
+    assert [note for note in alone.notes if "no initial_lora: nct takes the base itself" in note]
+    assert not [note for note in told.notes if "initial_lora" in note]
+    again = run(tmp_path / "alone", nct_settings(Path(""), initial_lora="", steps=1), existing="continue")
+    assert len(again.notes) == len(set(again.notes))
+
+
 def test_what_is_refused_is_refused_before_anything_is_written(lora: Path, tmp_path: Path) -> None:
     def refused(match: str, host: SmallHost | None = None, **changes: Any) -> None:
         with pytest.raises(OneStepError, match=match):
