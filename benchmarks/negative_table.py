@@ -65,6 +65,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def line_of(entry: dict[str, Any]) -> str:
+    """What a setting is but for its scale: "NAG", or "NAG alpha 0.35 decoder"."""
+    mode, *rest = entry["setting"].split(maxsplit=2)
+    return " ".join([mode.upper(), *rest[1:]])
+
+
 def plot(found: dict[str, list[dict[str, Any]]], modes: Sequence[str], path: Path) -> None:
     """For each subject the rate left, against FD-local and against the loss of agreement; a line for each mode."""
     import matplotlib
@@ -76,9 +82,9 @@ def plot(found: dict[str, list[dict[str, Any]]], modes: Sequence[str], path: Pat
     for column, (subject, rows) in enumerate(found.items()):
         for line, measure in enumerate(("FD of plain's", "loss")):
             axis = axes[line][column]
-            for mode in modes:
-                mine = [entry for entry in rows if entry["setting"].startswith(mode)]
-                axis.plot([e["of plain"] for e in mine], [e[measure] for e in mine], marker="o", label=mode.upper())
+            for name in sorted({line_of(entry) for entry in rows if entry["setting"].split()[0] in modes}):
+                mine = [entry for entry in rows if line_of(entry) == name]
+                axis.plot([e["of plain"] for e in mine], [e[measure] for e in mine], marker="o", label=name)
                 for entry in mine:
                     axis.annotate(entry["setting"].split()[1], (entry["of plain"], entry[measure]), fontsize=7)
             axis.axvline(0.5, color="grey", linewidth=0.5)

@@ -68,8 +68,8 @@ class Steering:
     mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `SAFE`
     has every mode's in every family. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order.
     offset: what VSF takes from the negative's scores. layers: "all", or "decoder", which leaves a U-Net's encoder as it
-    is: the picture stays closer to its prompt (benchmarks/results/negative-tiny.md). OneStepError for a value out of
-    range.
+    is: pictures keep their quality better, a word is kept away a little less (benchmarks/results/negative-tiny.md).
+    OneStepError for a value out of range.
     """
 
     mode: str = "nasa"

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..core.errors import OneStepError
 from ..core.guidance import LAYERS, MODES, SAFE, Steering
-from .steer_networks import network_of, served
+from .steer_networks import check_layers, network_of, served
 from .steer_run import KEY, NegativeSteering
 
 MODES_TOLD = (
@@ -17,8 +17,8 @@ MODES_TOLD = (
     "answer with its sign flipped."
 )
 LAYERS_TOLD = (
-    "U-Nets: decoder leaves the blocks that take the picture in unsteered. What is drawn stays closer to the prompt; "
-    "a colour is kept away less. Push harder with it (alpha 0.35)."
+    "U-Nets: decoder leaves the blocks that take the picture in unsteered. Pictures keep their quality better; at the "
+    "same scale a word is kept away a little less."
 )
 SCALES = "; ".join(
     f"{mode.upper()} {' or '.join(f'{scale:g}' for scale in sorted({scales[mode] for scales in SAFE.values()}))}"
@@ -93,6 +93,8 @@ def steered_model(model: Any, negative: Any, steering: Steering, start: float = 
     """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
     found = served(model)
     steering.check_family(found.family)
+    if found.family == "unet":
+        check_layers(steering, network_of(model))
     check_negative(negative, found.width(network_of(model)), bool(model.model.adm_channels))
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(

@@ -120,6 +120,12 @@ def unet_width(network: Any) -> int:
     return int(next(cross_blocks(network))[1].to_k.in_features)
 
 
+def check_layers(steering: Steering, network: Any) -> None:
+    """Raises OneStepError for a U-Net without a cross-attention among the layers that are to be steered."""
+    if not any(acts(steering, key) for key, _ in cross_blocks(network)):
+        raise OneStepError("this U-Net has no cross-attention in its decoder: set layers to all")
+
+
 def acts(steering: Steering, key: tuple[str, int, int]) -> bool:
     """Whether the cross-attention of this name is steered: the decoder is all but the blocks that take in."""
     return steering.layers == "all" or key[0] != "input"

@@ -36,9 +36,8 @@ class Trajectories(Blocks):
     """Trajectories of ``settings.teacher_steps`` steps from unit noise, each under a guidance of its own from the range
     ``settings.scales``; ``settings.states`` of its states are kept.
 
-    They are drawn as often as guidance is large there, |D_c - D_u|, and the losses divide by that once: so it is the
-    square error of x0 that falls, with fewer states than chance alone would need
-    (benchmarks/results/guidance-adapter-tiny.md).
+    Where guidance is large, |D_c - D_u|, a step is kept more often: the losses divide by that once, and what counts in
+    the end is the square error of x0, which lies in the noisiest steps.
     """
 
     stream = "trajectory"
@@ -84,9 +83,11 @@ class Trajectories(Blocks):
         return x[at], target[at], sigma[at], apart[at]
 
     def _steps(self, block: int, row: int, apart: Tensor) -> Tensor:
-        """[states] of a trajectory's steps, each at most once, by chances in proportion to ``apart`` [steps]."""
+        """[states] of a trajectory's steps, each at most once, by chances in proportion to ``apart`` [steps] among
+        those left; steps at which the teacher's answer is no number come last."""
         draw = randomness.generator(self.settings.seed, "trajectory steps", block, row)
-        chances = apart.double() + 1e-6 * apart.double().max() + torch.finfo(torch.float32).tiny
+        large = apart.double().nan_to_num(0, 0, 0)
+        chances = large + 1e-6 * large.max() + torch.finfo(torch.float32).tiny
         return torch.multinomial(chances, self.settings.states, generator=draw)
 
     def _scales(self, block: int) -> Tensor:

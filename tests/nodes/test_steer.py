@@ -89,6 +89,8 @@ WORDS = {
     "width sd15": ("1024", "768", "CLIP"),
     "width sd3": ("1024", "4096"),
     "width flux": ("1024", "4096"),
+    "layers sd3": ("decoder", "U-Nets", "sd3"),
+    "layers encoder": ("no cross-attention in its decoder", "all"),
     "pooled": ("pooled", "CLIP"),
     "empty": ("no text",),
     **{key: (key, "without") for key in ("area", "mask", "strength")},

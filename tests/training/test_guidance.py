@@ -192,6 +192,16 @@ def test_steps_are_kept_as_often_as_guidance_is_large_there(tmp_path: Path) -> N
         np.testing.assert_allclose(shares, wanted, atol=0.03)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_without_a_number_is_kept_only_after_all_others(tmp_path: Path, bad: float) -> None:
+    for states, steps in ((3, {0, 2, 3}), (4, {0, 1, 2, 3})):
+        made = trajectories(tmp_path / str(states), agd_settings(states=states), SmallHost())
+        assert {frozenset(made._steps(0, row, torch.tensor([1.0, bad, 2.0, 3.0])).tolist()) for row in range(4)} == {
+            frozenset(steps)
+        }
+        assert len(set(made._steps(0, 0, torch.full((4,), bad)).tolist())) == states
+
+
 def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:
     """Whole batches and micro-batches, new trajectories and ones drawn again, from memory or disk."""
     for update in (0, 1, 5):

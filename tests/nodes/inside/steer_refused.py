@@ -10,7 +10,7 @@ import node_helpers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from comfy_steering import Probe, condition, noise_of, tiny, x0_of
+from comfy_steering import KINDS, Probe, condition, noise_of, tiny, x0_of
 
 from onestep.core.errors import OneStepError
 from onestep.nodes.steer import NegativeSteeringNode
@@ -43,10 +43,20 @@ def drawn(kind, patch=None, positive=None):
     x0_of(clone, condition(kind, 9, 1) if positive is None else positive)
 
 
+def blind_decoder():
+    """A U-Net of SD1.5's kind whose encoder alone looks at its text."""
+    kind, layout = KINDS["sd15"]
+    KINDS["encoder"] = kind, {**layout, "transformer_depth_output": [0, 0, 0, 0], "transformer_depth_middle": -1}
+    return tiny("encoder")
+
+
 # -- at the node ------------------------------------------------------------------------------------------------------
 
 for kind in ("sd15", "sd3", "flux"):
     refused(f"width {kind}", lambda kind=kind: steered(kind, condition("sd2", 5, 2)))
+refused("layers sd3", lambda: steered("sd3", layers="decoder"))
+MODELS["encoder"] = blind_decoder()
+refused("layers encoder", lambda: steered("encoder", condition("sd15", 5, 2), layers="decoder"))
 refused("pooled", lambda: steered("sdxl", [[condition("sdxl", 5, 2)[0][0], {}]]))
 refused("empty", lambda: steered("sd15", []))
 PLACED = {"area": (8, 4, 0, 0), "mask": torch.ones(1, 8, 8), "strength": 0.5}
