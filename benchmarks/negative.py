@@ -7,8 +7,9 @@ Every setting draws the same pictures (same prompts, same noise) under a negativ
 dark, or the group that the student mistakes the prompt's for most often. rate: share of pictures in which the judge
 sees that word. agreement: share in which it sees the prompt's group. FD-local: to real pictures. Limits are one-sided
 95% bounds over pairs, on the side that could disprove a claim. CFG takes two forwards, all others one. SUN, the trained
-counterpart, needs its adapter: --sun adapter.safetensors. --blend draws NAG at other alphas, --layers steers fewer
-layers. --floor N adds what the teacher makes of the negative in N guided steps, beside its own pictures without one.
+counterpart, needs its adapter: --sun adapter.safetensors. --blend draws NAG and Perp at other alphas, --weights and
+--keep are Perp's, --layers steers fewer layers. --floor N adds what the teacher makes of the negative in N guided
+steps, beside its own pictures without one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ SCALES = {
     "vsf": (0.25, 0.5, 1.0, 2.0, 3.5),
     "cfg": (1.25, 1.5, 2.0, 3.0),
     "sun": (1.0, 1.5, 2.0, 3.0),
+    "perp": (10.0, 24.0),
 }
 SUBJECTS = ("colour", "brightness", "group")
 ROLE = "student"
@@ -54,23 +58,27 @@ W = 3.0
 
 @dataclass(frozen=True)
 class How:
-    """One setting. mode: "" is the plain student. alpha: NAG's blend. steps: the teacher's."""
+    """One setting. mode: "" is the plain student. alpha: NAG's and Perp's blend. steps: the teacher's."""
 
     mode: str = ""
     scale: float = 0.0
     alpha: float = ALPHA
     steps: int = 0
     layers: str = "all"
+    weight: float = Steering.weight
+    keep: float = Steering.keep
 
     @property
     def steering(self) -> Steering:
-        return Steering(self.mode, self.scale, alpha=self.alpha, layers=self.layers)
+        own = {"layers": self.layers, "weight": self.weight, "keep": self.keep}
+        return Steering(self.mode, self.scale, alpha=self.alpha, **own)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
         blend = "" if self.alpha == ALPHA else f" alpha {self.alpha:g}"
         where = "" if self.layers == "all" else f" {self.layers}"
-        return f"{self.mode} {self.scale:g}{blend}{where}" if self.mode else "plain"
+        own = f" weight {self.weight:g} keep {self.keep:g}" if self.mode == "perp" else ""
+        return f"{self.mode} {self.scale:g}{own}{blend}{where}" if self.mode else "plain"
 
 
 @dataclass
@@ -97,6 +105,10 @@ class World:
         part = self._walked if how.mode == "teacher" else self._part
         return torch.cat([part(cond[rows], null[rows], noise[rows], how) for rows in slices(len(texts))])
 
+    @cached_property
+    def empty(self) -> Tensor:
+        return self.told([""]).text
+
     def _walked(self, cond: Cond, null: Cond, noise: Tensor, how: How) -> Tensor:
         """The teacher's, by classifier-free guidance with the negative as its null, in ``how.steps`` steps."""
         with self.host.denoiser.roles.use(TEACHER):
@@ -108,7 +120,7 @@ class World:
         denoise, recipe = self.host.denoiser, self.student.recipe
         sigma = denoise.schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
         x = fed_latents(denoise.schedule, noise, sigma, recipe.fed[0])
-        on = steered(self.host.pipe, null.text, how.steering) if mode in MODES else None
+        on = steered(self.host.pipe, null.text, how.steering, empty=self.empty) if mode in MODES else None
         told = {"negative": null, "scale": scale} if mode == "sun" else {}
         with denoise.roles.use(ROLE, train=False, **told), on or nullcontext():
             x0 = denoise(x, sigma, cond)
@@ -162,7 +174,9 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--modes", nargs="+", choices=list(SCALES), help="all by default; sun where there is --sun")
     parser.add_argument("--scales", nargs="+", type=float, help="instead of each mode's own")
-    parser.add_argument("--blend", nargs="+", type=float, default=[ALPHA], help="NAG's alphas")
+    parser.add_argument("--blend", nargs="+", type=float, default=[ALPHA], help="alphas of NAG and Perp")
+    parser.add_argument("--weights", nargs="+", type=float, default=[Steering.weight], help="of Perp's negative")
+    parser.add_argument("--keep", nargs="+", type=float, default=[Steering.keep], help="Perp's care for the prompt")
     parser.add_argument("--layers", default="all", choices=LAYERS, help="which are steered")
     parser.add_argument("--floor", type=int, default=0, help="the teacher's steps; 0 = without these rows")
     parser.add_argument("--sun", type=Path, help="a negative adapter for this student")
@@ -220,11 +234,15 @@ def measured(world: World, prompts: list[str], args: argparse.Namespace, subject
 
 
 def settings(args: argparse.Namespace) -> Iterator[How]:
-    """What is asked for: each mode at its scales, or at --scales; NAG at each --blend."""
+    """What is asked for: each mode at its scales, or at --scales; NAG and Perp at each --blend, Perp at each of its
+    own."""
     for mode in args.modes:
-        for alpha in args.blend if mode == "nag" else [ALPHA]:
+        blends = args.blend if mode in ("nag", "perp") else [ALPHA]
+        weights, keep = (args.weights, args.keep) if mode == "perp" else ([Steering.weight], [Steering.keep])
+        layers = args.layers if mode in MODES else "all"
+        for alpha, weight, kept in product(blends, weights, keep):
             for scale in args.scales or SCALES[mode]:
-                yield How(mode, scale, alpha, layers=args.layers if mode in MODES else "all")
+                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept)
 
 
 def others_of(world: World, subject: str, words: Tensor) -> list[str]:

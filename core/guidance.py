@@ -1,8 +1,9 @@
 """Negative prompts without a second pass: the negative text acts inside attention, on the picture's rows alone.
 
 NASA: Negative-Away Steer Attention (arXiv:2412.02687). NAG: Normalized Attention Guidance (arXiv:2505.21179). VSF:
-Value Sign Flip (arXiv:2508.10931). Z+ is what the picture's queries find in the positive text, Z- what the same queries
-find in the negative text; all act before the attention's output projection.
+Value Sign Flip (arXiv:2508.10931). Perp: NAG whose negative is weighed apart from the prompt, and leaves it alone as in
+Perp-Neg (arXiv:2304.04968). Z+ is what the picture's queries find in the positive text, Z- what the same queries find
+in the negative text, Z0 what they find in the empty one; all act before the attention's output projection.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor
 from ..kernels import Partial, attention, merge, partial_attention
 from .errors import OneStepError
 
-MODES = ("nasa", "nag", "vsf")
+MODES = ("nasa", "nag", "vsf", "perp")
 LAYERS = ("all", "decoder")
 SAFE = {
-    "unet": {"nasa": 0.25, "nag": 5.0, "vsf": 1.0},
-    "sd3": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5},
-    "flux": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5},
-    "wan": {"nasa": 0.25, "nag": 5.0, "vsf": 1.7},
+    "unet": {"nasa": 0.25, "nag": 5.0, "vsf": 1.0, "perp": 10.0},
+    "sd3": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5, "perp": 10.0},
+    "flux": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5, "perp": 10.0},
+    "wan": {"nasa": 0.25, "nag": 5.0, "vsf": 1.7, "perp": 10.0},
 }
 """By family and mode, a scale that is safe to begin with: NAG's and VSF's are their authors' own (VSF has no U-Net of
 theirs: it takes the tokens' share of attention), NASA's lies inside what its authors call safe for one step."""
-NEUTRAL = {"nasa": 0.0, "nag": 1.0}
+NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}
 """The scale at which a mode changes nothing, and below which it would steer towards the negative. VSF has none: at 0
 the negative still takes its share of attention."""
 
@@ -41,7 +42,33 @@ def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: flo
     """Z+, Z-: [B, H, N, D]; scale >= 1, the paper's phi + 1. A norm is that of a token over all its heads, of order 1
     (the paper, ComfyUI) or 2 (the authors' code for Flux)."""
     # Z~ = s Z+ - (s - 1) Z- = s G: of G, no scale makes numbers too large for half precision
-    g = nasa(positive, negative, (scale - 1) / scale)
+    return _limited(positive, nasa(positive, negative, (scale - 1) / scale), scale, tau, alpha, order)
+
+
+def perp(
+    positive: Tensor,
+    negative: Tensor,
+    empty: Tensor,
+    scale: float,
+    weight: float,
+    keep: float,
+    tau: float,
+    alpha: float,
+    order: float = 1,
+) -> Tensor:
+    """NAG from the empty text's Z0, where the negative has a weight n of its own and spares what it shares with the
+    prompt. Z+, Z-, Z0: [B, H, N, D]. n = 1 and keep = 0 is NAG; keep = 1 is Perp-Neg's direction; above it, the prompt
+    gains where the two agree."""
+    # a = Z+ - Z0,   b = Z- - Z0,   b' = b - keep <a, b> / |a|^2 a, over a head's width
+    a, b = positive - empty, negative - empty
+    b = b - (keep * _along(a, b)).to(b)
+    # Z~ = Z+ + (s - 1) (a - n b') = s G
+    g = positive / scale + (1 - 1 / scale) * (a - weight * b)
+    return _limited(positive, g, scale, tau, alpha, order)
+
+
+def _limited(positive: Tensor, g: Tensor, scale: float, tau: float, alpha: float, order: float) -> Tensor:
+    """NAG's limit of Z~ = s G, and its blend."""
     # Z^ = min(r, tau) / r Z~ = min(s, tau |Z+| / |G|) G,   r = |Z~| / |Z+|
     reach = (tau * _norm(positive, order) / _norm(g, order)).clamp_max(scale)
     # Z = alpha Z^ + (1 - alpha) Z+
@@ -65,11 +92,12 @@ class Streams(NamedTuple):
 class Steering:
     """How a negative text pushes away.
 
-    mode: "nasa", "nag" or "vsf". scale: NASA's a (0 = off), NAG's s (1 = off), VSF's s; the default is NASA's, `SAFE`
-    has every mode's in every family. tau, alpha, order: NAG's limit of the norm, its blend and the norm's order.
-    offset: what VSF takes from the negative's scores. layers: "all", or "decoder", which leaves a U-Net's encoder as it
-    is: pictures keep their quality better, a word is kept away a little less (benchmarks/results/negative-tiny.md).
-    OneStepError for a value out of range.
+    mode: "nasa", "nag", "vsf" or "perp". scale: NASA's a (0 = off), NAG's and Perp's s (1 = off), VSF's s; the default
+    is NASA's, `SAFE` has every mode's in every family. tau, alpha, order: NAG's and Perp's limit of the norm, blend and
+    the norm's order. offset: what VSF takes from the negative's scores. layers: "all", or "decoder", which leaves a
+    U-Net's encoder as it is: pictures keep their quality better, a word is kept away a little less
+    (benchmarks/results/negative-tiny.md). weight, keep: of Perp's negative, beside the prompt's 1, and how far it
+    spares what it shares with the prompt. OneStepError for a value out of range.
     """
 
     mode: str = "nasa"
@@ -79,6 +107,8 @@ class Steering:
     order: float = 1
     offset: float = 0.1
     layers: str = "all"
+    weight: float = 1.5
+    keep: float = 2.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -102,49 +132,69 @@ class Steering:
     @property
     def neutral(self) -> bool:
         """Whether this steering changes nothing at all, so that a host need not take part."""
-        return NEUTRAL.get(self.mode) == self.scale or (self.mode == "nag" and self.alpha == 0)
+        return NEUTRAL.get(self.mode) == self.scale or (self.mode in ("nag", "perp") and self.alpha == 0)
+
+    @property
+    def wants_empty(self) -> bool:
+        """Whether the empty text's tokens must follow the negative's."""
+        return self.mode == "perp"
 
     def cross(
-        self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, Tensor], found: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        negative: tuple[Tensor, Tensor],
+        found: Tensor | None = None,
+        empty: int = 0,
     ) -> Tensor:
         """Cross-attention of the picture to its text, steered. q: [B, H, N, D]. k, v: [B, H, L, D].
 
-        negative: its keys and values, [B, H, M, D] each. found: what a host has made of the positive instead, as a
-        picture's prompt beside the text. Returns [B, H, N, D].
+        negative: its keys and values, [B, H, M, D] each; the last ``empty`` of them are the empty text's. found: what a
+        host has made of the positive instead, as a picture's prompt beside the text. Returns [B, H, N, D].
         """
         if self.mode != "vsf":
-            return self.apart(attention(q, k, v) if found is None else found, attention(q, *negative))
+            away = (attention(q, k, v) for k, v in texts(negative, empty))
+            return self.apart(attention(q, k, v) if found is None else found, *away)
         plain = partial_attention(q, k, v)
         steered = vsf(plain, partial_attention(q, *negative), self.scale, self.offset)
         # what is found beyond plain attention stays
         return steered if found is None else steered + (found - plain.out)
 
-    def joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None) -> Streams:
-        """Joint attention with one picture and two texts: the doubled network's, its picture's rows computed once.
+    def joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None, empty: int = 0) -> Streams:
+        """Joint attention with one picture and its texts: the doubled network's, its picture's rows computed once.
 
-        The picture sees both texts apart; each text sees itself and the picture. rows: [B] bool, which pictures are
-        steered; None = all. The others see the positive text alone.
+        The picture sees the texts apart; each text sees itself and the picture. rows: [B] bool, which pictures are
+        steered; None = all. The others see the positive text alone. empty: as in `cross`.
         """
         # All queries look at the picture's keys at once; the picture's and a text's, as neighbours, at that text's.
         queries = torch.cat((q.positive, q.image, q.negative), 2)
-        first, image, last = (part.shape[2] for part in (q.positive, q.image, q.negative))
-        of_positive, to_image, of_negative = _found(queries, k.image, v.image, [first, image, last])
+        first, image, last = q.positive.shape[2], q.image.shape[2], q.negative.shape[2] - empty
+        of_positive, to_image, *of_away = _found(queries, k.image, v.image, [first, image, last, empty])
         own_positive, to_positive = _found(queries[:, :, : first + image], k.positive, v.positive, [first, image])
-        to_negative, own_negative = _found(queries[:, :, first:], k.negative, v.negative, [image, last])
+        (_, *negative), *others = texts((q.negative, k.negative, v.negative), empty)
+        away = [(queries[:, :, first : first + image + last], *negative)]
+        away += [(torch.cat((q.image, late), 2), *there) for late, *there in others]
+        to_away, own_away = zip(*(_found(q, k, v, [image, k.shape[2]]) for q, k, v in away), strict=True)
         plain = to_image.joined(to_positive)
         if self.mode == "vsf":
-            steered = vsf(plain, to_negative, self.scale, self.offset)
+            steered = vsf(plain, to_away[0], self.scale, self.offset)
         else:
-            steered = self.apart(plain.out, merge(to_image, to_negative))
+            steered = self.apart(plain.out, *(merge(to_image, found) for found in to_away))
         if rows is not None:
             steered = torch.where(rows[:, None, None, None], steered, plain.out)
-        return Streams(merge(of_positive, own_positive), merge(of_negative, own_negative), steered)
+        of_texts = [merge(*parts) for parts in zip(of_away, own_away, strict=False)]
+        return Streams(merge(of_positive, own_positive), torch.cat(of_texts, 2) if empty else of_texts[0], steered)
 
-    def apart(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """NASA or NAG of Z+ and Z-, [B, H, N, D] each."""
+    def apart(self, positive: Tensor, negative: Tensor, empty: Tensor | None = None) -> Tensor:
+        """NASA, NAG or Perp of Z+, Z- and, for Perp, Z0: [B, H, N, D] each."""
         if self.mode == "nasa":
             return nasa(positive, negative, self.scale)
-        return nag(positive, negative, self.scale, self.tau, self.alpha, self.order)
+        if self.mode == "nag":
+            return nag(positive, negative, self.scale, self.tau, self.alpha, self.order)
+        assert empty is not None  # hosts see to it, by wants_empty
+        limits = self.tau, self.alpha, self.order
+        return perp(positive, negative, empty, self.scale, self.weight, self.keep, *limits)
 
 
 LIMITS = (
@@ -152,8 +202,23 @@ LIMITS = (
     ("tau", 1, 100, "NAG's limit of the norm; 2.5 is usual."),
     ("alpha", 0, 1, "NAG's blend; 0.25 is usual."),
     ("order", 1, 2, "The order of NAG's norm: 1 or 2."),
+    ("weight", 0, 100, "Of Perp's negative; 1 to 3 is usual."),
+    ("keep", 0, 100, "How much of what it shares with the prompt Perp's negative loses; 0 to 3 is usual."),
     ("offset", 0, 100, "What VSF takes from the negative's scores; 0.1 is usual."),
 )
+
+
+def texts(parts: tuple[Tensor, ...], empty: int) -> list[tuple[Tensor, ...]]:
+    """``parts`` [..., M, D] of the negative and, where M ends with ``empty`` tokens of it, of the empty text."""
+    split = [part.split([part.shape[-2] - empty, empty], -2) for part in parts]
+    return list(zip(*split, strict=True))[: 2 if empty else 1]
+
+
+def _along(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> / |a|^2 a over a head's width, [B, H, N, D] in float32 at least; 0 where a is."""
+    a, b = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (a, b))
+    square = (a * a).sum(3, keepdim=True)
+    return (a * b).sum(3, keepdim=True) / square.clamp_min(torch.finfo(square.dtype).tiny) * a
 
 
 def _found(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Partial]:

@@ -14,11 +14,16 @@ from .steer_run import KEY, NegativeSteering
 
 MODES_TOLD = (
     "NASA subtracts what the picture finds in the negative. NAG pushes away from it and limits the change. VSF lets it "
-    "answer with its sign flipped."
+    "answer with its sign flipped. PERP is NAG with a weight of the negative's own that can spare the prompt: it needs "
+    "the empty text."
 )
 LAYERS_TOLD = (
     "U-Nets: decoder leaves the blocks that take the picture in unsteered. Pictures keep their quality better; at the "
     "same scale a word is kept away a little less."
+)
+KEEP_TOLD = (
+    "PERP alone: how far the negative spares what it shares with the prompt. 0 for what rivals the prompt, as another "
+    "subject; 2 to 3 for what any picture can have, as dark."
 )
 SCALES = "; ".join(
     f"{mode.upper()} {' or '.join(f'{scale:g}' for scale in sorted({scales[mode] for scales in SAFE.values()}))}"
@@ -26,12 +31,10 @@ SCALES = "; ".join(
 )
 
 
-def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0) -> Any:
-    """A float's widget; NAG's two are shown among the advanced ones."""
-    advanced = name in ("tau", "alpha")
-    return io.Float.Input(
-        name, default=default, min=low, max=high, step=step, round=False, advanced=advanced, tooltip=tooltip
-    )
+def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0, **more: Any) -> Any:
+    """A float's widget; those of one mode alone are shown among the advanced ones."""
+    told = {"default": default, "min": low, "max": high, "step": step, "round": False, "tooltip": tooltip}
+    return io.Float.Input(name, advanced=name in ("tau", "alpha", "weight", "keep"), **told, **more)
 
 
 class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
@@ -62,6 +65,13 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
                 number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
                 number("end_percent", 1.0, 1.0, 0.01, "Share of the schedule where steering ends; 1 = the last step."),
                 io.Combo.Input("layers", options=list(LAYERS), optional=True, advanced=True, tooltip=LAYERS_TOLD),
+                io.Conditioning.Input(
+                    "empty", optional=True, tooltip="PERP alone: an empty prompt, by the model's own text encoder."
+                ),
+                number(
+                    "weight", 1.5, 100.0, 0.05, "PERP alone: of the negative, beside the prompt's 1.", optional=True
+                ),
+                number("keep", 2.0, 100.0, 0.1, KEEP_TOLD, optional=True),
             ],
             outputs=[io.Model.Output(tooltip="The steered model: sample it at CFG 1.")],
         )
@@ -78,24 +88,33 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
         start_percent: float,
         end_percent: float,
         layers: str = LAYERS[0],
+        empty: Any = None,
+        weight: float = Steering.weight,
+        keep: float = Steering.keep,
     ) -> io.NodeOutput:
         name, family = mode.lower(), served(model).family
-        steering = Steering(name, scale if scale != 0 else SAFE[family][name], tau, alpha, layers=layers)
+        safe = scale if scale != 0 else SAFE[family][name]
+        steering = Steering(name, safe, tau, alpha, layers=layers, weight=weight, keep=keep)
         if not 0 <= start_percent < end_percent <= 1:
             raise OneStepError(
                 f"steering from {start_percent:g} to {end_percent:g} of the schedule is no range: start_percent must "
                 "be below end_percent, both within 0 to 1"
             )
-        return io.NodeOutput(steered_model(model, negative, steering, start_percent, end_percent))
+        return io.NodeOutput(steered_model(model, negative, steering, start_percent, end_percent, empty))
 
 
-def steered_model(model: Any, negative: Any, steering: Steering, start: float = 0.0, end: float = 1.0) -> Any:
+def steered_model(
+    model: Any, negative: Any, steering: Steering, start: float = 0.0, end: float = 1.0, empty: Any = None
+) -> Any:
     """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
     found = served(model)
     steering.check_family(found.family)
     if found.family == "unet":
         check_layers(steering, network_of(model))
-    check_negative(negative, found.width(network_of(model)), bool(model.model.adm_channels))
+    width, pooled = found.width(network_of(model)), bool(model.model.adm_channels)
+    check_negative(negative, width, pooled)
+    if steering.wants_empty:
+        check_negative(empty, width, pooled, "empty text")
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(
             "this MODEL is steered already: give both negatives to one Negative Steering, through Conditioning "
@@ -103,7 +122,7 @@ def steered_model(model: Any, negative: Any, steering: Steering, start: float = 
         )
     clone = model.clone()
     if not steering.neutral:
-        ours = NegativeSteering(steering, negative, found, start, end)
+        ours = NegativeSteering(steering, negative, empty, found, start, end)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, ours.outer_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
     return clone
@@ -113,26 +132,30 @@ def steered_model(model: Any, negative: Any, steering: Steering, start: float = 
 PARTIAL = {"area": "an area", "mask": "a mask", "attention_mask_img_shape": "an attention mask"}
 
 
-def check_negative(negative: Any, width: int, pooled: bool) -> None:
+def check_negative(negative: Any, width: int, pooled: bool, what: str = "negative") -> None:
     """Raises OneStepError for a negative of another text encoder, or one that is bound to a part of the picture.
 
-    width: of the tokens that the model reads. pooled: whether it reads a pooled vector too.
+    width: of the tokens that the model reads. pooled: whether it reads a pooled vector too. what: the negative's part.
     """
     if not negative:
-        raise OneStepError("the negative holds no text: plug in CLIP Text Encode, or ConditioningZeroOut")
+        hint = (
+            ", or ConditioningZeroOut" if what == "negative" else " with nothing written in it: PERP measures from it"
+        )
+        raise OneStepError(f"the {what} holds no text: plug in CLIP Text Encode{hint}")
     for text, told in negative:
         if text.shape[-1] != width:
             raise OneStepError(
-                f"the negative's tokens are {text.shape[-1]} wide, this model reads {width}: encode it with this "
+                f"the {what}'s tokens are {text.shape[-1]} wide, this model reads {width}: encode it with this "
                 "model's CLIP"
             )
         if pooled and told.get("pooled_output") is None:
-            raise OneStepError("the negative has no pooled vector, which this model's CLIP gives: encode it with that")
+            raise OneStepError(f"the {what} has no pooled vector, which this model's CLIP gives: encode it with that")
         bound = [word for key, word in PARTIAL.items() if told.get(key) is not None]
         bound += ["a strength"] * (told.get("strength", 1.0) != 1.0)
+        bound += ["a timestep range"] * (what != "negative" and bool({"start_percent", "end_percent"} & told.keys()))
         if bound:
             raise OneStepError(
-                f"the negative has {bound[0]}, which steering cannot honour: it acts on the whole picture, and its "
+                f"the {what} has {bound[0]}, which steering cannot honour: it acts on the whole picture, and its "
                 "strength is the node's scale. Plug in the condition without it"
             )
 

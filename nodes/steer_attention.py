@@ -11,7 +11,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..core.errors import OneStepError
-from ..core.guidance import Steering, Streams
+from ..core.guidance import Steering, Streams, texts
 
 Attend = Callable[..., Tensor]
 
@@ -27,11 +27,13 @@ class Reached:
 class CrossPatch:
     """A U-Net block's attn2_replace. negative: keys and values [B, L, H D]. earlier: the patch that was there before.
 
-    rows: [B] bool, which rows are steered; None = all.
+    empty: how many of the negative's tokens, the last, are the empty text's. rows: [B] bool, which rows are steered;
+    None = all.
     """
 
     steering: Steering
     negative: tuple[Tensor, Tensor]
+    empty: int
     rows: Tensor | None
     reached: Reached
     earlier: Attend | None
@@ -44,13 +46,14 @@ class CrossPatch:
                 "cross-attention, which Negative Steering cannot follow: take one of the two away"
             )
 
+        heads, precision = options["n_heads"], options["attn_precision"]
+
         def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads, precision = options["n_heads"], options["attn_precision"]
             return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
         self.reached.once = True
         found = None if self.earlier is None else self.earlier(q, k, v, options)
-        return steered(self.steering, look, (q, k, v), self.negative, options["n_heads"], self.rows, found)
+        return steered(self.steering, look, (q, k, v), self.negative, self.empty, heads, self.rows, found)
 
 
 def steered(
@@ -58,13 +61,15 @@ def steered(
     look: Attend,
     positive: tuple[Tensor, Tensor, Tensor],
     negative: tuple[Tensor, Tensor],
+    empty: int,
     heads: int,
     rows: Tensor | None,
     found: Tensor | None = None,
 ) -> Tensor:
     """Cross-attention of ``positive`` (q, k, v), pushed away from ``negative`` (k, v); [B, N, H D] all.
 
-    look: the host's attention of q, k, v. found: what an earlier patch made of ``positive`` instead.
+    look: the host's attention of q, k, v. empty: as in CrossPatch. found: what an earlier patch made of ``positive``
+    instead.
     """
     if steering.mode == "vsf":
         q, k, v, k_negative, v_negative = (_heads(part, heads) for part in (*positive, *negative))
@@ -75,8 +80,10 @@ def steered(
         found = look(*positive) if found is None else found
     else:
         found = look(*positive) if found is None else found
+        away = (look(positive[0], *text) for text in texts(negative, empty))
         # NAG's norm is a token's over all heads: one head of their whole width has the same
-        pushed = steering.apart(found[:, None], look(positive[0], *negative)[:, None])[:, 0]
+        each = heads if empty else 1
+        pushed = _flat(steering.apart(*(_heads(z, each) for z in (found, *away))))
     return pushed if rows is None else torch.where(rows[:, None, None], pushed, found)
 
 
@@ -85,11 +92,12 @@ class JointAttention:
     """The attention override of a network whose texts and picture are one sequence: [text+, text-, image].
 
     lengths: of the two texts. image: the picture's tokens where the network also attends to them alone, else None.
-    rows: as in CrossPatch. earlier: the override that was there before; it keeps the calls that are not joint.
+    empty, rows: as in CrossPatch. earlier: the override that was there before; it keeps the calls that are not joint.
     """
 
     steering: Steering
     lengths: tuple[int, int]
+    empty: int
     image: int | None
     rows: Tensor | None
     reached: Reached
@@ -117,7 +125,7 @@ class JointAttention:
         sizes = [*self.lengths, length - sum(self.lengths)]
         q, k, v = (part if skip_reshape else _heads(part, heads) for part in (q, k, v))
         queries, keys, values = (Streams(*part.split(sizes, 2)) for part in (q, k, v))
-        found = torch.cat(self.steering.joint(queries, keys, values, self.rows), 2)
+        found = torch.cat(self.steering.joint(queries, keys, values, self.rows, self.empty), 2)
         return found if skip_output_reshape else _flat(found)
 
     def _check(self, length: int, mask: Tensor | None) -> None:
@@ -138,11 +146,12 @@ class JointAttention:
 class CrossOverride:
     """The attention override of a network whose context holds both texts: it tells their keys and values apart again.
 
-    lengths, rows, earlier: as in JointAttention. text_is_next: whether the next attention is one to the context.
+    lengths, empty, rows, earlier: as in JointAttention. text_is_next: whether the next attention is one to the context.
     """
 
     steering: Steering
     lengths: tuple[int, int]
+    empty: int
     rows: Tensor | None
     reached: Reached
     earlier: Attend | None
@@ -159,7 +168,7 @@ class CrossOverride:
             return look(q, k, v)
         self.reached.once = True
         (k, k_negative), (v, v_negative) = k.split(self.lengths, 1), v.split(self.lengths, 1)
-        return steered(self.steering, look, (q, k, v), (k_negative, v_negative), heads, self.rows)
+        return steered(self.steering, look, (q, k, v), (k_negative, v_negative), self.empty, heads, self.rows)
 
     def after_self_attention(self, told: dict[str, Any]) -> Tensor:
         """ComfyUI's attn1_patch of a video network."""

@@ -28,7 +28,8 @@ KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
 class Call:
     """One steered forward of ``network``.
 
-    x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative. chunks: how many
+    x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative, of which the last
+    ``empty`` are the empty text's. chunks: how many
     conditions lie behind each other in x. rows: [B] bool, which are steered; None = all. kept: the negative's keys and
     values, empty until they are made.
     """
@@ -38,6 +39,7 @@ class Call:
     x: Tensor
     context: Tensor
     tokens: Tensor
+    empty: int
     chunks: int
     rows: Tensor | None
     reached: Reached
@@ -142,14 +144,14 @@ def steer_unet(call: Call, options: dict[str, Any]) -> Tensor:
     ours = {}
     for key, (k, v) in call.kept.items():
         negative, before = (call.spread(k), call.spread(v)), earlier.get(key, earlier.get(key[:2]))
-        ours[key] = CrossPatch(call.steering, negative, call.rows, call.reached, before)
+        ours[key] = CrossPatch(call.steering, negative, call.empty, call.rows, call.reached, before)
     options["patches_replace"] = {**replaced, "attn2": {**earlier, **ours}}
     return call.context
 
 
 def steer_wan(call: Call, options: dict[str, Any]) -> Tensor:
     """Both texts are the context; a patch behind each attention tells the override which one comes next."""
-    override = CrossOverride(call.steering, call.lengths, call.rows, call.reached, options.get(OVERRIDE))
+    override = CrossOverride(call.steering, call.lengths, call.empty, call.rows, call.reached, options.get(OVERRIDE))
     patches = options.get("patches", {})
     behind = {"attn1_patch": override.after_self_attention, "attn2_patch": override.after_cross_attention}
     options["patches"] = {**patches, **{name: [*patches.get(name, []), patch] for name, patch in behind.items()}}
@@ -185,7 +187,7 @@ def steer_flux(call: Call, options: dict[str, Any]) -> Tensor:
 
 def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tensor:
     earlier = options.get(OVERRIDE)
-    options[OVERRIDE] = JointAttention(call.steering, call.lengths, image, call.rows, call.reached, earlier)
+    options[OVERRIDE] = JointAttention(call.steering, call.lengths, call.empty, image, call.rows, call.reached, earlier)
     return call.joined()
 
 

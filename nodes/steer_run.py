@@ -34,6 +34,7 @@ class Run:
     """
 
     entries: dict[int, list[Entry]] = field(default_factory=dict)
+    empty: dict[int, list[Entry]] = field(default_factory=dict)
     keys_values: dict[Any, KeysValues] = field(default_factory=dict)
     reached: Reached = field(default_factory=Reached)
     said: bool = False
@@ -42,10 +43,12 @@ class Run:
 
 @dataclass(frozen=True)
 class NegativeSteering:
-    """The two wrappers of one steered MODEL. negative: CONDITIONING. start, end: shares of the schedule, 0 noisiest."""
+    """The two wrappers of one steered MODEL. negative, empty: CONDITIONING, the second where steering wants it. start,
+    end: shares of the schedule, 0 noisiest."""
 
     steering: Steering
     negative: Any
+    empty: Any
     served: Served
     start: float
     end: float
@@ -108,19 +111,21 @@ class NegativeSteering:
         if not inside(t, start, level(self.end) if self.end < 1 else None):
             return []
         if id(model) not in run.entries:
-            run.entries[id(model)] = self._entries(model, x)
+            run.entries[id(model)] = self._entries(model, x, self.negative)
+            run.empty[id(model)] = self._entries(model, x, self.empty) if self.steering.wants_empty else []
         return [entry for entry in run.entries[id(model)] if inside(t, *(entry.get(name) for name in RANGE))]
 
-    def _entries(self, model: Any, x: Tensor) -> list[Entry]:
-        """The negative as the sampler prepares a condition: through the model's own extra_conds."""
-        entries = comfy.sampler_helpers.convert_cond(self.negative)
+    def _entries(self, model: Any, x: Tensor, texts: Any) -> list[Entry]:
+        """The negative, or the empty text, as the sampler prepares a condition: through the model's own extra_conds."""
+        entries = comfy.sampler_helpers.convert_cond(texts)
         comfy.samplers.calculate_start_end_timesteps(model, entries)
         # the latents stand in for the picture that inpainting models ask for; only the text is used
         given = {"latent_image": x, "denoise_mask": None}
         return comfy.samplers.encode_model_conds(model.extra_conds, entries, x, x.device, "negative", **given)
 
     def _call(self, model: Any, x: Tensor, context: Tensor, flags: list[int], active: list[Entry], run: Run) -> Call:
-        texts = [entry["model_conds"]["c_crossattn"].cond for entry in active]
+        empty = run.empty[id(model)]
+        texts = [entry["model_conds"]["c_crossattn"].cond for entry in (*active, *empty)]
         tokens = torch.cat([comfy.utils.repeat_to_batch_size(text, max(map(len, texts))) for text in texts], 1)
         tokens = management.cast_to_device(tokens, x.device, model.get_dtype_inference())
         rows = None
@@ -130,7 +135,8 @@ class NegativeSteering:
         hooked = getattr(model.current_patcher, "hook_patches", None)  # weights that change between calls
         key = (id(network), *(entry["uuid"] for entry in active))
         kept: KeysValues = {} if hooked else run.keys_values.setdefault(key, {})
-        return Call(self.steering, network, x, context, tokens, len(flags), rows, run.reached, kept)
+        behind = sum(text.shape[1] for text in texts[len(active) :])
+        return Call(self.steering, network, x, context, tokens, behind, len(flags), rows, run.reached, kept)
 
     def _compiled_apart(self, model: Any, call: Call, run: Run, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Without guards on patches torch would run the plain network's graph, or that of another steering.
@@ -161,5 +167,5 @@ def may_lack_guards(model_options: dict[str, Any]) -> bool:
 
 def form_of(call: Call) -> str:
     """A keyword for each form of steering; networks ignore it."""
-    form = repr((call.steering, call.lengths, call.tokens.shape, call.rows is None))
+    form = repr((call.steering, call.lengths, call.empty, call.tokens.shape, call.rows is None))
     return f"{KEY}_{hashlib.sha256(form.encode()).hexdigest()[:16]}"

@@ -119,9 +119,10 @@ class OneStepPipeline(DiffusionPipeline):
 
         recipe: a Recipe or a preset's name, for this call. negative_prompt: for all pictures, or one for each prompt;
         it acts where the recipe's guidance is not 1, and by ``steering``.
-        steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag" or "vsf" at a
-        scale (None is a safe one for the family), or a `Steering`. None steers nothing. Where the recipe's guidance is
-        not 1 both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+        steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag", "vsf" or
+        "perp" at a scale (None is a safe one for the family), or a `Steering`. None steers nothing. Where the recipe's
+        guidance is not 1 both act: the prompt's rows are steered, then guided away from the negative's own rows, which
+        are not.
         guidance: the scale of guidance that `load_guidance_adapter`'s adapter stands in for, in the same forward, 1
         (none) to 30; None is what it was loaded at. Where the recipe's is not 1 both act: the prompt's rows alone are
         the adapter's.
@@ -146,7 +147,8 @@ class OneStepPipeline(DiffusionPipeline):
         noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
         control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
-        with self._steered(negative, guided, steering, scale), self._adapted(guidance, guided), control:
+        empty = host.encode([""], size).text if getattr(steering, "mode", steering) == "perp" else None
+        with self._steered(negative, guided, steering, scale, empty), self._adapted(guidance, guided), control:
             x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
         self.maybe_free_model_hooks()
@@ -227,12 +229,12 @@ class OneStepPipeline(DiffusionPipeline):
         return host.encode(texts, size).to(host.device)
 
     def _steered(
-        self, negative: Cond | None, guided: bool, steering: str | Steering | None, scale: float | None
+        self, negative: Cond | None, guided: bool, steering: Any, scale: float | None, empty: Tensor | None
     ) -> AbstractContextManager[None]:
         if steering is not None and negative is not None:
             # nothing of the network changes within a call, and `guided` puts the prompt's rows first
             rows: Rows = "first half" if guided else "all"
-            return steered(self, negative.text, steering, scale=scale, rows=rows, cache=True)
+            return steered(self, negative.text, steering, scale=scale, rows=rows, cache=True, empty=empty)
         if scale is not None:
             raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
         return nullcontext()

@@ -35,14 +35,16 @@ def steered(
     end: float = 1.0,
     rows: Rows = "all",
     cache: bool = False,
+    empty: Tensor | None = None,
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
     pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux, ControlNet's and the like too.
     negative: [1 or P, L, C], a text as `encode_prompt` returns it (its first result; not the pooled one), for all
     pictures or for each of P prompts in order. L may differ from the prompt's.
-    steering, scale: "nasa", "nag" or "vsf" at a scale (None is one that is safe for the family), or a
+    steering, scale: "nasa", "nag", "vsf" or "perp" at a scale (None is one that is safe for the family), or a
     `Steering`.
+    empty: [1, L', C], the empty text, encoded in the same way; "perp" needs it, the others have no use for it.
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
     that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well. A
@@ -68,11 +70,12 @@ def steered(
     chosen.check_family(family)
     attentions = _attentions(plain, family, chosen.layers)
     _check_negative(negative, _width(plain, attentions))
+    told, length = _with_empty(negative, empty, chosen, _width(plain, attentions))
     latest, earliest = _times(pipe.scheduler, start, end)
     if chosen.neutral:
         yield
         return
-    hooks = _Hooks(Run(chosen, negative, rows, cache), own, family, plain, latest, earliest)
+    hooks = _Hooks(Run(chosen, told, rows, cache, length), own, family, plain, latest, earliest)
     with ExitStack() as undo:
         undo.callback(_restore, plain)
         plain.set_attn_processor(_processors(plain, attentions, hooks.run))
@@ -227,18 +230,30 @@ def _restore(network: Any) -> None:
     network.set_attn_processor({name: unsteered(found) for name, found in network.attn_processors.items()})
 
 
-def _check_negative(negative: Any, width: int) -> None:
+def _check_negative(negative: Any, width: int, what: str = "negative") -> None:
     if not isinstance(negative, Tensor) or negative.ndim != 3 or 0 in negative.shape:
         found = tuple(negative.shape) if isinstance(negative, Tensor) else type(negative).__name__
         raise OneStepError(
-            f"the negative is {found}: give the text's tokens [1 or prompts, tokens, width], the first result of "
+            f"the {what} is {found}: give the text's tokens [1 or prompts, tokens, width], the first result of "
             "encode_prompt"
         )
     if negative.shape[2] != width:
         raise OneStepError(
-            f"the negative's tokens are {negative.shape[2]} wide, this network reads {width}: encode it by this "
+            f"the {what}'s tokens are {negative.shape[2]} wide, this network reads {width}: encode it by this "
             "pipeline's own encode_prompt"
         )
+
+
+def _with_empty(negative: Tensor, empty: Tensor | None, steering: Steering, width: int) -> tuple[Tensor, int]:
+    """The negative's tokens and behind them the empty text's, where steering wants them; how many those are."""
+    if not steering.wants_empty:
+        return negative, 0
+    if empty is None:
+        raise OneStepError('perp measures from the empty text: give empty=..., "" encoded as the negative is')
+    _check_negative(empty, width, "empty text")
+    if len(empty) != 1:
+        raise OneStepError(f"there are {len(empty)} empty texts: give one, [1, tokens, width]")
+    return torch.cat([negative, empty.to(negative).expand(len(negative), -1, -1)], 1), empty.shape[1]
 
 
 def _width(network: Any, attentions: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from ..core.errors import OneStepError
-from ..core.guidance import Steering, Streams
+from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
 from .own_guidance import Rows, part
 
@@ -28,15 +28,17 @@ Projected = tuple[Tensor, Tensor, Tensor]
 class Run:
     """What the processors of one steered network share.
 
-    negative: [n, L, C] of an encoder. rows: which of each batch are steered. cache: whether keys and values of the
-    negative are kept from one forward to the next. The rest is true of the forward under way: whether it is steered,
-    the tokens of the positive text, and whether an attention has steered yet.
+    negative: [n, L, C] of an encoder; its last ``empty`` tokens are the empty text's. rows: which of each batch are
+    steered. cache: whether keys and values of the negative are kept from one forward to the next. The rest is true of
+    the forward under way: whether it is steered, the tokens of the positive text, and whether an attention has steered
+    yet.
     """
 
     steering: Steering
     negative: Tensor
     rows: Rows
     cache: bool
+    empty: int = 0
     active: bool = False
     positive_tokens: int = 0
     reached: bool = False
@@ -96,7 +98,7 @@ class CrossSteered(nn.Module):
         negative = self._negative(attn, seen, len(q))
         steering = self.run.steering
         if steering.mode != "vsf":
-            steered = steering.apart(positive, attention(q, *negative))
+            steered = steering.apart(positive, *(attention(q, k, v) for k, v in texts(negative, self.run.empty)))
         elif mask is None:
             k, v = seen.in_heads("k")[rows], seen.in_heads("v")[rows]
             steered = steering.cross(q, k, v, negative, positive)
@@ -190,7 +192,7 @@ class JointSteered:
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
         rows = self.run.chosen(hidden_states)
-        out = self.run.steering.joint(self._streams(q), self._streams(k), self._streams(v), rows)
+        out = self.run.steering.joint(self._streams(q), self._streams(k), self._streams(v), rows, self.run.empty)
         positive, negative, image = (_merged(part).to(hidden_states.dtype) for part in out)
         if encoder_hidden_states is None:
             # Flux' single blocks hold one sequence and project it themselves

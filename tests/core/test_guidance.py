@@ -11,15 +11,26 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
+from steering_oracle import (
+    EMPTY,
+    Array,
+    attend,
+    beside,
+    crossed,
+    doubled_by_hand,
+    drawn,
+    nag_by_hand,
+    norms,
+    numpied,
+    steer_by_hand,
+    streams,
+)
 from torch import Tensor
 
 from onestep.core import guidance
 from onestep.core.errors import OneStepError
-from onestep.core.guidance import LIMITS, MODES, NEUTRAL, SAFE, Steering, Streams, nag, nasa
+from onestep.core.guidance import LIMITS, MODES, NEUTRAL, SAFE, Steering, Streams, nag, nasa, perp
 from onestep.kernels import partial
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-KeysValues = tuple[Array, Array]
 
 CASES = {
     "nasa": Steering("nasa", 0.3),
@@ -32,81 +43,14 @@ CASES = {
     "vsf": Steering("vsf", 2.0, offset=0.7),
     "vsf, flipped alone": Steering("vsf", 1.0, offset=0.0),
     "vsf, muted": Steering("vsf", 0.0, offset=0.1),
+    "perp": Steering("perp", 4.0, tau=5.0, alpha=0.25, weight=1.5, keep=1.0),
+    "perp, spared": Steering("perp", 3.0, tau=6.0, alpha=0.5, order=2, weight=2.0, keep=2.5),
 }
 every_case = pytest.mark.parametrize("steering", CASES.values(), ids=list(CASES))
 
 
-# -- what is expected, in NumPy ---------------------------------------------------------------------------------------
-
-
-def attend(q: Array, k: Array, v: Array, bias: Array | float = 0.0) -> Array:
-    """softmax(q k^T / sqrt(D) + bias) v, [B, H, N, D]."""
-    scores = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(q.shape[-1]) + bias
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
-
-
-def norms(z: Array, order: float) -> Array:
-    """[B, 1, N, 1]: of each token of [B, H, N, D], over all its heads."""
-    return (np.abs(z) ** order).sum((1, 3), keepdims=True) ** (1 / order)
-
-
-def nag_by_hand(z_pos: Array, z_neg: Array, s: float, tau: float, alpha: float, order: float) -> Array:
-    """arXiv:2505.21179: extrapolate by phi = s - 1, limit each token's norm to tau times what it was, blend."""
-    pushed = z_pos + (s - 1) * (z_pos - z_neg)
-    ratio = norms(pushed, order) / norms(z_pos, order)
-    return alpha * pushed * np.minimum(ratio, tau) / ratio + (1 - alpha) * z_pos
-
-
-def steer_by_hand(
-    steering: Steering, q: Array, seen: KeysValues, unwanted: KeysValues, shared: KeysValues, added: Any = 0.0
-) -> Array:
-    """What a picture's queries find in the positive's keys, the negative's, and those they see beside either.
-    added: what a host adds to the positive's answer."""
-    (k, v), (k_neg, v_neg) = beside(seen, shared), beside(unwanted, shared)
-    if steering.mode == "vsf":
-        bias = np.repeat([0.0, -steering.offset], [k.shape[2], unwanted[0].shape[2]])
-        return attend(q, *beside((k, v), (unwanted[0], -steering.scale * unwanted[1])), bias) + added
-    z_pos, z_neg = attend(q, k, v) + added, attend(q, k_neg, v_neg)
-    if steering.mode == "nasa":
-        return z_pos - steering.scale * z_neg
-    return nag_by_hand(z_pos, z_neg, steering.scale, steering.tau, steering.alpha, steering.order)
-
-
-def beside(keys_values: KeysValues, others: KeysValues) -> KeysValues:
-    k, v = (np.concatenate(pair, 2) for pair in zip(keys_values, others, strict=True))
-    return k, v
-
-
-def doubled_by_hand(steering: Steering, q: Streams, k: Streams, v: Streams) -> tuple[Array, Array, Array]:
-    """Two networks side by side, one to a text, with the same picture: whole sequences attend to themselves."""
-    positive, negative = (attend(*(np.concatenate([part[i], part[2]], 2) for part in (q, k, v))) for i in (0, 1))
-    image = steer_by_hand(steering, q[2], (k[0], v[0]), (k[1], v[1]), (k[2], v[2]))
-    return positive[:, :, : q[0].shape[2]], negative[:, :, : q[1].shape[2]], image
-
-
-# -- the inputs -------------------------------------------------------------------------------------------------------
-
-
-def drawn(*lengths: int, batch: int = 2, heads: int = 3, width: int = 4, dtype: torch.dtype = torch.float64) -> Any:
-    """[batch, heads, length, width] each."""
-    return [torch.randn(batch, heads, length, width, dtype=dtype) for length in lengths]
-
-
-def streams(lengths: tuple[int, int, int] = (5, 3, 7), **shape: Any) -> list[Streams]:
-    """Queries, keys and values of two texts of different lengths and a picture. Some queries look sharply."""
-    q, k, v = (Streams(*drawn(*lengths, **shape)) for _ in range(3))
-    return [Streams(*(3 * part for part in q)), k, v]
-
-
-def crossed() -> tuple[Tensor, ...]:
-    """A picture's queries, keys and values of its text, keys and values of its negative."""
-    q, *texts = drawn(7, 5, 5, 3, 3)
-    return 3 * q, *texts
-
-
-def numpied(*tensors: Tensor) -> list[Array]:
-    return [tensor.detach().double().numpy() for tensor in tensors]
+def tail(steering: Steering) -> int:
+    return EMPTY if steering.wants_empty else 0
 
 
 def of(module: ModuleType, steering: Steering) -> Any:
@@ -123,14 +67,14 @@ def check_cross(module: ModuleType, steering: Steering) -> None:
     nothing, added = (k[:, :, :0], v[:, :, :0]), numpied(*drawn(7))[0]
     other = torch.from_numpy(attend(q.numpy(), k, v) + added)
     for told, more in ((None, 0.0), (other, added)):
-        found = of(module, steering).cross(q, *texts[:2], (texts[2], texts[3]), told)
+        found = of(module, steering).cross(q, *texts[:2], (texts[2], texts[3]), told, tail(steering))
         expected = steer_by_hand(steering, q.numpy(), (k, v), (k_neg, v_neg), nothing, more)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 def check_joint(module: ModuleType, steering: Steering, rows: Tensor | None = None) -> None:
     q, k, v = streams()
-    found = of(module, steering).joint(*(module.Streams(*part) for part in (q, k, v)), rows=rows)
+    found = of(module, steering).joint(*(module.Streams(*part) for part in (q, k, v)), rows=rows, empty=tail(steering))
     q, k, v = (Streams(*numpied(*part)) for part in (q, k, v))
     positive, negative, image = doubled_by_hand(steering, q, k, v)
     if rows is not None:
@@ -178,12 +122,12 @@ def network_by_hand(steering: Steering, weights: Array, texts: tuple[Array, Arra
 @every_case
 def test_one_picture_is_enough_for_a_whole_network(steering: Steering) -> None:
     """What a layer does to the picture reaches both texts in the next: the error does not grow with depth."""
-    weights = torch.randn(3, 3, 3, 4, 4, dtype=torch.float64)
-    states = drawn(5, 3, 7)
+    weights = 0.5 * torch.randn(3, 3, 3, 4, 4, dtype=torch.float64)
+    states = drawn(5, 4, 7)
     expected = network_by_hand(steering, weights.numpy(), tuple(numpied(*states[:2])), numpied(states[2])[0])
     for w in weights:
         parts = [Streams(*(torch.einsum("bhnd,hde->bhne", x, w[kind]) for x in states)) for kind in range(3)]
-        states = [x + found for x, found in zip(states, steering.joint(*parts), strict=True)]
+        states = [x + found for x, found in zip(states, steering.joint(*parts, empty=tail(steering)), strict=True)]
     for ours, theirs in zip(states, expected, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-8, atol=1e-9)
 
@@ -199,22 +143,56 @@ def test_unlimited_nag_is_nasa(scale: float, order: int) -> None:
     torch.testing.assert_close(limited.apart(positive, negative), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_nag_is_perp_that_weighs_and_spares_nothing() -> None:
+    """Z+ + (s - 1) ((Z+ - Z0) - (Z- - Z0)), whatever Z0 is."""
+    positive, negative, empty = drawn(7, 7, 7)
+    found = perp(positive, negative, empty, 4.0, 1.0, 0.0, 2.5, 0.25)
+    torch.testing.assert_close(found, nag(positive, negative, 4.0, 2.5, 0.25), rtol=1e-12, atol=1e-12)
+
+
+def test_what_perp_spares_it_does_not_move_along() -> None:
+    """keep = 1: a negative that wants what the prompt wants, and more, changes nothing that the prompt alone does not;
+    keep = 2 turns it to the prompt's favour."""
+    positive, empty, other = drawn(7, 7, 7)
+    other = other - guidance._along(positive - empty, other)
+    told = {"tau": math.inf, "alpha": 1.0}
+    alone = perp(positive, empty, empty, 3.0, 1.5, 1.0, **told)
+    both = perp(positive, empty + 0.7 * (positive - empty) + other, empty, 3.0, 1.5, 1.0, **told)
+    torch.testing.assert_close(both, alone - 2 * 1.5 * other, rtol=1e-12, atol=1e-12)
+    turned = perp(positive, empty + 0.7 * (positive - empty), empty, 3.0, 1.5, 2.0, **told)
+    torch.testing.assert_close(turned, alone + 2 * 1.5 * 0.7 * (positive - empty), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_perp_of_a_prompt_that_is_the_empty_one_is_finite(dtype: torch.dtype) -> None:
+    """Nothing to spare where Z+ = Z0, and no overflow where they nearly are one."""
+    positive, negative, step = drawn(7, 7, 7, dtype=dtype)
+    for size in (0, 1e-7, 1e-4):
+        found = perp(positive, negative, positive + size * step, 10.0, 2.0, 3.0, 2.5, 0.25)
+        assert found.isfinite().all()
+    found = perp(positive, negative, positive, 10.0, 2.0, 3.0, 2.5, 0.25).double()
+    expected = perp(positive, negative, positive, 10.0, 2.0, 0.0, 2.5, 0.25).double()
+    torch.testing.assert_close(found, expected)
+
+
 # -- nothing at all ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("steering", [Steering("nasa", 0), Steering("nag", 1.0), Steering("nag", 1, tau=1, alpha=1)])
+@pytest.mark.parametrize(
+    "steering", [Steering("nasa", 0), Steering("nag", 1.0), Steering("nag", 1, tau=1, alpha=1), Steering("perp", 1)]
+)
 def test_neutral_steering_changes_no_bit(steering: Steering, dtype: torch.dtype) -> None:
     """Whatever the token's norm: also 0, and numbers near the ends of the range."""
-    positive, negative = drawn(200, 200, dtype=dtype)
+    positive, *others = drawn(200, 200, 200, dtype=dtype)
     positive *= torch.logspace(-30, 4, 200, dtype=torch.float64).to(dtype)[:, None]
     positive[:, :, 3] = 0
-    assert torch.equal(steering.apart(positive, negative), positive)
+    assert torch.equal(steering.apart(positive, *others[: 1 + tail(steering)]), positive)
 
 
 def test_only_what_changes_nothing_is_neutral() -> None:
-    neutral = [Steering("nasa", 0), Steering("nag", 1), Steering("nag", 5, alpha=0)]
-    assert [found.neutral for found in neutral] == [True] * 3
+    neutral = [Steering("nasa", 0), Steering("nag", 1), Steering("nag", 5, alpha=0), Steering("perp", 1)]
+    assert [found.neutral for found in neutral] == [True] * 4
     active = [Steering("nasa", 1), Steering("nasa", 0.3, alpha=0), *CASES.values()]
     assert [found for found in active if found.neutral] == []
     positive, negative = drawn(7, 7)
@@ -233,7 +211,11 @@ def test_a_strong_push_stays_finite_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("steering", [Steering("nasa", 0.3), Steering("nag", 5.0), Steering("vsf", 2.0)], ids=str)
+@pytest.mark.parametrize(
+    "steering",
+    [Steering("nasa", 0.3), Steering("nag", 5.0), Steering("vsf", 2.0), Steering("perp", 5.0, keep=1)],
+    ids=str,
+)
 def test_half_precision_is_as_good_as_that_of_plain_attention(steering: Steering, dtype: torch.dtype) -> None:
     """Rounding errors of Z+ and Z- enter by their factors; nothing beyond twice that is added."""
     q, k, v = streams((40, 30, 200), width=32, dtype=dtype)
@@ -245,24 +227,25 @@ def test_half_precision_is_as_good_as_that_of_plain_attention(steering: Steering
     keys, values = (torch.cat([part.positive, part.image], 2) for part in (k, v))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     plain = error(sdpa(q.image, keys, values), sdpa(q.image.double(), keys.double(), values.double()))
-    found, expected = steering.joint(q, k, v), steering.joint(*exact)
-    factor = {"nasa": 1 + 0.3, "nag": 0.25 * (5 + 4) + 0.75, "vsf": 2.0}[steering.mode]
+    found, expected = (steering.joint(*parts, empty=10 * tail(steering)) for parts in ((q, k, v), exact))
+    perp_of = 0.25 * (5 + 4 * (2 + 3)) + 0.75  # Z+, twice Z0 and the weighed, spared Z-
+    factor = {"nasa": 1 + 0.3, "nag": 0.25 * (5 + 4) + 0.75, "vsf": 2.0, "perp": perp_of}[steering.mode]
     assert error(found.image, expected.image) < 2 * factor * plain
     assert error(found.positive, expected.positive) < 2 * plain and error(found.negative, expected.negative) < 2 * plain
 
 
-@pytest.mark.parametrize("name", ["nasa", "nag", "nag, Euclidean", "vsf"])
+@pytest.mark.parametrize("name", ["nasa", "nag", "nag, Euclidean", "vsf", "perp"])
 def test_gradients_match_finite_differences(name: str) -> None:
     """Backward and in forward mode, of everything that goes in."""
     steering = CASES[name]
     shape = {"batch": 1, "heads": 2, "width": 2}
-    cross = [part.requires_grad_(True) for part in drawn(3, 2, 2, 1, 1, **shape)]
+    cross = [part.requires_grad_(True) for part in drawn(3, 2, 2, 2, 2, **shape)]
     assert torch.autograd.gradcheck(
-        lambda q, k, v, *negative: steering.cross(q, k, v, negative), cross, check_forward_ad=True
+        lambda q, k, v, *negative: steering.cross(q, k, v, negative, None, tail(steering)), cross, check_forward_ad=True
     )
-    joint = [part.requires_grad_(True) for stream in streams((2, 1, 2), **shape) for part in stream]
+    joint = [part.requires_grad_(True) for stream in streams((2, 2, 2), **shape) for part in stream]
     assert torch.autograd.gradcheck(
-        lambda *parts: tuple(steering.joint(Streams(*parts[:3]), Streams(*parts[3:6]), Streams(*parts[6:]))),
+        lambda *parts: tuple(steering.joint(*(Streams(*parts[at : at + 3]) for at in (0, 3, 6)), empty=tail(steering))),
         joint,
         check_forward_ad=True,
     )
@@ -280,7 +263,7 @@ def test_a_token_of_zeros_has_finite_gradients(order: int) -> None:
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), pair))
 
 
-@pytest.mark.parametrize("name", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("name", ["nasa", "nag", "vsf", "perp"])
 def test_a_compiled_network_gives_the_same(name: str) -> None:
     """In one graph, with the fused kernels in it, also where nothing was tried before."""
     steering = CASES[name]
@@ -289,16 +272,17 @@ def test_a_compiled_network_gives_the_same(name: str) -> None:
     q, k, v = streams(dtype=torch.float32)
     rows = torch.tensor([True, False])
     with torch.no_grad():
-        found = torch.compile(steering.joint, backend="aot_eager", fullgraph=True)(q, k, v, rows)
+        told = (q, k, v, rows, tail(steering))
+        found = torch.compile(steering.joint, backend="aot_eager", fullgraph=True)(*told)
         assert partial._choice(rows.device, torch.float32, 4) == "flash on the cpu"
-        for ours, theirs in zip(found, steering.joint(q, k, v, rows), strict=True):
+        for ours, theirs in zip(found, steering.joint(*told), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED = [
-    ({"mode": "cfg"}, "no steering mode 'cfg': choose one of nasa, nag, vsf"),
+    ({"mode": "cfg"}, "no steering mode 'cfg': choose one of nasa, nag, vsf, perp"),
     ({"mode": None}, "no steering mode None"),
     ({"mode": ["nasa"]}, r"no steering mode \['nasa'\]"),
     ({"scale": math.nan}, "scale is nan: with nasa it must lie in 0 to 100. NASA acts at 0.1 to 0.5"),
@@ -315,6 +299,8 @@ REFUSED = [
     ({"order": math.inf}, "order is inf"),
     ({"offset": -1}, "offset is -1: .* in 0 to 100"),
     ({"offset": math.nan}, "offset is nan"),
+    ({"weight": -1}, "weight is -1: .* in 0 to 100"),
+    ({"keep": math.inf}, "keep is inf: .* in 0 to 100"),
     ({"layers": "encoder"}, "layers are 'encoder': choose one of all, decoder"),
 ]
 
@@ -360,13 +346,23 @@ EQUATIONS = {
     "another order": ("(z, order,", "(z, 3 - order,"),
     "the offset added": ("shifted(-offset)", "shifted(offset)"),
     "the values not flipped": ("scaled(-scale)", "scaled(scale)"),
+    "Perp's negative not weighed": ("a - weight * b", "a - b"),
+    "Perp's prompt weighed": ("a - weight * b", "weight * (a - b)"),
+    "nothing spared": ("b = b - (keep", "b = b - (0 * keep"),
+    "spared the wrong way": ("b = b - (keep", "b = b + (keep"),
+    "spared over all heads": ("(a * b).sum(3,", "(a * b).sum((1, 3),"),
+    "what is spared lies along the negative": ("_along(a, b)", "_along(b, a)"),
+    "from nothing in place of the empty text": (
+        "a, b = positive - empty, negative - empty",
+        "a, b = positive, negative",
+    ),
 }
 JOINS = {
-    "no picture beside the negative": ("merge(to_image, to_negative)", "to_negative.out"),
-    "the positive for the negative": ("merge(to_image, to_negative)", "merge(to_image, to_positive)"),
+    "no picture beside the negative": ("merge(to_image, found)", "found.out"),
+    "the positive for the negative": ("merge(to_image, found)", "merge(to_image, to_positive)"),
     "no picture beside the positive": ("plain = to_image.joined(to_positive)", "plain = to_positive"),
-    "the flipped text for the picture's": ("vsf(plain, to_negative", "vsf(plain, to_positive"),
-    "a text that sees itself alone": ("merge(of_negative, own_negative)", "own_negative.out"),
+    "the flipped text for the picture's": ("vsf(plain, to_away[0]", "vsf(plain, to_positive"),
+    "a text that sees itself alone": ("[merge(*parts)", "[parts[1].out"),
     "a text that sees the picture alone": ("merge(of_positive, own_positive)", "of_positive.out"),
     "what is found beside the text is lost": ("steered + (found - plain.out)", "steered"),
     "the others steered": (", steered, plain.out)", ", plain.out, steered)"),
@@ -392,8 +388,8 @@ def test_a_wrong_equation_is_found_out(change: tuple[str, str], monkeypatch: pyt
 
 def test_texts_exchanged_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     change = (
-        "attention(q, k, v) if found is None else found, attention(q, *negative)",
-        "attention(q, *negative), attention(q, k, v) if found is None else found",
+        "attention(q, k, v) if found is None else found, *away",
+        "*away, attention(q, k, v) if found is None else found",
     )
     module = mutant("onestep.core.guidance", *change, monkeypatch)
     for name in ("nasa", "nag"):
