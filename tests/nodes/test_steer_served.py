@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-5
 FIELDS = {"scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
 PRESETS = {"tiny": "sd-turbo-1", "tiny-flow": "sd3.5-turbo-4"}
-MODES = ("NASA", "NAG", "VSF")
+MODES = ("NASA", "NAG", "VSF", "PERP")
 
 
 def steering(mode: str, **changes: Any) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def steering(mode: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *TINY])
 def test_every_layout_is_steered_over_http(server_with_checkpoints: Any, name: str) -> None:
-    nodes: dict[str, Any] = {"plain": ksampler("model", 2)}
+    nodes: dict[str, Any] = {"plain": ksampler("model", 2), "nothing": text("")}
     for mode in MODES:
-        nodes |= {f"steer {mode}": steering(mode), mode: ksampler(f"steer {mode}", 2)}
+        nodes |= {f"steer {mode}": steering(mode, empty=["nothing", 0]), mode: ksampler(f"steer {mode}", 2)}
     drawn = latents(server_with_checkpoints, graph(name, 32 if name in TINY else 64, **nodes))
     for mode in MODES:
         assert bool(drawn[mode].isfinite().all())
@@ -44,10 +44,11 @@ def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     no_t5 = {"max_sequence_length": 0} if flow else {}
     noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(SEED))
-    encoded = (
-        pipe.encode_prompt(NEGATIVE, None, None, **no_t5) if flow else pipe.encode_prompt(NEGATIVE, "cpu", 1, False)
+    negative, empty = (
+        (pipe.encode_prompt(told, None, None, **no_t5) if flow else pipe.encode_prompt(told, "cpu", 1, False))[0]
+        for told in (NEGATIVE, "")
     )
-    with steered(pipe, encoded[0], mode):
+    with steered(pipe, negative, mode, empty=empty):
         drawn = pipe(
             [PROMPT] * 2,
             num_inference_steps=1,
@@ -64,7 +65,8 @@ def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", TINY)
 def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], name: str, mode: str) -> None:
-    ours = latents(comfy_server, graph(name, 32, steer=steering(mode), steered=ksampler("steer")))["steered"]
+    nodes = {"nothing": text(""), "steer": steering(mode, empty=["nothing", 0]), "steered": ksampler("steer")}
+    ours = latents(comfy_server, graph(name, 32, **nodes))["steered"]
     theirs = drawn_by_diffusers(bundled[name], mode.lower())
     # the largest error beside the largest value: from pure noise x0 = (x - sigma eps) / alpha, and 1 / alpha, 15 for
     # tiny, multiplies the rounding of the two hosts' float32

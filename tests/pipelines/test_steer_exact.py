@@ -9,12 +9,11 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 from small_networks import inputs_of, seeded
-from steered_networks import JOINT, SCALES, UNETS, CrossOracle, doubled, pipe_of, replaced, run, texts
+from steered_networks import JOINT, SCALES, UNETS, CrossOracle, away, doubled, pipe_of, replaced, run, texts
 from tiny_pipelines import randomise
 from torch import Tensor
 
 from onestep.core.guidance import Steering
-from onestep.pipelines import steered
 
 MODES = list(SCALES)
 
@@ -72,11 +71,11 @@ def test_one_picture_stream_is_the_doubled_form(name: str, mode: str, length: in
     negative = texts(2 if length == 5 else 1, length)
     expected = doubled(name, network, mode, negative)
     plain = run(name, network)
-    with steered(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode, scale=SCALES[mode]):
         found = run(name, network)
     close(found, expected, exact(name))
     assert (found - plain).abs().max() > 1e-2 * plain.abs().max()
-    with steered(pipe, negative, mode, scale=SCALES[mode]), pytest.raises(AssertionError):
+    with away(pipe, negative, mode, scale=SCALES[mode]), pytest.raises(AssertionError):
         close(run(name, network), doubled_elsewhere(name, mode, negative), exact(name))
 
 
@@ -91,7 +90,7 @@ def test_in_float32_it_is_the_doubled_form_to_1e_5(name: str) -> None:
     negative = texts(1, 8)
     _, exact = pipe_of(name)
     pipe, network = pipe_of(name, torch.float32)
-    with steered(pipe, negative.float(), "nag"):
+    with away(pipe, negative.float(), "nag"):
         close(run(name, network).double(), doubled(name, exact, "nag", negative), 1e-5)
 
 
@@ -102,7 +101,7 @@ def test_a_unet_is_its_formula(name: str, mode: str) -> None:
     negative = texts(1, 9)
     plain = run(name, network)
     expected = replaced(network, crossed(mode, negative))(lambda: run(name, network))
-    with steered(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode, scale=SCALES[mode]):
         found = run(name, network)
     close(found, expected)
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
@@ -116,10 +115,10 @@ def test_the_decoder_alone_is_its_formula_behind_the_encoder(name: str, mode: st
     chosen = crossed(mode, negative)
     encoder = {id(module) for block in network.down_blocks for module in block.modules()}
     expected = replaced(network, lambda attn: None if id(attn) in encoder else chosen(attn))(lambda: run(name, network))
-    with steered(pipe, negative, Steering(mode, SCALES[mode], layers="decoder")):
+    with away(pipe, negative, Steering(mode, SCALES[mode], layers="decoder")):
         found = run(name, network)
     close(found, expected)
-    with steered(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode, scale=SCALES[mode]):
         assert (found - run(name, network)).abs().max() > 1e-3 * found.abs().max()
 
 
@@ -137,7 +136,7 @@ def test_an_ip_adapters_part_stays(mode: str) -> None:
     plain = prompted()
     expected = replaced(network, crossed(mode, negative))(prompted)
     before = dict(network.attn_processors)
-    with steered(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode, scale=SCALES[mode]):
         found = prompted()
         assert sum("_ip." in key for key in network.state_dict()) > 0, "its weights move with the network"
     close(found, expected)
@@ -149,7 +148,7 @@ def test_an_ip_adapters_part_stays(mode: str) -> None:
 def test_a_control_net_acts_beside_it(name: str) -> None:
     pipe, network = pipe_of(name)
     negative, more = texts(1, 4), residuals(name, network)
-    with steered(pipe, negative, "nag"):
+    with away(pipe, negative, "nag"):
         found, without = run(name, network, **more), run(name, network)
     if name in UNETS:
         expected = replaced(network, crossed("nag", negative))(lambda: run(name, network, **more))
@@ -164,13 +163,13 @@ def test_a_control_net_acts_beside_it(name: str) -> None:
 def test_fused_projections_draw_the_same(name: str, mode: str) -> None:
     pipe, network = pipe_of(name)
     negative = texts(1, 4)
-    with steered(pipe, negative, mode):
+    with away(pipe, negative, mode):
         expected = run(name, network)
     network.fuse_qkv_projections()
-    with steered(pipe, negative, mode):
+    with away(pipe, negative, mode):
         close(run(name, network), expected, exact(name))
     network.unfuse_qkv_projections()
-    with steered(pipe, negative, mode):
+    with away(pipe, negative, mode):
         close(run(name, network), expected, exact(name))
 
 
@@ -179,10 +178,10 @@ def test_fused_projections_draw_the_same(name: str, mode: str) -> None:
 def test_any_processor_may_be_inside(inner: Any, mode: str) -> None:
     pipe, network = pipe_of("sd15")
     negative = texts(1, 4)
-    with steered(pipe, negative, mode):
+    with away(pipe, negative, mode):
         expected = run("sd15", network)
     network.set_attn_processor(inner)
-    with steered(pipe, negative, mode):
+    with away(pipe, negative, mode):
         close(run("sd15", network), expected)
 
 
@@ -193,9 +192,9 @@ def test_each_row_has_its_negative(name: str) -> None:
     negatives, inputs = texts(2, 6), inputs_of(name)
     alone = []
     for row in range(2):
-        with steered(pipe, negatives[row : row + 1], "nag"):
+        with away(pipe, negatives[row : row + 1], "nag"):
             alone.append(run(name, network, {key: value[row : row + 1] for key, value in inputs.items()}))
-    with steered(pipe, negatives, "nag"):
+    with away(pipe, negatives, "nag"):
         close(run(name, network), torch.cat(alone), exact(name))
         each_twice = {key: value.repeat_interleave(2, 0) for key, value in inputs.items()}
         found = run(name, network, each_twice)
@@ -211,9 +210,9 @@ def test_half_of_a_batch_is_steered(name: str, mode: str, rows: Any) -> None:
     negatives, inputs = texts(2, 6), inputs_of(name)
     twice = {key: torch.cat([value, value]) for key, value in inputs.items()}
     plain = run(name, network)
-    with steered(pipe, negatives, mode):
+    with away(pipe, negatives, mode):
         acting = run(name, network)
-    with steered(pipe, negatives, mode, rows=rows):
+    with away(pipe, negatives, mode, rows=rows):
         found = run(name, network, twice)
     close(found, torch.cat([acting, plain] if rows == "first half" else [plain, acting]), exact(name))
 
@@ -229,7 +228,7 @@ def test_the_negative_goes_through_every_norm_of_its_attention(mode: str) -> Non
             setattr(attn, name, torch.nn.LayerNorm(width, dtype=torch.float64))
             randomise(getattr(attn, name))
     text = inputs_of("sd15")["text"]
-    with steered(pipe, text, mode, scale=0.3 if mode == "nasa" else 5.0):
+    with away(pipe, text, mode, scale=0.3 if mode == "nasa" else 5.0):
         found = run("sd15", network)
     if mode == "nasa":
         for attn in attentions:

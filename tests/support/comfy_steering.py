@@ -1,6 +1,6 @@
 """What steering is compared with in ComfyUI's Python: tiny networks, and oracles that import nothing of ours.
 
-`doubled` runs a joint network on both texts as two rows and overwrites the picture's rows of both after each attention;
+`doubled` runs a joint network on its texts as one row each and overwrites the picture's rows after each attention;
 `hooked` computes each cross-attention of a U-Net or a video network anew, behind the network's own.
 """
 
@@ -66,6 +66,7 @@ FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},
     "nag": {"mode": "nag", "scale": 4.0, "tau": 1.2, "alpha": 0.6},
     "vsf": {"mode": "vsf", "scale": 1.5, "offset": 0.1},
+    "perp": {"mode": "perp", "scale": 4.0, "tau": 1.2, "alpha": 0.6, "weight": 1.3, "keep": 1.6},
 }
 
 
@@ -100,6 +101,13 @@ def condition(kind: str, length: int, seed: int, batch: int = 1) -> list[Any]:
     draw = torch.Generator().manual_seed(seed)
     text = torch.randn(batch, length, WIDTHS.get(kind, 4096), generator=draw)
     return [[text, {"pooled_output": torch.randn(batch, POOLED.get(kind, 768), generator=draw)}]]
+
+
+def empty_for(negative: Any) -> list[Any]:
+    """What stands for the empty text beside a negative."""
+    text, told = negative[0]
+    draw = torch.Generator().manual_seed(11)
+    return [[torch.randn(1, 4, text.shape[-1], generator=draw), {"pooled_output": told["pooled_output"][:1]}]]
 
 
 def shape_of(model: Any, side: int = 8) -> tuple[int, ...]:
@@ -151,11 +159,17 @@ def look(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
     return (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1) @ v
 
 
-def pushed(form: dict[str, Any], positive: Tensor, negative: Tensor) -> Tensor:
-    """NASA (arXiv:2412.02687) or NAG (arXiv:2505.21179) of Z+ and Z-, [B, H, N, D] each."""
+def pushed(form: dict[str, Any], positive: Tensor, negative: Tensor, empty: Tensor | None = None) -> Tensor:
+    """NASA (arXiv:2412.02687) or NAG (arXiv:2505.21179) of Z+ and Z-, [B, H, N, D] each. With Z0, NAG limits
+    Z+ + (s - 1) (a - n b'): a and b are measured from Z0, b' is less ``keep`` times its part along a (arXiv:2304.04968).
+    """
     if form["mode"] == "nasa":
         return positive - form["scale"] * negative
     guided = form["scale"] * positive - (form["scale"] - 1) * negative
+    if empty is not None:
+        a, b = positive - empty, negative - empty
+        b = b - form["keep"] * (a * b).sum(-1, keepdim=True) / (a * a).sum(-1, keepdim=True) * a
+        guided = positive + (form["scale"] - 1) * (a - form["weight"] * b)
     ratio = guided.abs().sum((1, 3), keepdim=True) / positive.abs().sum((1, 3), keepdim=True)
     limited = guided * torch.minimum(ratio, torch.full_like(ratio, form["tau"])) / ratio
     return form["alpha"] * limited + (1 - form["alpha"]) * positive
@@ -169,41 +183,41 @@ def flipped(form: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, k_negative: T
 
 
 def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], share: float = 0.1) -> Tensor:
-    """x0 of the doubled form: one picture, two texts as two rows, the positive's pooled vector in both; [1, C, H, W].
+    """x0 of the doubled form: one picture, each text as a row, the positive's pooled vector in all; [1, C, H, W].
 
-    The shorter text is filled up with noise that nothing looks at.
+    The shorter texts are filled up with noise that nothing looks at.
     """
     base = model.model
     comfy.model_management.load_models_gpu([model])
     noise = noise_of(model)
     sigma = torch.tensor([min(float(base.model_sampling.sigma_max), base.model_sampling.percent_to_sigma(share))])
-    texts = [positive[0][0], negative[0][0]]
+    texts = [positive[0][0], negative[0][0], *(empty_for(negative)[0][:1] if form["mode"] == "perp" else ())]
     longest = max(text.shape[1] for text in texts)
     filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t in texts]
     told = base.extra_conds(**positive[0][1], noise=noise, device=noise.device)
     pictures = [noise, *(told["ref_latents"].cond if "ref_latents" in told else [])]
     image = sum(picture.shape[-1] * picture.shape[-2] // 4 for picture in pictures)
-    told = {name: twice(value.cond) for name, value in told.items()}
+    told = {name: as_rows(value.cond, len(texts)) for name, value in told.items()}
     override = Doubled(form, [text.shape[1] for text in texts], longest, image)
     options = {"optimized_attention_override": override}
     x0 = base.apply_model(
-        torch.cat([noise * sigma] * 2),
-        sigma.repeat(2),
+        torch.cat([noise * sigma] * len(texts)),
+        sigma.repeat(len(texts)),
         c_crossattn=torch.cat(filled),
         transformer_options=options,
         **told,
     )
-    assert override.joint and float((x0[0] - x0[1]).abs().max()) < 1e-5 * float(x0.std()), "both rows hold one picture"
+    assert override.joint and float((x0[:1] - x0).abs().max()) < 1e-5 * float(x0.std()), "all rows hold one picture"
     return x0[:1]
 
 
-def twice(value: Any) -> Any:
-    """A condition for two rows."""
-    return [torch.cat([part] * 2) for part in value] if isinstance(value, list) else torch.cat([value] * 2)
+def as_rows(value: Any, rows: int) -> Any:
+    """A condition for each of the rows."""
+    return [torch.cat([part] * rows) for part in value] if isinstance(value, list) else torch.cat([value] * rows)
 
 
 class Doubled:
-    """An attention override over two rows: [text+, image] and [text-, image], the shorter text filled up."""
+    """An attention override over rows [text, image], the shorter texts filled up: the positive's comes first."""
 
     def __init__(self, form: dict[str, Any], lengths: list[int], longest: int, image: int) -> None:
         self.form, self.lengths, self.longest, self.image, self.joint = form, lengths, longest, image, 0
@@ -217,18 +231,17 @@ class Doubled:
 
     def steered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.joint += 1
-        seen = torch.full((2, 1, 1, k.shape[2]), -math.inf, dtype=torch.float64)
+        seen = torch.full((len(self.lengths), 1, 1, k.shape[2]), -math.inf, dtype=torch.float64)
         for row, length in enumerate(self.lengths):
             seen[row, ..., :length] = seen[row, ..., self.longest :] = 0
         out = look(q, k, v, seen)
-        first, second = (out[row : row + 1, :, self.longest :] for row in (0, 1))
         if self.form["mode"] == "vsf":
             keys = [torch.cat((x[:1, :, : self.lengths[0]], x[:1, :, self.longest :]), 2) for x in (k, v)]
             negative = [x[1:, :, : self.lengths[1]] for x in (k, v)]
             picture = flipped(self.form, q[:1, :, self.longest :], *keys, *negative)
         else:
-            picture = pushed(self.form, first, second)
-        return torch.cat((out[:, :, : self.longest], picture.expand(2, -1, -1, -1)), 2)
+            picture = pushed(self.form, *out[:, :, self.longest :].split(1))
+        return torch.cat((out[:, :, : self.longest], picture.expand(len(out), -1, -1, -1)), 2)
 
 
 @contextmanager
@@ -239,19 +252,23 @@ def hooked(model: Any, negative: Tensor, form: dict[str, Any], extra: Any = None
     """
     network = model.model.diffusion_model
     embed = getattr(network, "text_embedding", lambda text: text)
+    others = [
+        negative,
+        *(empty_for([[negative, {"pooled_output": negative}]])[0][:1] if form["mode"] == "perp" else ()),
+    ]
 
-    def answer(q: Tensor, found: list[Tensor], refused: list[Tensor], added: Tensor | float = 0.0) -> Tensor:
+    def answer(q: Tensor, found: list[Tensor], *refused: list[Tensor], added: Tensor | float = 0.0) -> Tensor:
         if form["mode"] == "vsf":
-            return flipped(form, q, *found, *refused) + added
-        return pushed(form, look(q, *found) + added, look(q, *refused))
+            return flipped(form, q, *found, *refused[0]) + added
+        return pushed(form, look(q, *found) + added, *(look(q, *text) for text in refused))
 
     def hook(module: Any, given: Any, told: Any, out: Tensor) -> Tensor:
         x, context = given[0], told.get("context", given[-1])
         pictures = told.get("context_img_len")
-        against = embed(negative.to(context).expand(len(x), -1, -1))
-        texts = (context if pictures is None else context[:, pictures:], against)
-        (q, *found), (_, *refused) = (projected(module, x, text) for text in texts)
-        z = answer(q, found, refused, 0.0 if extra is None else extra(q))
+        against = (embed(other.to(context).expand(len(x), -1, -1)) for other in others)
+        texts = (context if pictures is None else context[:, pictures:], *against)
+        (q, *found), *rest = (projected(module, x, text) for text in texts)
+        z = answer(q, found, *(text[1:] for text in rest), added=0.0 if extra is None else extra(q))
         if hasattr(module, "k_img") and pictures is None:  # without pictures the network shows its text once more
             z = z + answer(q, *(of_pictures(module, text, q) for text in texts))
         elif hasattr(module, "k_img"):

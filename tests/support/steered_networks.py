@@ -1,7 +1,7 @@
 """What negative steering must compute, in NumPy on diffusers' own networks: processors that know no Steering.
 
-U-Nets: each cross-attention by its formula. SD3 and Flux: the doubled form, a batch of positive and negative text with
-the same picture, whose rows are overwritten in both halves after each attention.
+U-Nets: each cross-attention by its formula. SD3 and Flux: the doubled form, a batch of positive and negative text (and
+the empty one, where the mode wants it) with the same picture, whose rows are overwritten in all after each attention.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from small_networks import CASES, inputs_of, network_of, seeded
 from tiny_pipelines import make
 from torch import Tensor
 
+from onestep.core.guidance import Steering
+from onestep.pipelines import steered
+
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux"}
 UNETS, JOINT = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
-SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5}
+SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
+WEIGHT, KEEP = Steering.weight, Steering.keep
 
 
 def pipe_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[DiffusionPipeline, Any]:
@@ -32,6 +36,16 @@ def pipe_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[DiffusionPip
 
 def texts(count: int, length: int, seed: int = 7) -> Tensor:
     return seeded(seed)(count, length, 24)
+
+
+def empty() -> Tensor:
+    """What stands for the empty text."""
+    return texts(1, 6, seed=8)
+
+
+def away(pipe: Any, negative: Tensor, *told: Any, **more: Any) -> Any:
+    """`steered`, which has the empty text too."""
+    return steered(pipe, negative, *told, empty=empty(), **more)
 
 
 def run(name: str, network: Any, inputs: dict[str, Tensor] | None = None, **more: Any) -> Tensor:
@@ -57,12 +71,17 @@ def attend(q: Array, k: Array, v: Array, bias: Array | float = 0.0) -> Array:
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-def mixed(mode: str, positive: Array, negative: Array) -> Array:
-    """NASA: Z+ - a Z-. NAG: s Z+ - (s - 1) Z-, its norm at most tau times Z+'s, blended; L1 over heads and width."""
+def mixed(mode: str, positive: Array, negative: Array, empty: Array | None = None) -> Array:
+    """NASA: Z+ - a Z-. NAG: s Z+ - (s - 1) Z-, its norm at most tau times Z+'s, blended; L1 over heads and width. Perp:
+    Z+ + (s - 1) (a - n b') in its place, a and b from the empty text, b' less ``KEEP`` times its part along a."""
     s = SCALES[mode]
     if mode == "nasa":
         return positive - s * negative
     guided = s * positive - (s - 1) * negative
+    if empty is not None:
+        a, b = positive - empty, negative - empty
+        b = b - KEEP * (a * b).sum(-1, keepdims=True) / (a * a).sum(-1, keepdims=True) * a
+        guided = positive + (s - 1) * (a - WEIGHT * b)
     ratio = np.abs(guided).sum((1, 3), keepdims=True) / np.abs(positive).sum((1, 3), keepdims=True)
     return 0.25 * guided * np.minimum(ratio, 2.5) / ratio + 0.75 * positive
 
@@ -85,27 +104,27 @@ class CrossOracle:
         text, pictures = encoder_hidden_states, None
         if isinstance(text, tuple):
             text, pictures = text
-        negative = self.negative.repeat_interleave(len(text) // len(self.negative), 0)
         q = joined(attn.to_q(hidden_states), attn.heads)
-        k, v = (joined(layer(text), attn.heads) for layer in (attn.to_k, attn.to_v))
-        k_negative, v_negative = (joined(layer(negative), attn.heads) for layer in (attn.to_k, attn.to_v))
+        others = (self.negative, empty()) if self.mode == "perp" else (self.negative,)
+        repeated = [other.repeat_interleave(len(text) // len(other), 0).to(text) for other in others]
+        (k, v), *rest = ([joined(to(t), attn.heads) for to in (attn.to_k, attn.to_v)] for t in (text, *repeated))
         added = np.zeros_like(q)
         if pictures is not None:
             inner, states = self.image_prompt, pictures[0].flatten(1, -2)
             k_ip, v_ip = (joined(layer[0](states), attn.heads) for layer in (inner.to_k_ip, inner.to_v_ip))
             added = inner.scale[0] * attend(q, k_ip, v_ip)
         if self.mode == "vsf":
-            out = flipped(q, (k, k_negative), (v, v_negative)) + added
+            out = flipped(q, (k, rest[0][0]), (v, rest[0][1])) + added
         else:
-            out = mixed(self.mode, attend(q, k, v) + added, attend(q, k_negative, v_negative))
+            out = mixed(self.mode, attend(q, k, v) + added, *(attend(q, *other) for other in rest))
         merged = torch.from_numpy(out.transpose(0, 2, 1, 3).reshape(hidden_states.shape[0], -1, attn.inner_dim))
         return attn.to_out[0](merged.to(hidden_states.dtype))
 
 
 class JointOracle:
-    """The doubled form: rows are the positive texts' pictures, then the negatives'. lengths: tokens of either text."""
+    """The doubled form: rows are the positive texts' pictures, then the negatives'. lengths: tokens of each text."""
 
-    def __init__(self, mode: str, lengths: tuple[int, int]) -> None:
+    def __init__(self, mode: str, lengths: list[int]) -> None:
         self.mode, self.lengths = mode, lengths
 
     def __call__(
@@ -137,24 +156,24 @@ class JointOracle:
         return [array(part) for part in normed]
 
     def _attended(self, q: Array, k: Array, v: Array) -> Array:
-        half, length = len(q) // 2, max(self.lengths)
+        each, length = len(q) // len(self.lengths), max(self.lengths)
         # where texts differ in length the shorter one is padded, and nobody looks at the padding
         hidden = np.zeros((len(q), 1, 1, k.shape[2]))
-        hidden[:half, :, :, self.lengths[0] : length] = -np.inf
-        hidden[half:, :, :, self.lengths[1] : length] = -np.inf
+        for number, tokens in enumerate(self.lengths):
+            hidden[number * each : (number + 1) * each, :, :, tokens:length] = -np.inf
         out = attend(q, k, v, hidden)
         if self.mode == "vsf":
             keys, values = (
                 (
-                    np.concatenate([x[:half, :, : self.lengths[0]], x[:half, :, length:]], 2),
-                    x[half:, :, : self.lengths[1]],
+                    np.concatenate([x[:each, :, : self.lengths[0]], x[:each, :, length:]], 2),
+                    x[each:, :, : self.lengths[1]],
                 )
                 for x in (k, v)
             )
-            picture = flipped(q[:half, :, length:], keys, values)
+            picture = flipped(q[:each, :, length:], keys, values)
         else:
-            picture = mixed(self.mode, out[:half, :, length:], out[half:, :, length:])
-        out[:, :, length:] = np.concatenate([picture, picture])
+            picture = mixed(self.mode, *np.split(out[:, :, length:], len(self.lengths)))
+        out[:, :, length:] = np.concatenate([picture] * len(self.lengths))
         return out
 
 
@@ -168,18 +187,19 @@ def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
 def doubled(name: str, network: Any, mode: str, negative: Tensor, **more: Tensor | list[Tensor]) -> Tensor:
     """The doubled form's prediction for the inputs of ``name``; ``more`` are residuals of a ControlNet."""
     inputs = inputs_of(name, next(network.parameters()).dtype)
-    positive, length = inputs["text"], max(inputs["text"].shape[1], negative.shape[1])
-    both = [positive, negative.expand(len(positive), -1, -1)]
-    padded = [torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[1]), value=3.0) for text in both]
-    twice = {key: torch.cat([value, value]) for key, value in inputs.items()} | {"text": torch.cat(padded)}
-    more = {key: [torch.cat([part, part]) for part in parts] for key, parts in more.items()}
-    oracle = JointOracle(mode, (positive.shape[1], negative.shape[1]))
+    others = (negative, empty().to(negative)) if mode == "perp" else (negative,)
+    every = [other.expand(len(inputs["text"]), -1, -1) for other in (inputs["text"], *others)]
+    lengths = [text.shape[1] for text in every]
+    padded = [torch.nn.functional.pad(text, (0, 0, 0, max(lengths) - text.shape[1]), value=3.0) for text in every]
+    rows = {key: torch.cat([value] * len(every)) for key, value in inputs.items()} | {"text": torch.cat(padded)}
+    more = {key: [torch.cat([part] * len(every)) for part in parts] for key, parts in more.items()}
+    oracle = JointOracle(mode, lengths)
     answer = replaced(network, lambda attn: None if attn.added_kv_proj_dim is None and name != "flux" else oracle)(
-        lambda: run(name, network, twice, **more)
+        lambda: run(name, network, rows, **more)
     )
-    one, other = answer.chunk(2)
-    # the picture's stream is one and the same
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(one.abs().max()))
+    one, *same = answer.chunk(len(every))
+    for other in same:  # the picture's stream is one and the same
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(one.abs().max()))
     return one
 
 

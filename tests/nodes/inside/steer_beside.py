@@ -19,7 +19,20 @@ import node_helpers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
-from comfy_steering import FORMS, KINDS, condition, doubled, fill, hooked, look, noise_of, shape_of, tiny, x0_of
+from comfy_steering import (
+    FORMS,
+    KINDS,
+    condition,
+    doubled,
+    empty_for,
+    fill,
+    hooked,
+    look,
+    noise_of,
+    shape_of,
+    tiny,
+    x0_of,
+)
 
 import nodes as core
 from onestep.core.guidance import SAFE, Steering
@@ -47,7 +60,7 @@ def apart(ours, expected):
 
 
 def by(form, model, negative, *limits):
-    return steered_model(model, negative, Steering(**FORMS[form]), *limits)
+    return steered_model(model, negative, Steering(**FORMS[form]), *limits, empty=empty_for(negative))
 
 
 def texts(kind):
@@ -71,8 +84,9 @@ def defaults(kind, model):
     positive, negative, _ = texts(kind)
     found = []
     for mode, scale in SAFE[{"sd15": "unet"}.get(kind, kind)].items():
-        node = NegativeSteeringNode.execute(model, negative, mode.upper(), 0.0, 2.5, 0.25, 0.0, 1.0).args[0]
-        ours = x0_of(steered_model(model, negative, Steering(mode, scale)), positive)
+        more = {"empty": empty_for(negative)}
+        node = NegativeSteeringNode.execute(model, negative, mode.upper(), 0.0, 2.5, 0.25, 0.0, 1.0, **more).args[0]
+        ours = x0_of(steered_model(model, negative, Steering(mode, scale), **more), positive)
         found.append(torch.equal(x0_of(node, positive), ours) and apart(ours, x0_of(model, positive)) > 0.01)
     return all(found)
 

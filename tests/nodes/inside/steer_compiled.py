@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from comfy_steering import FORMS, condition, tiny, x0_of
+from comfy_steering import FORMS, condition, empty_for, tiny, x0_of
 
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
@@ -37,19 +37,23 @@ def measured(kind, guarded, forms):
         errors.append(float((ours - expected).abs().max() / expected.std()))
 
     compare(fast, model)
+
+    def clone(model, *limits):
+        return steered_model(model, negative, steering, *limits, empty=empty_for(negative))
+
     for form in forms:
         steering = Steering(**FORMS[form])
-        compare(steered_model(fast, negative, steering), steered_model(model, negative, steering))
-        compare(compiled(steered_model(model, negative, steering), guarded), steered_model(model, negative, steering))
-        compare(steered_model(fast, negative, steering, 0.0, 0.5), steered_model(model, negative, steering, 0.0, 0.5))
+        compare(clone(fast), clone(model))
+        compare(compiled(clone(model), guarded), clone(model))
+        compare(clone(fast, 0.0, 0.5), clone(model, 0.0, 0.5))
         compare(fast, model)
     return {"errors": max(errors), "frames": dict(torch._dynamo.utils.counters["frames"])}
 
 
 with torch.inference_mode():
-    told["sd15"] = measured("sd15", False, ("nasa", "vsf"))
+    told["sd15"] = measured("sd15", False, ("nasa", "vsf", "perp"))
     told["flux"] = measured("flux", False, ("nag",))
     told["wan"] = measured("wan", False, ("nasa",))
-    told["sd3"] = measured("sd3", False, ("nag",))
+    told["sd3"] = measured("sd3", False, ("nag", "perp"))
     told["sd3 guarded"] = measured("sd3", True, ("nag",))
 print(json.dumps(told))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_steering import FORMS, checkpoint, condition, doubled, hooked, tiny, x0_of
+from comfy_steering import FORMS, checkpoint, condition, doubled, empty_for, hooked, tiny, x0_of
 
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
@@ -20,7 +20,7 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     """Largest error, and the effect of steering, in the oracle's standard deviations."""
     positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
     positive[0][1] |= told
-    ours = x0_of(steered_model(model, negative, Steering(**form)), positive)[0]
+    ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
     if kind in ("sd3", "sd35", "flux"):
         expected = doubled(model, positive, negative, form)
     else:

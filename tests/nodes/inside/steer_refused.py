@@ -63,7 +63,12 @@ PLACED = {"area": (8, 4, 0, 0), "mask": torch.ones(1, 8, 8), "strength": 0.5}
 for key, value in PLACED.items():
     placed = node_helpers.conditioning_set_values(condition("sd15", 5, 2), {key: value})
     refused(key, lambda placed=placed: steered("sd15", placed))
-for field, values in {"scale": (NAN, float("inf"), -1.0, 101.0), "tau": (NAN, 0.5), "alpha": (NAN, 2.0)}.items():
+refused("no empty text", lambda: steered("sd15", mode="PERP"))
+refused("empty text's width", lambda: steered("sd15", mode="PERP", empty=condition("sd2", 5, 2)))
+ranged = node_helpers.conditioning_set_values(condition("sd15", 5, 2), {"start_percent": 0.2, "end_percent": 0.7})
+refused("empty text's range", lambda: steered("sd15", mode="PERP", empty=ranged))
+OUT = {"scale": (NAN, float("inf"), -1.0, 101.0), "tau": (NAN, 0.5), "alpha": (NAN, 2.0)}
+for field, values in {**OUT, "weight": (NAN, -1.0), "keep": (NAN, 101.0)}.items():
     for value in values:
         refused(f"{field} {value}", lambda field=field, value=value: steered("sd15", **{field: value}))
 for start, end in ((0.5, 0.5), (0.7, 0.2), (NAN, 1.0), (0.0, NAN), (-0.1, 1.0)):
