@@ -5,10 +5,10 @@
     python benchmarks/cost.py --count --networks sd15-whole sdxl sd3-whole flux-whole --rows NASA NAG VSF CFG
     python benchmarks/cost.py --device cuda --dtype bfloat16 --networks sdxl flux-slice [--compile]
 
-Weights are random, of real width. Each round takes every row once, in an order drawn anew; VSF and rows of twice the
-batch come in every fourth. A ratio is the median of row / plain within a round; its interval holds the median in 95 of
-100 cases. On one CPU thread the clock is the process' own, which waits for no neighbour. --count measures no
-time: it counts the operations in products and convolutions, attention's included, of networks without numbers.
+Weights are random, of real width. Each round takes every row once, in an order drawn anew; VSF, PERP and rows of twice
+the batch come in every fourth. A ratio is the median of row / plain within a round; its interval holds the median in 95
+of 100 cases. On one CPU thread the clock is the process' own, which waits for no neighbour. --count measures no time:
+it counts the operations in products and convolutions, attention's included, of networks without numbers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ sys.path.append(str(Path(__file__).resolve().parent))
 PLAIN = "plain"
 DOUBLED = ("CFG", "doubled form", "core NAGuidance")
 """Rows of twice the batch."""
-SELDOM, SELDOM_IN = ("VSF", *DOUBLED), 4
+SELDOM, SELDOM_IN = ("VSF", "PERP", *DOUBLED), 4
 Measured = tuple[float, Tensor]
 Row = Callable[[], Measured]
-SCALES = {"NASA": 0.25, "NAG": 5.0, "VSF": 1.0}
+SCALES = {"NASA": 0.25, "NAG": 5.0, "VSF": 1.0, "PERP": 10.0}
 
 
 @dataclass(frozen=True)

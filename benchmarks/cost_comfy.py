@@ -109,7 +109,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
 
     found: dict[str, Callable[[], Any]] = {PLAIN: model.clone}
     for name, scale in SCALES.items():
-        found[name] = partial(steered_model, model, negative, Steering(name.lower(), scale))
+        found[name] = partial(steered_model, model, negative, Steering(name.lower(), scale), empty=text_of(case, 3))
     found["AGD"] = partial(_guided, model)
     if case.family in ("sd3", "flux"):
         found[DOUBLED[1]] = partial(_doubled, model, case)

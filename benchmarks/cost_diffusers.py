@@ -129,9 +129,8 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
         kept.callback(lambda dial: None, prepare(twin))
         called = torch.compile(twin, backend=backend) if backend else twin
         if mode:
-            kept.enter_context(
-                steered(SimpleNamespace(unet=called, scheduler=None), negative, mode, scale=SCALES[mode.upper()])
-            )
+            pipe, scale = SimpleNamespace(unet=called, scheduler=None), SCALES[mode.upper()]
+            kept.enter_context(steered(pipe, negative, mode, scale=scale, empty=negative.roll(1, 1)))
         return lambda kept=kept: timed(lambda: called(**given)[0], device)
 
     found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}

@@ -3,7 +3,8 @@
     python benchmarks/guidance_adapter.py --model tiny --prompts FILE --minutes 20 --runs runs/guidance \\
         --reference FILE.npz --out benchmarks/results/guidance-adapter-tiny.md --set steps=8000 batch=16
 
-Every eighth prompt is held out of training. On them, on the guided teacher's own trajectories at scales that training
+Every eighth prompt is held out of training; --captions teaches the captions of --reference in place of the others, but
+for those of the same things. On the held-out ones, on the guided teacher's own trajectories at scales that training
 never drew, the error |D_agd - D_w|^2 is compared with what there is to add, |D_w - D_c|^2. The dial is the share of D_c
 - D_u that the adapter adds, which for guidance itself is w - 1. With real pictures in --reference, what the adapter
 draws stands beside what guidance draws, at the settings' guidance. --minutes are of processor time.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import data
 from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
@@ -32,6 +35,7 @@ from onestep.core.guidance_adapter import MAKERS, with_guidance
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import trajectory
 from onestep.core.schedule import expand, log_snr
+from onestep.pipelines.tiny_words import stem_of
 from onestep.training.distil import Progress, distil
 from onestep.training.evaluation import Student, evaluate
 from onestep.training.settings import Settings
@@ -52,6 +56,21 @@ class Seen:
     d_c: Tensor
     d_u: Tensor
     cond: Any
+
+
+def captions(path: Path, held: list[str]) -> list[str]:
+    """Each tile's caption in two forms drawn at random, as its model learnt them; none of a thing that is held out."""
+    tiles, draw = data.load(path), random.Random(0)
+    things = {stem_of(prompt.split(",")[0]) for prompt in held if ":" in prompt}
+    found: dict[str, None] = {}
+    for caption, words in 2 * list(zip(tiles.captions, tiles.words, strict=True)):
+        form = draw.random() > data.NAME_DROPPED, draw.random() < data.WORD_DROPPED, draw.random() < data.WORD_DROPPED
+        prompt = data.prompt(caption, words, *form)
+        if prompt not in held and stem_of(prompt.split(",")[0]) not in things:
+            found[prompt] = None
+    prompts = list(found)
+    draw.shuffle(prompts)
+    return prompts
 
 
 def train(args: argparse.Namespace, host: Any, settings: Settings, prompts: list[str]) -> tuple[Any, float]:
@@ -146,11 +165,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--runs", type=Path, default=Path("runs/guidance"))
     parser.add_argument("--reference", type=Path, help="real pictures")
+    parser.add_argument("--captions", action="store_true", help="teach the captions of --reference")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)
     held, taught = prompts[::EVERY], [prompt for at, prompt in enumerate(prompts) if at % EVERY]
+    taught = captions(args.reference, held) if args.captions else taught
     host = open_host(args.model, "all", "cpu")
     changes = dict(text.split("=", 1) for text in args.set)
     settings = at_native_size(Settings(method="agd", checkpointing=False).with_texts(changes), set(), host)
@@ -165,7 +186,7 @@ def main() -> None:
         f"`{Path(args.model).name}`, agd with {json.dumps(changes)}: {result.updates} updates in "
         f"{seconds / 60:.1f} minutes of processor time, {own} parameters on {base} ({own / base:.1%}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}. "
-        f"{len(held)} prompts held out.",
+        f"{len(taught)} prompts taught, {len(held)} held out.",
         "",
         "|D_agd - D_w|^2 / |D_w - D_c|^2, in x0 and in the noise:",
         "",

@@ -67,10 +67,11 @@ class How:
     layers: str = "all"
     weight: float = Steering.weight
     keep: float = Steering.keep
+    tau: float = Steering.tau
 
     @property
     def steering(self) -> Steering:
-        own = {"layers": self.layers, "weight": self.weight, "keep": self.keep}
+        own = {"layers": self.layers, "tau": self.tau, "weight": self.weight, "keep": self.keep}
         return Steering(self.mode, self.scale, alpha=self.alpha, **own)  # type: ignore[arg-type]
 
     @property
@@ -78,6 +79,7 @@ class How:
         blend = "" if self.alpha == ALPHA else f" alpha {self.alpha:g}"
         where = "" if self.layers == "all" else f" {self.layers}"
         own = f" weight {self.weight:g} keep {self.keep:g}" if self.mode == "perp" else ""
+        own += "" if self.tau == Steering.tau else f" tau {self.tau:g}"
         return f"{self.mode} {self.scale:g}{own}{blend}{where}" if self.mode else "plain"
 
 
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(SCALES), help="all by default; sun where there is --sun")
     parser.add_argument("--scales", nargs="+", type=float, help="instead of each mode's own")
     parser.add_argument("--blend", nargs="+", type=float, default=[ALPHA], help="alphas of NAG and Perp")
+    parser.add_argument("--tau", type=float, default=Steering.tau, help="of NAG and Perp")
     parser.add_argument("--weights", nargs="+", type=float, default=[Steering.weight], help="of Perp's negative")
     parser.add_argument("--keep", nargs="+", type=float, default=[Steering.keep], help="Perp's care for the prompt")
     parser.add_argument("--layers", default="all", choices=LAYERS, help="which are steered")
@@ -242,7 +245,7 @@ def settings(args: argparse.Namespace) -> Iterator[How]:
         layers = args.layers if mode in MODES else "all"
         for alpha, weight, kept in product(blends, weights, keep):
             for scale in args.scales or SCALES[mode]:
-                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept)
+                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept, tau=args.tau)
 
 
 def others_of(world: World, subject: str, words: Tensor) -> list[str]:

@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import cost  # noqa: E402
 import cost_diffusers  # noqa: E402
 
-SINGLE = ("plain", "NASA", "NAG", "VSF", "AGD")
+SINGLE = ("plain", "NASA", "NAG", "VSF", "PERP", "AGD")
 TOYS = ("toy-sd15", "toy-sd3", "toy-flux")
 
 
@@ -82,6 +82,6 @@ def test_rows_in_comfyui() -> None:
     told = json.loads(printed.strip().splitlines()[-1])
     for name, apart in told.items():
         assert {*SINGLE, "CFG"} < set(apart)
-        assert min(apart[row] for row in ("plain", "NASA", "VSF", "AGD")) > 1e-4, name
+        assert min(apart[row] for row in ("plain", "NASA", "VSF", "PERP", "AGD")) > 1e-4, name
     for name in ("toy-sd3", "toy-flux"):
         assert told[name]["doubled form"] < 1e-4 * told[name]["plain"]

@@ -161,7 +161,7 @@ def look(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
 
 def pushed(form: dict[str, Any], positive: Tensor, negative: Tensor, empty: Tensor | None = None) -> Tensor:
     """NASA (arXiv:2412.02687) or NAG (arXiv:2505.21179) of Z+ and Z-, [B, H, N, D] each. With Z0, NAG limits
-    Z+ + (s - 1) (a - n b'): a and b are measured from Z0, b' is less ``keep`` times its part along a (arXiv:2304.04968).
+    Z+ + (s - 1) (a - n b'): a and b are measured from Z0, b' loses ``keep`` times its part along a (arXiv:2304.04968).
     """
     if form["mode"] == "nasa":
         return positive - form["scale"] * negative
