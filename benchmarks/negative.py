@@ -161,9 +161,15 @@ def rivals(world: World, texts: list[str], groups: Tensor) -> Tensor:
     """For each prompt the group that the student's pictures are most often taken for instead, on noise of their own."""
     images = world.draw(texts, texts, How(), "negative rivals")
     chosen = world.judge.predict(images)["group"].argmax(1).cpu()
-    confusion = torch.zeros(2 * [len(world.judge.config["heads"]["group"])])
+    return mistaken(groups, chosen, len(world.judge.config["heads"]["group"]))[groups]
+
+
+def mistaken(groups: Tensor, chosen: Tensor, classes: int) -> Tensor:
+    """[classes] of each class the other that it was taken for most often: what was asked for [N], what was seen [N]."""
+    confusion = torch.zeros(classes, classes)
     confusion.index_put_((groups, chosen), torch.ones(len(groups)), accumulate=True)
-    return confusion.fill_diagonal_(0).argmax(1)[groups]
+    # one that is never mistaken has another for a rival all the same, not itself
+    return confusion.fill_diagonal_(-1).argmax(1)
 
 
 def main() -> None:
@@ -242,10 +248,10 @@ def settings(args: argparse.Namespace) -> Iterator[How]:
     for mode in args.modes:
         blends = args.blend if mode in ("nag", "perp") else [ALPHA]
         weights, keep = (args.weights, args.keep) if mode == "perp" else ([Steering.weight], [Steering.keep])
-        layers = args.layers if mode in MODES else "all"
+        layers, tau = args.layers if mode in MODES else "all", args.tau if mode in ("nag", "perp") else Steering.tau
         for alpha, weight, kept in product(blends, weights, keep):
             for scale in args.scales or SCALES[mode]:
-                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept, tau=args.tau)
+                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept, tau=tau)
 
 
 def others_of(world: World, subject: str, words: Tensor) -> list[str]:

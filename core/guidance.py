@@ -27,7 +27,8 @@ SAFE = {
     "wan": {"nasa": 0.25, "nag": 5.0, "vsf": 1.7, "perp": 10.0},
 }
 """By family and mode, a scale that is safe to begin with: NAG's and VSF's are their authors' own (VSF has no U-Net of
-theirs: it takes the tokens' share of attention), NASA's lies inside what its authors call safe for one step."""
+theirs: it takes the tokens' share of attention), NASA's lies inside what its authors call safe for one step, Perp's is
+measured (benchmarks/results/negative-tiny.md)."""
 NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}
 """The scale at which a mode changes nothing, and below which it would steer towards the negative. VSF has none: at 0
 the negative still takes its share of attention."""
@@ -57,14 +58,16 @@ def perp(
     order: float = 1,
 ) -> Tensor:
     """NAG from the empty text's Z0, where the negative has a weight n of its own and spares what it shares with the
-    prompt. Z+, Z-, Z0: [B, H, N, D]. n = 1 and keep = 0 is NAG; keep = 1 is Perp-Neg's direction; above it, the prompt
-    gains where the two agree."""
-    # a = Z+ - Z0,   b = Z- - Z0,   b' = b - keep <a, b> / |a|^2 a, over a head's width
-    a, b = positive - empty, negative - empty
-    b = b - (keep * _along(a, b)).to(b)
+    prompt. Z+, Z-, Z0: [B, H, N, D]. n = 1 and keep = 0 is NAG; at keep = 1 what they share is left alone, as in
+    Perp-Neg; above it, the prompt gains there."""
+    wide, least = torch.promote_types(positive.dtype, torch.float32), 8 * torch.finfo(positive.dtype).eps
+    z, other, zero = (found.to(wide) for found in (positive, negative, empty))
+    # a = Z+ - Z0,   b = Z- - Z0,   b' = b - keep max(0, <a, b>) / |a|^2 a, over a head's width
+    a, b = z - zero, other - zero
+    b = b - keep * _shared(a, b, least * z) * a
     # Z~ = Z+ + (s - 1) (a - n b') = s G
-    g = positive / scale + (1 - 1 / scale) * (a - weight * b)
-    return _limited(positive, g, scale, tau, alpha, order)
+    g = z / scale + (1 - 1 / scale) * (a - weight * b)
+    return _limited(z, g, scale, tau, alpha, order).to(positive.dtype)
 
 
 def _limited(positive: Tensor, g: Tensor, scale: float, tau: float, alpha: float, order: float) -> Tensor:
@@ -198,10 +201,10 @@ class Steering:
 
 
 LIMITS = (
-    ("scale", 0, 100, "NASA acts at 0.1 to 0.5, NAG at 2 to 8, VSF at 0.5 to 4."),
-    ("tau", 1, 100, "NAG's limit of the norm; 2.5 is usual."),
-    ("alpha", 0, 1, "NAG's blend; 0.25 is usual."),
-    ("order", 1, 2, "The order of NAG's norm: 1 or 2."),
+    ("scale", 0, 100, "NASA acts at 0.1 to 0.5, NAG at 2 to 8, VSF at 0.5 to 4, Perp at 10 to 30."),
+    ("tau", 1, 100, "NAG's and Perp's limit of the norm; 2.5 is usual."),
+    ("alpha", 0, 1, "NAG's and Perp's blend; 0.25 is usual."),
+    ("order", 1, 2, "The order of NAG's and Perp's norm: 1 or 2."),
     ("weight", 0, 100, "Of Perp's negative; 1 to 3 is usual."),
     ("keep", 0, 100, "How much of what it shares with the prompt Perp's negative loses; 0 to 3 is usual."),
     ("offset", 0, 100, "What VSF takes from the negative's scores; 0.1 is usual."),
@@ -214,11 +217,11 @@ def texts(parts: tuple[Tensor, ...], empty: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*split, strict=True))[: 2 if empty else 1]
 
 
-def _along(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> / |a|^2 a over a head's width, [B, H, N, D] in float32 at least; 0 where a is."""
-    a, b = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (a, b))
-    square = (a * a).sum(3, keepdim=True)
-    return (a * b).sum(3, keepdim=True) / square.clamp_min(torch.finfo(square.dtype).tiny) * a
+def _shared(a: Tensor, b: Tensor, least: Tensor) -> Tensor:
+    """<a, b> / |a|^2 [B, H, N, 1] over a head's width; 0 where it is negative, as nothing is shared there. It fades
+    where a is shorter than ``least``, which is what rounding leaves of nothing."""
+    square = torch.maximum((a * a).sum(3, keepdim=True), (least * least).sum(3, keepdim=True))
+    return ((a * b).sum(3, keepdim=True) / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp_min(0)
 
 
 def _found(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Partial]:

@@ -32,7 +32,7 @@ SCALES = "; ".join(
 
 
 def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0, **more: Any) -> Any:
-    """A float's widget; those of one mode alone are shown among the advanced ones."""
+    """A float's widget; NAG's and PERP's own are shown among the advanced ones."""
     told = {"default": default, "min": low, "max": high, "step": step, "round": False, "tooltip": tooltip}
     return io.Float.Input(name, advanced=name in ("tau", "alpha", "weight", "keep"), **told, **more)
 
@@ -48,7 +48,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             category="OneStep/guidance",
             description="Gives a few-step model its negative prompt back: the negative acts inside attention, at CFG "
             "1, for a few per cent of a step.",
-            search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "cfg free", "guidance"],
+            search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1 or Wan 2.1/2.2."),
                 io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
@@ -60,8 +60,8 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
                     0.05,
                     f"How hard to push. 0 = safe for the model ({SCALES}); off = bypass the node.",
                 ),
-                number("tau", 2.5, 100.0, 0.1, "NAG alone: a token may grow to tau times its length.", low=1.0),
-                number("alpha", 0.25, 1.0, 0.05, "NAG alone: how much of the pushed attention is taken. 0 = off."),
+                number("tau", 2.5, 100.0, 0.1, "NAG, PERP: a token may grow to tau times its length.", low=1.0),
+                number("alpha", 0.25, 1.0, 0.05, "NAG, PERP: how much of the pushed attention is taken. 0 = off."),
                 number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
                 number("end_percent", 1.0, 1.0, 0.01, "Share of the schedule where steering ends; 1 = the last step."),
                 io.Combo.Input("layers", options=list(LAYERS), optional=True, advanced=True, tooltip=LAYERS_TOLD),
@@ -113,7 +113,9 @@ def steered_model(
         check_layers(steering, network_of(model))
     width, pooled = found.width(network_of(model)), bool(model.model.adm_channels)
     check_negative(negative, width, pooled)
-    if steering.wants_empty:
+    if steering.wants_empty and not steering.neutral:
+        if empty is None:
+            raise OneStepError("PERP measures from the empty text: plug a CLIP Text Encode without words into `empty`")
         check_negative(empty, width, pooled, "empty text")
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(
@@ -152,12 +154,14 @@ def check_negative(negative: Any, width: int, pooled: bool, what: str = "negativ
             raise OneStepError(f"the {what} has no pooled vector, which this model's CLIP gives: encode it with that")
         bound = [word for key, word in PARTIAL.items() if told.get(key) is not None]
         bound += ["a strength"] * (told.get("strength", 1.0) != 1.0)
-        bound += ["a timestep range"] * (what != "negative" and bool({"start_percent", "end_percent"} & told.keys()))
+        ranged = (told.get("start_percent", 0.0), told.get("end_percent", 1.0)) != (0.0, 1.0)
         if bound:
             raise OneStepError(
                 f"the {what} has {bound[0]}, which steering cannot honour: it acts on the whole picture, and its "
                 "strength is the node's scale. Plug in the condition without it"
             )
+        if what != "negative" and ranged:
+            raise OneStepError(f"the {what} has a timestep range: plug it in without, the negative's is what counts")
 
 
 NODES = [NegativeSteeringNode]

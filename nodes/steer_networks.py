@@ -29,9 +29,8 @@ class Call:
     """One steered forward of ``network``.
 
     x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative, of which the last
-    ``empty`` are the empty text's. chunks: how many
-    conditions lie behind each other in x. rows: [B] bool, which are steered; None = all. kept: the negative's keys and
-    values, empty until they are made.
+    ``empty`` are the empty text's. chunks: how many conditions lie behind each other in x. rows: [B] bool, which are
+    steered; None = all. kept: the negative's keys and values, empty until they are made.
     """
 
     steering: Steering

@@ -56,10 +56,10 @@ def steered(
         negative = pipe.encode_prompt("red", do_classifier_free_guidance=False)[0]  # StableDiffusionXLPipeline
         negative = pipe.encode_prompt("red", None, None)[0]  # StableDiffusion3Pipeline
         negative = pipe.encode_prompt("red", None)[0]  # FluxPipeline
-        with steered(pipe, negative, "nag", scale=5):
+        with steered(pipe, negative, "nag", scale=5):  # or "perp", empty=..., where "" is encoded as "red" is
             picture = pipe("a flower", num_inference_steps=4, guidance_scale=1).images[0]
 
-    The network is given back as it was, also after an error. At a neutral scale (NASA 0, NAG 1) nothing is touched.
+    The network is given back as it was, also after an error. A neutral scale (NASA 0; NAG, Perp 1) changes nothing.
     Raises OneStepError for a network, an attention processor (an IP-Adapter of SD3 or Flux), a negative or a value that
     is not served; from the forward also for a batch that does not fit and under gradient checkpointing.
     """
@@ -233,9 +233,9 @@ def _restore(network: Any) -> None:
 def _check_negative(negative: Any, width: int, what: str = "negative") -> None:
     if not isinstance(negative, Tensor) or negative.ndim != 3 or 0 in negative.shape:
         found = tuple(negative.shape) if isinstance(negative, Tensor) else type(negative).__name__
+        count = "1 or prompts" if what == "negative" else "1"
         raise OneStepError(
-            f"the {what} is {found}: give the text's tokens [1 or prompts, tokens, width], the first result of "
-            "encode_prompt"
+            f"the {what} is {found}: give the text's tokens [{count}, tokens, width], the first result of encode_prompt"
         )
     if negative.shape[2] != width:
         raise OneStepError(
@@ -246,7 +246,7 @@ def _check_negative(negative: Any, width: int, what: str = "negative") -> None:
 
 def _with_empty(negative: Tensor, empty: Tensor | None, steering: Steering, width: int) -> tuple[Tensor, int]:
     """The negative's tokens and behind them the empty text's, where steering wants them; how many those are."""
-    if not steering.wants_empty:
+    if not steering.wants_empty or steering.neutral:
         return negative, 0
     if empty is None:
         raise OneStepError('perp measures from the empty text: give empty=..., "" encoded as the negative is')

@@ -103,7 +103,7 @@ class CrossSteered(nn.Module):
             k, v = seen.in_heads("k")[rows], seen.in_heads("v")[rows]
             steered = steering.cross(q, k, v, negative, positive)
         else:
-            raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa or nag")
+            raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa, nag or perp")
         out = _merged(steered).to(found.dtype)
         return out if len(out) == len(found) else torch.cat([found[: rows.start], out, found[rows.stop :]])
 

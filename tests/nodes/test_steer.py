@@ -92,7 +92,7 @@ WORDS = {
     "layers sd3": ("decoder", "U-Nets", "sd3"),
     "layers encoder": ("no cross-attention in its decoder", "all"),
     "pooled": ("pooled", "CLIP"),
-    "no empty text": ("empty text", "PERP", "CLIP Text Encode"),
+    "no empty text": ("empty text", "PERP", "CLIP Text Encode", "`empty`"),
     "empty text's width": ("empty text", "1024", "768"),
     "empty text's range": ("empty text", "timestep range"),
     **{f"{name} {value}": (name, value) for name, value in (("weight", "nan"), ("weight", "-1.0"))},

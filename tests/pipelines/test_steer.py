@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, SD3IPAdapterJ
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from small_networks import CASES, inputs_of
-from steered_networks import JOINT, UNETS, pipe_of, run, texts
+from steered_networks import JOINT, UNETS, away, pipe_of, run, texts
 from tiny_pipelines import make
 from torch import Tensor
 
@@ -37,25 +37,27 @@ def unchanged(network: Any) -> Iterator[None]:
     assert state() == before
 
 
-@pytest.mark.parametrize("mode", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("mode", ["nasa", "nag", "vsf", "perp"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_is_given_back_as_it_was(name: str, mode: str) -> None:
     pipe, network = pipe_of(name, torch.float32)
     negative = texts(1, 6).float()
     plain = run(name, network)
     with unchanged(network):
-        with steered(pipe, negative, mode):
+        with away(pipe, negative, mode):
             acting = run(name, network)
         assert torch.equal(run(name, network), plain) and not torch.equal(acting, plain)
-        with pytest.raises(ZeroDivisionError), steered(pipe, negative, mode):
+        with pytest.raises(ZeroDivisionError), away(pipe, negative, mode):
             run(name, network)
             1 / 0  # noqa: B018
         assert torch.equal(run(name, network), plain)
-        with steered(pipe, negative, mode):
+        with away(pipe, negative, mode):
             assert torch.equal(run(name, network), acting)
 
 
-@pytest.mark.parametrize("steering", [Steering("nasa", 0.0), Steering("nag", 1.0), Steering("nag", 4.0, alpha=0.0)])
+@pytest.mark.parametrize(
+    "steering", [Steering("nasa", 0.0), Steering("nag", 1.0), Steering("nag", 4.0, alpha=0.0), Steering("perp", 1)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_neutral_is_bit_identical(name: str, steering: Steering) -> None:
     pipe, network = pipe_of(name, torch.float32)
@@ -137,13 +139,13 @@ def test_keys_and_values_are_kept_only_where_asked(cache: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("mode", ["nasa", "nag", "vsf", "perp"])
 @pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
 def test_half_precision_is_the_same_but_for_its_rounding(name: str, mode: str, dtype: torch.dtype) -> None:
     pipe, network = pipe_of(name)
     half, narrow = pipe_of(name, dtype)
     plain, plain_narrow = run(name, network), run(name, narrow)
-    with steered(pipe, texts(1, 6), mode), steered(half, texts(1, 6).to(dtype), mode):
+    with away(pipe, texts(1, 6), mode), away(half, texts(1, 6).to(dtype), mode):
         acting, acting_narrow = run(name, network), run(name, narrow)
     assert acting_narrow.dtype == dtype
     rounding = (plain_narrow.double() - plain).abs().mean()
@@ -189,6 +191,9 @@ def test_a_compiled_network_follows_each_steering(name: str) -> None:
         ("sd15", texts(1, 6), {"scale": float("nan")}, "scale is nan"),
         ("sd15", texts(1, 6), {"scale": -1.0}, "scale is -1.0"),
         ("sd15", texts(1, 6), {"steering": "cfg"}, "no steering mode 'cfg'"),
+        ("sd15", texts(1, 6), {"steering": "perp"}, "perp measures from the empty text: give empty="),
+        ("sd15", texts(1, 6), {"steering": "perp", "empty": texts(2, 6)}, "there are 2 empty texts: give one"),
+        ("sd35", texts(1, 6), {"steering": "perp", "empty": torch.zeros(1, 6, 64)}, "empty text's tokens are 64 wide"),
         ("sd15", texts(1, 6), {"start": 0.5, "end": 0.5}, "from 0.5 to 0.5"),
         ("sd15", texts(1, 6), {"end": 1.5}, "from 0.0 to 1.5"),
         ("sd15", texts(1, 6), {"rows": "both"}, "rows is 'both'"),

@@ -16,7 +16,7 @@ from onestep.pipelines import OneStepPipeline, Steering, steered
 PROMPTS, NEGATIVES = ["a cat", "red dog"], ["red", "dog"]
 CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
 FAMILIES = {"sd": "unet", "sdxl": "unet", "sd3": "sd3", "flux": "flux"}
-STEERINGS: list[Any] = ["nasa", "nag", "vsf", Steering("nag", 8.0, tau=4.0, alpha=0.5, order=2)]
+STEERINGS: list[Any] = ["nasa", "nag", "vsf", "perp", Steering("nag", 8.0, tau=4.0, alpha=0.5, order=2)]
 
 
 def recipe_for(name: str, **more: Any) -> Recipe:
@@ -44,7 +44,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-@pytest.mark.parametrize("steering", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("steering", ["nasa", "nag", "vsf", "perp"])
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_familys_own_pipeline_draws_the_same(name: str, steering: str) -> None:
     """Two prompts with a negative each, two pictures of each: 1e-5 of the latents' std."""
@@ -55,9 +55,9 @@ def test_the_familys_own_pipeline_draws_the_same(name: str, steering: str) -> No
     drawn = ours(PROMPTS, negative_prompt=NEGATIVES, steering=steering, **more, **call).images
     without = ours(PROMPTS, negative_prompt=NEGATIVES, seed=3, recipe=recipe_for(name), **call).images
     arguments = ours.diffusers_settings(recipe_for(name)).apply(pipe)
-    negative = tokens(name, pipe, NEGATIVES)
+    negative, empty = tokens(name, pipe, NEGATIVES), tokens(name, pipe, [""])
     torch.manual_seed(3)
-    with steered(pipe, negative, steering):
+    with steered(pipe, negative, steering, empty=empty):
         plain = unpacked(pipe, pipe(PROMPTS, **{**call, **arguments}).images)
     assert error(drawn, plain) <= 1e-5 < 1e-2 < error(drawn, without)
 

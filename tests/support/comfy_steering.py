@@ -168,7 +168,7 @@ def pushed(form: dict[str, Any], positive: Tensor, negative: Tensor, empty: Tens
     guided = form["scale"] * positive - (form["scale"] - 1) * negative
     if empty is not None:
         a, b = positive - empty, negative - empty
-        b = b - form["keep"] * (a * b).sum(-1, keepdim=True) / (a * a).sum(-1, keepdim=True) * a
+        b = b - form["keep"] * (a * b).sum(-1, keepdim=True).clamp_min(0) / (a * a).sum(-1, keepdim=True) * a
         guided = positive + (form["scale"] - 1) * (a - form["weight"] * b)
     ratio = guided.abs().sum((1, 3), keepdim=True) / positive.abs().sum((1, 3), keepdim=True)
     limited = guided * torch.minimum(ratio, torch.full_like(ratio, form["tau"])) / ratio

@@ -80,7 +80,7 @@ def mixed(mode: str, positive: Array, negative: Array, empty: Array | None = Non
     guided = s * positive - (s - 1) * negative
     if empty is not None:
         a, b = positive - empty, negative - empty
-        b = b - KEEP * (a * b).sum(-1, keepdims=True) / (a * a).sum(-1, keepdims=True) * a
+        b = b - KEEP * np.maximum((a * b).sum(-1, keepdims=True), 0) / (a * a).sum(-1, keepdims=True) * a
         guided = positive + (s - 1) * (a - WEIGHT * b)
     ratio = np.abs(guided).sum((1, 3), keepdims=True) / np.abs(positive).sum((1, 3), keepdims=True)
     return 0.25 * guided * np.minimum(ratio, 2.5) / ratio + 0.75 * positive

@@ -40,7 +40,7 @@ def perp_by_hand(z_pos: Array, z_neg: Array, z_empty: Array, steering: Steering)
     head by head, ``keep`` times (arXiv:2304.04968: once)."""
     prompt, away = z_pos - z_empty, z_neg - z_empty
     unit = prompt / np.maximum(np.sqrt((prompt**2).sum(-1, keepdims=True)), 1e-300)
-    away = away - steering.keep * (unit * away).sum(-1, keepdims=True) * unit
+    away = away - steering.keep * np.maximum((unit * away).sum(-1, keepdims=True), 0) * unit
     pushed = z_pos + (steering.scale - 1) * (prompt - steering.weight * away)
     ratio = norms(pushed, steering.order) / norms(z_pos, steering.order)
     return steering.alpha * pushed * np.minimum(ratio, steering.tau) / ratio + (1 - steering.alpha) * z_pos

@@ -183,17 +183,17 @@ def ranges(kind, model):
     """Outside the range bit for bit the plain network; the negative's own ranges act as ours; several texts join."""
     positive, one, two = texts(kind)
     plain, whole, other = (
-        x0_of(m, positive, shares=SHARES) for m in (model, by("nag", model, one), by("nag", model, two))
+        x0_of(m, positive, shares=SHARES) for m in (model, by("perp", model, one), by("perp", model, two))
     )
     early = node_helpers.conditioning_set_values(one, {"start_percent": 0.0, "end_percent": 0.5})
     late = node_helpers.conditioning_set_values(two, {"start_percent": 0.5, "end_percent": 1.0})
-    for clone in (by("nag", model, one, 0.0, 0.5), by("nag", model, early)):
+    for clone in (by("perp", model, one, 0.0, 0.5), by("perp", model, early)):
         x0 = x0_of(clone, positive, shares=SHARES)
         assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], plain[2:])
-    x0 = x0_of(by("nag", model, early + late), positive, shares=SHARES)
+    x0 = x0_of(by("perp", model, early + late), positive, shares=SHARES)
     assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], other[2:])
     joined = [[torch.cat((one[0][0], two[0][0]), 1), one[0][1]]]
-    return apart(x0_of(by("nag", model, one + two), positive), x0_of(by("nag", model, joined), positive))
+    return apart(x0_of(by("perp", model, one + two), positive), x0_of(by("perp", model, joined), positive))
 
 
 @case("sd15", *JOINT)
@@ -218,11 +218,11 @@ def batches(kind, model):
     """Different prompts, and different negatives, in one batch: each row as if it were alone."""
     noise = noise_of(model, 2)
     ours, single = [condition(kind, 9, seed, batch=2) for seed in (1, 2)], []
-    both = x0_of(by("nag", model, ours[1]), ours[0], noise=noise)[0]
+    both = x0_of(by("perp", model, ours[1]), ours[0], noise=noise)[0]
     for row in (0, 1):
         lone = [[[c[0][0][row : row + 1], {"pooled_output": c[0][1]["pooled_output"][row : row + 1]}]] for c in ours]
-        single.append(x0_of(by("nag", model, lone[1]), lone[0], noise=noise[row : row + 1])[0, 0])
-    guided = x0_of(by("nag", model, ours[1]), ours[0], condition(kind, 9, 7), cfg=1.0 + 1e-4, noise=noise)[0]
+        single.append(x0_of(by("perp", model, lone[1]), lone[0], noise=noise[row : row + 1])[0, 0])
+    guided = x0_of(by("perp", model, ours[1]), ours[0], condition(kind, 9, 7), cfg=1.0 + 1e-4, noise=noise)[0]
     return apart(both, torch.stack(single)), apart(guided, torch.stack(single)) < 1e-2
 
 
