@@ -84,13 +84,14 @@ def plot(found: dict[str, list[dict[str, Any]]], modes: Sequence[str], path: Pat
             axis = axes[line][column]
             for name in sorted({line_of(entry) for entry in rows if entry["setting"].split()[0] in modes}):
                 mine = [entry for entry in rows if line_of(entry) == name]
-                axis.plot([e["of plain"] for e in mine], [e[measure] for e in mine], marker="o", label=name)
+                told = {"marker": "o", "label": name, "color": f"C{modes.index(name.split()[0].lower())}"}
+                axis.plot([e["of plain"] for e in mine], [e[measure] for e in mine], **told)
                 for entry in mine:
                     axis.annotate(entry["setting"].split()[1], (entry["of plain"], entry[measure]), fontsize=7)
             axis.axvline(0.5, color="grey", linewidth=0.5)
             axis.axhline((1.1, 0.02)[line], color="grey", linewidth=0.5)
             axis.set(title=f"negative {subject}", xlabel="rate of the word, of the plain student's", ylabel=measure)
             axis.set_ylim(*((0.5, 2.0), (-0.06, 0.2))[line])
-            axis.legend()
+            axis.legend(fontsize=7, framealpha=0.6)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
