@@ -114,9 +114,7 @@ def steered_model(
     width, pooled = found.width(network_of(model)), bool(model.model.adm_channels)
     check_negative(negative, width, pooled)
     if steering.wants_empty and not steering.neutral:
-        if empty is None:
-            raise OneStepError("PERP measures from the empty text: plug a CLIP Text Encode without words into `empty`")
-        check_negative(empty, width, pooled, "empty text")
+        check_empty(empty, width, pooled)
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(
             "this MODEL is steered already: give both negatives to one Negative Steering, through Conditioning "
@@ -140,10 +138,7 @@ def check_negative(negative: Any, width: int, pooled: bool, what: str = "negativ
     width: of the tokens that the model reads. pooled: whether it reads a pooled vector too. what: the negative's part.
     """
     if not negative:
-        hint = (
-            ", or ConditioningZeroOut" if what == "negative" else " with nothing written in it: PERP measures from it"
-        )
-        raise OneStepError(f"the {what} holds no text: plug in CLIP Text Encode{hint}")
+        raise OneStepError(f"the {what} holds no text: plug in CLIP Text Encode, or ConditioningZeroOut")
     for text, told in negative:
         if text.shape[-1] != width:
             raise OneStepError(
@@ -154,14 +149,20 @@ def check_negative(negative: Any, width: int, pooled: bool, what: str = "negativ
             raise OneStepError(f"the {what} has no pooled vector, which this model's CLIP gives: encode it with that")
         bound = [word for key, word in PARTIAL.items() if told.get(key) is not None]
         bound += ["a strength"] * (told.get("strength", 1.0) != 1.0)
-        ranged = (told.get("start_percent", 0.0), told.get("end_percent", 1.0)) != (0.0, 1.0)
         if bound:
             raise OneStepError(
                 f"the {what} has {bound[0]}, which steering cannot honour: it acts on the whole picture, and its "
                 "strength is the node's scale. Plug in the condition without it"
             )
-        if what != "negative" and ranged:
-            raise OneStepError(f"the {what} has a timestep range: plug it in without, the negative's is what counts")
+
+
+def check_empty(empty: Any, width: int, pooled: bool) -> None:
+    """Raises OneStepError where there is no empty text, or none that `check_negative` takes, or one for some steps."""
+    if not empty:
+        raise OneStepError("PERP measures from the empty text: plug a CLIP Text Encode without words into `empty`")
+    check_negative(empty, width, pooled, "empty text")
+    if any((told.get("start_percent", 0.0), told.get("end_percent", 1.0)) != (0.0, 1.0) for _, told in empty):
+        raise OneStepError("the empty text has a timestep range: plug it in without, the negative's is what counts")
 
 
 NODES = [NegativeSteeringNode]

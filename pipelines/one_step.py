@@ -41,7 +41,7 @@ from .noise import Noise
 from .own_guidance import Rows
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
-from .steer import steered
+from .steer import steered, steering_of
 
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 
@@ -147,7 +147,8 @@ class OneStepPipeline(DiffusionPipeline):
         noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise() if latents is None else latents.to(host.device, torch.float32)
         control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
-        empty = host.encode([""], size).text if getattr(steering, "mode", steering) == "perp" else None
+        measured = steering is not None and steering_of(steering, scale, host.family).wants_empty
+        empty = host.encode([""], size).text if measured else None
         with self._steered(negative, guided, steering, scale, empty), self._adapted(guidance, guided), control:
             x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
         pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)

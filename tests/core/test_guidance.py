@@ -43,8 +43,8 @@ CASES = {
     "vsf": Steering("vsf", 2.0, offset=0.7),
     "vsf, flipped alone": Steering("vsf", 1.0, offset=0.0),
     "vsf, muted": Steering("vsf", 0.0, offset=0.1),
-    "perp": Steering("perp", 4.0, tau=5.0, alpha=0.25, weight=1.5, keep=1.0),
-    "perp, spared": Steering("perp", 3.0, tau=6.0, alpha=0.5, order=2, weight=2.0, keep=2.5),
+    "perp": Steering("perp", 4.0, tau=8.4, alpha=0.25, weight=1.5, keep=1.0),
+    "perp, spared": Steering("perp", 3.0, tau=12.0, alpha=0.5, order=2, weight=2.0, keep=2.5),
 }
 every_case = pytest.mark.parametrize("steering", CASES.values(), ids=list(CASES))
 
