@@ -5,7 +5,8 @@ r"""Guidance in one forward: a small network that adds to a frozen base what cla
 Two forms, as the paper attaches them. Attention: each cross-attention of a U-Net gets a second one, over [guidance,
 time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture. Ours: what is
 added is scaled by w - 1, so that at w = 1, where guidance adds nothing, neither does the adapter; and the attention
-form also sees what the first attention found (benchmarks/results/guidance-adapter-tiny.md has what that is worth).
+form also sees where it looks from and what the first attention found (benchmarks/results/guidance-adapter-tiny.md has
+what that is worth).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Told(nn.Module):
 class GuidanceAttention(nn.Module):
     """A side (core.side) on the cross-attentions of a U-Net. It reads w [B] in ``cond.guidance``; None = it is silent.
 
-    out(silu(softmax(q k^T) v + W_z z + W_c c)), q = W_q h of what `to_q` takes, k and v of the tokens, z what
+    out(silu(softmax(q k^T) v + q + W_z z + W_c c)), q = W_q h of what `to_q` takes, k and v of the tokens, z what
     `to_out.0` takes, c of guidance and time; added to what `to_out.0` gives. The output layers begin at zero: a new
     adapter changes nothing, to the bit.
     """
@@ -129,7 +130,7 @@ class GuidanceAttention(nn.Module):
         c, tokens = c.to(h), tokens.to(h)
         q, k, v = _linear(self.queries[at], h), _linear(self.keys[at], tokens), _linear(self.values[at], tokens)
         looked = attention(_heads(q), _heads(k), _heads(v), mask).transpose(1, 2).flatten(2)
-        inner = F.silu(looked + _linear(self.found[at], x) + _linear(self.shift[at], c))
+        inner = F.silu(looked + q + _linear(self.found[at], x) + _linear(self.shift[at], c))
         return output + _beyond_one(call, output) * _linear(self.out[at], inner)
 
     def _told(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:

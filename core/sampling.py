@@ -86,19 +86,12 @@ def trajectory(
     denoise: Denoiser, cond: Cond, null: Cond | None, noise: Tensor, steps: int, guidance: float | Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(x, sigma [B], guided x0) at each of `teacher_sample`'s steps, noisiest first."""
-    return walk(denoise.schedule, lambda x, sigma: guided(denoise, x, sigma, cond, null, guidance), noise, steps)
-
-
-def walk(
-    schedule: NoiseSchedule, answer: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(x, sigma [B], x0) at each of ``steps`` equal first-order steps from unit ``noise`` [B, ...], where x0 =
-    ``answer`` (x, sigma)."""
+    schedule = denoise.schedule
     sigmas = schedule.sigma_of_time(schedule.trailing(steps))
     x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
     for step, sigma in enumerate(sigmas):
         level = sigma.expand(len(noise))
-        x0 = answer(x, level)
+        x0 = guided(denoise, x, level, cond, null, guidance)
         yield x, level, x0
         if step + 1 < steps:
             x = jump(schedule, x, x0, level, sigmas[step + 1].expand(len(noise)))

@@ -82,7 +82,7 @@ class Settings:
     warm_start_rate: float = setting(5e-4, "Student's step size in regression.", 0, 1)
     pairs: int = setting(
         1024,
-        "Different teacher pairs, guided trajectories or controlled pictures kept on disk; then they are used again.",
+        "Different teacher pairs, prompts with guided states or controlled pictures kept on disk; then used again.",
         1,
         1_000_000,
     )
@@ -123,7 +123,7 @@ class Settings:
     guidance_high: float = setting(
         0.0, "Greatest guidance that they learn; 0 = automatic: 12 for agd, else the guidance itself.", 0, 30
     )
-    states: int = setting(4, "States that agd and guidance-lora keep of each guided trajectory.", 1, 1000)
+    states: int = setting(8, "States of guided trajectories that agd and guidance-lora keep for each prompt.", 1, 1000)
     control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
     control_width: int = setting(
         0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
@@ -163,10 +163,10 @@ class Settings:
         low, high = self.scales
         if self.method in GUIDING and low > high:
             raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
-        if self.method in GUIDING and not self.states <= self.teacher_steps <= MOST_STEPS:
+        if self.method in GUIDING and self.teacher_steps > MOST_STEPS:
             raise OneStepError(
-                f"{self.method} keeps {self.states} states of {self.teacher_steps} steps: set teacher_steps to at "
-                f"least states and at most {MOST_STEPS}; 20 to 50 do well"
+                f"{self.method} walks trajectories of {self.teacher_steps} steps: set teacher_steps to at most "
+                f"{MOST_STEPS}; 20 to 50 do well"
             )
         if self.steps + self.first_steps == 0:
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")

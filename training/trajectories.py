@@ -1,8 +1,10 @@
-"""Guided trajectories of the teacher: a few states of each, and what classifier-free guidance answers there."""
+"""Guided trajectories of the teacher: states along them, and what classifier-free guidance answers there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch import Tensor
 from ..core import randomness
 from ..core.denoiser import both
 from ..core.roles import TEACHER
-from ..core.sampling import walk
-from ..core.schedule import expand
+from ..core.sampling import fed_latents, jump
+from ..core.schedule import NoiseSchedule, expand
 from .batch import Batch
 from .pairs import Blocks
+
+Start = Callable[[int, int], tuple[Tensor, float, float]]
 
 
 @dataclass(frozen=True)
@@ -33,65 +37,101 @@ class States:
 
 @dataclass
 class Trajectories(Blocks):
-    """Trajectories of ``settings.teacher_steps`` steps from unit noise, each under a guidance of its own from the range
-    ``settings.scales``; ``settings.states`` of its states are kept.
+    """Samples of ``settings.states`` states each, all of one prompt: every state of one trajectory after another, each
+    from a noise and under a guidance of its own from the range ``settings.scales``, on the levels of
+    ``settings.teacher_steps`` steps.
 
-    Where guidance is large, |D_c - D_u|, a step is kept more often: the losses divide by that once, and what counts in
-    the end is the square error of x0, which lies in the noisiest steps.
+    A trajectory is left where guidance, |D_c - D_u|, has fallen below a random share of its highest: so a step is seen
+    about as often as guidance is large there (the losses divide by that once, and what counts in the end is the square
+    error of x0, which lies in the noisiest steps), and no answer of the teacher is thrown away.
     """
 
     stream = "trajectory"
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, States]:
-        """Like ``batch``, of trajectories, at one kept state of each."""
-        drawn, (x, target, sigma, apart, w) = self._take(batch, update)
-        kept = randomness.integers(x.shape[1], batch.seed, "trajectory state", batch.step, batch.samples)
-        at = torch.arange(len(x)), kept
-        return drawn, States(x[at], sigma.cpu()[at], w.cpu(), target[at], apart[at])
+        """Like ``batch``, of samples, at one state of each; at none where the teacher's answer is no number, if the
+        sample has others."""
+        drawn, sides = self._take(batch, update)
+        share = randomness.uniform(batch.seed, "trajectory state", batch.step, batch.samples)
+        at = torch.arange(len(share)), _chosen(sides[3].cpu().isfinite(), share)
+        x, target, sigma, apart, w = (side[at] for side in sides)
+        return drawn, States(x, sigma.cpu(), w.cpu(), target, apart)
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
-        noise, w = self._noise(block), self._scales(block)
-        parts = [
-            self._walk(block, rows, batch, noise[rows].to(batch.device), w[rows])
-            for rows, batch in self._slices(block, micro)
-        ]
+        parts = [self._walk(block, rows, batch) for rows, batch in self._slices(block, micro)]
         joined = (torch.cat(sides) for sides in zip(*parts, strict=True))
-        return dict(zip(("x", "target", "sigma", "apart"), joined, strict=True))
+        return dict(zip(("x", "target", "sigma", "apart", "w"), joined, strict=True))
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return kept["x"], kept["target"], kept["sigma"], kept["apart"], self._scales(block)
+        return tuple(kept[name] for name in ("x", "target", "sigma", "apart", "w"))
 
     @torch.no_grad()
-    def _walk(self, block: int, rows: list[int], batch: Batch, noise: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        """(x, target, sigma, apart), [B, states, ...] each, on the CPU."""
+    def _walk(self, block: int, rows: list[int], batch: Batch) -> tuple[Tensor, ...]:
+        """(x, target, sigma, apart, w), [B, states, ...] each, on the CPU."""
         denoise, null = self.host.denoiser, batch.nulls()
         assert null is not None  # the method's check has seen to that
-        large: list[Tensor] = []
-
-        def answer(x: Tensor, sigma: Tensor) -> Tensor:
-            d_c, d_u = both(denoise, x, sigma, batch.cond, null)
-            large.append((d_c - d_u).flatten(1).norm(dim=1).cpu())
-            return d_u + expand(w, x) * (d_c - d_u)
-
+        start = partial(self._start, block)
+        ways, seen = Ways(denoise.schedule, self.settings.teacher_steps, start, rows, batch.device), []
         with denoise.roles.use(TEACHER):
-            way = walk(denoise.schedule, answer, noise, self.settings.teacher_steps)
-            steps = [[side.cpu() for side in step] for step in way]
-        x, sigma, target = (torch.stack(sides, 1) for sides in zip(*steps, strict=True))
-        apart = torch.stack(large, 1)
-        kept = torch.stack([self._steps(block, row, apart[at]) for at, row in enumerate(rows)])
-        at = torch.arange(len(rows))[:, None], kept
-        return x[at], target[at], sigma[at], apart[at]
+            for _ in range(self.settings.states):
+                x, sigma, w = ways.x, ways.sigma, ways.w.clone()
+                d_c, d_u = both(denoise, x, sigma, batch.cond, null)
+                target, apart = d_u + expand(w, x) * (d_c - d_u), (d_c - d_u).flatten(1).norm(dim=1)
+                seen.append([side.cpu() for side in (x, target, sigma, apart, w)])
+                ways.step(target, apart.cpu())
+        return tuple(torch.stack(sides, 1) for sides in zip(*seen, strict=True))
 
-    def _steps(self, block: int, row: int, apart: Tensor) -> Tensor:
-        """[states] of a trajectory's steps, each at most once, by chances in proportion to ``apart`` [steps] among
-        those left; steps at which the teacher's answer is no number come last."""
-        draw = randomness.generator(self.settings.seed, "trajectory steps", block, row)
-        large = apart.double().nan_to_num(0, 0, 0)
-        chances = large + 1e-6 * large.max() + torch.finfo(torch.float32).tiny
-        return torch.multinomial(chances, self.settings.states, generator=draw)
-
-    def _scales(self, block: int) -> Tensor:
-        """[batch] scales, uniform in the range, float64."""
+    def _start(self, block: int, row: int, number: int) -> tuple[Tensor, float, float]:
+        """Unit noise [C, h, w], guidance and the share at which it is left, of a row's trajectory ``number``."""
+        draw = randomness.generator(self.settings.seed, "trajectory", block, row, number)
+        noise = torch.randn(*self.prompts.shapes[self._size(block)], generator=draw)
+        place, share = torch.rand(2, dtype=torch.float64, generator=draw).tolist()
         low, high = self.settings.scales
-        share = randomness.uniform(self.settings.seed, "trajectory scale", block, range(self.settings.batch))
-        return low + (high - low) * share
+        return noise, low + (high - low) * place, share
+
+
+class Ways:
+    """B trajectories under way, one for each of ``rows``; where one is left, the row's next begins.
+
+    x: [B, C, h, w] states on ``device``. w: [B] guidances, float64. ``start`` (row, number) gives a trajectory's unit
+    noise, guidance and share.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, steps: int, start: Start, rows: Sequence[int], device: torch.device
+    ) -> None:
+        self._schedule, self._start, self._rows = schedule, start, rows
+        self._levels = schedule.sigma_of_time(schedule.trailing(steps))
+        self._begun, self._at = [0] * len(rows), torch.zeros(len(rows), dtype=torch.long)
+        self.w, self._share, self._most = torch.zeros(3, len(rows), dtype=torch.float64)
+        self.x = torch.stack([self._begin(place) for place in range(len(rows))]).to(device)
+
+    @property
+    def sigma(self) -> Tensor:
+        """[B], float64."""
+        return self._levels[self._at]
+
+    def step(self, x0: Tensor, apart: Tensor) -> None:
+        """Each on to its next level, for the guided answers x0 [B, ...]; left where guidance, ``apart`` [B], is below
+        its share of the largest so far, or no number, and at the last level."""
+        self._most = torch.maximum(self._most, apart.double())
+        strong = apart.isfinite() & (apart >= self._share * self._most)
+        goes = strong & (self._at + 1 < len(self._levels))
+        lower = self._at + goes.long()
+        self.x, self._at = jump(self._schedule, self.x, x0, self.sigma, self._levels[lower]), lower
+        for place in (~goes).nonzero().flatten().tolist():
+            self.x[place] = self._begin(place).to(self.x)
+
+    def _begin(self, place: int) -> Tensor:
+        """The next trajectory's first state, [C, h, w]."""
+        noise, self.w[place], self._share[place] = self._start(self._rows[place], self._begun[place])
+        self._begun[place] += 1
+        self._at[place], self._most[place] = 0, 0.0
+        return fed_latents(self._schedule, noise[None], self._levels[:1], 1.0)[0]
+
+
+def _chosen(good: Tensor, share: Tensor) -> Tensor:
+    """[B]: of the places that are ``good`` [B, N], or of all where none is, the one at ``share`` [B] in [0, 1)."""
+    good = good | ~good.any(1, keepdim=True)
+    place = (share * good.sum(1)).floor()
+    return (good.cumsum(1) > place[:, None]).int().argmax(1)

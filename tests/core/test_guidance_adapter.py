@@ -179,7 +179,7 @@ def check_attention(found: ModuleType, mask: bool) -> None:
     tokens = np.concatenate([g, t, text], 1)
     q, k, v = (at @ state[f"{name}.1.weight"].T for at, name in ((h, "queries"), (tokens, "keys"), (tokens, "values")))
     z = many_heads(q, k, v, np.array([3, 1]) + 2 if mask else np.array([5, 5]))
-    z += first.numpy() @ state["found.1.weight"].T + (g + t) @ state["shift.1.weight"].T + state["shift.1.bias"]
+    z += q + first.numpy() @ state["found.1.weight"].T + (g + t) @ state["shift.1.weight"].T + state["shift.1.bias"]
     added = (W.numpy() - 1)[:, None, None] * (silu(z) @ state["out.1.weight"].T + state["out.1.bias"])
     np.testing.assert_allclose(given.detach().numpy(), output.numpy() + added, rtol=1e-9, atol=1e-9)
 
@@ -226,6 +226,7 @@ MUTANTS = {
     "padding is looked at": ("F.pad(cond.mask, (2, 0), value=True)", "F.pad(cond.mask | True, (2, 0), value=True)"),
     "the output for the query": ("h, at = call.kept.pop(look)", "h, at = output"),
     "one head": ("x.unflatten(2, (HEADS, -1))", "x.unflatten(2, (1, -1))"),
+    "blind to the place": ("looked + q +", "looked +"),
     "blind to the first attention": ("_linear(self.found[at], x)", "_linear(self.found[at], output)"),
     "not told": ("c, text = scale + moment,", "c, text = moment,"),
     "guidance apart from the text": ("F.silu(text + c)", "F.silu(text)"),

@@ -3,6 +3,7 @@ to the bit."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from onestep.training.distil import distil
 from onestep.training.objectives import guidance as method
 from onestep.training.prompts import embed
 from onestep.training.settings import Settings
-from onestep.training.trajectories import States, Trajectories
+from onestep.training.trajectories import States, Trajectories, Ways, _chosen
 
 W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
@@ -152,8 +153,8 @@ def trajectories(folder: Path, settings: Settings, host: SmallHost) -> Trajector
 
 
 def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
-    """Different steps of one trajectory, each with its own scale and its guided answer; the student has no say."""
-    host, settings = SmallHost(), agd_settings()
+    """Consecutive states of trajectories of their own noise and scale, with guided answers; the student has no say."""
+    host, settings = SmallHost(), agd_settings(states=9)
     made = trajectories(tmp_path, settings, host)
     host.denoiser.roles.add("student", 2, 0)
     for _, b in host.denoiser.roles.state("student").values():
@@ -161,45 +162,73 @@ def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
     with host.denoiser.roles.installed(), host.denoiser.roles.use("student"):
         batch, (x, target, sigma, apart, w) = made._take(made.prompts.batch(0, range(4)), 0)
         _, data = made.draw(made.prompts.batch(0, range(4)), 0)
-    assert float(w.min()) >= 1 and float(w.max()) <= 5 and len(set(w.tolist())) == 4
-    noise = made._noise(0)
-    with torch.no_grad():
-        walk = list(trajectory(host.denoiser, batch.cond, batch.nulls(), noise, 6, w))
-    levels = [float(step[1][0]) for step in walk]
+    assert float(w.min()) >= 1 and float(w.max()) <= 5
+    top = float(host.denoiser.schedule.sigma_of_time(host.denoiser.schedule.trailing(6))[0])
     for row in range(4):
-        at = [levels.index(level) for level in sigma[row].tolist()]
-        assert len(set(at)) == 3
-        torch.testing.assert_close(x[row], torch.stack([walk[step][0][row] for step in at]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(target[row], torch.stack([walk[step][2][row] for step in at]), rtol=1e-4, atol=1e-4)
+        begun = [index for index in range(9) if float(sigma[row][index]) == top]
+        assert begun[0] == 0 and len(begun) > 1
+        for number, (first, last) in enumerate(itertools.pairwise([*begun, 9])):
+            noise, scale, _ = made._start(0, row, number)
+            with torch.no_grad():
+                one = (batch.cond[row : row + 1], batch.nulls()[row : row + 1])
+                walk = list(trajectory(host.denoiser, *one, noise[None], 6, torch.tensor([scale])))[: last - first]
+            assert w[row][first:last].tolist() == [scale] * (last - first)
+            assert sigma[row][first:last].tolist() == [float(step[1]) for step in walk]
+            for side, wanted in ((x, [step[0][0] for step in walk]), (target, [step[2][0] for step in walk])):
+                torch.testing.assert_close(side[row][first:last], torch.stack(wanted), rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            part, null = (cond[torch.full((3,), row)] for cond in (batch.cond, batch.nulls()))
+            part, null = (cond[torch.full((9,), row)] for cond in (batch.cond, batch.nulls()))
             d_c, d_u = (host.denoiser(x[row], sigma[row], cond) for cond in (part, null))
         wanted = (d_c - d_u).square().sum((1, 2, 3)).sqrt()
         torch.testing.assert_close(apart[row], wanted, rtol=1e-3, atol=1e-4)
-        kept = [index for index in range(3) if torch.equal(x[row][index], data.x[row])]
+        kept = [index for index in range(9) if torch.equal(x[row][index], data.x[row])]
         assert len(kept) == 1 and torch.equal(target[row][kept[0]], data.target[row])
-        assert data.sigma[row] == sigma[row][kept[0]] and data.w[row] == w[row]
+        assert data.sigma[row] == sigma[row][kept[0]] and data.w[row] == w[row][kept[0]]
         assert data.apart[row] == apart[row][kept[0]] > 0
+    assert len({float(scale) for scale in w.flatten()}) > 8
 
 
-def test_steps_are_kept_as_often_as_guidance_is_large_there(tmp_path: Path) -> None:
-    """One of four steps, by chances in proportion to |D_c - D_u|; where there is no guidance at all, by equal ones."""
-    made = trajectories(tmp_path, agd_settings(states=1), SmallHost())
-    for apart in ([4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]):
-        kept = [int(made._steps(block, row, torch.tensor(apart))) for block in range(1000) for row in range(4)]
-        shares = np.bincount(kept, minlength=4) / len(kept)
-        wanted = np.array(apart) / sum(apart) if any(apart) else np.full(4, 0.25)
-        np.testing.assert_allclose(shares, wanted, atol=0.03)
+class Scripted:
+    """Trajectories of one row, their guidance along the way given."""
+
+    def __init__(self, apart: list[float]) -> None:
+        schedule, draw = GUIDED[0].schedule(), torch.Generator().manual_seed(5)
+        self.apart, self.seen = torch.tensor(apart, dtype=torch.float64), []
+
+        def start(row: int, number: int) -> tuple[Tensor, float, float]:
+            return torch.zeros(1, 1, 1), float(number), float(torch.rand((), generator=draw))
+
+        self.ways = Ways(schedule, len(apart), start, [0], torch.device("cpu"))
+
+    def steps(self, count: int) -> list[int]:
+        levels = self.ways._levels.tolist()
+        for _ in range(count):
+            self.seen.append(levels.index(float(self.ways.sigma)))
+            self.ways.step(torch.zeros(1, 1, 1, 1), self.apart[self.seen[-1:]])
+        return self.seen
+
+
+def test_steps_are_seen_as_often_as_guidance_is_large_there() -> None:
+    """The second always, a later one by what stood at the one before it, in proportion to the largest so far."""
+    for apart, wanted in (
+        ([4.0, 3.0, 2.0, 1.0], [1, 1, 0.75, 0.5]),
+        ([2.0, 4.0, 1.0, 4.0], [1, 1, 1, 0.25]),
+        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1]),
+    ):
+        counts = np.bincount(Scripted(apart).steps(8000), minlength=4)
+        np.testing.assert_allclose(counts / counts[0], wanted, atol=0.04)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_without_a_number_is_kept_only_after_all_others(tmp_path: Path, bad: float) -> None:
-    for states, steps in ((3, {0, 2, 3}), (4, {0, 1, 2, 3})):
-        made = trajectories(tmp_path / str(states), agd_settings(states=states), SmallHost())
-        assert {frozenset(made._steps(0, row, torch.tensor([1.0, bad, 2.0, 3.0])).tolist()) for row in range(4)} == {
-            frozenset(steps)
-        }
-        assert len(set(made._steps(0, 0, torch.full((4,), bad)).tolist())) == states
+def test_a_trajectory_ends_where_an_answer_is_no_number(bad: float) -> None:
+    assert Scripted([1.0, bad, 2.0, 3.0]).steps(6) == [0, 1] * 3
+    assert Scripted([bad, 1.0, 2.0, 3.0]).steps(3) == [0] * 3
+
+
+def test_what_is_no_number_is_drawn_only_where_nothing_else_is() -> None:
+    good = torch.tensor([[True, False, True, True], [False, False, False, False]])
+    drawn = [_chosen(good, torch.full((2,), share, dtype=torch.float64)).tolist() for share in (0, 0.4, 0.7, 0.99)]
+    assert drawn == [[0, 0], [2, 1], [3, 2], [3, 3]]
 
 
 def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:
@@ -264,8 +293,7 @@ def test_a_killed_guidance_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     ("changes", "words"),
     [
         ({"guidance_low": 6.0, "guidance_high": 5.0}, "guidance_low 6 must not be above guidance_high 5"),
-        ({"states": 7}, "agd keeps 7 states of 6 steps"),
-        ({"teacher_steps": 100}, "agd keeps 3 states of 100 steps"),
+        ({"teacher_steps": 100}, "agd walks trajectories of 100 steps: set teacher_steps to at most 64"),
         ({"targets": "attention"}, "set targets=all and no initial_lora"),
         ({"guidance_low": 0.5}, "guidance_low is 0.5: an adapter.s dial begins at 1"),
     ],
