@@ -96,7 +96,7 @@ class GuidanceAttention(nn.Module):
     adapter changes nothing, to the bit.
     """
 
-    kind = "guidance-attention"
+    kind = "guidance-cross-attention"
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ NO_LORA = "none"
 FileName = io.Custom("STRING,COMBO")
 # The kind in a file's header -> the node that loads such an adapter.
 LOADERS = {
-    **dict.fromkeys(("guidance-attention", "guidance-offset"), "Apply Guidance Adapter"),
+    **dict.fromkeys(("guidance-cross-attention", "guidance-offset"), "Apply Guidance Adapter"),
     "negative-attention": "Apply Negative Adapter",
     **dict.fromkeys(("control", "control copy"), "Load Control Adapter"),
 }

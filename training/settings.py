@@ -123,7 +123,13 @@ class Settings:
     guidance_high: float = setting(
         0.0, "Greatest guidance that they learn; 0 = automatic: 12 for agd, else the guidance itself.", 0, 30
     )
-    states: int = setting(8, "States of guided trajectories that agd and guidance-lora keep for each prompt.", 1, 1000)
+    states: int = setting(
+        4,
+        "States of guided trajectories that agd and guidance-lora keep for each prompt drawn. Above teacher_steps, the "
+        "teacher's answers are all kept.",
+        1,
+        1000,
+    )
     control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
     control_width: int = setting(
         0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096

@@ -37,13 +37,13 @@ class States:
 
 @dataclass
 class Trajectories(Blocks):
-    """Samples of ``settings.states`` states each, all of one prompt: every state of one trajectory after another, each
-    from a noise and under a guidance of its own from the range ``settings.scales``, on the levels of
-    ``settings.teacher_steps`` steps.
+    """Samples of ``settings.states`` states each, all of one prompt and on the levels of ``settings.teacher_steps``
+    steps: of one trajectory after another, each from a noise and under a guidance of its own from ``settings.scales``.
 
-    A trajectory is left where guidance, |D_c - D_u|, has fallen below a random share of its highest: so a step is seen
+    A trajectory is left where guidance, |D_c - D_u|, has fallen below a random share of its largest: so a step is seen
     about as often as guidance is large there (the losses divide by that once, and what counts in the end is the square
-    error of x0, which lies in the noisiest steps), and no answer of the teacher is thrown away.
+    error of x0, which lies in the noisiest steps). Of as many answers as there are steps, a sample keeps ``states`` by
+    equal chances; where it is to keep more, it keeps every answer that it asks for.
     """
 
     stream = "trajectory"
@@ -68,18 +68,27 @@ class Trajectories(Blocks):
     @torch.no_grad()
     def _walk(self, block: int, rows: list[int], batch: Batch) -> tuple[Tensor, ...]:
         """(x, target, sigma, apart, w), [B, states, ...] each, on the CPU."""
-        denoise, null = self.host.denoiser, batch.nulls()
+        denoise, null, settings = self.host.denoiser, batch.nulls(), self.settings
         assert null is not None  # the method's check has seen to that
-        start = partial(self._start, block)
-        ways, seen = Ways(denoise.schedule, self.settings.teacher_steps, start, rows, batch.device), []
+        start, length = partial(self._start, block), max(settings.teacher_steps, settings.states)
+        ways, seen = Ways(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
+        keeps = torch.stack([self._keeps(block, row, length) for row in rows])
         with denoise.roles.use(TEACHER):
-            for _ in range(self.settings.states):
+            for number in range(length):
                 x, sigma, w = ways.x, ways.sigma, ways.w.clone()
                 d_c, d_u = both(denoise, x, sigma, batch.cond, null)
                 target, apart = d_u + expand(w, x) * (d_c - d_u), (d_c - d_u).flatten(1).norm(dim=1)
-                seen.append([side.cpu() for side in (x, target, sigma, apart, w)])
                 ways.step(target, apart.cpu())
-        return tuple(torch.stack(sides, 1) for sides in zip(*seen, strict=True))
+                kept = keeps[:, number]
+                seen.append([side[kept.to(side.device)].cpu() for side in (x, target, sigma, apart, w)])
+        # by row, and in each row in the order seen
+        order = torch.cat([at.nonzero().flatten() for at in keeps.T]).argsort(stable=True).unflatten(0, (len(rows), -1))
+        return tuple(torch.cat(sides)[order] for sides in zip(*seen, strict=True))
+
+    def _keeps(self, block: int, row: int, length: int) -> Tensor:
+        """[length]: whether a sample keeps each of the answers it asks for; it keeps ``settings.states``."""
+        draw = randomness.generator(self.settings.seed, "trajectory states", block, row)
+        return torch.randperm(length, generator=draw) < self.settings.states
 
     def _start(self, block: int, row: int, number: int) -> tuple[Tensor, float, float]:
         """Unit noise [C, h, w], guidance and the share at which it is left, of a row's trajectory ``number``."""

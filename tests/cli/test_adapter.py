@@ -24,12 +24,14 @@ def test_an_adapter_is_learnt_described_and_measured(onestep: Command, model: Pa
     told = json.loads(said.out)
     assert said.code == 0 and told["check"].startswith("the adapter reads back")
     file = Path(told["path"])
-    assert load_adapter(file, MAKERS, "unet").kind == "guidance-attention"
+    assert load_adapter(file, MAKERS, "unet").kind == "guidance-cross-attention"
     assert told["recipe"]["guidance"] == 1 and len(told["recipe"]["told"]) == 2
     said = onestep("inspect", file)
-    assert "an adapter (guidance-attention) for the U-Net" in said.out and "load_guidance_adapter(pipe, " in said.out
+    assert (
+        "an adapter (guidance-cross-attention) for the U-Net" in said.out and "load_guidance_adapter(pipe, " in said.out
+    )
     facts = json.loads(onestep("inspect", file, "--json").out)
-    assert facts["kind"] == "guidance-attention" and facts["settings"]["method"] == "agd"
+    assert facts["kind"] == "guidance-cross-attention" and facts["settings"]["method"] == "agd"
     said = onestep("evaluate", model, "--prompts", prompts, "--lora", file, "--samples", "4", "--json", "-")
     table = json.loads(said.out)
     rows = {row["name"]: row for row in table["rows"]}

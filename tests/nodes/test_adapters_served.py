@@ -67,7 +67,9 @@ def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, 
     assert drawn["guided"].isfinite().all() and apart(drawn["guided"], drawn["plain"]) > 0.01
     file = comfy_server.base / "models" / "loras" / "onestep" / f"guided-{name}.safetensors"
     told = read_told(file)
-    assert told is not None and told["kind"] == {"tiny": "guidance-attention", "tiny-flow": "guidance-offset"}[name]
+    assert (
+        told is not None and told["kind"] == {"tiny": "guidance-cross-attention", "tiny-flow": "guidance-offset"}[name]
+    )
 
 
 def trained_control(server: Any, name: str, form: str) -> dict[str, Any]:

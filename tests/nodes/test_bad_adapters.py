@@ -69,7 +69,7 @@ def lora(name: str) -> dict[str, Any]:
 BAD = {
     "adapter of another U-Net": (guided("guidance-sd15"), ("another base", "it needs", "here it finds", "Choose")),
     "adapter of another family": (guided("guidance-sd3"), ("made for 'sd3' models", "this one is 'unet'", "choose")),
-    "control as a guidance adapter": (guided("control-sd15"), ("'control'", "'guidance-attention'", "choose")),
+    "control as a guidance adapter": (guided("control-sd15"), ("'control'", "'guidance-cross-attention'", "choose")),
     "no adapter": (guided("broken"), ("broken.safetensors",)),
     "guidance NaN": (guided("guidance-sd15", NAN), ("guidance is nan", "1 (none) to 30")),
     "adapter as a LoRA": (lora("guidance-sd15"), ("holds an adapter, no LoRA", "Apply Guidance Adapter")),

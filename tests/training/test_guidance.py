@@ -152,40 +152,88 @@ def trajectories(folder: Path, settings: Settings, host: SmallHost) -> Trajector
     return Trajectories(host, embed(host, PROMPTS, settings, folder / "embeddings"), settings, folder / "trajectories")
 
 
-def test_kept_states_are_the_guided_teachers(tmp_path: Path) -> None:
-    """Consecutive states of trajectories of their own noise and scale, with guided answers; the student has no say."""
-    host, settings = SmallHost(), agd_settings(states=9)
+def check_states(made: Trajectories, block: int, row: int, kept: tuple[Tensor, ...]) -> None:
+    """All answers of a sample, [N, ...]: whole trajectories by `trajectory`, each left where its guidance has fallen
+    below its share of the largest."""
+    (x, target, sigma, apart, w), denoise = kept, made.host.denoiser
+    _, batch = list(made._slices(block, 4))[0]
+    one, levels = (batch.cond[row : row + 1], batch.nulls()[row : row + 1]), made.settings.teacher_steps
+    at, number = 0, 0
+    while at < len(x):
+        noise, scale, share = made._start(block, row, number)
+        with torch.no_grad():
+            walk = list(trajectory(denoise, *one, noise[None], levels, torch.tensor([scale])))
+            d_c = torch.cat([denoise(x, sigma, one[0]) for x, sigma, _ in walk])
+            large = (d_c - torch.cat([step[2] for step in walk])).flatten(1).norm(dim=1) / (scale - 1)
+        weak = [step for step in range(levels) if large[step] < share * large[: step + 1].max()]
+        end = min(at + min(weak[0] + 1 if weak else levels, levels), len(x))
+        told = (torch.cat(sides) for sides in zip(*walk[: end - at], strict=True))
+        for side, wanted in zip((x, sigma, target), told, strict=True):
+            torch.testing.assert_close(side[at:end], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(apart[at:end], large[: end - at], rtol=1e-3, atol=1e-4)
+        assert w[at:end].tolist() == [scale] * (end - at)
+        at, number = end, number + 1
+    assert number > 1
+
+
+def test_states_are_the_guided_teachers(tmp_path: Path) -> None:
+    """The student has no say; what is drawn is one of them, with all that belongs to it."""
+    host, settings = SmallHost(), agd_settings(states=24)
     made = trajectories(tmp_path, settings, host)
     host.denoiser.roles.add("student", 2, 0)
     for _, b in host.denoiser.roles.state("student").values():
         b.normal_()
     with host.denoiser.roles.installed(), host.denoiser.roles.use("student"):
-        batch, (x, target, sigma, apart, w) = made._take(made.prompts.batch(0, range(4)), 0)
+        _, kept = made._take(made.prompts.batch(0, range(4)), 0)
         _, data = made.draw(made.prompts.batch(0, range(4)), 0)
-    assert float(w.min()) >= 1 and float(w.max()) <= 5
-    top = float(host.denoiser.schedule.sigma_of_time(host.denoiser.schedule.trailing(6))[0])
     for row in range(4):
-        begun = [index for index in range(9) if float(sigma[row][index]) == top]
-        assert begun[0] == 0 and len(begun) > 1
-        for number, (first, last) in enumerate(itertools.pairwise([*begun, 9])):
-            noise, scale, _ = made._start(0, row, number)
-            with torch.no_grad():
-                one = (batch.cond[row : row + 1], batch.nulls()[row : row + 1])
-                walk = list(trajectory(host.denoiser, *one, noise[None], 6, torch.tensor([scale])))[: last - first]
-            assert w[row][first:last].tolist() == [scale] * (last - first)
-            assert sigma[row][first:last].tolist() == [float(step[1]) for step in walk]
-            for side, wanted in ((x, [step[0][0] for step in walk]), (target, [step[2][0] for step in walk])):
-                torch.testing.assert_close(side[row][first:last], torch.stack(wanted), rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            part, null = (cond[torch.full((9,), row)] for cond in (batch.cond, batch.nulls()))
-            d_c, d_u = (host.denoiser(x[row], sigma[row], cond) for cond in (part, null))
-        wanted = (d_c - d_u).square().sum((1, 2, 3)).sqrt()
-        torch.testing.assert_close(apart[row], wanted, rtol=1e-3, atol=1e-4)
-        kept = [index for index in range(9) if torch.equal(x[row][index], data.x[row])]
-        assert len(kept) == 1 and torch.equal(target[row][kept[0]], data.target[row])
-        assert data.sigma[row] == sigma[row][kept[0]] and data.w[row] == w[row][kept[0]]
-        assert data.apart[row] == apart[row][kept[0]] > 0
-    assert len({float(scale) for scale in w.flatten()}) > 8
+        check_states(made, 0, row, tuple(side[row] for side in kept))
+        (at,) = (index for index in range(24) if torch.equal(kept[0][row][index], data.x[row]))
+        drawn = (data.x, data.target, data.sigma, data.apart, data.w)
+        assert all(torch.equal(side[row][at], one[row]) for side, one in zip(kept, drawn, strict=True))
+
+
+def test_fewer_states_than_steps_are_some_of_as_many_answers(tmp_path: Path) -> None:
+    """Each by the same chance, in their order."""
+    all_made, made = (
+        trajectories(tmp_path / str(states), agd_settings(states=states), SmallHost()) for states in (6, 2)
+    )
+    with all_made.host.denoiser.roles.installed(), made.host.denoiser.roles.installed():
+        whole, some = (pool._make(0, 4) for pool in (all_made, made))
+        seen = {float(sigma) for block in range(12) for sigma in made._make(block, 4)["sigma"].flatten()}
+    assert len(seen) == 6  # down to the last level
+    for row in range(4):
+        at = made._keeps(0, row, 6)
+        for name in whole:
+            torch.testing.assert_close(some[name][row], whole[name][row][at], rtol=1e-4, atol=1e-4)
+    counts = sum(made._keeps(block, 0, 6).double() for block in range(900)) / 900
+    np.testing.assert_allclose(counts, np.full(6, 1 / 3), atol=0.06)
+
+
+def test_trajectories_begin_each_by_itself(tmp_path: Path) -> None:
+    """Guidance is uniform in its range and the share in [0, 1), apart from each other; block, row and number count."""
+    made = trajectories(tmp_path, agd_settings(), SmallHost())
+    starts = [made._start(*at) for at in itertools.product(range(10), range(4), range(25))]
+    noise, scales, shares = (torch.stack([torch.as_tensor(start[of]) for start in starts]) for of in range(3))
+    for found in ((scales - 1) / 4, shares):
+        assert float(found.min()) >= 0 and float(found.max()) < 1
+        np.testing.assert_allclose(
+            np.quantile(found, [0.1, 0.25, 0.5, 0.75, 0.9]), [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.06
+        )
+    assert abs(float(torch.corrcoef(torch.stack([scales.double(), shares.double()]))[0, 1])) < 0.1
+    assert len({tuple(one.flatten()[:2].tolist()) for one in noise}) == len(set(scales.tolist())) == 1000
+    assert abs(float(noise.std()) - 1) < 0.02
+
+
+def test_an_answer_that_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    made = trajectories(tmp_path, agd_settings(), SmallHost())
+    with made.host.denoiser.roles.installed():
+        batch, kept = made._take(made.prompts.batch(0, range(4)), 0)
+        kept[1][:, :2], kept[3][:, :2] = float("nan"), float("nan")
+        made._take = lambda *told: (batch, kept)  # type: ignore[method-assign]
+        for step in range(8):
+            _, data = made.draw(made.prompts.batch(step, range(4)), step)
+            assert data.target.isfinite().all() and torch.equal(data.x, kept[0][:, 2])
 
 
 class Scripted:
@@ -272,7 +320,7 @@ def test_a_killed_agd_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     agd_run(tmp_path / "cut" / "run", "continue")
     assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
     adapter = load_adapter(whole.path, MAKERS, "unet")
-    assert adapter.kind == "guidance-attention" and any(bool(out.weight.any()) for out in adapter.side.out)
+    assert adapter.kind == "guidance-cross-attention" and any(bool(out.weight.any()) for out in adapter.side.out)
     recipe = Recipe.from_json(adapter.metadata["onestep.recipe"])
     assert recipe.steps == 6 and recipe.guidance == 1 and not recipe.renoise and recipe.eta == 0
 
