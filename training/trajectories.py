@@ -72,18 +72,16 @@ class Trajectories(Blocks):
         assert null is not None  # the method's check has seen to that
         start, length = partial(self._start, block), max(settings.teacher_steps, settings.states)
         ways, seen = Ways(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
-        keeps = torch.stack([self._keeps(block, row, length) for row in rows])
         with denoise.roles.use(TEACHER):
-            for number in range(length):
+            for _ in range(length):
                 x, sigma, w = ways.x, ways.sigma, ways.w.clone()
                 d_c, d_u = both(denoise, x, sigma, batch.cond, null)
                 target, apart = d_u + expand(w, x) * (d_c - d_u), (d_c - d_u).flatten(1).norm(dim=1)
-                ways.step(target, apart.cpu())
-                kept = keeps[:, number]
-                seen.append([side[kept.to(side.device)].cpu() for side in (x, target, sigma, apart, w)])
-        # by row, and in each row in the order seen
-        order = torch.cat([at.nonzero().flatten() for at in keeps.T]).argsort(stable=True).unflatten(0, (len(rows), -1))
-        return tuple(torch.cat(sides)[order] for sides in zip(*seen, strict=True))
+                seen.append([side.cpu() for side in (x, target, sigma, apart, w)])
+                ways.step(target, seen[-1][3])
+        keeps = torch.stack([self._keeps(block, row, length) for row in rows])
+        sides = (torch.stack(side, 1)[keeps] for side in zip(*seen, strict=True))
+        return tuple(side.unflatten(0, (len(rows), settings.states)) for side in sides)
 
     def _keeps(self, block: int, row: int, length: int) -> Tensor:
         """[length]: whether a sample keeps each of the answers it asks for; it keeps ``settings.states``."""
