@@ -125,10 +125,10 @@ class Settings:
     )
     states: int = setting(
         4,
-        "States of guided trajectories that agd and guidance-lora keep for each prompt drawn. Above teacher_steps, the "
-        "teacher's answers are all kept.",
+        "States of guided trajectories that agd and guidance-lora keep for each prompt drawn; from teacher_steps on, "
+        "none of the teacher's answers is thrown away.",
         1,
-        1000,
+        256,
     )
     control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
     control_width: int = setting(

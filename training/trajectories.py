@@ -42,15 +42,16 @@ class Trajectories(Blocks):
 
     A trajectory is left where guidance, |D_c - D_u|, has fallen below a random share of its largest: so a step is seen
     about as often as guidance is large there (the losses divide by that once, and what counts in the end is the square
-    error of x0, which lies in the noisiest steps). Of as many answers as there are steps, a sample keeps ``states`` by
-    equal chances; where it is to keep more, it keeps every answer that it asks for.
+    error of x0, which lies in the noisiest steps), and the first ones somewhat oftener, as each sample begins there. Of
+    as many answers as there are steps, a sample keeps ``states`` by equal chances; where it is to keep more, it keeps
+    every answer that it asks for.
     """
 
     stream = "trajectory"
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, States]:
-        """Like ``batch``, of samples, at one state of each; at none where the teacher's answer is no number, if the
-        sample has others."""
+        """Like ``batch``, of samples, at one state of each: never one where the teacher's answer is no number, while
+        the sample has others."""
         drawn, sides = self._take(batch, update)
         share = randomness.uniform(batch.seed, "trajectory state", batch.step, batch.samples)
         at = torch.arange(len(share)), _chosen(sides[3].cpu().isfinite(), share)
