@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import randomness
 from ..core.denoiser import both
+from ..core.errors import OneStepError
 from ..core.roles import TEACHER
 from ..core.sampling import fed_latents, jump
 from ..core.schedule import NoiseSchedule, expand
@@ -64,6 +65,11 @@ class Trajectories(Blocks):
         return dict(zip(("x", "target", "sigma", "apart", "w"), joined, strict=True))
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if "w" not in kept:
+            raise OneStepError(
+                f"the trajectories in {self.folder} are of an earlier version, which kept no guidance for each state: "
+                "restart the run"
+            )
         return tuple(kept[name] for name in ("x", "target", "sigma", "apart", "w"))
 
     @torch.no_grad()

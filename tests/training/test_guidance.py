@@ -26,6 +26,7 @@ from onestep.core.guidance_adapter import MAKERS
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import teacher_sample, trajectory
+from onestep.core.tensor_file import write_tensors
 from onestep.pipelines.adapt import adapt
 from onestep.training.distil import distil
 from onestep.training.objectives import guidance as method
@@ -223,6 +224,17 @@ def test_trajectories_begin_each_by_itself(tmp_path: Path) -> None:
     assert abs(float(torch.corrcoef(torch.stack([scales.double(), shares.double()]))[0, 1])) < 0.1
     assert len({tuple(one.flatten()[:2].tolist()) for one in noise}) == len(set(scales.tolist())) == 1000
     assert abs(float(noise.std()) - 1) < 0.02
+
+
+def test_trajectories_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    made = trajectories(tmp_path, agd_settings(), SmallHost())
+    with made.host.denoiser.roles.installed():
+        kept = made._make(0, 4)
+    kept.pop("w")
+    made.folder.mkdir(parents=True)
+    write_tensors(made.folder / "000000.safetensors", kept)
+    with pytest.raises(OneStepError, match="are of an earlier version.*restart the run"):
+        made.draw(made.prompts.batch(0, range(4)), 0)
 
 
 def test_an_answer_that_is_no_number_is_not_drawn(tmp_path: Path) -> None:
