@@ -19,6 +19,7 @@ from .batch import Batch
 from .pairs import Blocks
 
 Start = Callable[[int, int], tuple[Tensor, float, float]]
+SIDES = ("x", "target", "sigma", "apart", "w")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Trajectories(Blocks):
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         parts = [self._walk(block, rows, batch) for rows, batch in self._slices(block, micro)]
         joined = (torch.cat(sides) for sides in zip(*parts, strict=True))
-        return dict(zip(("x", "target", "sigma", "apart", "w"), joined, strict=True))
+        return dict(zip(SIDES, joined, strict=True))
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if "w" not in kept:
@@ -70,7 +71,7 @@ class Trajectories(Blocks):
                 f"the trajectories in {self.folder} are of an earlier version, which kept no guidance for each state: "
                 "restart the run"
             )
-        return tuple(kept[name] for name in ("x", "target", "sigma", "apart", "w"))
+        return tuple(kept[name] for name in SIDES)
 
     @torch.no_grad()
     def _walk(self, block: int, rows: list[int], batch: Batch) -> tuple[Tensor, ...]:
@@ -78,14 +79,14 @@ class Trajectories(Blocks):
         denoise, null, settings = self.host.denoiser, batch.nulls(), self.settings
         assert null is not None  # the method's check has seen to that
         start, length = partial(self._start, block), max(settings.teacher_steps, settings.states)
-        ways, seen = Ways(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
+        walkers, seen = Walkers(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
         with denoise.roles.use(TEACHER):
             for _ in range(length):
-                x, sigma, w = ways.x, ways.sigma, ways.w.clone()
+                x, sigma, w = walkers.x, walkers.sigma, walkers.w.clone()
                 d_c, d_u = both(denoise, x, sigma, batch.cond, null)
                 target, apart = d_u + expand(w, x) * (d_c - d_u), (d_c - d_u).flatten(1).norm(dim=1)
                 seen.append([side.cpu() for side in (x, target, sigma, apart, w)])
-                ways.step(target, seen[-1][3])
+                walkers.step(target, seen[-1][3])
         keeps = torch.stack([self._keeps(block, row, length) for row in rows])
         sides = (torch.stack(side, 1)[keeps] for side in zip(*seen, strict=True))
         return tuple(side.unflatten(0, (len(rows), settings.states)) for side in sides)
@@ -104,7 +105,7 @@ class Trajectories(Blocks):
         return noise, low + (high - low) * place, share
 
 
-class Ways:
+class Walkers:
     """B trajectories under way, one for each of ``rows``; where one is left, the row's next begins.
 
     x: [B, C, h, w] states on ``device``. w: [B] guidances, float64. ``start`` (row, number) gives a trajectory's unit

@@ -32,7 +32,7 @@ from onestep.training.distil import distil
 from onestep.training.objectives import guidance as method
 from onestep.training.prompts import embed
 from onestep.training.settings import Settings
-from onestep.training.trajectories import States, Trajectories, Ways, _chosen
+from onestep.training.trajectories import States, Trajectories, Walkers, _chosen
 
 W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
@@ -258,13 +258,13 @@ class Scripted:
         def start(row: int, number: int) -> tuple[Tensor, float, float]:
             return torch.zeros(1, 1, 1), float(number), float(torch.rand((), generator=draw))
 
-        self.ways = Ways(schedule, len(apart), start, [0], torch.device("cpu"))
+        self.walkers = Walkers(schedule, len(apart), start, [0], torch.device("cpu"))
 
     def steps(self, count: int) -> list[int]:
-        levels = self.ways._levels.tolist()
+        levels = self.walkers._levels.tolist()
         for _ in range(count):
-            self.seen.append(levels.index(float(self.ways.sigma)))
-            self.ways.step(torch.zeros(1, 1, 1, 1), self.apart[self.seen[-1:]])
+            self.seen.append(levels.index(float(self.walkers.sigma)))
+            self.walkers.step(torch.zeros(1, 1, 1, 1), self.apart[self.seen[-1:]])
         return self.seen
 
 
