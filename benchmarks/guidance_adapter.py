@@ -91,7 +91,7 @@ def train(args: argparse.Namespace, host: Any, settings: Settings, prompts: list
 def states(host: Any, prompts: list[str], w: float, steps: int, size: tuple[int, int], each: int) -> Iterator[Seen]:
     """``each`` states of a trajectory at ``w`` for each prompt, spread over its steps, in slices."""
     cond, null = host.encode(prompts, size), host.encode([""], size)
-    noise = randomness.normal(host.latent_shape(size), 1234, "held out", 0, range(len(prompts)))
+    noise = randomness.normal(host.latent_shape(size), 1234, "held out", 0, range(len(prompts))).to(host.device)
     kept = torch.linspace(0, steps - 1, each).round().long().tolist()
     for rows in torch.arange(len(prompts)).split(MICRO):
         part = cond[rows]
@@ -167,12 +167,13 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="real pictures")
     parser.add_argument("--captions", action="store_true", help="teach the captions of --reference")
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)
     held, taught = prompts[::EVERY], [prompt for at, prompt in enumerate(prompts) if at % EVERY]
     taught = captions(args.reference, held) if args.captions else taught
-    host = open_host(args.model, "all", "cpu")
+    host = open_host(args.model, "all", args.device)
     changes = dict(text.split("=", 1) for text in args.set)
     settings = at_native_size(Settings(method="agd", checkpointing=False).with_texts(changes), set(), host)
     (result, seconds), size = train(args, host, settings, taught), settings.size_list[0]

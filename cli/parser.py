@@ -74,7 +74,7 @@ def _distill(made: Parser) -> None:
     add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated")
     existing = made.add_mutually_exclusive_group()
-    resume = "go on with the run in RUN; start it where there is none"
+    resume = "go on with the run in RUN, also with more --steps than it had; start it where there is none"
     existing.add_argument("--resume", action="store_true", help=resume)
     existing.add_argument("--restart", action="store_true", help=RESTART)
     _device(made)

@@ -117,7 +117,7 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             category="OneStep/training",
             description="Trains a LoRA with which the model draws in one, two or four steps, from prompts "
             "alone; by method agd an adapter for guidance at CFG 1, by sun one for a negative prompt, by nct one for a "
-            "control. Cancel keeps what is learnt; queue again with 'continue' to go on.",
+            "control. Cancel keeps what is learnt; queue again with 'continue' to go on, also with more steps.",
             search_aliases=["distillation", "train", "turbo", "few step", "guidance adapter", "control adapter", "sun"],
             is_output_node=True,
             not_idempotent=True,

@@ -48,9 +48,10 @@ def distil(
 ) -> Result:
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
-    existing: "continue", "restart" or "stop" where the folder already holds a run. Raises OneStepError for bad input,
-    before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes
-    through, after the state and partial.safetensors are saved.
+    existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
+    more ``steps`` and ``pairs`` than it had: the step size then falls over all of its updates. Raises OneStepError for
+    bad input, before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises
+    passes through, after the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
@@ -61,7 +62,8 @@ def distil(
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     # whatever the caller switched off around us: a run needs gradients
-    with torch.inference_mode(False), torch.enable_grad(), opened(folder, config, existing) as (run, goes_on):
+    run_there = opened(folder, config, existing, METHODS[settings.method].grows)
+    with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
         session = _Session(host, prompts, settings, run, report, initial)
         if existing == CONTINUE and not goes_on:
             session.notes.append(f"no run to continue in {folder}: started anew")
@@ -94,6 +96,7 @@ class _Session:
             self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, reference)
             if goes_on:
                 self._restore()
+                self.trainer.notes += filter(None, [self.run.grown])
             else:
                 self._save()
             try:

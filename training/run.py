@@ -33,10 +33,10 @@ KINDS = ("pairs", "trajectories", "triples", "segments")
 
 
 class Run:
-    """An open, locked run directory. Make one with :func:`opened`."""
+    """An open, locked run directory. Make one with :func:`opened`. grown: a word where it is now to be longer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, grown: str = "") -> None:
+        self.folder, self.grown = folder, grown
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -112,16 +112,19 @@ class Run:
 
 
 @contextmanager
-def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tuple[Run, bool]]:
+def opened(
+    folder: Path, config: dict[str, Any], existing: str, grows: tuple[str, ...] = ()
+) -> Iterator[tuple[Run, bool]]:
     """The run at ``folder`` and whether it goes on from a state; made where it is absent.
 
     existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop".
+    grows: settings that may be larger than they were when it goes on; its config tells the larger ones from then on.
     Raises OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of
     another config.
     """
     if existing not in (CONTINUE, RESTART, STOP):
         raise OneStepError(f"an existing run is to be {existing!r:.60}{nearest(existing, (CONTINUE, RESTART, STOP))}")
-    _check_existing(folder, config, existing)
+    grown = _check_existing(folder, config, existing, grows)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,34 +136,42 @@ def opened(folder: Path, config: dict[str, Any], existing: str) -> Iterator[tupl
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in folder.rglob(".*.tmp"):  # of a file that was being written when the run was killed
             leftover.unlink(missing_ok=True)
-        run = Run(folder)
+        run = Run(folder, grown)
         goes_on = bool(run.states())
-        if not goes_on:
+        if grown or not goes_on:
             write_json(folder / "config.json", config)
         yield run, goes_on
 
 
-def _check_existing(folder: Path, config: dict[str, Any], existing: str) -> None:
+def _check_existing(folder: Path, config: dict[str, Any], existing: str, grows: tuple[str, ...]) -> str:
+    """Which settings the run that is there is to have larger, in words; nothing where it goes on as it is."""
     known = folder / "config.json"
     if not known.is_file() or existing == RESTART:
-        return
+        return ""
     if existing == STOP:
         raise OneStepError(f"a run is already in {folder}: continue it, restart it, or give another name")
     before = read_json(known)
-    keys = ("settings", "prompts", "base")
-    other = [key for key in keys if before.get(key) != config[key]]
-    if other:
-        raise OneStepError(
-            f"the run in {folder} has other {_differences(before, config, other)}: restart it, or give another name"
-        )
+    changed = _changed(before.get("settings"), config["settings"])
+    other = {name: pair for name, pair in changed.items() if not (name in grows and _larger(*pair))}
+    keys = [key for key in ("settings", "prompts", "base") if before.get(key) != config[key]]
+    if changed and not other:
+        keys.remove("settings")
+    if not keys:
+        return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    words = ", ".join([f"{name} ({old} there, {new} now)" for name, (old, new) in other.items()][:3])
+    named = f"settings, {words}" if words and keys == ["settings"] else " and ".join(keys)
+    raise OneStepError(f"the run in {folder} has other {named}: restart it, or give another name")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], keys: list[str]) -> str:
-    if keys != ["settings"] or not isinstance(before.get("settings"), dict):
-        return " and ".join(keys)
-    old, new = before["settings"], now["settings"]
-    changed = [f"{name} ({old.get(name)} there, {new[name]} now)" for name in new if old.get(name) != new[name]]
-    return "settings, " + ", ".join(changed[:3])
+def _changed(before: Any, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(there, now) of each setting that is another; none where the run's are unreadable."""
+    if not isinstance(before, dict):
+        return {}
+    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+
+
+def _larger(before: Any, now: Any) -> bool:
+    return isinstance(before, int) and now > before
 
 
 def _is_json(value: Any) -> bool:
