@@ -23,7 +23,7 @@ from .prompts import Prompts
 from .settings import COPY, Settings
 from .student import STUDENT
 from .triples import TriplePool
-from .watch import Kept
+from .watch import Kept, Reference
 
 
 def check_control(host: Host, settings: Settings) -> None:
@@ -83,6 +83,11 @@ def asked(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Kept:
     x = generate(batch.normal("watch control"))
     control = control_of(settings.control)(host.decode(x).cpu(), batch.samples)
     return {"x": x, "control": control, "plain": generate(noise)}
+
+
+def by_controls(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> Reference:
+    """The watch's reference: what is ``asked`` for."""
+    return Reference(asked)
 
 
 def nct(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> NoiseConsistency:

@@ -92,8 +92,8 @@ class _Session:
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
             self.trainer.notes += self.notes
-            reference = METHODS[self.settings.method].reference
-            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, reference)
+            referee = METHODS[self.settings.method].referee
+            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, referee)
             if goes_on:
                 self._restore()
                 self.trainer.notes += filter(None, [self.run.grown])

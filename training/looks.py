@@ -17,22 +17,22 @@ from .prompts import Prompts
 from .settings import Settings
 from .student import STUDENT
 from .trainer import EMA, Numbers
-from .watch import EACH, Reference, Watch, taught
+from .watch import EACH, Referee, Watch, by_teacher
 
 
 class Looks:
     """The student beside the teacher, on the same prompts and noise, as often as the settings ask.
 
-    reference: what the student is compared with. shown: the role that is looked at.
+    referee: makes what the student is compared with, of the run's prompts. shown: the role that is looked at.
     watch: None where the settings ask for nothing. best: the least distance to the
     teacher so far, and the updates after which it was found; 0 updates are the untrained student.
     """
 
     def __init__(
-        self, host: Host, settings: Settings, recipe: Recipe, folder: Path, reference: Reference = taught
+        self, host: Host, settings: Settings, recipe: Recipe, folder: Path, referee: Referee = by_teacher
     ) -> None:
         self.host, self.settings, self.recipe, self.folder = host, settings, recipe, folder
-        self.reference = reference
+        self.referee = referee
         self.shown = EMA if settings.ema else STUDENT
         self.watch: Watch | None = None
         self.best: dict[str, float] | None = None
@@ -43,7 +43,8 @@ class Looks:
             return
         path = self.folder / "reference.safetensors"
         kept = read_tensors(path) if path.is_file() else None
-        self.watch = Watch.prepare(self.host, self.settings, prompts, kept, self.reference)
+        reference = self.referee(self.host, self.settings, prompts, self.folder)
+        self.watch = Watch.prepare(self.host, self.settings, prompts, kept, reference)
         if kept is None:
             write_tensors(path, self.watch.kept)
 
@@ -90,10 +91,12 @@ class Looks:
         return path
 
     def _beside(self, watch: Watch, rows: Tensor) -> list[Tensor]:
-        """What is shown above the student: the teacher; or its controls, and what it draws without them."""
-        if watch.control is None:
-            return [self.host.decode(watch.teacher[rows])]
-        return [visible(watch.kept["control"][rows]), self.host.decode(watch.kept["plain"][rows])]
+        """What is shown above the student: the teacher; its controls, and what it draws without them; or what it draws
+        without its negatives, and what it is to draw with them."""
+        teacher = [] if watch.control else [self.host.decode(watch.teacher[rows])]
+        control = [visible(watch.kept["control"][rows])] if watch.control else []
+        plain = [self.host.decode(watch.kept["plain"][rows])] if "plain" in watch.kept else []
+        return [*control, *plain, *teacher]
 
     def _path(self, update: int) -> Path:
         return self.folder / "previews" / f"{update:06d}.png"

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from ..core.roles import State
-from .control import asked, check_control, control_adapter, generator_recipe, nct
+from .control import by_controls, check_control, control_adapter, generator_recipe, nct
 from .direct import Direct
 from .host import Host
 from .inputs import recipe_of
-from .negative import check_negatives, negative_adapter, student_recipe, sun
+from .negative import by_change, check_negatives, negative_adapter, student_recipe, sun
 from .objectives.distribution_matching import DistributionMatching
 from .objectives.dmd import dmd
 from .objectives.guidance import adapter, agd, guidance_lora, guided_recipe
@@ -21,7 +21,7 @@ from .objectives.vsd import vsd
 from .prompts import Prompts
 from .settings import Settings
 from .student import STUDENT
-from .watch import Reference, taught
+from .watch import Referee, by_teacher
 
 
 def whose_pictures(settings: Settings) -> str:
@@ -37,9 +37,9 @@ class Method:
     included.
 
     direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
-    place of the student's factors. recipe: how the student draws. reference: what the watch
-    compares it with. check: raises OneStepError for settings that it cannot do with this host. note: what a run tells
-    of its settings as it begins, or nothing. grows: settings that may be raised when a run is continued.
+    place of the student's factors. recipe: how the student draws. referee: makes what the watch compares it with.
+    check: raises OneStepError for settings that it cannot do with this host. note: what a run tells of its settings as
+    it begins, or nothing. grows: settings that may be raised when a run is continued.
     """
 
     make: Callable[[Settings], DistributionMatching | None]
@@ -49,7 +49,7 @@ class Method:
     direct: Callable[[Host, Settings, Prompts, Path], Direct] | None = None
     side: Callable[[Host, Settings], Any] | None = None
     recipe: Callable[[Host, Settings], Recipe] = recipe_of
-    reference: Reference = taught
+    referee: Referee = by_teacher
     check: Callable[[Host, Settings], None] = lambda host, settings: None
     note: Callable[[Settings], str] = lambda settings: ""
     grows: tuple[str, ...] = ("steps", "pairs")
@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
         direct=nct,
         side=control_adapter,
         recipe=generator_recipe,
-        reference=asked,
+        referee=by_controls,
         check=check_control,
         note=whose_pictures,
     ),
@@ -112,6 +112,7 @@ METHODS: dict[str, Method] = {
         direct=sun,
         side=negative_adapter,
         recipe=student_recipe,
+        referee=by_change,
         check=check_negatives,
         note=whose_pictures,
         grows=("steps",),  # which texts a segment is of depends on how many there are

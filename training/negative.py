@@ -1,20 +1,29 @@
-"""Method sun as its settings make it: the student as it draws, the negative adapter, the segments and the loss."""
+"""Method sun as its settings make it: the student as it draws, the negative adapter, the segments, the loss, and the
+pictures that the watch compares it with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.negative_adapter import NegativeAttention, heads_of, new_adapter
 from ..core.recipe import Recipe
+from ..core.sampling import sample
+from ..core.schedule import expand
 from ..core.tensor_file import read_header
+from .batch import Batch
 from .host import Host
 from .inputs import recipe_of
 from .objectives.multi_step_consistency import MultiStepConsistency
-from .prompts import Prompts
-from .segments import segments
+from .prompts import Prompts, embed
+from .segments import Way, segments, watched_case
 from .settings import Settings
 from .student import STUDENT
+from .watch import Kept, Reference, draw, watched
 
 
 def check_negatives(host: Host, settings: Settings) -> None:
@@ -56,3 +65,43 @@ def student_recipe(host: Host, settings: Settings) -> Recipe:
 def sun(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> MultiStepConsistency:
     """The loss, and its segments in ``folder``/segments."""
     return MultiStepConsistency(segments(host, settings, prompts, folder, student_recipe(host, settings)).draw)
+
+
+class Led:
+    """What the loss asks the student for, as a `Denoiser`: G without a negative, moved so that its jump ends at y.
+
+    J(x, D) = y = J(x, G) + (E_n - E_0), and J is linear in D by alpha_r - sigma_r alpha_t / sigma_t. both: prompt and
+    negative of each of ``batch``.
+    """
+
+    def __init__(self, way: Way, batch: Batch, both: Cond) -> None:
+        self.way, self.batch, self.both, of = way, batch, both, way.denoise
+        self.schedule, self.roles, self.guidance = of.schedule, of.roles, of.guidance
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        with self.roles.use(STUDENT):
+            x0 = self.way.denoise(x, sigma, cond)
+        segment = int((self.way.levels[:-1] - sigma[0]).abs().argmin())
+        lower = self.way.levels[segment + 1]
+        slope = self.schedule.alpha(lower) - lower * self.schedule.alpha(sigma) / sigma
+        return x0 + self.way.change(self.batch, self.both, x, x0, segment) / expand(slope, x)
+
+
+def by_change(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> Reference:
+    """The watch's reference: the student's own pictures as its teacher's negatives would change them, and as they are
+    without."""
+    rows = watched(len(prompts), settings).tolist()
+    found = {row: watched_case(prompts.texts, settings, row) for row in rows}
+    texts = [text for case in found.values() for text in (case.prompt, case.negative, case.both)]
+    every = embed(host, texts, settings, folder / "embeddings").conds[prompts.sizes[0]]
+    at = 3 * torch.tensor([list(found).index(row) for row in rows])
+    asked, negatives, both = every[at], every[at + 1], every[at + 2]
+    way = Way(host.denoiser, settings, student_recipe(host, settings))
+
+    @torch.no_grad()
+    def make(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Kept:
+        led = Led(way, batch, both[torch.tensor(list(batch.samples))].to(batch.device))
+        x = sample(led, way.recipe, batch.cond, noise, lambda step: batch.normal(f"watch renoise {step}"))
+        return {"x": x, "plain": draw(host, way.recipe, STUDENT, batch, noise, {})}
+
+    return Reference(make, asked, negatives)

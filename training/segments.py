@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import randomness
 from ..core.cond import Cond
+from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER
@@ -70,9 +71,27 @@ def case(texts: Sequence[str], negatives: Sequence[str], seed: int, index: int) 
     return Case(prompt[:end], "" if empty else pool[draw(len(pool), "negative")])
 
 
+def watched_case(texts: Sequence[str], settings: Settings, index: int) -> Case:
+    """What a run's watch draws of the prompt at ``index``: without its last part, kept away from that; or all of it,
+    kept away from one of the settings' negatives, or, where it has but one part, from a part of another prompt."""
+    prompt, named = texts[index], given(settings)
+    own = parts(prompt)
+    if len(own) > 1 and not named:
+        return Case(prompt[: prompt.rfind(own[-1])].rstrip(" ,:"), own[-1])
+    every = named or list(dict.fromkeys(part for text in texts for part in parts(text)))
+    pool = [part for part in every if part not in own] or [""]
+    at = int(randomness.integers(len(pool), settings.seed, "case watched", 0, [index])[0])
+    return Case(prompt, pool[at])
+
+
+def given(settings: Settings) -> list[str]:
+    """The negatives that the settings name."""
+    return [part.strip() for part in settings.negatives.split(",") if part.strip()]
+
+
 def cases(texts: Sequence[str], settings: Settings) -> list[Case]:
     """The cases of a run, a function of its seed. Raises OneStepError where none has anything to keep away from."""
-    negatives = [part.strip() for part in settings.negatives.split(",") if part.strip()]
+    negatives = given(settings)
     count = min(MOST, max(settings.pairs, len(texts)))
     found = [case(texts, negatives, settings.seed, index) for index in range(count)]
     if not any(case.negative for case in found):
@@ -83,31 +102,68 @@ def cases(texts: Sequence[str], settings: Settings) -> list[Case]:
     return found
 
 
+@dataclass(frozen=True)
+class Way:
+    """The student's way by its ``recipe`` without a negative, and what a negative would change on it."""
+
+    denoise: Denoiser
+    settings: Settings
+    recipe: Recipe
+
+    @property
+    def levels(self) -> Tensor:
+        """[steps + 1]: sigma of each step, and 0."""
+        told = torch.tensor(self.recipe.told, dtype=torch.float64)
+        return torch.cat([self.denoise.schedule.sigma_of_time(told), torch.zeros(1, dtype=torch.float64)])
+
+    def start(self, batch: Batch, noise: Tensor, segment: int) -> tuple[Tensor, Tensor]:
+        """(x, G) where the student begins its ``segment``."""
+        denoise = self.denoise
+        sigma = level(denoise, self.recipe, 0, batch)
+        x = fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
+        with denoise.roles.use(STUDENT):
+            x0 = denoise(x, sigma, batch.cond)
+            for step in range(1, segment + 1):
+                sigma = level(denoise, self.recipe, step, batch)
+                x = add_noise(denoise.schedule, x0, batch.normal(f"segment renoise {step}"), sigma)
+                x0 = denoise(x, sigma, batch.cond)
+        return x, x0
+
+    def change(self, batch: Batch, both: Cond, x: Tensor, x0: Tensor, segment: int) -> Tensor:
+        """E_n - E_0 of a ``segment`` that the student begins at x with the answer x0. both: prompt and negative."""
+        denoise, settings, null = self.denoise, self.settings, batch.nulls()
+        assert null is not None
+        first, last = self.levels[segment : segment + 2]
+        sigmas = between(denoise.schedule, first, last, SHARE, settings.segment_steps)
+        # from the student's own jump
+        start = jump(denoise.schedule, x, x0, first.expand(len(x)), sigmas[0].expand(len(x)))
+        with denoise.roles.use(TEACHER):
+            e_n = walked(denoise, start, sigmas, (batch.cond, null, both), settings.guidance, settings.push)
+            e_0 = walked(denoise, start, sigmas, (batch.cond, null, batch.cond), settings.guidance, 0.0)
+        return e_n - e_0
+
+
 @dataclass
 class Segments(Blocks):
     """Segments of the student's way without a negative, and where its negative would have them end.
 
-    prompts: of the cases. negatives, both: the other texts of each case, in their order. recipe: the student's.
+    prompts: of the cases. negatives, both: the other texts of each case, in their order.
     """
 
-    recipe: Recipe
+    way: Way
     negatives: Cond
     both: dict[Size, Cond]
     stream = "segment"
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, Moves]:
         drawn, (x, end, segment, at) = self._take(batch, update)
-        sigmas = torch.stack([*self._levels(), torch.zeros((), dtype=torch.float64)])
+        sigmas = self.way.levels
         negative = self.negatives[at.cpu()].to(drawn.device)
         return drawn, Moves(x, sigmas[segment.cpu()], sigmas[segment.cpu() + 1], end, negative)
 
-    def _levels(self) -> list[Tensor]:
-        schedule = self.host.denoiser.schedule
-        return list(schedule.sigma_of_time(torch.tensor(self.recipe.told, dtype=torch.float64)))
-
     def _segment(self, block: int) -> int:
         """One for a block: its samples walk together."""
-        return int(randomness.integers(self.recipe.steps, self.settings.seed, "segment", block, [0])[0])
+        return int(randomness.integers(self.way.recipe.steps, self.settings.seed, "segment", block, [0])[0])
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
         rows = range(self.settings.batch)
@@ -126,33 +182,11 @@ class Segments(Blocks):
 
     def _move(self, batch: Batch, both: Cond, noise: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """(x, y) of a block's segment."""
-        denoise, segment, settings = self.host.denoiser, self._segment(block), self.settings
-        schedule, null = denoise.schedule, batch.nulls()
-        assert null is not None
-        x, x0 = self._student(batch, noise, segment)
-        first, last = [*self._levels(), torch.zeros((), dtype=torch.float64)][segment : segment + 2]
-        sigmas = between(schedule, first, last, SHARE, settings.segment_steps)
-        sigma, middle, lower = (value.expand(len(x)) for value in (first, sigmas[0], last))
-        start = jump(schedule, x, x0, sigma, middle)
-        with denoise.roles.use(TEACHER):
-            # E_n and E_0, from the student's own jump
-            e_n = walked(denoise, start, sigmas, (batch.cond, null, both), settings.guidance, settings.push)
-            e_0 = walked(denoise, start, sigmas, (batch.cond, null, batch.cond), settings.guidance, 0.0)
+        segment, schedule = self._segment(block), self.host.denoiser.schedule
+        x, x0 = self.way.start(batch, noise, segment)
+        sigma, lower = (value.expand(len(x)) for value in self.way.levels[segment : segment + 2])
         # y = J(x, G) + (E_n - E_0)
-        return x, jump(schedule, x, x0, sigma, lower) + (e_n - e_0)
-
-    def _student(self, batch: Batch, noise: Tensor, segment: int) -> tuple[Tensor, Tensor]:
-        """(x, G) where the student begins its ``segment``, without a negative."""
-        denoise = self.host.denoiser
-        sigma = level(denoise, self.recipe, 0, batch)
-        x = fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
-        with denoise.roles.use(STUDENT):
-            x0 = denoise(x, sigma, batch.cond)
-            for step in range(1, segment + 1):
-                sigma = level(denoise, self.recipe, step, batch)
-                x = add_noise(denoise.schedule, x0, batch.normal(f"segment renoise {step}"), sigma)
-                x0 = denoise(x, sigma, batch.cond)
-        return x, x0
+        return x, jump(schedule, x, x0, sigma, lower) + self.way.change(batch, both, x, x0, segment)
 
 
 def segments(host: Host, settings: Settings, prompts: Prompts, folder: Path, recipe: Recipe) -> Segments:
@@ -162,4 +196,5 @@ def segments(host: Host, settings: Settings, prompts: Prompts, folder: Path, rec
     every, count = embed(host, texts, settings, folder / "embeddings"), len(found)
     asked, both = ({size: cond[at] for size, cond in every.conds.items()} for at in (slice(count), slice(-count, None)))
     negatives = every.conds[every.sizes[0]][count:-count]
-    return Segments(host, replace(every, conds=asked), settings, folder / "segments", recipe, negatives, both)
+    way = Way(host.denoiser, settings, recipe)
+    return Segments(host, replace(every, conds=asked), settings, folder / "segments", way, negatives, both)

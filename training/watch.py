@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from ..core import randomness
+from ..core.cond import Cond
 from ..core.controls import Control, control_of
 from ..core.recipe import Recipe
 from ..core.sampling import sample
@@ -23,10 +25,8 @@ from .settings import Settings
 
 Numbers = dict[str, float]
 Kept = dict[str, Tensor]
-"""x: the pictures that a student is compared with. Where it draws by a control, control: theirs, which it is told, and
-plain: what it draws from the watch's noise without."""
-Reference = Callable[[Host, Settings, Batch, Tensor], Kept]
-"""(host, settings, a slice's prompts, the noise that the student draws from) -> what is kept of the slice."""
+"""x: the pictures that a student is compared with. Where it is told a control or negatives, plain: what it draws from
+the watch's noise when it is not; control: that of x."""
 EACH = 4
 """Pictures of one prompt: variety is measured among them."""
 MICRO = 16
@@ -47,6 +47,29 @@ def taught(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Kept:
     return {"x": teach(host, settings, batch, noise)}
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a student is compared with.
+
+    make: (host, settings, a slice's prompts, the noise that the student draws from) -> what is kept of the slice.
+    asked, negatives: what the student is asked for in place of the run's prompts, and told to keep away from, for each
+    of the watch's samples.
+    """
+
+    make: Callable[[Host, Settings, Batch, Tensor], Kept] = taught
+    asked: Cond | None = None
+    negatives: Cond | None = None
+
+
+Referee = Callable[[Host, Settings, Prompts, Path], Reference]
+"""(host, settings, a run's prompts, the run's folder) -> what its student is compared with."""
+
+
+def by_teacher(host: Host, settings: Settings, prompts: Prompts, folder: Path) -> Reference:
+    """The teacher's pictures."""
+    return Reference()
+
+
 @dataclass
 class Watch:
     """Student against teacher on fixed prompts and fixed noise, in latents.
@@ -56,29 +79,37 @@ class Watch:
     variety: mean distance between pictures of one prompt, as a share of the teacher's.
     spread: standard deviation of all latents, as a share of the teacher's; above 1 is burnt, below 1 is dull.
 
-    A student that draws by a control has, for teacher, the pictures that its controls are of; its distance is that of
-    the controls, as a share of an uncontrolled picture's, and what is distance above is called detail.
+    A student that draws by a control has, for teacher, the pictures that its controls are of, and one with negatives
+    what these are to make of its own pictures. Its distance is then the rms of what it misses (of the controls, or of
+    the latents), as a share of what it misses when it is not told; and what is distance above is called detail.
     """
 
     batch: Batch
     noise: Tensor
     kept: Kept
     control: Control | None = None
+    negatives: Cond | None = None
 
     @classmethod
     def prepare(
-        cls, host: Host, settings: Settings, prompts: Prompts, kept: Kept | None = None, make: Reference = taught
+        cls,
+        host: Host,
+        settings: Settings,
+        prompts: Prompts,
+        kept: Kept | None = None,
+        reference: Reference = Reference(),  # noqa: B008  (frozen)
     ) -> Watch:
         """The fixed prompts and noise, with what the student is compared with: by default the teacher's latents on
         them. Computed here, unless a run kept it."""
-        each = min(EACH, settings.watch_samples)
-        count = settings.watch_samples // each
-        rows = torch.linspace(0, len(prompts) - 1, count).round().long().repeat_interleave(each)
+        rows = watched(len(prompts), settings)
         batch = prompts.of(prompts.sizes[0], rows, -1, range(len(rows)))
+        if reference.asked is not None:
+            batch = replace(batch, cond=reference.asked.to(batch.device))
         noise = randomness.normal(batch.shape, settings.seed, "watch", 0, range(len(rows)))
         if kept is None:
-            kept = in_slices(host, batch, noise, lambda part, z: make(host, settings, part, z))
-        return cls(batch, noise, kept, control_of(settings.control) if "control" in kept else None)
+            kept = in_slices(host, batch, noise, lambda part, z: reference.make(host, settings, part, z))
+        control = control_of(settings.control) if "control" in kept else None
+        return cls(batch, noise, kept, control, reference.negatives)
 
     @property
     def teacher(self) -> Tensor:
@@ -89,25 +120,39 @@ class Watch:
         """The measures of ``role`` at ``recipe``."""
         found = self.student(host, recipe, role)
         numbers = compare(found, self.teacher, min(EACH, len(self.noise)))
-        if self.control is None:
+        if "plain" not in self.kept:
             return numbers
-        missed, plain = (self._missed(self.control, host, x) for x in (found, self.kept["plain"]))
+        missed, plain = (self._missed(host, x) for x in (found, self.kept["plain"]))
         return numbers | {"detail": numbers["distance"], "distance": missed / max(plain, 1e-12)}
 
-    def _missed(self, control: Control, host: Host, x: Tensor) -> float:
-        """rms of the controls of one picture of each prompt to those asked for."""
+    def _missed(self, host: Host, x: Tensor) -> float:
+        """rms to what is asked for: of the latents, or of the controls of one picture of each prompt."""
+        if self.control is None:
+            return float((x - self.teacher).square().mean().sqrt())
         rows = range(0, len(x), min(EACH, len(x)))
-        found = control(host.decode(x[rows]), rows)
+        found = self.control(host.decode(x[rows]), rows)
         return float((found - self.kept["control"][rows]).square().mean().sqrt())
 
     def student(self, host: Host, recipe: Recipe, role: str) -> Tensor:
-        """``role``'s latents on the watch's prompts, noise and controls, [N, C, h, w] on the CPU."""
+        """``role``'s latents on the watch's prompts and noise, told their controls or negatives, [N, C, h, w] on the
+        CPU."""
 
         def drawn(part: Batch, z: Tensor) -> Kept:
-            told = {name: self.kept[name][list(part.samples)].to(z) for name in ("control",) if name in self.kept}
-            return {"x": draw(host, recipe, role, part, z, told)}
+            return {"x": draw(host, recipe, role, part, z, self._told(list(part.samples), z))}
 
         return in_slices(host, self.batch, self.noise, drawn)["x"]
+
+    def _told(self, rows: list[int], like: Tensor) -> dict[str, Any]:
+        """What the student's side is told for the samples ``rows``."""
+        if self.negatives is not None:
+            return {"negative": self.negatives[torch.tensor(rows)].to(like.device)}
+        return {} if self.control is None else {"control": self.kept["control"][rows].to(like)}
+
+
+def watched(prompts: int, settings: Settings) -> Tensor:
+    """[N]: which of so many prompts the watch draws, `EACH` pictures of one after the other."""
+    each = min(EACH, settings.watch_samples)
+    return torch.linspace(0, prompts - 1, settings.watch_samples // each).round().long().repeat_interleave(each)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from onestep.training.objectives.nct import controlled
 from onestep.training.prompts import embed
 from onestep.training.settings import Settings
 from onestep.training.triples import TriplePool
-from onestep.training.watch import Watch, patch_distance
+from onestep.training.watch import Reference, Watch, patch_distance
 
 MAKERS = {"control": ControlAdapter.from_config}
 
@@ -157,7 +157,7 @@ def test_the_distance_is_the_share_of_the_control_that_is_missed(lora: Path, tmp
         leave.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     roles.add_side("student", side)
     with roles.installed():
-        watch = Watch.prepare(host, settings, prompts, make=asked)
+        watch = Watch.prepare(host, settings, prompts, reference=Reference(asked))
         numbers, found = watch(host, recipe, "student"), watch.student(host, recipe, "student")
     missed = [
         np.sqrt(((control_of("low-resolution")(host.decode(x[::4])) - watch.kept["control"][::4]).numpy() ** 2).mean())
