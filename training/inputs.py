@@ -97,8 +97,11 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
 
 
 def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
+    """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
+    that lies; and where it was run."""
+    initial = {"initial_lora": _content(settings.initial_lora)} if settings.initial_lora else {}
     return {
-        "settings": asdict(settings),
+        "settings": asdict(settings) | initial,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "base": host.base_hash,
         "checkpoint": host.name,
@@ -106,3 +109,11 @@ def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, A
         "threads": torch.get_num_threads(),
         "device": str(host.device),
     }
+
+
+def _content(path: str) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return f"sha256 {sha.hexdigest()[:16]}"

@@ -152,15 +152,14 @@ def _check_existing(folder: Path, config: dict[str, Any], existing: str, grows: 
         raise OneStepError(f"a run is already in {folder}: continue it, restart it, or give another name")
     before = read_json(known)
     changed = _changed(before.get("settings"), config["settings"])
-    other = {name: pair for name, pair in changed.items() if not (name in grows and _larger(*pair))}
+    larger = {name: pair for name, pair in changed.items() if name in grows and _larger(*pair)}
     keys = [key for key in ("settings", "prompts", "base") if before.get(key) != config[key]]
-    if changed and not other:
+    if changed and larger == changed:
         keys.remove("settings")
-    if not keys:
-        return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-    words = ", ".join([f"{name} ({old} there, {new} now)" for name, (old, new) in other.items()][:3])
-    named = f"settings, {words}" if words and keys == ["settings"] else " and ".join(keys)
-    raise OneStepError(f"the run in {folder} has other {named}: restart it, or give another name")
+    if keys:
+        other = {name: pair for name, pair in changed.items() if name not in larger}
+        raise OneStepError(f"the run in {folder} has other {_in_words(keys, other)}: restart it, or give another name")
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in larger.items())
 
 
 def _changed(before: Any, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -168,6 +167,13 @@ def _changed(before: Any, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     if not isinstance(before, dict):
         return {}
     return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+
+
+def _in_words(keys: list[str], changed: dict[str, tuple[Any, Any]]) -> str:
+    if keys != ["settings"] or not changed:
+        return " and ".join(keys)
+    shown = {name: ["none" if value in ("", None) else value for value in pair] for name, pair in changed.items()}
+    return "settings, " + ", ".join([f"{name} ({old} there, {new} now)" for name, (old, new) in shown.items()][:3])
 
 
 def _larger(before: Any, now: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A run that goes on with more updates than it had, or with more of what its teacher makes."""
+"""A run that goes on with more than it had, of updates or of what its teacher makes; or with its LoRA elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_host import PROMPTS, SmallHost, small
 from tiny_pipelines import sd
-from whole_runs import Cancelled, at_call, left, newest, run
+from whole_runs import Cancelled, at_call, factors, left, newest, run
 
 from onestep.core.errors import OneStepError
 from onestep.core.tensor_file import read_tensors
@@ -108,3 +108,17 @@ def test_suns_pairs_may_not_grow(tmp_path: Path) -> None:
     with pytest.raises(OneStepError, match=r"pairs \(4 there, 300 now\): restart it"):
         distil(host, PROMPTS, sun(steps=2, pairs=300), tmp_path / "run", existing="continue")
     assert distil(host, PROMPTS, sun(steps=2), tmp_path / "run", existing="continue").updates == 2
+
+
+def test_an_initial_lora_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:
+    first, other = (run(tmp_path / name, small(seed=seed)).path for name, seed in (("first", 3), ("other", 4)))
+    run(tmp_path / "whole" / "run", small(initial_lora=str(first), steps=6))
+    run(tmp_path / "run", small(initial_lora=str(first), steps=6), report=lambda progress: progress.update == 5)
+    (tmp_path / "elsewhere").mkdir()
+    moved = first.rename(tmp_path / "elsewhere" / "renamed.safetensors")
+    with pytest.raises(OneStepError, match=r"other settings, initial_lora \(sha256 \w{16} there, sha256 \w{16} now\)"):
+        run(tmp_path / "run", small(initial_lora=str(other), steps=6), existing="continue")
+    with pytest.raises(OneStepError, match=r"other settings, initial_lora \(sha256 \w{16} there, none now\)"):
+        run(tmp_path / "run", small(steps=6), existing="continue")
+    result = run(tmp_path / "run", small(initial_lora=str(moved), steps=6), existing="continue")
+    assert factors(result.path) == factors(tmp_path / "whole" / "run" / "result.safetensors")
