@@ -91,8 +91,8 @@ def run_inputs() -> list[Any]:
             "existing",
             options=[CONTINUE, RESTART, STOP],
             default=CONTINUE,
-            tooltip="Where a run of this name is there: go on from its last state (same settings only), begin "
-            "anew, or stop with a word.",
+            tooltip="Where a run of this name is there: go on from its last state (same settings, but for "
+            "steps and pairs), begin anew, or stop with a word.",
         ),
         io.Combo.Input(
             "initial_lora",
@@ -132,7 +132,8 @@ class DistilOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.Image.Output(
                     display_name="preview",
-                    tooltip="The last preview: teacher above student, the same noise; of nct: controls, without, with.",
+                    tooltip="The last preview: teacher above student, the same noise; of nct: controls, without, with; "
+                    "of sun: without, as the negative asks, with.",
                 ),
                 FileName.Output(
                     display_name="file",

@@ -33,10 +33,10 @@ def distill(
     """Distil a loaded pipeline, or MODEL as `load` takes it, on ``prompts`` into ``out``/result.safetensors.
 
     prompts: 200 to 1000 that you would really use, or a file with one a line. preset: Fast, Balanced or Best.
-    existing: "continue", "restart" or "stop" where ``out`` already holds a run. report: called with a `Progress` before
-    the first update and after each; True after one ends the run early. settings: fields of
-    `training.settings.Settings` (steps, rank, seed ...); sizes is the model's own where it is not given. The pipeline
-    is given back as it was.
+    existing: "continue" (with other steps and pairs than it had, if you like), "restart" or "stop" where ``out``
+    already holds a run. report: called with a `Progress` before the first update and after each; True after one ends
+    the run early. settings: fields of `training.settings.Settings` (steps, rank, seed ...); sizes is the model's own
+    where it is not given. The pipeline is given back as it was.
     Raises OneStepError for bad input before anything is written.
     """
     chosen = _settings(method, preset, settings)

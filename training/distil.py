@@ -49,9 +49,10 @@ def distil(
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
-    more ``steps`` and ``pairs`` than it had: the step size then falls over all of its updates. Raises OneStepError for
-    bad input, before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises
-    passes through, after the state and partial.safetensors are saved.
+    other ``steps`` and ``pairs`` than it had (sun: other ``steps``); what changes over a run, the step size and nct's
+    noise levels, is then as in a run of so many steps. Raises OneStepError for bad input, before anything is written,
+    and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after the state and
+    partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
@@ -62,7 +63,7 @@ def distil(
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     # whatever the caller switched off around us: a run needs gradients
-    run_there = opened(folder, config, existing, METHODS[settings.method].grows)
+    run_there = opened(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
         session = _Session(host, prompts, settings, run, report, initial)
         if existing == CONTINUE and not goes_on:
@@ -96,7 +97,7 @@ class _Session:
             self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, referee)
             if goes_on:
                 self._restore()
-                self.trainer.notes += filter(None, [self.run.grown])
+                self._adjust()
             else:
                 self._save()
             try:
@@ -215,6 +216,18 @@ class _Session:
         restore(self.trainer, tensors, notes)
         self.update, self.looks.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
         self.run.forget_after(self.update)
+
+    def _adjust(self) -> None:
+        """Where the run is to go on with other numbers, they are its own from here on."""
+        if not self.run.changes:
+            return
+        if self.update > self.trainer.total:
+            raise OneStepError(
+                f"the run in {self.run.folder} has done {self.update} updates, more than the {self.trainer.total} that "
+                "it would have now: raise steps, or restart it"
+            )
+        self.trainer.notes.append(f"went on after {self.update} updates with {self.run.adjust()}")
+        self._save()
 
     def _roll_back(self) -> None:
         reason = (

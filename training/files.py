@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
 from ..core.whole_file import write_whole
+
+CONTENT = "sha256 "
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -25,3 +28,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise OneStepError(f"{path} cannot be read ({error}): start anew, or restore the file") from None
+
+
+def content_of(path: str | Path) -> str:
+    """What is in a file, wherever it lies, as a short text."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return f"{CONTENT}{sha.hexdigest()[:16]}"

@@ -16,6 +16,7 @@ from ..core.lora_file import fit, load_lora
 from ..core.recipe import Recipe
 from ..core.roles import State
 from ..core.schedule import NoiseSchedule
+from .files import content_of
 from .host import Host
 from .objectives import guidance
 from .settings import GUIDING, MATCHING, Settings
@@ -99,7 +100,7 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
 def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
     """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
     that lies; and where it was run."""
-    initial = {"initial_lora": _content(settings.initial_lora)} if settings.initial_lora else {}
+    initial = {"initial_lora": content_of(settings.initial_lora)} if settings.initial_lora else {}
     return {
         "settings": asdict(settings) | initial,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -109,11 +110,3 @@ def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, A
         "threads": torch.get_num_threads(),
         "device": str(host.device),
     }
-
-
-def _content(path: str) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            sha.update(part)
-    return f"sha256 {sha.hexdigest()[:16]}"

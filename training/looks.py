@@ -44,6 +44,8 @@ class Looks:
         path = self.folder / "reference.safetensors"
         kept = read_tensors(path) if path.is_file() else None
         reference = self.referee(self.host, self.settings, prompts, self.folder)
+        if reference.negatives is not None and kept is not None and "plain" not in kept:
+            kept = None  # of an earlier version, which was not told its negatives
         self.watch = Watch.prepare(self.host, self.settings, prompts, kept, reference)
         if kept is None:
             write_tensors(path, self.watch.kept)

@@ -39,7 +39,7 @@ class Method:
     direct: (host, settings, prompts, the run's folder) -> the loss of a method without a critic. side: what learns in
     place of the student's factors. recipe: how the student draws. referee: makes what the watch compares it with.
     check: raises OneStepError for settings that it cannot do with this host. note: what a run tells of its settings as
-    it begins, or nothing. grows: settings that may be raised when a run is continued.
+    it begins, or nothing. adjustable: settings that may be others when a run is continued.
     """
 
     make: Callable[[Settings], DistributionMatching | None]
@@ -52,7 +52,7 @@ class Method:
     referee: Referee = by_teacher
     check: Callable[[Host, Settings], None] = lambda host, settings: None
     note: Callable[[Settings], str] = lambda settings: ""
-    grows: tuple[str, ...] = ("steps", "pairs")
+    adjustable: tuple[str, ...] = ("steps", "pairs")
 
     def __call__(self, settings: Settings) -> DistributionMatching | None:
         """The engine's objective; None where the student regresses on pairs alone."""
@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
         referee=by_change,
         check=check_negatives,
         note=whose_pictures,
-        grows=("steps",),  # which texts a segment is of depends on how many there are
+        adjustable=("steps",),  # which texts a segment is of depends on how many there are
     ),
 }
 

@@ -3,6 +3,7 @@ pictures that the watch compares it with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,9 +92,11 @@ def by_change(host: Host, settings: Settings, prompts: Prompts, folder: Path) ->
     """The watch's reference: the student's own pictures as its teacher's negatives would change them, and as they are
     without."""
     rows = watched(len(prompts), settings).tolist()
-    found = {row: watched_case(prompts.texts, settings, row) for row in rows}
+    found = {row: watched_case(prompts.texts, settings, row) for row in dict.fromkeys(rows)}
     texts = [text for case in found.values() for text in (case.prompt, case.negative, case.both)]
-    every = embed(host, texts, settings, folder / "embeddings").conds[prompts.sizes[0]]
+    size = prompts.sizes[0]
+    alone = replace(settings, sizes=f"{size[0]}x{size[1]}")
+    every = embed(host, texts, alone, folder / "embeddings").conds[size]
     at = 3 * torch.tensor([list(found).index(row) for row in rows])
     asked, negatives, both = every[at], every[at + 1], every[at + 2]
     way = Way(host.denoiser, settings, student_recipe(host, settings))

@@ -1,4 +1,4 @@
-"""Preview grids: teacher above student, the same prompts and the same noise in each column."""
+"""Preview grids: teacher above student, or what else it is compared with; the same prompt and noise in each column."""
 
 from __future__ import annotations
 

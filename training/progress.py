@@ -39,8 +39,8 @@ class Result:
     """What a run has made.
 
     path: the LoRA. role: "ema" or "student", whichever the watch found nearer. check: what its load-back proved.
-    metrics: of each update, the untrained student's first. preview: teacher above student after the last update; None
-    where previews are off.
+    metrics: of each update, the untrained student's first. preview: the student under what it is compared with,
+    after the last update; None where previews are off.
     """
 
     path: Path

@@ -1,10 +1,10 @@
 """A run's directory: killed at any instant, it goes on from its last whole state.
 
-config.json            what the run is; a run of another config is refused
+config.json            what the run is; a run of another config is refused, but for what may be adjusted
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
 metrics.jsonl          the untrained student's measures, then one line an update
 embeddings/ pairs/ trajectories/ triples/ segments/   caches; deleting them costs time, nothing else
-previews/              teacher above student, same prompts and noise
+previews/              what the student is to draw above what it draws, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
 
@@ -23,20 +23,31 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.tensor_file import read_tensors, write_tensors
-from .files import read_json, write_bytes, write_json
+from .files import CONTENT, content_of, read_json, write_bytes, write_json
 from .settings import nearest
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
 KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
+Changes = dict[str, tuple[Any, Any]]
+"""(there, now) of settings, by name."""
 
 
 class Run:
-    """An open, locked run directory. Make one with :func:`opened`. grown: a word where it is now to be longer."""
+    """An open, locked run directory. Make one with :func:`opened`. changes: of its settings, with which it goes on."""
 
-    def __init__(self, folder: Path, grown: str = "") -> None:
-        self.folder, self.grown = folder, grown
+    def __init__(self, folder: Path, changes: Changes) -> None:
+        self.folder, self.changes = folder, changes
+
+    def adjust(self) -> str:
+        """The config tells the changes from here on. What they are, in words."""
+        path = self.folder / "config.json"
+        config = read_json(path)
+        write_json(
+            path, config | {"settings": config["settings"] | {name: new for name, (_, new) in self.changes.items()}}
+        )
+        return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.changes.items())
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -113,18 +124,18 @@ class Run:
 
 @contextmanager
 def opened(
-    folder: Path, config: dict[str, Any], existing: str, grows: tuple[str, ...] = ()
+    folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
 ) -> Iterator[tuple[Run, bool]]:
     """The run at ``folder`` and whether it goes on from a state; made where it is absent.
 
     existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop".
-    grows: settings that may be larger than they were when it goes on; its config tells the larger ones from then on.
+    adjustable: settings, numbers, that may be others than the run's when it goes on; see `Run.adjust`.
     Raises OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of
     another config.
     """
     if existing not in (CONTINUE, RESTART, STOP):
         raise OneStepError(f"an existing run is to be {existing!r:.60}{nearest(existing, (CONTINUE, RESTART, STOP))}")
-    grown = _check_existing(folder, config, existing, grows)
+    changes = _check_existing(folder, config, existing, adjustable)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,48 +147,47 @@ def opened(
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in folder.rglob(".*.tmp"):  # of a file that was being written when the run was killed
             leftover.unlink(missing_ok=True)
-        run = Run(folder, grown)
+        run = Run(folder, changes)
         goes_on = bool(run.states())
-        if grown or not goes_on:
+        if not goes_on:
             write_json(folder / "config.json", config)
         yield run, goes_on
 
 
-def _check_existing(folder: Path, config: dict[str, Any], existing: str, grows: tuple[str, ...]) -> str:
-    """Which settings the run that is there is to have larger, in words; nothing where it goes on as it is."""
+def _check_existing(folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...]) -> Changes:
+    """The settings in which ``config`` is another than the run's that goes on with it."""
     known = folder / "config.json"
     if not known.is_file() or existing == RESTART:
-        return ""
+        return {}
     if existing == STOP:
         raise OneStepError(f"a run is already in {folder}: continue it, restart it, or give another name")
     before = read_json(known)
-    changed = _changed(before.get("settings"), config["settings"])
-    larger = {name: pair for name, pair in changed.items() if name in grows and _larger(*pair)}
     keys = [key for key in ("settings", "prompts", "base") if before.get(key) != config[key]]
-    if changed and larger == changed:
-        keys.remove("settings")
+    there, now = before.get("settings"), config["settings"]
+    there = _as_known_now(there) if isinstance(there, dict) else {}
+    changes = {name: (there.get(name), value) for name, value in now.items() if there.get(name) != value}
+    adjusted = {name: pair for name, pair in changes.items() if name in adjustable and isinstance(pair[0], int)}
+    if there | {name: new for name, (_, new) in adjusted.items()} == now:
+        keys = [key for key in keys if key != "settings"]
     if keys:
-        other = {name: pair for name, pair in changed.items() if name not in larger}
+        other = {name: pair for name, pair in changes.items() if there and name not in adjusted}
         raise OneStepError(f"the run in {folder} has other {_in_words(keys, other)}: restart it, or give another name")
-    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in larger.items())
+    return adjusted
 
 
-def _changed(before: Any, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(there, now) of each setting that is another; none where the run's are unreadable."""
-    if not isinstance(before, dict):
-        return {}
-    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+def _as_known_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings; of an earlier version's, the initial LoRA by its content, where it still lies in its place."""
+    path = settings.get("initial_lora")
+    if isinstance(path, str) and path and not path.startswith(CONTENT) and Path(path).is_file():
+        return settings | {"initial_lora": content_of(path)}
+    return settings
 
 
-def _in_words(keys: list[str], changed: dict[str, tuple[Any, Any]]) -> str:
-    if keys != ["settings"] or not changed:
+def _in_words(keys: list[str], changes: Changes) -> str:
+    if keys != ["settings"] or not changes:
         return " and ".join(keys)
-    shown = {name: ["none" if value in ("", None) else value for value in pair] for name, pair in changed.items()}
+    shown = {name: ["none" if value in ("", None) else value for value in pair] for name, pair in changes.items()}
     return "settings, " + ", ".join([f"{name} ({old} there, {new} now)" for name, (old, new) in shown.items()][:3])
-
-
-def _larger(before: Any, now: Any) -> bool:
-    return isinstance(before, int) and now > before
 
 
 def _is_json(value: Any) -> bool:

@@ -62,26 +62,36 @@ def case(texts: Sequence[str], negatives: Sequence[str], seed: int, index: int) 
     prompt = texts[draw(len(texts), "prompt")]
     every = parts(prompt) or [prompt]
     kept = 1 + draw(len(every), "parts")
-    # cut out of the prompt itself, so that its colons and commas stay
-    end = prompt.find(every[kept - 1]) + len(every[kept - 1])
     others = parts(texts[draw(len(texts), "other")])
     pool = list(negatives) or (every[kept:] if kept < len(every) and draw(2, "own") else others)
     pool = [part for part in pool if part not in every[:kept]]
     empty = not pool or float(randomness.uniform(seed, "case empty", 0, [index])[0]) < EMPTY
-    return Case(prompt[:end], "" if empty else pool[draw(len(pool), "negative")])
+    return Case(_first(prompt, every, kept), "" if empty else pool[draw(len(pool), "negative")])
 
 
 def watched_case(texts: Sequence[str], settings: Settings, index: int) -> Case:
-    """What a run's watch draws of the prompt at ``index``: without its last part, kept away from that; or all of it,
-    kept away from one of the settings' negatives, or, where it has but one part, from a part of another prompt."""
+    """What a run's watch draws of the prompt at ``index``: without its last part, kept away from that; all of it, kept
+    away from a part of another prompt, where it has but one; or kept away from one of the settings' negatives, which it
+    is drawn without."""
     prompt, named = texts[index], given(settings)
     own = parts(prompt)
-    if len(own) > 1 and not named:
-        return Case(prompt[: prompt.rfind(own[-1])].rstrip(" ,:"), own[-1])
     every = named or list(dict.fromkeys(part for text in texts for part in parts(text)))
-    pool = [part for part in every if part not in own] or [""]
-    at = int(randomness.integers(len(pool), settings.seed, "case watched", 0, [index])[0])
-    return Case(prompt, pool[at])
+    pool = [part for part in every if part not in own]
+    # its last part; or what is named, where it has all of that
+    last = [at for at in range(1, len(own)) if own[at] in (named or own[-1:]) and own[at] not in own[:at]]
+    if last and (not named or not pool):
+        return Case(_first(prompt, own, last[-1]), own[last[-1]])
+    if not pool:
+        return Case(prompt, "")
+    return Case(prompt, pool[int(randomness.integers(len(pool), settings.seed, "case watched", 0, [index])[0])])
+
+
+def _first(prompt: str, every: Sequence[str], count: int) -> str:
+    """The first ``count`` of a prompt's parts, cut out of the prompt itself, so that its commas and colons stay."""
+    end = 0
+    for part in every[:count]:
+        end = prompt.index(part, end) + len(part)
+    return prompt[:end]
 
 
 def given(settings: Settings) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,9 @@ class Watch:
         if "plain" not in self.kept:
             return numbers
         missed, plain = (self._missed(host, x) for x in (found, self.kept["plain"]))
-        return numbers | {"detail": numbers["distance"], "distance": missed / max(plain, 1e-12)}
+        # nothing to be told: no share of it is missed
+        share = missed / plain if plain > 1e-6 else math.nan
+        return numbers | {"detail": numbers["distance"], "distance": share}
 
     def _missed(self, host: Host, x: Tensor) -> float:
         """rms to what is asked for: of the latents, or of the controls of one picture of each prompt."""

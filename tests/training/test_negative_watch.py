@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from small_host import small
 from tiny_pipelines import sd
 from torch import Tensor
+from whole_runs import Cancelled, at_call, left
 
 from onestep.core.cond import Cond
 from onestep.core.sampling import sample
@@ -57,13 +59,16 @@ def test_a_watched_prompt_is_kept_away_from_its_last_part() -> None:
     """From a part of another prompt where it has but one; all of it from what the settings name."""
     assert watched_case(PROMPTS, sun(), 0) == Case("a cat: fat", "red")
     assert watched_case(PROMPTS, sun(), 2) == Case("a house", "in snow")
-    assert watched_case(["red: a red, red"], sun(), 0) == Case("red: a red", "red")
+    assert watched_case(["red: a red, red"], sun(), 0) == Case("red: a red, red", ""), "never both asked for and not"
+    assert watched_case(["a cat, a cathedral: cat"], sun(), 0) == Case("a cat, a cathedral", "cat")
     single = [watched_case(PROMPTS, sun(seed=seed), 1) for seed in range(60)]
     assert {case.prompt for case in single} == {"a red dog"}
     assert {case.negative for case in single} == {"a cat", "fat", "red", "a house", "in snow"}
     named = sun(negatives=" fat, people,,")
     assert given(named) == ["fat", "people"] and watched_case(PROMPTS, named, 0) == Case(PROMPTS[0], "people")
     assert watched_case(["a cat"], sun(), 0).both == "a cat"
+    assert watched_case(["a cat, fat, red"], sun(negatives="fat"), 0) == Case("a cat", "fat"), "which it has itself"
+    assert watched_case(["fat, a cat"], sun(negatives="fat"), 0) == Case("fat, a cat", "")
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -160,3 +165,31 @@ def test_a_run_shows_without_as_asked_and_with(tmp_path: Path) -> None:
     assert torch.equal(begun[0], begun[2]), "a new adapter changes nothing"
     assert not torch.equal(begun[1], begun[0]) and not torch.equal(ended[2], begun[2])
     assert torch.equal(ended[0], begun[0]) and torch.equal(ended[1], begun[1])
+
+
+def test_without_anything_to_keep_away_from_there_is_no_distance(host: DiffusersHost, tmp_path: Path) -> None:
+    settings = sun(negatives="a cat", watch_samples=4)
+    prompts = embed(host, ["a cat"], settings, tmp_path / "embeddings")
+    host.denoiser.roles.add_side("student", negative_adapter(host, settings))
+    with host.denoiser.roles.installed():
+        watch = Watch.prepare(host, settings, prompts, reference=by_change(host, settings, prompts, tmp_path))
+        assert math.isnan(watch(host, student_recipe(host, settings), "student")["distance"])
+
+
+@pytest.mark.parametrize("poll", [2, 14])
+def test_a_cancelled_run_sees_the_same(tmp_path: Path, poll: int) -> None:
+    """Two sizes, two steps and a running mean; cancelled while the reference is made, and later with it gone."""
+
+    def distilled(folder: Path, existing: str = "stop", at: int = 0) -> None:
+        torch.manual_seed(0)
+        host = adapt(sd(), device="cpu")
+        host.on_poll = at_call(at, Cancelled()) if at else None
+        more: dict[str, Any] = {"ema": 0.5, "student_steps": 2, "sizes": "16x16,24x16", "watch_samples": 4}
+        distil(host, PROMPTS, sun(watch_every=2, preview_every=2, **more), folder, existing=existing)
+
+    distilled(tmp_path / "whole" / "run")
+    with pytest.raises(Cancelled):
+        distilled(tmp_path / "cut" / "run", at=poll)
+    (tmp_path / "cut" / "run" / "reference.safetensors").unlink(missing_ok=True)
+    distilled(tmp_path / "cut" / "run", "continue")
+    assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
