@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfy_graphs import (
@@ -23,6 +24,7 @@ from comfy_graphs import (
     text,
 )
 from diffusers import DiffusionPipeline
+from PIL import Image
 from small_runs import settings_node
 
 from onestep.core.adapter_file import read_told
@@ -77,6 +79,13 @@ def test_an_adapter_is_trained_and_used_in_one_graph(trained: Any) -> None:
     check_drawn(drawn)
     told = read_told(file)
     assert told is not None and told["kind"] == "negative-attention"
+
+
+def test_its_run_shows_without_as_asked_and_with(trained: Any, comfy_server: Any) -> None:
+    first, *_, last = sorted((comfy_server.base / "output" / "onestep" / "away" / "previews").iterdir())
+    begun, ended = (np.split(np.array(Image.open(path)), 3) for path in (first, last))
+    assert (begun[0] == begun[2]).all() and (begun[0] != begun[1]).any(), "a new adapter changes nothing"
+    assert (ended[0] == begun[0]).all() and (ended[1] == begun[1]).all() and (ended[2] != begun[2]).any()
 
 
 @torch.no_grad()
