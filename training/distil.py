@@ -92,7 +92,6 @@ class _Session:
             stack.enter_context(self.host.training())
             self._hang_hooks(stack)
             self.trainer = self._trainer(prompts)
-            self.trainer.notes += self.notes
             referee = METHODS[self.settings.method].referee
             self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, referee)
             if goes_on:
@@ -179,8 +178,11 @@ class _Session:
         done, left = self._cost(0, self.update), self._cost(self.update, self.trainer.total)
         seconds = self.seconds_before + time.monotonic() - self.started
         eta = seconds * left / done if done else math.nan
-        notes = tuple(self.trainer.notes)
-        return Progress(self.update, self.trainer.total, phase, seconds, eta, numbers, notes, preview)
+        return Progress(self.update, self.trainer.total, phase, seconds, eta, numbers, self._all_notes(), preview)
+
+    def _all_notes(self) -> tuple[str, ...]:
+        """What this process has to say, which is not saved, then what the run has."""
+        return tuple(dict.fromkeys([*self.notes, *self.trainer.notes]))
 
     def _cost(self, first: int, last: int) -> float:
         """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
@@ -266,7 +268,7 @@ class _Session:
             check=check,
             updates=self.update,
             seconds=seconds,
-            notes=tuple(self.trainer.notes),
+            notes=self._all_notes(),
             preview=preview,
         )
 

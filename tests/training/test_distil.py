@@ -209,6 +209,8 @@ def test_a_finished_run_continued_is_finished(whole: dict[str, Path], tmp_path: 
 def test_continuing_what_is_not_there_starts_anew_and_says_so(tmp_path: Path) -> None:
     result = run(tmp_path / "run", existing="continue")
     assert any("no run to continue" in note and "started anew" in note for note in result.notes)
+    again = run(tmp_path / "run", existing="continue")
+    assert not any("started anew" in note for note in again.notes), "it is said once, of this start"
 
 
 def test_an_existing_run_is_not_touched_unasked(tmp_path: Path) -> None:
