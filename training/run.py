@@ -37,8 +37,8 @@ Changes = dict[str, tuple[Any, Any]]
 class Run:
     """An open, locked run directory. Make one with :func:`opened`. changes: of its settings, with which it goes on."""
 
-    def __init__(self, folder: Path, changes: Changes) -> None:
-        self.folder, self.changes = folder, changes
+    def __init__(self, folder: Path, changes: Changes | None = None) -> None:
+        self.folder, self.changes = folder, changes or {}
 
     def adjust(self) -> str:
         """The config tells the changes from here on. What they are, in words."""
