@@ -17,9 +17,10 @@ from whole_runs import Cancelled, at_call, left
 
 from onestep.core.cond import Cond
 from onestep.core.sampling import sample
-from onestep.core.tensor_file import read_tensors
+from onestep.core.tensor_file import read_tensors, write_tensors
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.training.distil import distil
+from onestep.training.looks import Looks
 from onestep.training.negative import by_change, negative_adapter, student_recipe
 from onestep.training.prompts import embed
 from onestep.training.segments import Case, given, watched_case
@@ -174,6 +175,19 @@ def test_without_anything_to_keep_away_from_there_is_no_distance(host: Diffusers
     with host.denoiser.roles.installed():
         watch = Watch.prepare(host, settings, prompts, reference=by_change(host, settings, prompts, tmp_path))
         assert math.isnan(watch(host, student_recipe(host, settings), "student")["distance"])
+
+
+def test_a_reference_of_an_earlier_version_is_made_anew(host: DiffusersHost, tmp_path: Path) -> None:
+    """It holds the teacher's pictures alone, as the student was told no negatives."""
+    settings = sun()
+    prompts = embed(host, PROMPTS, settings, tmp_path / "embeddings")
+    write_tensors(tmp_path / "reference.safetensors", {"x": torch.zeros(12, 4, 2, 2)})
+    looks = Looks(host, settings, student_recipe(host, settings), tmp_path, by_change)
+    with host.denoiser.roles.installed():
+        looks.prepare(prompts)
+        wanted = prepared(host, settings, tmp_path).kept
+    kept = read_tensors(tmp_path / "reference.safetensors")
+    assert sorted(kept) == ["plain", "x"] and all(torch.equal(kept[name], wanted[name]) for name in kept)
 
 
 @pytest.mark.parametrize("poll", [2, 14])
