@@ -12,7 +12,8 @@ from ..core.errors import OneStepError
 from ..core.factors import State
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.lora_file import fit, load_lora
-from ..core.recipe import PRESETS, Recipe
+from ..core.presets import PRESETS
+from ..core.recipe import Recipe
 from ..training.settings import nearest
 
 

@@ -18,7 +18,8 @@ from ..core.adapter_file import refuse_adapter
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
 from ..core.lora_file import fit, load_lora
-from ..core.recipe import PRESETS, Recipe
+from ..core.presets import PRESETS
+from ..core.recipe import Recipe
 from ..core.schedule import NoiseSchedule
 from ..core.tensor_file import read_header
 from .denoiser import schedule_of

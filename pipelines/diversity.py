@@ -14,9 +14,10 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.diversity import base_levels, descend, remaining
 from ..core.errors import OneStepError
+from ..core.presets import recipe_of
 from ..core.recipe import Recipe
 from .adapt import DiffusersHost, denoiser_of, network_of
-from .one_step import Generator, OneStepPipeline, recipe_of
+from .one_step import Generator, OneStepPipeline
 
 GUIDANCE = 4.0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.cond import Cond
 from ..core.control import ControlAdapter
 from ..core.errors import OneStepError
-from ..core.families import detect
 from ..core.guidance import MODES, Steering
-from ..core.lora_file import load_lora
-from ..core.recipe import PRESETS, Recipe
+from ..core.presets import recipe_of
+from ..core.recipe import Recipe
 from ..core.sampling import sample
-from .adapt import DiffusersHost, denoiser_of, network_of, target_names
+from .adapt import DiffusersHost, denoiser_of, network_of
 from .control import control_picture, controlled, load_control
 from .guidance_adapter import GuidanceDial, check_guidance, read_guidance_adapter
 from .load import class_for
 from .noise import Generator as Generator
 from .noise import Noise
+from .one_step_lora import check_family, load_lora_into
 from .own_guidance import Rows
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
@@ -162,19 +161,8 @@ class OneStepPipeline(DiffusionPipeline):
 
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
-        path, network = Path(path).expanduser(), network_of(self)
-        names = [name.replace(".base_layer", "") for name in target_names(network)]
-        file = load_lora(path, names, detect(network))
-        if recipe is None and file.recipe is None:
-            raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
-        found = recipe_of(recipe if recipe is not None else file.recipe)
-        _check_family(found, network)
-        with quiet():
-            self.plain().load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
-        for module in network.modules():
-            if adapter_name in getattr(module, "lora_A", {}):
-                module.set_scale(adapter_name, found.lora_scale)
-        self.register_to_config(recipe=found.to_json(), embedded_guidance=_trained_at(file.metadata))
+        found, embedded = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name)
+        self.register_to_config(recipe=found.to_json(), embedded_guidance=embedded)
         return found
 
     def load_control(self, path: str | Path | None) -> None:
@@ -208,7 +196,7 @@ class OneStepPipeline(DiffusionPipeline):
     def host(self, recipe: Recipe) -> DiffusersHost:
         """The parts behind the contract, as ``recipe`` wants the network read."""
         network = network_of(self)
-        _check_family(recipe, network)
+        check_family(recipe, network)
         plain = self.plain()
         # where parts lie apart, the network decides; under CPU offload it lies on the CPU and works elsewhere
         device = self._execution_device if network.device.type == "cpu" else network.device
@@ -274,26 +262,3 @@ class OneStepPipeline(DiffusionPipeline):
 def _beside(null: Cond, cond: Cond) -> Cond:
     """``null``, of one prompt or of as many, for each sample of ``cond`` in its order, at its sizes and guidance."""
     return null.repeat(len(cond) // len(null)).with_(size=cond.size, guidance=cond.guidance)
-
-
-def _trained_at(metadata: Mapping[str, str]) -> float | None:
-    """The guidance in the settings of our own file's run; None for others' files."""
-    try:
-        return float(json.loads(metadata.get("onestep.settings", "{}"))["guidance"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def recipe_of(recipe: Recipe | str | None) -> Recipe:
-    """A Recipe, a preset's name or a recipe's JSON as a Recipe."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe is None or (recipe not in PRESETS and not recipe.lstrip().startswith("{")):
-        raise OneStepError(f"no recipe {recipe!r}: load a One-Step LoRA, or name a preset: {', '.join(PRESETS)}")
-    return PRESETS[recipe] if recipe in PRESETS else Recipe.from_json(recipe)
-
-
-def _check_family(recipe: Recipe, network: Any) -> None:
-    family = detect(network)
-    if recipe.family != family:
-        raise OneStepError(f"the recipe is for the family {recipe.family!r}, this model is {family!r}: choose another")

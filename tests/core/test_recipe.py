@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from oracles import stable_diffusion_levels
 
 from onestep.core.errors import OneStepError
-from onestep.core.recipe import PRESETS, KSampler, Recipe
+from onestep.core.presets import PRESETS
+from onestep.core.recipe import KSampler, Recipe
 from onestep.core.schedule import FlowSchedule, VESchedule, VPSchedule
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -10,7 +10,7 @@ import comfy.model_sampling
 from comfy_steering import tiny
 
 from onestep.core.errors import OneStepError
-from onestep.core.recipe import PRESETS
+from onestep.core.presets import PRESETS
 from onestep.nodes.diversity import OneStepDiversitySigmas
 
 
