@@ -38,15 +38,15 @@ from onestep.core.control_copy import MAKERS
 from onestep.core.controls import control_of, edge_f1, visible
 from onestep.core.sampling import sample, teacher_sample
 from onestep.core.schedule import add_noise, log_snr
-from onestep.training.control import control_adapter, generator_recipe
+from onestep.training.data.controlled_pictures import TriplePool
 from onestep.training.distil import Progress, distil
-from onestep.training.levels import UniformTime
-from onestep.training.measures import frechet
-from onestep.training.prompts import embed
+from onestep.training.engine.levels import UniformTime
+from onestep.training.engine.prompts import embed
+from onestep.training.engine.student import STUDENT
+from onestep.training.engine.trainer import EMA, Trainer
+from onestep.training.evaluation.measures import frechet
+from onestep.training.methods.control import control_adapter, generator_recipe
 from onestep.training.settings import Settings
-from onestep.training.student import STUDENT
-from onestep.training.trainer import EMA, Trainer
-from onestep.training.triples import TriplePool
 
 ROLE, BASELINE = "controlled", "baseline"
 MICRO = 32

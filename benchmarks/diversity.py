@@ -30,7 +30,7 @@ from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import sample
-from onestep.training.scoring import Scores, look
+from onestep.training.evaluation.scores import Scores, look
 
 ROLE = "student"
 EACH = 4

@@ -37,7 +37,7 @@ from onestep.core.sampling import trajectory
 from onestep.core.schedule import expand, log_snr
 from onestep.pipelines.tiny_words import stem_of
 from onestep.training.distil import Progress, distil
-from onestep.training.evaluation import Student, evaluate
+from onestep.training.evaluation.evaluate import Student, evaluate
 from onestep.training.settings import Settings
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0)

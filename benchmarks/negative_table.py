@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onestep.core import randomness
-from onestep.training.measures import frechet
+from onestep.training.evaluation.measures import frechet
 
 DRAWS = 400
 

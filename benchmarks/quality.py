@@ -26,7 +26,7 @@ from onestep.cli.evaluate import judge_of, read_pictures, student_of
 from onestep.cli.lora import read_lora
 from onestep.cli.model import at_native_size, native_size, open_host, read_prompts
 from onestep.training.distil import Progress, distil
-from onestep.training.evaluation import evaluate
+from onestep.training.evaluation.evaluate import evaluate
 from onestep.training.settings import Settings, preset
 
 BETTER_LOW = ("fd_real", "fd", "sliced_real", "sliced", "kd_real", "kd")

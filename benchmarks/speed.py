@@ -21,9 +21,9 @@ from torch import Tensor
 from onestep.core.cond import Cond
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER, Roles
-from onestep.training.batch import Batch
-from onestep.training.objectives.distribution_matching import CRITIC, DistributionMatching
-from onestep.training.student import STUDENT, generate
+from onestep.training.engine.batch import Batch
+from onestep.training.engine.student import STUDENT, generate
+from onestep.training.methods.distribution_matching import CRITIC, DistributionMatching
 
 # (tokens, width) of the text, and the pixels a latent stands for, of each layout.
 TEXT = {"sd15": (77, 768), "sd15-quarter": (77, 768), "tiny": (24, 128)}

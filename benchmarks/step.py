@@ -29,9 +29,9 @@ from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER, Roles
 from onestep.core.schedule import VPSchedule
 from onestep.pipelines.networks import NETWORKS, blocks_of
-from onestep.training.batch import Batch
-from onestep.training.objectives.distribution_matching import CRITIC, DistributionMatching
-from onestep.training.student import STUDENT, generate
+from onestep.training.engine.batch import Batch
+from onestep.training.engine.student import STUDENT, generate
+from onestep.training.methods.distribution_matching import CRITIC, DistributionMatching
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},

@@ -22,8 +22,8 @@ from PIL import Image
 from tiny_models import data
 from torch import Tensor
 
-from onestep.training.judge import Judge
-from onestep.training.measures import frechet
+from onestep.training.evaluation.judge import Judge
+from onestep.training.evaluation.measures import frechet
 
 ABSENT = {
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None},

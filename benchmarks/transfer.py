@@ -36,7 +36,7 @@ from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import sample, teacher_sample
 from onestep.core.schedule import add_noise
-from onestep.training.measures import bootstrap, frechet
+from onestep.training.evaluation.measures import bootstrap, frechet
 
 STYLE, BOTH = "style", "student and style"
 EACH, BATCH, DROPPED = 4, 64, 0.1

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_bytes
+from ..training.runs.files import write_bytes
 from ..training.settings import Settings, preset
 from .console import Console, RunFailed, duration
 from .distill import train

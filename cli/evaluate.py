@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import OneStepError
-from ..training.evaluation import Student, evaluate
-from ..training.files import write_bytes
+from ..training.evaluation.evaluate import Student, evaluate
+from ..training.evaluation.table import Table
+from ..training.runs.files import write_bytes
 from ..training.settings import Settings
-from ..training.table import Table
 from .console import Console
 from .generate import denoiser_with
 from .lora import Lora, read_student
@@ -77,7 +77,7 @@ def judge_of(model: str, folder: str | None) -> Any:
     """The judge of a bundled model, or the one in ``folder``; None for a model that has none."""
     from ..pipelines.bundled import path_of
     from ..pipelines.load import BUNDLED
-    from ..training.judge import Judge
+    from ..training.evaluation.judge import Judge
 
     if folder is None and model not in BUNDLED:
         return None

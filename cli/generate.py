@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.roles import TEACHER
 from ..core.sampling import sample, teacher_sample
-from ..training.prompts import check_prompts
+from ..training.engine.prompts import check_prompts
 from ..training.settings import Settings
 from .console import Console, duration
 from .lora import Lora, in_steps, read_lora

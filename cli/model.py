@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
-from ..training.prompts import check_prompts
+from ..training.engine.prompts import check_prompts
 from ..training.settings import PRESETS, Settings, nearest, preset
 
 MOST_BYTES = 64 * 2**20

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..training.files import write_bytes
+from ..training.runs.files import write_bytes
 
 GAP, MOST_COLUMNS, LABEL = 2, 8, 12
 

@@ -11,9 +11,9 @@ from comfy_execution.graph import ExecutionBlocker
 from ..core.adapter_file import read_told
 from ..core.tensor_file import read_tensors
 from ..training.distil import Result, distil
-from ..training.methods import METHODS
-from ..training.prompts import check_prompts
-from ..training.run import CONTINUE, RESTART, STOP
+from ..training.engine.prompts import check_prompts
+from ..training.methods.registry import METHODS
+from ..training.runs.run import CONTINUE, RESTART, STOP
 from ..training.settings import PRESETS, Settings
 from ..training.settings import preset as of_preset
 from .adapt import adapted

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.own_control import register_examples
-from ..training.generator_pictures import generator_pictures
+from ..training.methods.generator_pictures import generator_pictures
 from ..training.settings import preset
 from .adapt import adapted
 from .distil import NO_LORA, help_of

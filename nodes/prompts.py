@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..core.errors import OneStepError
-from ..training.prompts import check_prompts
+from ..training.engine.prompts import check_prompts
 from .places import inside_input
 
 MOST_BYTES = 64 * 2**20

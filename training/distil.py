@@ -16,20 +16,20 @@ from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
 from ..core.lora_file import save_lora
 from ..core.roles import State
+from .data.pairs import Pairs
+from .engine.inputs import check_base, config_of, initial_state
+from .engine.optimizer import refuse_missing
+from .engine.prompts import Prompts, check_prompts, embed
+from .engine.student import STUDENT
+from .engine.trainer import EMA, Numbers, Trainer
 from .host import Host
-from .inputs import check_base, config_of, initial_state
-from .looks import Looks
-from .methods import METHODS, add_student
-from .objectives.distribution_matching import CRITIC
-from .optimizer import refuse_missing
-from .pairs import Pairs
-from .progress import Progress, Report, Result, Stopped
-from .prompts import Prompts, check_prompts, embed
-from .run import CONTINUE, STOP, Run, opened
+from .methods.distribution_matching import CRITIC
+from .methods.registry import METHODS, add_student
+from .runs.run import CONTINUE, STOP, Run, opened
+from .runs.state import restore, snapshot
 from .settings import Settings
-from .state import restore, snapshot
-from .student import STUDENT
-from .trainer import EMA, Numbers, Trainer
+from .watch.monitor import Looks
+from .watch.progress import Progress, Report, Result, Stopped
 
 __all__ = ["Progress", "Report", "Result", "Stopped", "distil"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep.pipelines.tiny_words import BRIGHTNESS, COLOURS, group_of, stem_of
-from onestep.training.judge import Judge
+from onestep.training.evaluation.judge import Judge
 
 from .data import Tiles
 from .loop import Plan, Training

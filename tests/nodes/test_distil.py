@@ -11,7 +11,7 @@ from small_runs import settings_node
 
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
-from onestep.training.run import Run
+from onestep.training.runs.run import Run
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onestep.pipelines.bundled import path_of
-from onestep.training.judge import Judge
+from onestep.training.evaluation.judge import Judge
 
 LIMIT_BYTES = 16 * 2**20
 TOKENIZERS = [("tiny", "tokenizer"), ("tiny-flow", "tokenizer"), ("tiny-flow", "tokenizer_2")]

@@ -18,8 +18,8 @@ from onestep.core.families import unet_parts
 from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.control import controlled, load_control
-from onestep.training.control import control_adapter
 from onestep.training.distil import distil
+from onestep.training.methods.control import control_adapter
 from onestep.training.settings import Settings
 
 WIDTHS = (4, 4, 8, 24)

@@ -77,7 +77,7 @@ class Watched:
 
 def watch(clock: Clock, folder: Path) -> None:
     """Make every event under ``folder`` tick, after it has happened."""
-    from onestep.training.run import Run
+    from onestep.training.runs.run import Run
 
     def after(module: Any, name: str) -> None:
         real = getattr(module, name)

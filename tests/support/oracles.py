@@ -22,7 +22,7 @@ from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
 from onestep.core.side import Call
 from onestep.core.targets import Target
-from onestep.training.batch import Batch
+from onestep.training.engine.batch import Batch
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SHAPE = (2, 2, 2)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from onestep.core.denoiser import Denoiser
 from onestep.core.roles import TEACHER
 from onestep.core.side import Call
-from onestep.training.batch import Batch
-from onestep.training.methods import Method
+from onestep.training.engine.batch import Batch
+from onestep.training.engine.student import STUDENT
+from onestep.training.methods.registry import Method
 from onestep.training.settings import Settings
-from onestep.training.student import STUDENT
 
 AT = "conv_in"
 

@@ -16,7 +16,7 @@ from onestep.core.adapter_file import load_adapter
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora
 from onestep.core.tensor_file import read_header, read_tensors
-from onestep.training.methods import METHODS
+from onestep.training.methods.registry import METHODS
 
 CHANGES = {"method": "regression", "steps": 5, "ema": 0.5, "final_rate": 1.0, "warm_up": 1, "clip": 0.0}
 

@@ -16,9 +16,9 @@ from oracles import CASES, TAU, WIDTH, Array, At, Case, World, drawn, posterior_
 
 from onestep.core.errors import OneStepError
 from onestep.core.schedule import NoiseSchedule
-from onestep.training.objectives import distribution_matching as engine
+from onestep.training.methods import distribution_matching as engine
 
-MODULE = "onestep.training.objectives.distribution_matching"
+MODULE = "onestep.training.methods.distribution_matching"
 K, MATCHING = 3.5, 0.6
 
 

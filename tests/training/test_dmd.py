@@ -8,11 +8,11 @@ import torch
 from oracles import CASES, Case, World, drawn, levels_in_numpy, rows
 
 from onestep.core.recipe import Recipe
-from onestep.training.levels import UniformTime
-from onestep.training.objectives.distribution_matching import DistributionMatching, dmd_weight
-from onestep.training.objectives.dmd import dmd
+from onestep.training.engine.levels import UniformTime
+from onestep.training.engine.student import generate
+from onestep.training.methods.distribution_matching import DistributionMatching, dmd_weight
+from onestep.training.methods.dmd import dmd
 from onestep.training.settings import Settings
-from onestep.training.student import generate
 
 FLOW_AT_ONE, ZERO_TERMINAL = CASES[5], CASES[6]
 

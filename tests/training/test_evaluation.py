@@ -15,8 +15,8 @@ from torch import Tensor
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
-from onestep.training.evaluation import Student, evaluate
-from onestep.training.objectives.guidance import guided_recipe
+from onestep.training.evaluation.evaluate import Student, evaluate
+from onestep.training.methods.guidance import guided_recipe
 from onestep.training.settings import Settings
 
 EPS_AT_THE_END = next(case for case in CASES if str(case) == "eps, last time")

@@ -28,11 +28,11 @@ from onestep.core.recipe import Recipe
 from onestep.core.sampling import teacher_sample, trajectory
 from onestep.core.tensor_file import write_tensors
 from onestep.pipelines.adapt import adapt
+from onestep.training.data.trajectories import States, Trajectories, Walkers, _chosen
 from onestep.training.distil import distil
-from onestep.training.objectives import guidance as method
-from onestep.training.prompts import embed
+from onestep.training.engine.prompts import embed
+from onestep.training.methods import guidance as method
 from onestep.training.settings import Settings
-from onestep.training.trajectories import States, Trajectories, Walkers, _chosen
 
 W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
@@ -101,7 +101,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.objectives.guidance", *change, monkeypatch)
+    module = mutant("onestep.training.methods.guidance", *change, monkeypatch)
     must_fail(lambda mutated: check_loss(mutated, CASES[0], told=True), module)
 
 

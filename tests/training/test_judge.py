@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onestep.core.errors import OneStepError
-from onestep.training.judge import FEATURES, HEADS, Judge
+from onestep.training.evaluation.judge import FEATURES, HEADS, Judge
 
 CONFIG = {
     "heads": {

@@ -10,7 +10,7 @@ import torch
 from oracles import stable_diffusion_levels
 
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule, log_snr
-from onestep.training.levels import NormalLogSNR, UniformTime, at, v_weight, vsd_weight
+from onestep.training.engine.levels import NormalLogSNR, UniformTime, at, v_weight, vsd_weight
 
 SHARES = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
 

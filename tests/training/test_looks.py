@@ -10,9 +10,9 @@ import pytest
 from small_host import SmallHost, small
 from whole_runs import Cancelled, at_call, left, run
 
-from onestep.training.inputs import recipe_of
-from onestep.training.looks import Looks
-from onestep.training.run import Run
+from onestep.training.engine.inputs import recipe_of
+from onestep.training.runs.run import Run
+from onestep.training.watch.monitor import Looks
 
 
 def looked(folder: Path) -> list[int]:

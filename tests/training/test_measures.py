@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from onestep.training import measures as m
+from onestep.training.evaluation import measures as m
 
 
 def spd(seed: int, width: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onestep.core.errors import OneStepError
-from onestep.training import optimizer as adam
+from onestep.training.engine import optimizer as adam
 from onestep.training.settings import Settings
 
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 1, 1))

@@ -20,10 +20,10 @@ from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
 from onestep.core.side import Call
 from onestep.core.targets import Target
-from onestep.training.batch import Batch
-from onestep.training.objectives import nct
+from onestep.training.engine.batch import Batch
+from onestep.training.methods import nct
 
-NAME = "onestep.training.objectives.nct"
+NAME = "onestep.training.methods.nct"
 SHAPE, WIDTH, ROWS = (2, 2, 2), 8, 6
 
 
@@ -255,7 +255,7 @@ def test_a_wrong_equation_is_found_out(old: str, new: str, monkeypatch: pytest.M
 
 
 def test_the_objective_is_a_direct_one() -> None:
-    from onestep.training.direct import Direct
+    from onestep.training.engine.direct import Direct
 
     for name in ("draw", "loss"):
         wanted: Callable[..., Any] = getattr(Direct, name)

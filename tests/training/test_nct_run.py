@@ -20,12 +20,12 @@ from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header, read_tensors, write_tensors
-from onestep.training.control import asked, check_control, control_adapter, generator_recipe
-from onestep.training.objectives.nct import controlled
-from onestep.training.prompts import embed
+from onestep.training.data.controlled_pictures import TriplePool
+from onestep.training.engine.prompts import embed
+from onestep.training.methods.control import asked, check_control, control_adapter, generator_recipe
+from onestep.training.methods.nct import controlled
 from onestep.training.settings import Settings
-from onestep.training.triples import TriplePool
-from onestep.training.watch import Reference, Watch, patch_distance
+from onestep.training.watch.measures import Reference, Watch, patch_distance
 
 MAKERS = {"control": ControlAdapter.from_config}
 

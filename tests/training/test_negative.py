@@ -24,11 +24,11 @@ from onestep.core.negative_adapter import MAKERS
 from onestep.core.recipe import Recipe
 from onestep.core.side import Call
 from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.training.data.segments import cases, parts, segments
 from onestep.training.distil import distil
-from onestep.training.negative import student_recipe
-from onestep.training.objectives import multi_step_consistency as method
-from onestep.training.prompts import embed
-from onestep.training.segments import cases, parts, segments
+from onestep.training.engine.prompts import embed
+from onestep.training.methods import multi_step_consistency as method
+from onestep.training.methods.sun import student_recipe
 from onestep.training.settings import Settings
 
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
@@ -180,7 +180,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_teacher_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.objectives.multi_step_consistency", *change, monkeypatch)
+    module = mutant("onestep.training.methods.multi_step_consistency", *change, monkeypatch)
     must_fail(lambda mutated: check_walk(mutated, CASES[0]), module)
 
 
@@ -193,7 +193,7 @@ def test_a_wrong_teacher_is_found_out(change: tuple[str, str], monkeypatch: pyte
     ],
 )
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.objectives.multi_step_consistency", *change, monkeypatch)
+    module = mutant("onestep.training.methods.multi_step_consistency", *change, monkeypatch)
     must_fail(lambda mutated: check_loss(mutated, CASES[0], 0.3 * CASES[0].sigma), module)
 
 

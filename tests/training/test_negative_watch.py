@@ -19,13 +19,13 @@ from onestep.core.cond import Cond
 from onestep.core.sampling import sample
 from onestep.core.tensor_file import read_tensors, write_tensors
 from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.training.data.segments import Case, given, watched_case
 from onestep.training.distil import distil
-from onestep.training.looks import Looks
-from onestep.training.negative import by_change, negative_adapter, student_recipe
-from onestep.training.prompts import embed
-from onestep.training.segments import Case, given, watched_case
+from onestep.training.engine.prompts import embed
+from onestep.training.methods.sun import by_change, negative_adapter, student_recipe
 from onestep.training.settings import Settings
-from onestep.training.watch import Watch, patch_distance, watched
+from onestep.training.watch.measures import Watch, patch_distance, watched
+from onestep.training.watch.monitor import Looks
 
 PROMPTS = ["a cat: fat, red", "a red dog", "a house, in snow"]
 W, V = 3.0, 1.7

@@ -11,9 +11,9 @@ from small_host import PROMPTS, SmallHost, small
 from onestep.core import randomness
 from onestep.core.errors import OneStepError
 from onestep.core.sampling import teacher_sample
-from onestep.training import pairs as module
-from onestep.training.pairs import Pairs, teach
-from onestep.training.prompts import check_prompts, embed
+from onestep.training.data import pairs as module
+from onestep.training.data.pairs import Pairs, teach
+from onestep.training.engine.prompts import check_prompts, embed
 from onestep.training.settings import Settings
 
 

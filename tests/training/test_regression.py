@@ -11,8 +11,8 @@ from mutations import must_fail, mutant
 from oracles import CASES, TAU, WIDTH, Array, Case, World, drawn, rows
 
 from onestep.core.recipe import Recipe
-from onestep.training.objectives import regression as method
-from onestep.training.student import generate, level
+from onestep.training.engine.student import generate, level
+from onestep.training.methods import regression as method
 
 C = 0.03
 
@@ -96,7 +96,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.objectives.regression", *change, monkeypatch)
+    module = mutant("onestep.training.methods.regression", *change, monkeypatch)
     must_fail(lambda mutated: check_first_step(mutated, CASES[0]), module)
 
 

@@ -15,15 +15,15 @@ from small_host import PROMPTS, SmallHost, small
 from torch import Tensor
 
 from onestep.core.errors import OneStepError
-from onestep.training import optimizer as adam
-from onestep.training.inputs import recipe_of
-from onestep.training.methods import METHODS
-from onestep.training.pairs import Pairs
-from onestep.training.prompts import embed
+from onestep.training.data.pairs import Pairs
+from onestep.training.engine import optimizer as adam
+from onestep.training.engine.inputs import recipe_of
+from onestep.training.engine.prompts import embed
+from onestep.training.engine.student import generate
+from onestep.training.engine.trainer import Trainer
+from onestep.training.methods.registry import METHODS
+from onestep.training.runs.state import restore, snapshot
 from onestep.training.settings import Settings
-from onestep.training.state import restore, snapshot
-from onestep.training.student import generate
-from onestep.training.trainer import Trainer
 
 
 @contextmanager

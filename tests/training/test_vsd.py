@@ -9,8 +9,8 @@ import pytest
 from mutations import must_fail, mutant
 from oracles import CASES, Case, World, drawn, levels_in_numpy, rows
 
-from onestep.training.levels import UniformTime
-from onestep.training.objectives import vsd as method
+from onestep.training.engine.levels import UniformTime
+from onestep.training.methods import vsd as method
 from onestep.training.settings import Settings
 
 K = 4.5
@@ -68,7 +68,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.objectives.vsd", *change, monkeypatch)
+    module = mutant("onestep.training.methods.vsd", *change, monkeypatch)
     vars(module).setdefault(
         "dmd_weight", lambda schedule, scores, k: 1 / (scores.x - scores.real).abs().mean((1, 2, 3))
     )

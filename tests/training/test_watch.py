@@ -10,10 +10,10 @@ import torch
 from small_host import PROMPTS, SmallHost, small
 
 from onestep.core.sampling import teacher_sample
-from onestep.training.inputs import recipe_of
-from onestep.training.objectives.distribution_matching import Scores
-from onestep.training.prompts import embed
-from onestep.training.watch import Watch, compare, patch_distance, score_metrics, variety
+from onestep.training.engine.inputs import recipe_of
+from onestep.training.engine.prompts import embed
+from onestep.training.methods.distribution_matching import Scores
+from onestep.training.watch.measures import Watch, compare, patch_distance, score_metrics, variety
 
 
 def test_variety_is_the_mean_distance_within_a_prompt() -> None:

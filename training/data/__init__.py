@@ -1,0 +1,1 @@
+"""What a teacher or a generator made, kept on disk."""

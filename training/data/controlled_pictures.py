@@ -1,0 +1,52 @@
+"""NCT's data: noises, what a one-step generator makes of them, and the controls of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.controls import Control
+from ..engine.batch import Batch
+from ..methods.nct import Triples, levels_at
+from .pairs import Blocks
+
+Generate = Callable[[Batch, Tensor], Tensor]
+"""(batch, unit noise [B, C, h, w]) -> x0 [B, C, h, w]."""
+
+
+@dataclass
+class TriplePool(Blocks):
+    """(z, x = G(z), c = C(decode(x))). A picture is decoded once, as it is made; its control is kept in steps of
+    1 / 255, as a file of pictures would keep it."""
+
+    control: Control
+    generate: Generate
+    stream = "triple"
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, Triples]:
+        batch, (noise, x, control) = self._take(batch, update)
+        settings = self.settings
+        levels = levels_at(update, settings.steps, FIRST_LEVELS, settings.noise_levels)
+        return batch, Triples(noise, x, control.float() / 255, levels)
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._noise(block), kept["x"], kept["control"]
+
+    @torch.no_grad()
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        xs, controls, noise = [], [], self._noise(block)
+        for rows, batch in self._slices(block, micro):
+            x = self.generate(batch, noise[rows].to(batch.device)).cpu()
+            keys = [block * self.settings.batch + row for row in rows]
+            # c = C(decode(G(z)))
+            control = self.control(self.host.decode(x).cpu(), keys)
+            controls.append((255 * control).round().to(torch.uint8))
+            xs.append(x)
+        return {"x": torch.cat(xs), "control": torch.cat(controls)}
+
+
+FIRST_LEVELS = 1
+"""N at the start of a run."""

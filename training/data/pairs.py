@@ -1,0 +1,140 @@
+"""What a teacher made, kept on disk up to a cap; and pairs (z, x_T), the ends of its ODE, the first kind of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...core import randomness
+from ...core.roles import TEACHER
+from ...core.sampling import teacher_sample
+from ...core.tensor_file import read_tensors, write_tensors
+from ..engine.batch import Batch
+from ..engine.prompts import Prompts, Size
+from ..host import Host
+from ..settings import Settings
+
+KEPT_BYTES = 2**29
+"""Of each kind in host memory; the others are read from the disk again."""
+
+
+@dataclass
+class Blocks:
+    """Blocks of ``settings.batch`` samples, one size each, made as they are first needed. A sample is a function of
+    (seed, block, row), whoever asks for it; `stream` names the numbers that a kind draws for itself."""
+
+    host: Host
+    prompts: Prompts
+    settings: Settings
+    folder: Path
+    stream: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        wanted = -(-self.settings.pairs // self.settings.batch)
+        self.blocks = max(wanted, len(self.prompts.sizes))
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
+        raise NotImplementedError
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What of a block is handed out, [batch, ...] each."""
+        raise NotImplementedError
+
+    def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
+        """What of each block is handed out, in order; made in slices of ``micro`` samples."""
+        return (self._block(block, micro) for block in range(self.blocks))
+
+    def _take(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, ...]]:
+        """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size."""
+        block = update if update < self.blocks else None
+        size = self._size(update if block is not None else batch.choice(self.blocks, f"{self.stream} size"))
+        blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
+        rows = list(batch.samples) if block is not None else self._rows(batch)
+        ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
+        sides = tuple(torch.stack(side).to(batch.device) for side in zip(*ends, strict=True))
+        chosen = torch.stack([self._prompt(at, row) for at, row in zip(blocks, rows, strict=True)])
+        return self.prompts.of(size, chosen, batch.step, batch.samples), sides
+
+    def _size(self, block: int) -> Size:
+        return self.prompts.sizes[block % len(self.prompts.sizes)]
+
+    def _any(self, batch: Batch, size: Size, row: int) -> int:
+        first, every = self.prompts.sizes.index(size), len(self.prompts.sizes)
+        count = -(-(self.blocks - first) // every)
+        sample = [batch.samples[row]]
+        return first + every * int(
+            randomness.integers(count, batch.seed, f"{self.stream} block", batch.step, sample)[0]
+        )
+
+    def _rows(self, batch: Batch) -> list[int]:
+        stream = f"{self.stream} row"
+        return randomness.integers(self.settings.batch, batch.seed, stream, batch.step, batch.samples).tolist()
+
+    def _prompt(self, block: int, row: int) -> Tensor:
+        return randomness.integers(len(self.prompts), self.settings.seed, f"{self.stream} prompt", block, [row])[0]
+
+    def _block(self, block: int, micro: int) -> tuple[Tensor, ...]:
+        if block not in self._kept:
+            path = self.folder / f"{block:06d}.safetensors"
+            if not path.is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(path, self._make(block, micro))
+            self._kept[block] = self._sides(block, read_tensors(path))
+        sides = self._kept[block]
+        if len(self._kept) * sum(side.nbytes for side in sides) > KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return sides
+
+    def _noise(self, block: int) -> Tensor:
+        shape, stream = self.prompts.shapes[self._size(block)], f"{self.stream} noise"
+        return randomness.normal(shape, self.settings.seed, stream, block, range(self.settings.batch))
+
+    def _slices(self, block: int, micro: int) -> Iterator[tuple[list[int], Batch]]:
+        """The rows of each slice of a block, and their prompts."""
+        for rows in torch.arange(self.settings.batch).split(micro):
+            self.host.poll()
+            chosen = torch.stack([self._prompt(block, row) for row in rows.tolist()])
+            yield rows.tolist(), self.prompts.of(self._size(block), chosen, block, rows.tolist())
+
+
+@dataclass
+class Pairs(Blocks):
+    """(z, x_T): unit noise, and the end of the teacher's ODE from it."""
+
+    stream = "pair"
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        """Like ``batch``, of pairs, [B, C, h, w] each."""
+        batch, (noise, target) = self._take(batch, update)
+        return batch, (noise, target)
+
+    def _make(self, block: int, micro: int) -> dict[str, Tensor]:
+        return {"x": self._solve(block, micro)}
+
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self._noise(block), kept["x"]
+
+    def _solve(self, block: int, micro: int) -> Tensor:
+        """x_T of a block, in slices of ``micro`` samples."""
+        noise = self._noise(block)
+        ends = [
+            teach(self.host, self.settings, batch, noise[rows].to(batch.device)).cpu()
+            for rows, batch in self._slices(block, micro)
+        ]
+        return torch.cat(ends)
+
+
+@torch.no_grad()
+def teach(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Tensor:
+    """The teacher's own pictures [B, C, h, w] for ``batch``, from ``noise``, at the run's teacher steps and
+    guidance."""
+    guidance = settings.guidance if host.denoiser.guidance == "cfg" else 1.0
+    with host.denoiser.roles.use(TEACHER):
+        return teacher_sample(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance)

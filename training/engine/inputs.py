@@ -1,0 +1,112 @@
+"""What a run starts from besides a host: the initial LoRA, and the config by which a run is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ...core.denoiser import EpsDenoiser
+from ...core.errors import OneStepError
+from ...core.lora_file import fit, load_lora
+from ...core.recipe import Recipe
+from ...core.roles import State
+from ...core.schedule import NoiseSchedule
+from ..host import Host
+from ..methods import guidance
+from ..runs.files import content_of
+from ..settings import GUIDING, MATCHING, Settings
+
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_base(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where this checkpoint cannot be distilled, or not by these settings."""
+    denoise = host.denoiser
+    if settings.method in GUIDING:
+        guidance.check(host, settings)
+    if denoise.guidance != "cfg" and settings.matching_guidance != 1 and settings.method in MATCHING:
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
+            "cannot be had: set it to 1"
+        )
+    noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
+    if isinstance(denoise, EpsDenoiser) and float(denoise.schedule.alpha(noisiest)) == 0:
+        raise OneStepError(
+            f"{host.name} predicts noise and starts from pure noise (zero-terminal SNR), which cannot be: "
+            "correct its prediction type, v-prediction most likely"
+        )
+    broken = [name for name, target in denoise.roles.targets.items() if not _is_finite(target.module)]
+    if broken:
+        raise OneStepError(
+            f"{host.name} is damaged: {len(broken)} of its layers hold numbers that are not finite (NaN or infinite), "
+            f"{broken[0][:80]} the first. Download or export it again"
+        )
+
+
+def _is_finite(layer: torch.nn.Module) -> bool:
+    """Of a layer's plain weight; what is quantised or not in memory is not looked at."""
+    weight: Any = getattr(layer, "weight", None)
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_meta and weight.dtype in PLAIN
+    return not plain or bool(weight.isfinite().all())
+
+
+def initial_state(host: Host, settings: Settings) -> State | None:
+    """The initial LoRA's factors, filled up with zeros to the run's rank where it has less, in every target."""
+    if not settings.initial_lora:
+        return None
+    targets = list(host.denoiser.roles.targets.values())
+    file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
+    state = fit(file.state, targets)
+    largest = max(len(a) for a, _ in state.values())
+    if largest > settings.rank:
+        raise OneStepError(
+            f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}"
+        )
+    host.denoiser.roles.add("initial", settings.rank, settings.seed)
+    grown = host.denoiser.roles.state("initial")
+    for name, (a, b) in state.items():
+        grown[name][0][: len(a)] = a
+        grown[name][1][:, : len(a)] = b
+    host.denoiser.roles.drop("initial")
+    return grown
+
+
+def recipe_of(host: Host, settings: Settings) -> Recipe:
+    """How the student will draw."""
+    schedule, steps = host.denoiser.schedule, settings.student_steps
+    start = settings.start or automatic_start(schedule, steps)
+    return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)
+
+
+def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
+    """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057).
+
+    An eps-prediction's x0 has its error divided by alpha, which is 0.07 at Stable Diffusion's noisiest time and 0.37
+    here. Schedules that end at alpha = 0 (flow, zero-terminal SNR) belong to networks that never divide by it: they
+    begin at 1, and so do students of several steps, whose later steps mend the first.
+    """
+    noisiest = torch.tensor(schedule.sigma_max, dtype=torch.float64)
+    if steps > 1 or float(schedule.alpha(noisiest)) < 1e-3:
+        return 1.0
+    level = schedule.sigma_of_log_snr(torch.tensor(-math.log(2.5)))
+    return float(schedule.time_of_sigma(level) / schedule.time_of_sigma(noisiest))
+
+
+def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
+    """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
+    that lies; and where it was run."""
+    initial = {"initial_lora": content_of(settings.initial_lora)} if settings.initial_lora else {}
+    return {
+        "settings": asdict(settings) | initial,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "base": host.base_hash,
+        "checkpoint": host.name,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "device": str(host.device),
+    }

@@ -1,0 +1,55 @@
+"""Where on the noise scale an objective looks, and how much it weighs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.schedule import NoiseSchedule, log_snr
+
+LevelSampler = Callable[[NoiseSchedule, Tensor], Tensor]
+"""(schedule, u [B] uniform in [0, 1)) -> sigma [B]."""
+LevelWeight = Callable[[Tensor], Tensor]
+"""lambda [B] -> weight [B]; must be finite at lambda = -inf (pure noise)."""
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """Uniform in the network's own time, as DMD2 (arXiv:2405.14867): t ~ U[0.02, 0.98] T."""
+
+    low: float = 0.02
+    high: float = 0.98
+
+    def __call__(self, schedule: NoiseSchedule, u: Tensor) -> Tensor:
+        return schedule.sigma_at(self.low + (self.high - self.low) * u)
+
+
+@dataclass(frozen=True)
+class NormalLogSNR:
+    """lambda ~ N(mean, std^2): EDM's log-normal sigma (arXiv:2206.00364, table 1) is mean 1.2, std 1.2."""
+
+    mean: float = 1.2
+    std: float = 1.2
+
+    def __call__(self, schedule: NoiseSchedule, u: Tensor) -> Tensor:
+        bounded = u.clamp(1e-9, 1 - 1e-9)
+        return schedule.sigma_of_log_snr(self.mean + self.std * torch.special.ndtri(bounded))
+
+
+def v_weight(lam: Tensor) -> Tensor:
+    """1 + e^(2 lambda): the squared error of x0, so weighed, is that of v (arXiv:2202.00512, Eq. 13)."""
+    return 1 + torch.exp(2 * lam)
+
+
+def vsd_weight(lam: Tensor) -> Tensor:
+    """1 / (e^lambda + e^-lambda): VSD's alpha sigma eps-difference (arXiv:2305.16213, Eq. 9) in x0, whatever the
+    schedule."""
+    return 1 / (torch.exp(lam) + torch.exp(-lam))
+
+
+def at(weight: LevelWeight, schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """``weight`` [B] at levels ``sigma`` [B]."""
+    return weight(log_snr(schedule, sigma))

@@ -1,0 +1,1 @@
+"""Pictures against pictures: scores, the judge, the table."""

@@ -1,0 +1,167 @@
+r"""The one training step of every distribution-matching method.
+
+    critic:   x = sg(G(z)),  x_s = alpha x + sigma n,  L_F = w_F(lambda) |D_F(x_s) - x|^2
+    student:  x = G(z),      G = h w (a_DM (D_F - D_c) - (k - 1) (D_c - D_u)) + Jacobian terms,   <x, sg(G)>.backward()
+
+D_c, D_u: teacher with prompt and with the null condition; D_F: critic. The first difference matches distributions, the
+second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each at
+its own.
+A method is a choice of the plug-ins below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.cond import Cond
+from ...core.denoiser import Denoiser
+from ...core.errors import OneStepError
+from ...core.roles import TEACHER
+from ...core.schedule import NoiseSchedule, add_noise, expand
+from ..engine.batch import Batch
+from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
+
+CRITIC = "critic"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the networks say of the student's x at one noise level. All [B, ...], no graph; sigma [B].
+
+    real: teacher with prompt. null: teacher with the null condition, or None unasked. fake: critic, None unasked.
+    fake_null: critic with the null condition, None unless its own guidance is on.
+    """
+
+    x: Tensor
+    x_s: Tensor
+    sigma: Tensor
+    real: Tensor
+    null: Tensor | None = None
+    fake: Tensor | None = None
+    fake_null: Tensor | None = None
+
+
+Renoise = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
+"""(schedule, x, noise, sigma) -> x_s."""
+Weight = Callable[[NoiseSchedule, Scores, float], Tensor]
+"""(schedule, scores, k) -> weight [B]."""
+Ratio = Callable[[Scores], Tensor]
+"""h(r) [B] of f-divergences; 1 for the reverse KL."""
+Jacobian = Callable[[Denoiser, Batch, Scores], Tensor]
+"""Cotangent on x of terms through teacher and critic (SiD, SIM)."""
+
+
+def dmd_weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
+    """1 / mean_CHW |x - D_real^k| (arXiv:2311.18828, Eq. 8), never above 1e5."""
+    real = scores.real if scores.null is None else scores.null + k * (scores.real - scores.null)
+    return 1 / (scores.x - real).abs().flatten(1).mean(1).clamp_min(1e-5)
+
+
+@dataclass(frozen=True)
+class DistributionMatching:
+    """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; it is taught without.
+    matching: a_DM. guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of
+    samples on which the critic learns the null condition.
+    """
+
+    guidance: float = 2.0
+    critic_guidance: float = 1.0
+    matching: float = 1.0
+    levels: LevelSampler = UniformTime()
+    guidance_levels: LevelSampler | None = None
+    critic_levels: LevelSampler = UniformTime(0.0, 1.0)
+    critic_weight: LevelWeight = v_weight
+    weight: Weight = dmd_weight
+    ratio: Ratio | None = None
+    renoise: Renoise = add_noise
+    jacobian: Jacobian | None = None
+    null_rate: float = 0.0
+
+    # -- the critic ---------------------------------------------------------------------------------------------------
+
+    def critic_loss(self, denoise: Denoiser, batch: Batch, x: Tensor) -> Tensor:
+        """w_F |D_F(x_s) - sg(x)|^2: mean over elements and samples. x: the student's, [B, ...]."""
+        batch = batch.with_nulls(self.null_rate, "critic null")
+        sigma = self._levels(denoise, self.critic_levels, batch, "critic level")
+        x = x.detach()
+        x_s = self.renoise(denoise.schedule, x, batch.normal("critic noise"), sigma)
+        with denoise.roles.use(CRITIC):
+            error = (denoise(x_s, sigma, batch.cond) - x).square().flatten(1).mean(1)
+        return (at(self.critic_weight, denoise.schedule, sigma).to(error) * error).mean()
+
+    # -- the student --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def cotangent(self, denoise: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, Scores]:
+        """G [B, ...], the gradient of the loss in the student's x [B, ...], and the scores it was made of."""
+        x = x.detach()
+        scores = self.scores(denoise, batch, x, self.levels, "match", critic=True)
+        g = self.matching * self._match(denoise, scores)
+        if self.guidance != 1:
+            g = g + self._guide(denoise, batch, scores)
+        if self.jacobian is not None:
+            g = g + self.jacobian(denoise, batch, scores)
+        return g, scores
+
+    def scores(
+        self, denoise: Denoiser, batch: Batch, x: Tensor, levels: LevelSampler, stream: str, *, critic: bool
+    ) -> Scores:
+        """Every answer about x at one level, from one forward: rows of the teacher, then rows of the critic."""
+        sigma = self._levels(denoise, levels, batch, f"{stream} level")
+        x_s = self.renoise(denoise.schedule, x, batch.normal(f"{stream} noise"), sigma)
+        asked = self._asked(batch, critic)
+        teachers = sum(role == TEACHER for role, _, _ in asked)
+        blocks = [(TEACHER, teachers * len(x)), (CRITIC, (len(asked) - teachers) * len(x))]
+        with denoise.roles.rows([block for block in blocks if block[1]]):
+            conds = Cond.concat([cond for _, _, cond in asked])
+            answer = denoise(torch.cat([x_s] * len(asked)), sigma.repeat(len(asked)), conds)
+        answers = dict(zip([name for _, name, _ in asked], answer.chunk(len(asked)), strict=True))
+        return Scores(x, x_s, sigma, **answers)
+
+    def _asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
+        """(role, answer's name, conditions) of each row block; critic blocks last."""
+        apart = self.guidance_levels is not None and critic
+        asked = [(TEACHER, "real", batch.cond)]
+        if self.guidance != 1 and not apart:
+            asked.append((TEACHER, "null", self._nulls(batch)))
+        if critic:
+            asked.append((CRITIC, "fake", batch.cond))
+        if critic and self.critic_guidance != 1:
+            asked.append((CRITIC, "fake_null", self._nulls(batch)))
+        return asked
+
+    def _match(self, denoise: Denoiser, scores: Scores) -> Tensor:
+        """w h (D_F - D_c), and the critic's own guidance where it has any."""
+        assert scores.fake is not None
+        delta = scores.fake - scores.real
+        if scores.fake_null is not None:
+            # D_F^k - D_c = (D_F - D_c) + (k_F - 1) (D_F - D_F,u): PG-SB and VSD guide both sides
+            delta = delta + (self.critic_guidance - 1) * (scores.fake - scores.fake_null)
+        return self._weighed(denoise, scores, delta)
+
+    def _guide(self, denoise: Denoiser, batch: Batch, scores: Scores) -> Tensor:
+        """- w h (k - 1) (D_c - D_u), at the matching term's level or at its own."""
+        if self.guidance_levels is not None:
+            scores = self.scores(denoise, batch, scores.x, self.guidance_levels, "guide", critic=False)
+        assert scores.null is not None
+        return self._weighed(denoise, scores, -(self.guidance - 1) * (scores.real - scores.null))
+
+    def _weighed(self, denoise: Denoiser, scores: Scores, delta: Tensor) -> Tensor:
+        weighed = expand(self.weight(denoise.schedule, scores, self.guidance), delta) * delta
+        return weighed if self.ratio is None else expand(self.ratio(scores), delta) * weighed
+
+    def _levels(self, denoise: Denoiser, levels: LevelSampler, batch: Batch, stream: str) -> Tensor:
+        return levels(denoise.schedule, batch.uniform(stream))
+
+    def _nulls(self, batch: Batch) -> Cond:
+        nulls = batch.nulls()
+        if nulls is None:
+            raise OneStepError(
+                f"this base has no trained null condition, so guidance {self.guidance:g} cannot be had: "
+                "set matching_guidance to 1"
+            )
+        return nulls

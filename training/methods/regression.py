@@ -1,0 +1,48 @@
+"""Regression of the student on the teacher's own pictures: the warm start, and DMD's anchor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.denoiser import Denoiser
+from ...core.recipe import Recipe
+from ...core.sampling import fed_latents
+from ...core.schedule import add_noise
+from ..engine.batch import Batch
+from ..engine.student import STUDENT, level
+
+
+@dataclass(frozen=True)
+class Regression:
+    """d(G(z), x_T): the student's step from z, against the end x_T of the teacher's ODE from the same z
+    (arXiv:2311.18828, Eq. 9).
+
+    At a later step of several, the student starts from x_T with fresh noise of that level. c: width of the pseudo-Huber
+    distance's round bottom, in units of the latents; above it errors count linearly.
+    """
+
+    recipe: Recipe
+    c: float = 0.03
+
+    def __call__(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss, a sum over a sample's elements and a mean over samples; ``pairs`` is (z, x_T), each [B, ...]."""
+        noise, target = pairs
+        step = batch.choice(self.recipe.steps, "student step")
+        sigma = level(denoise, self.recipe, step, batch)
+        with denoise.roles.use(STUDENT):
+            x0 = denoise(self._start(denoise, batch, (noise, target), sigma, step), sigma, batch.cond)
+        return pseudo_huber(x0, target, self.c).flatten(1).sum(1).mean()
+
+    def _start(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor], sigma: Tensor, step: int) -> Tensor:
+        noise, target = pairs
+        if step == 0:
+            return fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
+        return add_noise(denoise.schedule, target, batch.normal(f"renoise {step - 1}"), sigma)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt((a - b)^2 + c^2) - c, for each element (LCM, arXiv:2310.04378, app. C)."""
+    return torch.sqrt((a - b) ** 2 + c**2) - c

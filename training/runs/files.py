@@ -1,0 +1,39 @@
+"""Small files of text and JSON, whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import OneStepError
+from ...core.whole_file import write_whole
+
+CONTENT = "sha256 "
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+    write_whole(path, [data])
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises OneStepError where the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise OneStepError(f"{path} cannot be read ({error}): start anew, or restore the file") from None
+
+
+def content_of(path: str | Path) -> str:
+    """What is in a file, wherever it lies, as a short text."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            sha.update(part)
+    return f"{CONTENT}{sha.hexdigest()[:16]}"

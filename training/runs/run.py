@@ -1,0 +1,235 @@
+"""A run's directory: killed at any instant, it goes on from its last whole state.
+
+config.json            what the run is; a run of another config is refused, but for what may be adjusted
+state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
+metrics.jsonl          the untrained student's measures, then one line an update
+embeddings/ pairs/ trajectories/ triples/ segments/   caches; deleting them costs time, nothing else
+previews/              what the student is to draw above what it draws, same prompts and noise
+result.safetensors     the LoRA; partial.safetensors where the run was cancelled
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from ...core.errors import OneStepError
+from ...core.tensor_file import read_tensors, write_tensors
+from .files import CONTENT, content_of, read_json, write_bytes, write_json
+from ..settings import nearest
+
+CONTINUE, RESTART, STOP = "continue", "restart", "stop"
+KEPT = 2
+KINDS = ("pairs", "trajectories", "triples", "segments")
+"""Folders of what a teacher or a generator made."""
+Changes = dict[str, tuple[Any, Any]]
+"""(there, now) of settings, by name."""
+
+
+class Run:
+    """An open, locked run directory. Make one with :func:`opened`. changes: of its settings, with which it goes on."""
+
+    def __init__(self, folder: Path, changes: Changes | None = None) -> None:
+        self.folder, self.changes = folder, changes or {}
+
+    def adjust(self) -> str:
+        """The config tells the changes from here on. What they are, in words."""
+        path = self.folder / "config.json"
+        config = read_json(path)
+        write_json(
+            path, config | {"settings": config["settings"] | {name: new for name, (_, new) in self.changes.items()}}
+        )
+        return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.changes.items())
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def states(self) -> list[int]:
+        """Updates after which a whole state was saved, oldest first."""
+        found = [path for path in self.folder.glob("state-*") if (path / "complete").is_file()]
+        numbers = (path.name.removeprefix("state-") for path in found)
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def save(self, update: int, tensors: dict[str, Tensor], notes: dict[str, Any], best: int | None) -> None:
+        """Write the state after ``update`` whole in a temporary folder, sync, rename, mark; then drop what is old."""
+        final, beside = self.folder / f"state-{update}", self.folder / f".state-{update}.part"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            write_tensors(beside / "state.safetensors", tensors)
+            write_json(beside / "state.json", notes)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            write_bytes(final / "complete", b"")
+        except OSError as error:
+            raise OneStepError(
+                f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact"
+            ) from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        self._prune(best)
+
+    def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The newest state that can be read; a damaged one is passed over."""
+        for update in reversed(self.states()):
+            try:
+                return self.load(update)
+            except OneStepError:
+                continue
+        raise OneStepError(f"no saved state in {self.folder} can be read: restart the run")
+
+    def load(self, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and notes of the state after ``update``."""
+        folder = self.folder / f"state-{update}"
+        return read_tensors(folder / "state.safetensors"), read_json(folder / "state.json")
+
+    def _prune(self, best: int | None) -> None:
+        for update in self.states()[:-KEPT]:
+            if update != best:
+                # unmarked first: half a deletion must not look like a state
+                (self.folder / f"state-{update}" / "complete").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / f"state-{update}", ignore_errors=True)
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line. What is no number is written as null: NaN is not JSON, and browsers refuse it."""
+        known = {key: value if _is_json(value) else None for key, value in line.items()}
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(known) + "\n")
+        except OSError as error:
+            raise OneStepError(
+                f"metrics.jsonl in {self.folder} could not be written: {error.strerror}. Free some space, then continue"
+            ) from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_after(self, update: int) -> None:
+        """Drop the metrics of updates that the state after ``update`` does not know."""
+        kept = [line for line in self.metrics() if line["update"] <= update]
+        write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+@contextmanager
+def opened(
+    folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
+) -> Iterator[tuple[Run, bool]]:
+    """The run at ``folder`` and whether it goes on from a state; made where it is absent.
+
+    existing: what to do with a run that is already there: "continue", "restart" (its files are deleted) or "stop".
+    adjustable: settings, numbers, that may be others than the run's when it goes on; see `Run.adjust`.
+    Raises OneStepError where another process holds it, where "stop" finds one, or where "continue" finds one of
+    another config.
+    """
+    if existing not in (CONTINUE, RESTART, STOP):
+        raise OneStepError(f"an existing run is to be {existing!r:.60}{nearest(existing, (CONTINUE, RESTART, STOP))}")
+    changes = _check_existing(folder, config, existing, adjustable)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OneStepError(f"the run's folder {folder} cannot be made: {error.strerror}. Choose another one") from None
+    with _locked(folder / "run.lock"):
+        if existing == RESTART and (folder / "config.json").is_file():
+            _clear(folder)
+        for leftover in folder.glob(".state-*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.rglob(".*.tmp"):  # of a file that was being written when the run was killed
+            leftover.unlink(missing_ok=True)
+        run = Run(folder, changes)
+        goes_on = bool(run.states())
+        if not goes_on:
+            write_json(folder / "config.json", config)
+        yield run, goes_on
+
+
+def _check_existing(folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...]) -> Changes:
+    """The settings in which ``config`` is another than the run's that goes on with it."""
+    known = folder / "config.json"
+    if not known.is_file() or existing == RESTART:
+        return {}
+    if existing == STOP:
+        raise OneStepError(f"a run is already in {folder}: continue it, restart it, or give another name")
+    before = read_json(known)
+    keys = [key for key in ("settings", "prompts", "base") if before.get(key) != config[key]]
+    there, now = before.get("settings"), config["settings"]
+    there = _as_known_now(there) if isinstance(there, dict) else {}
+    changes = {name: (there.get(name), value) for name, value in now.items() if there.get(name) != value}
+    adjusted = {name: pair for name, pair in changes.items() if name in adjustable and isinstance(pair[0], int)}
+    if there | {name: new for name, (_, new) in adjusted.items()} == now:
+        keys = [key for key in keys if key != "settings"]
+    if keys:
+        other = {name: pair for name, pair in changes.items() if there and name not in adjusted}
+        raise OneStepError(f"the run in {folder} has other {_in_words(keys, other)}: restart it, or give another name")
+    return adjusted
+
+
+def _as_known_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings; of an earlier version's, the initial LoRA by its content, where it still lies in its place."""
+    path = settings.get("initial_lora")
+    if isinstance(path, str) and path and not path.startswith(CONTENT) and Path(path).is_file():
+        return settings | {"initial_lora": content_of(path)}
+    return settings
+
+
+def _in_words(keys: list[str], changes: Changes) -> str:
+    if keys != ["settings"] or not changes:
+        return " and ".join(keys)
+    shown = {name: ["none" if value in ("", None) else value for value in pair] for name, pair in changes.items()}
+    return "settings, " + ", ".join([f"{name} ({old} there, {new} now)" for name, (old, new) in shown.items()][:3])
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a run made; its config last, so that a clearing that was killed is known and done again. Embeddings
+    stay: they are named by what they are of."""
+    for path in [*folder.glob("state-[0-9]*"), folder / "previews", *(folder / name for name in KINDS)]:
+        (path / "complete").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An operating-system lock, which dies with its process: a killed run leaves nothing to clean up."""
+    try:
+        file = open(path, "a+b")  # noqa: SIM115  (closed below; opening and locking fail for different reasons)
+    except OSError as error:
+        raise OneStepError(
+            f"nothing can be written in {path.parent}: {error.strerror}. Choose another folder"
+        ) from None
+    with file:
+        try:
+            _lock(file)
+        except OSError:
+            raise OneStepError(
+                f"the run in {path.parent} is being trained by another process: wait for it, or give another name"
+            ) from None
+        yield
+
+
+def _lock(file: BinaryIO) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

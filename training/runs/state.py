@@ -1,0 +1,48 @@
+"""A trainer's whole state as named tensors and plain numbers, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import optimizer as adam
+from ..engine.trainer import Trainer
+
+COUNTERS = ("place", "numbers", "accumulation", "bad", "dropped")
+
+
+def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Roles, their sides and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
+    roles = trainer.host.denoiser.roles
+    tensors: dict[str, Tensor] = {}
+    for role in roles.names():
+        for name, (a, b) in roles.state(role).items():
+            tensors[f"{role}/{name}/a"], tensors[f"{role}/{name}/b"] = a, b
+        tensors |= {f"{role}/{name}": value for name, value in roles.sides.state(role).items()}
+    numbers: dict[str, float] = {}
+    for role, optimizer in trainer.optimizers.items():
+        packed, plain = adam.pack(optimizer, role)
+        tensors |= packed
+        numbers |= plain
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Write a snapshot into the live factors and optimisers."""
+    roles = trainer.host.denoiser.roles
+    for role in roles.names():
+        for name, (a, b) in roles.state(role).items():
+            a.copy_(tensors[f"{role}/{name}/a"])
+            b.copy_(tensors[f"{role}/{name}/b"])
+        for name, value in roles.sides.state(role).items():
+            value.copy_(tensors[f"{role}/{name}"])
+    moments = {key: value for key, value in tensors.items() if "/" not in key}
+    for role, optimizer in trainer.optimizers.items():
+        adam.unpack(optimizer, role, moments, notes["numbers"])
+    for name, value in notes["counters"].items():
+        setattr(trainer, name, value)
+    trainer.notes, trainer.whole = list(notes["notes"]), True

@@ -1,0 +1,1 @@
+"""What a run sees of its student: measures, previews, progress."""
