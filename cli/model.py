@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
-from ..training.engine.prompts import check_prompts
+from ..training.engine.prompts import read_prompts as prompts_of
 from ..training.settings import PRESETS, Settings, nearest, preset
-
-MOST_BYTES = 64 * 2**20
 
 
 def open_host(model: str, targets: str = "all", device: str | None = None) -> Any:
@@ -38,25 +36,7 @@ def device_of(name: str | None) -> Any:
 
 def read_prompts(file: str) -> list[str]:
     """The prompts of a text file, one a line. Raises OneStepError for a file that holds none, or no text."""
-    path = Path(file)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise OneStepError(
-                f"{path.name[:100]} has {path.stat().st_size >> 20} MiB: a prompt list has one prompt a line"
-            )
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise OneStepError(f"the prompts {file[-150:]!r} cannot be read: {error.strerror}. Check the path") from None
-    except UnicodeDecodeError as error:
-        raise OneStepError(
-            f"{path.name[:100]} is no UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line"
-        ) from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise OneStepError(
-            f"{path.name[:100]} holds no prompt: write one a line; 200 to 1000 that you would really use do well"
-        )
-    return check_prompts(prompts)
+    return prompts_of(Path(file))
 
 
 def read_settings(args: Namespace) -> tuple[Settings, set[str]]:

@@ -11,7 +11,7 @@ from comfy_execution.graph import ExecutionBlocker
 from ..core.adapter_file import read_told
 from ..core.tensor_file import read_tensors
 from ..training.distil import Result, distil
-from ..training.engine.prompts import check_prompts
+from ..training.engine.prompts import check_prompts, lines
 from ..training.methods.registry import METHODS
 from ..training.runs.run import CONTINUE, RESTART, STOP
 from ..training.settings import PRESETS, Settings
@@ -21,7 +21,6 @@ from .finish import running
 from .load_lora import RecipeSocket
 from .places import checked_name, publish, run_folder
 from .progress import Reporter, as_image, loss_map, viewed
-from .prompts import lines
 from .settings import SettingsSocket
 
 BY_PRESET = "by preset"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.own_control import register_examples
+from ..training.engine.prompts import lines
 from ..training.methods.generator_pictures import generator_pictures
 from ..training.settings import preset
 from .adapt import adapted
 from .distil import NO_LORA, help_of
 from .places import checked_name, stamp
-from .prompts import lines
 from .settings import SettingsSocket
 
 

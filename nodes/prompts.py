@@ -11,10 +11,9 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..core.errors import OneStepError
-from ..training.engine.prompts import check_prompts
+from ..training.engine.prompts import MOST_BYTES, check_prompts, lines
 from .places import inside_input
 
-MOST_BYTES = 64 * 2**20
 MOST_PICTURES = 10_000
 TEXTS = ("text", "text_l", "clip_l", "t5xxl", "text_g", "clip_g")
 
@@ -67,11 +66,6 @@ class PromptList(io.ComfyNode):  # type: ignore[misc]
         prompts = check_prompts(list(dict.fromkeys(prompts)) if unique else prompts)
         shown = "\n".join(prompts[:5]) + ("\n..." if len(prompts) > 5 else "")
         return io.NodeOutput("\n".join(prompts), len(prompts), ui=ui.PreviewText(f"{len(prompts)} prompts:\n{shown}"))
-
-
-def lines(text: str) -> list[str]:
-    """One prompt a line; empty lines are none."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def from_file(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from ..core.errors import OneStepError
 from ..training import settings as known_settings
 from ..training.distil import Report, Result, distil
+from ..training.prompts import check_prompts, read_prompts
 from ..training.settings import Settings, nearest
 from .adapt import adapt
 from .load import load
@@ -65,10 +66,7 @@ def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:
 
 def _prompts(prompts: Sequence[str] | Path) -> list[str]:
     if isinstance(prompts, Path):
-        try:
-            return [line for line in prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise OneStepError(f"the prompts {str(prompts)[-150:]} cannot be read: {str(error)[:100]}") from None
+        return read_prompts(prompts)
     if isinstance(prompts, str):
         raise OneStepError("prompts is one text: give a list of prompts, or a pathlib.Path of a file with one a line")
-    return list(prompts)
+    return check_prompts(prompts)

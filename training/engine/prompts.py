@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,13 +20,46 @@ from ..settings import Settings
 from .batch import Batch
 
 LONGEST = 4000
+MOST_BYTES = 64 * 2**20
 MOST = 100_000
 Size = tuple[int, int]
 
 
-def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts, stripped. Raises OneStepError for none, too many, an empty or an overlong one."""
-    cleaned = [prompt.strip() for prompt in prompts]
+def lines(text: str) -> list[str]:
+    """The prompts of a text, one a line, stripped; empty lines are none.
+
+    A line ends where an editor ends it, at LF, CR LF or CR. str.splitlines also ends it inside a pasted prompt, at
+    U+2028, U+0085, a vertical tab, a form feed and the like: these are blanks here.
+    """
+    return [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file. Raises OneStepError for a file that cannot be read, is no text, or holds none."""
+    name = path.name[:100]
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise OneStepError(f"{name} has {path.stat().st_size >> 20} MiB: a prompt list has one prompt a line")
+        prompts = lines(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise OneStepError(
+            f"the prompts {str(path)[-150:]!r} cannot be read: {error.strerror}. Check the path"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise OneStepError(
+            f"{name} is no UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line"
+        ) from None
+    if not prompts:
+        raise OneStepError(f"{name} holds no prompt: write one a line; 200 to 1000 that you would really use do well")
+    return check_prompts(prompts)
+
+
+def check_prompts(prompts: Iterable[Any]) -> list[str]:
+    """The prompts, stripped. Raises OneStepError for none, too many, an empty or an overlong one, and for what is no
+    text."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise OneStepError(f"prompts is {prompts!r:.60}, not a list: give a list of texts, one for each prompt")
+    cleaned = [_text(prompt, number).strip() for number, prompt in enumerate(prompts, 1)]
     if not 1 <= len(cleaned) <= MOST:
         raise OneStepError(
             f"{len(cleaned)} prompts: give 1 to {MOST}, one a line; 200 to 1000 that you would really use do well"
@@ -37,6 +72,18 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
                 f"prompt {number} has {len(prompt)} characters, more than {LONGEST}: {prompt[:40]!r}... Shorten it"
             )
     return cleaned
+
+
+def _text(prompt: Any, number: int) -> str:
+    if not isinstance(prompt, str):
+        raise OneStepError(f"prompt {number} is {prompt!r:.60}, a {type(prompt).__name__}: give a text")
+    broken = re.search("[\ud800-\udfff]", prompt)
+    if broken:
+        raise OneStepError(
+            f"prompt {number} holds the half character {broken[0]!r}, which no file can keep: {prompt[:40]!r}... "
+            "Save its source as UTF-8"
+        )
+    return prompt
 
 
 @dataclass(frozen=True)
