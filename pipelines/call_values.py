@@ -14,6 +14,15 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 SEEDS = range(-(2**63), 2**64)
 
 
+def checked(prompt: Any, each: Any, generator: Any, seed: Any, output_type: Any = "pil") -> tuple[list[str], Any]:
+    """The prompts as a list, and the generator, that of ``seed`` where there is one. each: pictures of each prompt."""
+    if output_type not in OUTPUTS:
+        raise OneStepError(f"output_type is {output_type!r:.40}: choose one of {', '.join(OUTPUTS)}")
+    prompts, generator = texts_of(prompt), generator_of(generator, seed)
+    check_generator(generator, len(prompts) * check_count(each, "num_images_per_prompt"))
+    return prompts, generator
+
+
 def texts_of(value: Any, name: str = "prompt") -> list[str]:
     """``value``, a text or several, as a list. Raises OneStepError for none, and for what is no text."""
     if isinstance(value, str):
@@ -70,8 +79,3 @@ def check_count(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OneStepError(f"{name} is {value!r:.40}: give a whole number of at least 1")
     return value
-
-
-def check_output(output_type: Any) -> None:
-    if output_type not in OUTPUTS:
-        raise OneStepError(f"output_type is {output_type!r:.40}: choose one of {', '.join(OUTPUTS)}")

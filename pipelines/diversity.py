@@ -17,6 +17,7 @@ from ..core.errors import OneStepError
 from ..core.presets import recipe_of
 from ..core.recipe import Recipe
 from .adapt import DiffusersHost, denoiser_of, network_of
+from .call_values import checked
 from .one_step import Generator, OneStepPipeline
 
 GUIDANCE = 4.0
@@ -61,10 +62,9 @@ def diverse(
     _check(fast, base, base_steps)
     trained = recipe.sizes[0] if recipe.sizes else few.native_size
     size = width or trained[0], height or trained[1]
-    generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+    prompts, generator = checked(prompt, num_images_per_prompt, generator, seed)
     rest = remaining(recipe, few.denoiser.schedule, hand_over)
     levels = base_levels(many.denoiser.schedule, base_steps, few.denoiser.schedule, rest)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     cond, null, scale = _told(many, prompts, negative_prompt, size, guidance)
     cond = cond.repeat(num_images_per_prompt).to(many.device)
     noise = _noise(many, (len(cond), *many.latent_shape(size)), generator)

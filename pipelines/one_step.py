@@ -31,6 +31,7 @@ from ..core.presets import recipe_of
 from ..core.recipe import Recipe
 from ..core.sampling import sample
 from .adapt import DiffusersHost, denoiser_of, network_of
+from .call_values import check_count, check_latents, checked, texts_of
 from .control import control_picture, controlled, load_control
 from .guidance_adapter import GuidanceDial, check_guidance, read_guidance_adapter
 from .load import class_for
@@ -133,18 +134,18 @@ class OneStepPipeline(DiffusionPipeline):
         output_type: "pil", "np", "pt" or "latent".
         """
         recipe = self.recipe if recipe is None else recipe_of(recipe)
-        generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+        prompts, generator = checked(prompt, num_images_per_prompt, generator, seed, output_type)
         host = self.host(recipe)
         size = self._size(host, recipe, width, height)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         cond = self._told(host.encode(prompts, size)).repeat(num_images_per_prompt).to(host.device)
         guided = recipe.guidance != 1
         negative = self._negative(host, negative_prompt, prompts, size) if guided or steering is not None else None
         if negative_prompt and negative is None:
             logging.warning('OneStep: the negative prompt does nothing at guidance 1: give steering too, "nag" for one')
         null = _beside(negative, cond) if guided and negative is not None else None
-        noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
-        start = noise() if latents is None else latents.to(host.device, torch.float32)
+        shape = (len(cond), *host.latent_shape(size))
+        noise = Noise(shape, generator, host)
+        start = noise() if latents is None else check_latents(latents, shape).to(host.device, torch.float32)
         control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
         measured = steering is not None and steering_of(steering, scale, host.family).wants_empty
         empty = host.encode([""], size).text if measured else None
@@ -210,7 +211,7 @@ class OneStepPipeline(DiffusionPipeline):
 
     def _negative(self, host: DiffusersHost, negative: Any, prompts: list[str], size: tuple[int, int]) -> Cond:
         """The conditions of one negative prompt for all, or of one for each."""
-        texts = [negative] if isinstance(negative, str) else list(negative)
+        texts = texts_of("" if negative is None else negative, "negative_prompt")
         if len(texts) not in (1, len(prompts)):
             raise OneStepError(
                 f"there are {len(texts)} negative prompts for {len(prompts)} prompts: give one, or as many"
@@ -253,7 +254,8 @@ class OneStepPipeline(DiffusionPipeline):
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size
-        return width or trained[0], height or trained[1]
+        found = width or trained[0], height or trained[1]
+        return check_count(found[0], "width"), check_count(found[1], "height")
 
     def _pictures(self, pictures: Tensor, output_type: str) -> Any:
         return self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
