@@ -13,7 +13,7 @@ import torch
 from ..core.errors import OneStepError
 from ..training import settings as known_settings
 from ..training.distil import Report, Result, distil
-from ..training.prompts import check_prompts, read_prompts
+from ..training.engine.prompts import check_prompts, read_prompts
 from ..training.settings import Settings, nearest
 from .adapt import adapt
 from .load import load

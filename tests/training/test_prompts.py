@@ -10,7 +10,7 @@ import pytest
 from onestep.cli.model import read_prompts as read_in_the_command
 from onestep.core.errors import OneStepError
 from onestep.pipelines.distill import _prompts as read_in_python
-from onestep.training.prompts import check_prompts, lines, read_prompts
+from onestep.training.engine.prompts import check_prompts, lines, read_prompts
 
 # all that str.splitlines ends a line at, and no editor does
 INSIDE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
