@@ -101,7 +101,7 @@ def handed(args: argparse.Namespace, stage: Stage, recipe: Recipe, name: str) ->
         for steps in args.base_steps:
             levels = base_levels(schedule, steps, schedule, rest)
             taken = len(levels) - 1
-            said = f"base {taken} of {steps} steps to time {rest.told[0]:g}"
+            said = f"base {taken} of {steps} steps to time {rest.timesteps[0]:g}"
             yield f"{said}, then {name}", 2 * taken + rest.steps, stage.draw(levels, rest, ROLE)
         yield f"{said}, then base", 2 * taken + rest.steps, stage.draw(levels, rest, TEACHER)
 

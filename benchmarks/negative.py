@@ -37,7 +37,7 @@ from onestep.core.cond import Cond
 from onestep.core.guidance import LAYERS, MODES, Steering
 from onestep.core.negative_adapter import MAKERS
 from onestep.core.roles import TEACHER
-from onestep.core.sampling import fed_latents, trajectory
+from onestep.core.sampling import initial_latents, trajectory
 from onestep.pipelines.steer import steered
 
 SCALES = {
@@ -120,8 +120,8 @@ class World:
     def _part(self, cond: Cond, null: Cond, noise: Tensor, how: How) -> Tensor:
         mode, scale = how.mode, how.scale
         denoise, recipe = self.host.denoiser, self.student.recipe
-        sigma = denoise.schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
-        x = fed_latents(denoise.schedule, noise, sigma, recipe.fed[0])
+        sigma = recipe.levels(denoise.schedule)[:1].expand(len(noise))
+        x = initial_latents(denoise.schedule, noise, sigma, recipe.initial_noise_scale)
         on = steered(self.host.pipe, null.text, how.steering, empty=self.empty) if mode in MODES else None
         told = {"negative": null, "scale": scale} if mode == "sun" else {}
         with denoise.roles.use(ROLE, train=False, **told), on or nullcontext():

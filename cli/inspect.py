@@ -12,8 +12,9 @@ from typing import Any
 from ..core.adapter_file import read_told
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
+from ..core.ksampler import core_nodes
 from ..core.lora_file import LoraFile, load_lora
-from ..core.recipe import KSampler, Recipe
+from ..core.recipe import Recipe
 from ..core.schedule import FlowSchedule, VPSchedule
 from ..core.tensor_file import read_header
 from .console import Console
@@ -98,18 +99,18 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "ranks": ranks,
         "unused": len(file.unused),
         "recipe": None if recipe is None else json.loads(recipe.to_json()),
-        "ksampler": None if recipe is None else ksampler(recipe),
+        "comfyui": None if recipe is None else in_comfyui(recipe),
         "diffusers": None if recipe is None else in_diffusers(recipe, path),
         "settings": settings_in(file.metadata),
         "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS)},
     }
 
 
-def ksampler(recipe: Recipe) -> dict[str, Any] | str:
-    """ComfyUI's KSampler widgets for the family as it is published, or why there are none."""
+def in_comfyui(recipe: Recipe) -> dict[str, Any]:
+    """ComfyUI's own nodes for the family as it is published, or why none draw it."""
     flow = FlowSchedule(SHIFTS.get(recipe.family, 1.0) if recipe.shift is None else recipe.shift)
-    found = recipe.ksampler(VPSchedule.scaled_linear() if recipe.family == "unet" else flow)
-    return asdict(found) if isinstance(found, KSampler) else found
+    found = core_nodes(recipe, VPSchedule.scaled_linear() if recipe.family == "unet" else flow)
+    return asdict(found) | {"words": str(found)}
 
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
@@ -125,11 +126,12 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     if recipe.family == "sd3":
         call += f", {WITHOUT_T5}"
     if settings.latents_scale != 1:
-        call += f", latents={settings.latents_scale!r} * latents  # of standard normal latents"
+        call += f", latents={settings.latents_scale!r} * noise"
     return [
         f"pipe.load_lora_weights({str(path)!r})",
         *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
         f"pipe.scheduler = diffusers.{settings.scheduler}.from_config(pipe.scheduler.config{changes})",
+        *([settings.noise_line()] if settings.latents_scale != 1 else []),
         f'pipe("your prompt"{call})',
     ]
 
@@ -155,17 +157,17 @@ def told(facts: dict[str, Any]) -> str:
 
 
 def recipe_lines(facts: dict[str, Any]) -> list[str]:
-    recipe, widgets = facts["recipe"], facts["ksampler"]
+    recipe, core = facts["recipe"], facts["comfyui"]
     sizes = ", ".join(f"{width}x{height}" for width, height in recipe["sizes"]) or "any size"
-    times = ", ".join(f"{time:g}" for time in recipe["told"])
+    times = ", ".join(f"{time:g}" for time in recipe["timesteps"])
     between = ", fresh noise between them" if recipe["renoise"] else ""
     how = f"strength {recipe['lora_scale']:g}, guidance {recipe['guidance']:g}"
-    if isinstance(widgets, dict):
-        comfy = "LoraLoader, then KSampler: " + ", ".join(f"{name} {value}" for name, value in widgets.items())
+    if core["reason"]:
+        comfy = f"Load One-Step LoRA, then One-Step Sample ({core['reason']})"
     else:
-        comfy = f"Load One-Step LoRA, then One-Step Sample ({widgets})"
+        comfy = f"LoraLoader, then {core['words']}"
     return [
-        f"  draws in {len(recipe['told'])} step(s) at time {times}{between}; {how}; trained at {sizes}",
+        f"  draws in {len(recipe['timesteps'])} step(s) at time {times}{between}; {how}; trained at {sizes}",
         f"  ComfyUI: {comfy}",
         "  diffusers:",
         *(f"    {line}" for line in facts["diffusers"]),

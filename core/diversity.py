@@ -7,7 +7,6 @@ the same for variance-preserving, variance-exploding and flow schedules of one l
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -17,7 +16,7 @@ from .cond import Cond
 from .denoiser import Denoiser, guided
 from .errors import OneStepError
 from .recipe import Recipe
-from .sampling import fed_latents, jump
+from .sampling import initial_latents, jump
 from .schedule import NoiseSchedule, expand, log_snr
 
 
@@ -38,9 +37,9 @@ def remaining(recipe: Recipe, schedule: NoiseSchedule, hand_over: float = 0.0) -
             "hand_over to the share of the time, like 0.75, of a lower level that this model was trained at"
         )
     share = torch.tensor(hand_over, dtype=torch.float64)
-    first = float(schedule.time_of_sigma(schedule.sigma_at(share))) if hand_over else recipe.told[1]
-    told = (first, *(time for time in recipe.told if time < first))
-    return replace(recipe, told=told, fed=(1.0,) * len(told), log_snr=())
+    first = float(schedule.time_of_sigma(schedule.sigma_at(share))) if hand_over else recipe.timesteps[1]
+    times = (first, *(time for time in recipe.timesteps if time < first))
+    return recipe.retimed(times, 1.0)
 
 
 def base_part(levels: Tensor, until: Tensor) -> Tensor:
@@ -63,17 +62,18 @@ def base_levels(base: NoiseSchedule, steps: int, distilled: NoiseSchedule, rest:
     """sigma [k + 1] of the base's part of its ``steps`` equal steps, down to where ``rest`` (see `remaining`) begins on
     ``distilled``."""
     own = base.sigma_of_time(base.trailing(steps))
-    until = log_snr(distilled, distilled.sigma_of_time(torch.tensor(rest.told[0], dtype=torch.float64)))
+    until = log_snr(distilled, rest.levels(distilled)[0])
     kept = base_part(log_snr(base, own), until)
     return torch.cat([own[: len(kept) - 1], base.sigma_of_log_snr(until).reshape(1)])
 
 
 def descend(denoise: Denoiser, levels: Tensor, cond: Cond, null: Cond | None, noise: Tensor, guidance: float) -> Tensor:
     """The base's state [B, ...] at the last of ``levels`` sigma [k + 1], from unit ``noise`` [B, ...], by first-order
-    steps of its ODE; in units of sqrt(alpha^2 + sigma^2), as `sampling.sample` takes its noise at a fed level of 1."""
+    steps of its ODE; in units of sqrt(alpha^2 + sigma^2), as `sampling.sample` takes its noise at an initial noise
+    scale of 1."""
     schedule = denoise.schedule
     sigmas = [sigma.expand(len(noise)) for sigma in levels]
-    x = fed_latents(schedule, noise, sigmas[0], 1.0)
+    x = initial_latents(schedule, noise, sigmas[0], 1.0)
     for sigma, lower in pairwise(sigmas):
         x = jump(schedule, x, guided(denoise, x, sigma, cond, null, guidance), sigma, lower)
     last = sigmas[-1]

@@ -8,8 +8,8 @@ from .errors import OneStepError
 from .recipe import Recipe
 
 
-def _preset(*told: float, source: str, **more: Any) -> Recipe:
-    return Recipe(tuple(map(float, told)), (1.0,) * len(told), source=source, **more)
+def _preset(*times: float, source: str, **more: Any) -> Recipe:
+    return Recipe(tuple(map(float, times)), source=source, **more)
 
 
 # How the public few-step models are sampled, each after its own model card or its authors' code.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from .cond import Cond
@@ -15,10 +14,10 @@ from .schedule import NoiseSchedule, add_noise, expand
 Draw = Callable[[int], Tensor]
 
 
-def fed_latents(schedule: NoiseSchedule, noise: Tensor, sigma: Tensor, fed: float) -> Tensor:
-    """Pure noise as a sampler starts from it: ``fed`` sqrt(alpha^2 + sigma^2) noise, for noise [B, ...] and sigma
+def initial_latents(schedule: NoiseSchedule, noise: Tensor, sigma: Tensor, scale: float) -> Tensor:
+    """Pure noise as a sampler starts from it: ``scale`` sqrt(alpha^2 + sigma^2) noise, for noise [B, ...] and sigma
     [B]."""
-    return expand(fed * (schedule.alpha(sigma) ** 2 + sigma**2).sqrt(), noise) * noise
+    return expand(scale * (schedule.alpha(sigma) ** 2 + sigma**2).sqrt(), noise) * noise
 
 
 def jump(schedule: NoiseSchedule, x: Tensor, x0: Tensor, sigma: Tensor, lower: Tensor) -> Tensor:
@@ -37,9 +36,9 @@ def sample(
     otherwise.
     """
     schedule = denoise.schedule
-    sigmas = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64))
+    sigmas = recipe.levels(schedule)
     levels = [sigma.expand(len(noise)) for sigma in sigmas]
-    x = fed_latents(schedule, noise, levels[0], recipe.fed[0])
+    x = initial_latents(schedule, noise, levels[0], recipe.initial_noise_scale)
     for step, sigma in enumerate(levels):
         x0 = guided(denoise, x, sigma, cond, null, recipe.guidance)
         if step + 1 < len(levels):
@@ -88,7 +87,7 @@ def trajectory(
     """(x, sigma [B], guided x0) at each of `teacher_sample`'s steps, noisiest first."""
     schedule = denoise.schedule
     sigmas = schedule.sigma_of_time(schedule.trailing(steps))
-    x = fed_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
+    x = initial_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
     for step, sigma in enumerate(sigmas):
         level = sigma.expand(len(noise))
         x0 = guided(denoise, x, level, cond, null, guidance)

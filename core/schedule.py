@@ -59,6 +59,23 @@ def log_snr(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     return torch.log(schedule.alpha(sigma)) - torch.log(sigma)
 
 
+def k_sigma(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """``sigma`` as k-diffusion's samplers count it, ComfyUI's SIGMAS too: sigma / alpha, and a flow model's own."""
+    return sigma.double() if isinstance(schedule, FlowSchedule) else sigma.double() / schedule.alpha(sigma)
+
+
+def initial_noise_scale(schedule: NoiseSchedule, sigma: Tensor) -> float:
+    """What k-diffusion's samplers, ComfyUI's too, begin with at the level ``sigma``: the standard deviation of its
+    noise, in units of sqrt(alpha^2 + sigma^2).
+
+    They begin with x = sigma noise, and at the schedule's noisiest level (ComfyUI's "max denoise") with unit noise.
+    """
+    noisiest = k_sigma(schedule, torch.tensor(schedule.sigma_max, dtype=torch.float64))
+    if float(k_sigma(schedule, sigma)) >= float(noisiest) * (1 - 1e-5):
+        return 1.0
+    return float(sigma / (schedule.alpha(sigma) ** 2 + sigma**2).sqrt())
+
+
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x = alpha(sigma) x0 + sigma noise, for x0 and noise [B, ...] and sigma [B]."""
     return expand(schedule.alpha(sigma), x0) * x0 + expand(sigma, x0) * noise

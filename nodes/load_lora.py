@@ -17,6 +17,7 @@ from comfy_api.latest import io, ui
 from ..core.adapter_file import refuse_adapter
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
+from ..core.ksampler import core_nodes
 from ..core.lora_file import fit, load_lora
 from ..core.presets import PRESETS
 from ..core.recipe import Recipe
@@ -145,18 +146,14 @@ def with_prediction(model: Any, recipe: Recipe) -> Any:
 
 
 def how_to_sample(recipe: Recipe, schedule: NoiseSchedule) -> str:
-    """For a person: KSampler's widgets, or why One-Step Sample is needed."""
+    """For a person: which of ComfyUI's own nodes draw the same, or why One-Step Sample is needed."""
     # with_prediction has told the model already
-    widgets = replace(recipe, prediction=None).ksampler(schedule)
+    core = core_nodes(replace(recipe, prediction=None), schedule)
     sizes = ", ".join(f"{width}x{height}" for width, height in recipe.sizes[:6])
     made_for = f"\nMade for {sizes}." if sizes else ""
-    if isinstance(widgets, str):
-        return f"Use One-Step Sample (or One-Step Sampler and Sigmas): {widgets}.{made_for}"
-    return (
-        f"One-Step Sample, or KSampler with steps {widgets.steps}, cfg {widgets.cfg:g}, sampler "
-        f"{widgets.sampler_name}, "
-        f"scheduler {widgets.scheduler}, denoise 1.{made_for}"
-    )
+    if core.reason:
+        return f"Use One-Step Sample (or One-Step Sampler and Sigmas): {core.reason}.{made_for}"
+    return f"One-Step Sample, or {core}.{made_for}"
 
 
 NODES = [LoadOneStepLoRA]

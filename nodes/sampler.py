@@ -18,7 +18,7 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.sampling import sample
-from ..core.schedule import NoiseSchedule, add_noise, expand
+from ..core.schedule import NoiseSchedule, add_noise, expand, initial_noise_scale
 from .denoiser import schedule_of, signal
 
 NOTHING = Cond(torch.zeros(1, 1, 1))  # the guider holds the conditions
@@ -64,8 +64,11 @@ class RecipeSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         own = comfy_sigmas(schedule, self.recipe)
         if own.shape == sigmas.shape and torch.allclose(own, sigmas.to(own), rtol=1e-5):
             return replace(self.recipe, guidance=1.0)
-        times = tuple(schedule.time_of_sigma(contract_levels(schedule, sigmas[:-1])).tolist())
-        return replace(self.recipe, told=times, fed=(1.0,) * len(times), log_snr=(), guidance=1.0)
+        times = schedule.time_of_sigma(contract_levels(schedule, sigmas[:-1]))
+        scale, levels = self.recipe.initial_noise_scale, self.recipe.levels(schedule)
+        if math.isclose(scale, initial_noise_scale(schedule, levels[0])):  # as core's samplers begin: there too
+            scale = initial_noise_scale(schedule, schedule.sigma_of_time(times[0]))
+        return replace(self.recipe.retimed(tuple(times.tolist()), scale), guidance=1.0)
 
 
 @dataclass
@@ -95,9 +98,9 @@ def started(schedule: NoiseSchedule, recipe: Recipe, noise: Tensor, latent: Tens
     """The noise that core's sampler starts from: as it is for an empty latent, else the picture's noisy version."""
     if latent is None or torch.count_nonzero(latent) == 0:
         return noise
-    sigma = schedule.sigma_of_time(torch.tensor(recipe.told[:1], dtype=torch.float64)).expand(len(noise))
+    sigma = recipe.levels(schedule)[:1].expand(len(noise))
     unit = (schedule.alpha(sigma) ** 2 + sigma**2).sqrt()
-    return add_noise(schedule, latent, noise, sigma) / expand(recipe.fed[0] * unit, noise)
+    return add_noise(schedule, latent, noise, sigma) / expand(recipe.initial_noise_scale * unit, noise)
 
 
 def contract_levels(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
@@ -109,10 +112,10 @@ def contract_levels(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
 
 def comfy_sigmas(schedule: NoiseSchedule, recipe: Recipe) -> Tensor:
     """The recipe's levels as ComfyUI's SIGMAS, float32, with the closing 0."""
-    levels = schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64))
+    levels = recipe.levels(schedule)
     values = (levels / signal(schedule, levels)).tolist()
     if not all(map(math.isfinite, values)):
         raise OneStepError(
-            f"the recipe's times {recipe.told} have no finite level on this model: choose the recipe's own base"
+            f"the recipe's times {recipe.timesteps} have no finite level on this model: choose the recipe's own base"
         )
     return torch.tensor([*values, 0.0], dtype=torch.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 
 TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
+# Whatever the base's own scheduler did: sigma noise at the timesteps themselves, down to 0.
+EULER: dict[str, Any] = {
+    "timestep_spacing": "trailing",
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
 """What to call an SD3 pipeline with that may lack T5, where diffusers puts zeros; 256 is its own default."""
 
@@ -20,13 +31,15 @@ WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
 class DiffusersSettings:
     """scheduler: the class, made from the pipeline's own scheduler's configuration with ``changes``.
 
-    call: arguments of the pipeline's call. latents_scale: factor on the unit noise it starts from.
+    call: arguments of the pipeline's call. latents_scale: factor on standard normal latents, which are then to be given
+    to the call; 1 where it draws its own. family: the recipe's.
     """
 
     scheduler: str
     changes: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     latents_scale: float = 1.0
+    family: str = "unet"
 
     def apply(self, pipe: Any) -> dict[str, Any]:
         """Give ``pipe`` the scheduler; returns the arguments to call it with."""
@@ -50,9 +63,19 @@ class DiffusersSettings:
         if lora_scale != 1:
             lines.insert(4, f"pipe.fuse_lora(lora_scale={lora_scale!r})")
         if self.latents_scale != 1:
-            lines.append("# start from this times standard normal latents")
-            call += f", latents={self.latents_scale!r} * latents"
+            lines.append(self.noise_line())
+            call += f", latents={self.latents_scale!r} * noise"
         return "\n".join([*lines, f'pipe({prompt!r}{call}).images[0].save("picture.png")'])
+
+    def noise_line(self) -> str:
+        """Python that draws standard normal ``noise`` in the shape that a loaded ``pipe`` takes as latents."""
+        network = "unet" if self.family == "unet" else "transformer"
+        packed = self.family == "flux"
+        channels = f"pipe.{network}.config.in_channels{' // 4' if packed else ''}"
+        native = f"pipe.{network}.config.sample_size" if self.family == "unet" else "pipe.default_sample_size"
+        height, width = (self.call.get(side, f"{native} * pipe.vae_scale_factor") for side in ("height", "width"))
+        shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
+        return f"noise = pipe.prepare_latents({shape}){'[0]' if packed else ''}"
 
     def _call(self, pipe: Any) -> dict[str, Any]:
         """diffusers puts zeros where SD3 has no T5, and for SDXL's empty negative prompt, if not told otherwise."""
@@ -75,35 +98,46 @@ def diffusers_settings(recipe: Recipe, embedded_guidance: float | None = None) -
     """
     settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe, embedded_guidance)
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
-    return DiffusersSettings(settings.scheduler, settings.changes, {**settings.call, **size}, recipe.fed[0])
+    return replace(settings, call={**settings.call, **size}, family=recipe.family)
 
 
 def _vp(recipe: Recipe) -> DiffusersSettings:
-    """LCMScheduler for one step or fresh noise, DDIM for none, TCD between: all start from unit noise."""
-    times = [round(time) for time in recipe.told]
+    """Euler where it begins as ComfyUI's samplers do; else LCMScheduler for one step or fresh noise, DDIM for none, TCD
+    between, which all begin with unit noise."""
+    times = [round(time) for time in recipe.timesteps]
     changes = {"clip_sample": False} | ({"prediction_type": recipe.prediction} if recipe.prediction else {})
     call: dict[str, Any] = {"num_inference_steps": recipe.steps, "guidance_scale": recipe.guidance}
+    scale = recipe.initial_noise_scale
+    if recipe.steps == 1 and scale != 1 and recipe.sigmas and _is_of_sigma(scale, recipe.sigmas[0]):
+        return DiffusersSettings("EulerDiscreteScheduler", changes | EULER, call | {"timesteps": times})
     if recipe.steps == 1 or recipe.renoise or recipe.eta == 1:
-        return DiffusersSettings("LCMScheduler", changes, call | {"timesteps": times})
+        return DiffusersSettings("LCMScheduler", changes, call | {"timesteps": times}, scale)
     if recipe.eta > 0:
-        return DiffusersSettings("TCDScheduler", changes, call | {"timesteps": times, "eta": recipe.eta})
+        return DiffusersSettings("TCDScheduler", changes, call | {"timesteps": times, "eta": recipe.eta}, scale)
     trailing = [round(TRAINING_TIMES * left / recipe.steps) - 1 for left in range(recipe.steps, 0, -1)]
     if times != trailing:
         raise OneStepError(
             f"no scheduler of diffusers goes the times {times} without fresh noise: draw with OneStepPipeline"
         )
     changes |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
-    return DiffusersSettings("DDIMScheduler", changes, call)
+    return DiffusersSettings("DDIMScheduler", changes, call, scale)
+
+
+def _is_of_sigma(scale: float, sigma: float | None) -> bool:
+    """Whether ``scale`` is that of sigma noise at ``sigma`` (= sigma / alpha)."""
+    return sigma is not None and math.isclose(scale, sigma / math.sqrt(1 + sigma**2), rel_tol=1e-6)
 
 
 def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
-    """FlowMatchEulerDiscreteScheduler over the told levels themselves, which are shifted already."""
+    """FlowMatchEulerDiscreteScheduler over the recipe's levels themselves, which are shifted already."""
     if 0 < recipe.eta < 1:
         raise OneStepError(f"no flow scheduler of diffusers has eta {recipe.eta:g}: draw with OneStepPipeline")
     stochastic = recipe.steps > 1 and (recipe.renoise or recipe.eta == 1)
     changes = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": stochastic}
-    call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.told]}
+    call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.timesteps]}
     # Flux' argument of this name is the guidance that is embedded, which is no part of a recipe
     guidance = recipe.guidance if recipe.family == "sd3" else embedded_guidance
     call |= {} if guidance is None else {"guidance_scale": guidance}
-    return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call)
+    first = recipe.timesteps[0] / 1000
+    scale = recipe.initial_noise_scale * math.hypot(1 - first, first)
+    return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call, scale)

@@ -25,7 +25,7 @@ def test_an_adapter_is_learnt_described_and_measured(onestep: Command, model: Pa
     assert said.code == 0 and told["check"].startswith("the adapter reads back")
     file = Path(told["path"])
     assert load_adapter(file, MAKERS, "unet").kind == "guidance-cross-attention"
-    assert told["recipe"]["guidance"] == 1 and len(told["recipe"]["told"]) == 2
+    assert told["recipe"]["guidance"] == 1 and len(told["recipe"]["timesteps"]) == 2
     said = onestep("inspect", file)
     assert (
         "an adapter (guidance-cross-attention) for the U-Net" in said.out and "load_guidance_adapter(pipe, " in said.out

@@ -198,16 +198,15 @@ def test_doctor_tells_why_something_does_not_work(onestep: Command, monkeypatch,
 
 def test_inspect_tells_how_to_sample(onestep: Command, trained):
     told = json.loads(onestep("inspect", trained / "result.safetensors", "--json").out)
-    assert told["family"] == "unet" and told["ranks"] == [2] and told["recipe"]["told"] == [999.0]
-    assert told["ksampler"] == {
-        "steps": 1,
-        "cfg": 1.0,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "denoise": 1.0,
-    }
+    assert told["family"] == "unet" and told["ranks"] == [2] and told["recipe"]["timesteps"] == [999.0]
+    widgets = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    assert told["comfyui"]["simple"] == widgets and not told["comfyui"]["reason"]
     said = onestep("inspect", trained / "result.safetensors").out
-    assert "KSampler: steps 1" in said and "pipe.load_lora_weights" in said and "ss_network_dim: 2" in said
+    assert (
+        "LoraLoader, then KSampler with steps 1, cfg 1, " in said
+        and "pipe.load_lora_weights" in said
+        and "ss_network_dim: 2" in said
+    )
 
 
 @pytest.mark.parametrize("layout", ["unet", "sd3"])

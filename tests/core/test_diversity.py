@@ -50,8 +50,8 @@ def flow_log_snr(time: float) -> float:
 )
 def test_the_distilled_model_keeps_its_later_steps(recipe: Recipe, schedule: Any, hand_over: float, told: Any) -> None:
     rest = remaining(recipe, schedule, hand_over)
-    np.testing.assert_allclose(rest.told, told, atol=1e-9)
-    assert rest.fed == (1.0,) * len(told)
+    np.testing.assert_allclose(rest.timesteps, told, atol=1e-9)
+    assert rest.initial_noise_scale == 1
     assert (rest.renoise, rest.eta, rest.family, rest.shift) == (
         recipe.renoise,
         recipe.eta,
@@ -60,8 +60,9 @@ def test_the_distilled_model_keeps_its_later_steps(recipe: Recipe, schedule: Any
     )
 
 
-def test_a_level_that_was_fed_less_is_fed_as_it_is() -> None:
-    assert remaining(Recipe((999.0, 699.0), (1.0, 0.8)), VP).fed == (1.0,)
+def test_the_bases_state_enters_as_it_is() -> None:
+    """Whatever noise the recipe itself would begin with."""
+    assert remaining(Recipe((999.0, 699.0), 0.8), VP).initial_noise_scale == 1
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 2.0, float("nan"), float("inf")])
@@ -89,7 +90,7 @@ def paper_stop(own: list[float], wanted: float) -> int:
 @pytest.mark.parametrize("time", [749, 625, 499, 259])
 def test_the_base_ends_at_the_hand_overs_log_snr_after_as_many_steps_as_the_papers(steps: int, time: int) -> None:
     own = [round(1000 * left / steps) - 1 for left in range(steps, 0, -1)]
-    found = base_levels(VP, steps, VP, Recipe((float(time),), (1.0,)))
+    found = base_levels(VP, steps, VP, Recipe((float(time),)))
     alpha, sigma = stable_diffusion_levels(time)
     # the angle atan(sigma / alpha), in which a level is near, grows with the time but not evenly: where two levels
     # are about as near either may be taken
@@ -130,7 +131,7 @@ def test_a_hand_over_above_the_bases_start_is_refused(until: float) -> None:
     ],
 )
 def test_schedules_of_two_kinds_meet_at_one_log_snr(base: Any, distilled: Any, time: float, wanted: float) -> None:
-    last = float(base_levels(base, 10, distilled, Recipe((time,), (1.0,)))[-1])
+    last = float(base_levels(base, 10, distilled, Recipe((time,)))[-1])
     alpha = {VPSchedule: lambda s: np.sqrt(1 - s**2), FlowSchedule: lambda s: 1 - s, VESchedule: lambda s: 1.0}
     assert np.log(alpha[type(base)](last)) - np.log(last) == pytest.approx(wanted, abs=1e-9)
 
@@ -174,7 +175,7 @@ def test_the_distilled_model_receives_the_bases_state_at_its_own_scale(first: An
     base, student, noise = World(first), World(second), drawn()
     time = 700.0 if second is FLOW_CASE else 650.0
     a, s = (0.3, 0.7) if second is FLOW_CASE else stable_diffusion_levels(650)
-    rest = Recipe((time,), (1.0,))
+    rest = Recipe((time,))
     levels = base_levels(base.schedule, 4, student.schedule, rest)
     state = descend(base.denoise, levels, base.cond, None, noise, 1.0)
     with student.roles.use("student"):

@@ -1,22 +1,22 @@
-"""Recipes survive their file, refuse nonsense, express the public few-step models, and say what KSampler can do."""
+"""Recipes survive their file, are read in every version, refuse nonsense, and express the public few-step models."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from oracles import stable_diffusion_levels
 
 from onestep.core.errors import OneStepError
 from onestep.core.presets import PRESETS
-from onestep.core.recipe import KSampler, Recipe
-from onestep.core.schedule import FlowSchedule, VESchedule, VPSchedule
+from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule, VPSchedule
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = VPSchedule.scaled_linear()
@@ -25,9 +25,10 @@ SCHEDULE = VPSchedule.scaled_linear()
 def full() -> Recipe:
     """No field at its default."""
     return Recipe(
-        **{"told": (999.0, 499.0), "fed": (1.0, 0.9), "log_snr": (None, -0.47), "renoise": True, "eta": 0.25},
-        **{"guidance": 1.5, "lora_scale": 0.8, "sizes": ((512, 512), (640, 448)), "family": "sd3"},
-        **{"prediction": "sample", "shift": 3.0, "teacher_loras": ("style.safetensors:0.7",), "source": "a test"},
+        **{"timesteps": (999.0, 499.0), "initial_noise_scale": 0.9, "log_snr": (None, -0.47), "sigmas": (None, 1.6)},
+        **{"renoise": True, "eta": 0.25, "guidance": 1.5, "lora_scale": 0.8, "sizes": ((512, 512), (640, 448))},
+        **{"family": "sd3", "prediction": "sample", "shift": 3.0, "teacher_loras": ("style.safetensors:0.7",)},
+        **{"files": ("a.safetensors", "a.safetensors"), "source": "a test"},
     )
 
 
@@ -42,35 +43,74 @@ def test_the_text_is_json_that_every_parser_reads() -> None:
     """No NaN and no Infinity: browsers refuse them."""
     recipe = Recipe.for_student(VPSchedule.scaled_linear(zero_terminal=True), 2, "unet", ((64, 64),))
     assert recipe.log_snr[0] is None and recipe.log_snr[1] is not None
+    assert recipe.sigmas[0] is None and recipe.sigmas[1] is not None
     json.loads(recipe.to_json(), parse_constant=pytest.fail)
+
+
+VERSION_1 = json.loads((Path(__file__).parents[1] / "support" / "recipes_version_1.json").read_text())
+
+
+@pytest.mark.parametrize("name", VERSION_1)
+def test_version_1_is_read(name: str) -> None:
+    """Texts as version 1 wrote them, of every preset and every kind of student: the same times, noise and rules."""
+    old, read = json.loads(VERSION_1[name]), Recipe.from_json(VERSION_1[name])
+    assert read.timesteps == tuple(old["told"]) and read.initial_noise_scale == old["fed"][0]
+    assert read.log_snr == tuple(old["log_snr"]) and read.sizes == tuple(map(tuple, old["sizes"]))
+    same = ("renoise", "eta", "guidance", "lora_scale", "family", "prediction", "shift", "source")
+    assert {name: getattr(read, name) for name in same} == {name: old[name] for name in same}
+    assert read.teacher_loras == tuple(old["teacher_loras"]) and read.sigmas == read.files == ()
+    assert Recipe.from_json(read.to_json()) == read and json.loads(read.to_json())["version"] == 2
 
 
 def changed(**changes: Any) -> str:
     return json.dumps({**json.loads(full().to_json()), **changes})
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "null", "5", "[]", '"told"', "{}", "{", "[" * 100_000, '{"version": 1}', '{"version": 1, "told": [999]}'),
-        *(changed(version=2), changed(version=None), changed(version="9" * 5000), changed(surprise=1)),
-        *(changed(told=[]), changed(told=999), changed(told="999"), changed(told=["999", "499"]), changed(told=None)),
-        *(changed(told=[499, 999]), changed(told=[999, 999]), changed(told=[999, float("nan")])),
-        *(changed(told=[float("inf"), 1]), changed(told=[True, 0]), changed(told=[10**400, 1]), changed(told={"a": 1})),
-        *(changed(told=list(range(100, 0, -1)), fed=[1] * 100), changed(fed=[1]), changed(fed=[1, "1"])),
-        *(changed(log_snr=[0.1]), changed(log_snr=["a", 1]), changed(eta=2), changed(eta=-0.1), changed(eta="0")),
-        *(changed(eta=float("nan")), changed(guidance="4"), changed(guidance=None), changed(lora_scale=[1])),
-        *(changed(family="sd4"), changed(family=None), changed(family=[1]), changed(family="x" * 5000)),
-        *(changed(sizes=[512, 512]), changed(sizes=[["a", 1]]), changed(sizes=5), changed(shift="3")),
-        *(changed(prediction=5), changed(teacher_loras=[5]), changed(teacher_loras=5), changed(source=None)),
-        *(changed(**{"x" * 5000: 1}), changed(**{f"field {index}": 1 for index in range(500)})),
-    ],
-    ids=lambda text: text[:40],
-)
+def old(**changes: Any) -> str:
+    return json.dumps({**json.loads(VERSION_1["every field"]), **changes})
+
+
+NO_RECIPES = [
+    *("", "null", "5", "[]", '"timesteps"', "{}", "{", "[" * 100_000, '{"version": 2}', '{"version": 1}'),
+    *(changed(version=3), changed(version=None), changed(version=True), changed(version="9" * 5000)),
+    *(changed(surprise=1), changed(told=[999]), changed(version=1), changed(version=2.0)),
+    *(changed(**{"x" * 5000: 1}), changed(**{f"field {index}": 1 for index in range(500)})),
+    *(changed(timesteps=[]), changed(timesteps=999), changed(timesteps="999"), changed(timesteps=["999", "499"])),
+    *(changed(timesteps=[499, 999]), changed(timesteps=[999, 999]), changed(timesteps=[999, float("nan")])),
+    *(changed(timesteps=None), changed(timesteps=[float("inf"), 1]), changed(timesteps=[True, 0])),
+    *(changed(timesteps=[10**400, 1]), changed(timesteps={"a": 1}), changed(timesteps=[1001, 1])),
+    *(changed(timesteps=[999, -1]), changed(timesteps=list(range(100, 0, -1))), changed(timesteps=[[999], [1]])),
+    *(changed(initial_noise_scale=value) for value in (0, -1, "1", None, [1], 10**400, float("nan"), True)),
+    *(changed(log_snr=[0.1]), changed(log_snr=["a", 1]), changed(log_snr=[1, -1]), changed(log_snr=[1, None])),
+    *(changed(sigmas=[1.0]), changed(sigmas=[1, 2]), changed(sigmas=[-1, -2]), changed(sigmas=[10**400, 1])),
+    *(changed(sigmas=5), changed(sigmas=[2, float("nan")]), changed(log_snr=[-(10**400), 1])),
+    *(changed(eta=2), changed(eta=-0.1), changed(eta="0"), changed(eta=float("nan")), changed(renoise=1)),
+    *(changed(renoise="yes"), changed(guidance="4"), changed(guidance=None), changed(guidance=-1)),
+    *(changed(guidance=1e300), changed(lora_scale=[1]), changed(lora_scale=1e9), changed(lora_scale=10**400)),
+    *(changed(shift=value) for value in ("3", 0, -1, 10**400, float("nan"), [1], True)),
+    *(changed(family="sd4"), changed(family=None), changed(family=[1]), changed(family="x" * 5000)),
+    *(changed(sizes=[512, 512]), changed(sizes=[["a", 1]]), changed(sizes=5), changed(sizes=[[512]])),
+    *(changed(sizes=[[512, value]]) for value in (0, -8, 511, 512.0, 16384, 10**400, None, True)),
+    *(changed(sizes=[[512, 512]] * 1000), changed(sizes="512x512"), changed(sizes={"a": 1})),
+    *(changed(prediction=5), changed(prediction="x0"), changed(prediction=["sample"]), changed(source=None)),
+    *(changed(source="x" * 10_000), changed(teacher_loras=[5]), changed(teacher_loras=5), changed(source=[1])),
+    *(changed(teacher_loras=["a"] * 1000), changed(files=["a"]), changed(files=5), changed(files=[1, 2])),
+    *(old(fed=[1]), old(fed=[1, "1"]), old(fed=1), old(fed=[]), old(fed=None), old(told=999), old(told=None)),
+    *(old(fed=[0, 1]), old(fed=[1, float("nan")]), old(fed=[10**400, 1]), old(told=[499, 999]), old(sigmas=[2, 1])),
+    *(old(timesteps=[999, 499]), old(files=[]), old(surprise=1), old(sizes=[[511, 512]]), old(shift=0)),
+]
+
+
+@pytest.mark.parametrize("text", NO_RECIPES, ids=range(len(NO_RECIPES)))
 def test_what_is_no_recipe_is_refused_with_a_word(text: str) -> None:
     with pytest.raises(OneStepError) as caught:
         Recipe.from_json(text)
     assert 20 < len(str(caught.value)) < 400
+
+
+def test_several_files_are_refused_until_they_are_served() -> None:
+    with pytest.raises(OneStepError, match="draws with 2 files.*high.safetensors, low.safetensors.*update OneStep"):
+        Recipe.from_json(changed(files=["high.safetensors", "low.safetensors"]))
 
 
 # -- the student's own ------------------------------------------------------------------------------------------------
@@ -80,7 +120,7 @@ def test_what_is_no_recipe_is_refused_with_a_word(text: str) -> None:
 def test_a_students_recipe_on_a_u_net(steps: int, told: list[int]) -> None:
     recipe = Recipe.for_student(SCHEDULE, steps, "unet", ((64, 64),))
     levels = [stable_diffusion_levels(time) for time in told]
-    assert recipe.told == tuple(map(float, told)) and recipe.fed == (1.0,) * steps and recipe.steps == steps
+    assert recipe.timesteps == tuple(map(float, told)) and recipe.initial_noise_scale == 1 and recipe.steps == steps
     np.testing.assert_allclose(recipe.log_snr, [math.log(alpha / sigma) for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
     assert recipe.renoise == (steps > 1)
 
@@ -88,19 +128,20 @@ def test_a_students_recipe_on_a_u_net(steps: int, told: list[int]) -> None:
 def test_a_students_recipe_on_a_flow_model() -> None:
     """t = 1, .9, .75, .5 at shift 3; the log-SNR of pure noise is written as None."""
     recipe = Recipe.for_student(FlowSchedule(3.0), 4, "sd3", ((64, 64),))
-    np.testing.assert_allclose(recipe.told, [1000, 900, 750, 500])
+    np.testing.assert_allclose(recipe.timesteps, [1000, 900, 750, 500])
     assert recipe.log_snr[0] is None
     np.testing.assert_allclose(recipe.log_snr[1:], [math.log(1 / 9), math.log(1 / 3), 0], atol=1e-12)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("start", "told"), [(0.4, [400]), (0.5, [500, 250])])
 def test_a_student_may_start_below_pure_noise(start: float, told: list[int]) -> None:
-    """Unit noise still, told a lower time (DMD2's 399, SiD's 625); KSampler cannot, and the recipe says so."""
+    """At a lower time (DMD2's 399, SiD's 625), with sigma noise: sigma of unit noise where alpha^2 + sigma^2 = 1."""
     recipe = Recipe.for_student(SCHEDULE, len(told), "unet", ((64, 64),), start)
-    assert recipe.told == tuple(map(float, told)) and set(recipe.fed) == {1.0}
     levels = [stable_diffusion_levels(time) for time in told]
+    assert recipe.timesteps == tuple(map(float, told))
+    assert recipe.initial_noise_scale == pytest.approx(levels[0][1], rel=1e-12)
+    np.testing.assert_allclose(recipe.sigmas, [sigma / alpha for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
     np.testing.assert_allclose(recipe.log_snr, [math.log(alpha / sigma) for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
-    assert f"this recipe tells {told[0]}" in str(recipe.ksampler(SCHEDULE))
 
 
 # -- the public models, after the schedulers that their model cards name ----------------------------------------------
@@ -132,63 +173,7 @@ def test_presets_tell_the_times_of_diffusers_schedulers() -> None:
     }
     assert set(wanted) == set(PRESETS)
     for name, times in wanted.items():
-        np.testing.assert_allclose(PRESETS[name].told, times, rtol=1e-6, err_msg=name)
-        assert PRESETS[name].fed == (1.0,) * len(times) and PRESETS[name].guidance == 1, name
+        np.testing.assert_allclose(PRESETS[name].timesteps, times, rtol=1e-6, err_msg=name)
+        assert PRESETS[name].initial_noise_scale == PRESETS[name].guidance == 1, name
     assert [name for name, preset in PRESETS.items() if preset.renoise] == ["lcm-4", "dmd2-4"]
     assert PRESETS["tcd-4"].eta == 0.3
-
-
-# -- KSampler ---------------------------------------------------------------------------------------------------------
-
-REASONS = {
-    "lcm-4": "999, 749, 499, 249, this recipe tells 999, 759, 499, 259",
-    "tcd-4": "this recipe tells 999, 759, 499, 259",
-    "sdxl-lightning-1": "needs ModelSamplingDiscrete",
-    "hyper-sd-1": "999, this recipe tells 800",
-    "dmd2-1": "999, this recipe tells 399",
-}
-SAMPLERS = {
-    "sd-turbo-1": KSampler(1, 1.0, "euler", "simple"),
-    "sdxl-turbo-1": KSampler(1, 1.0, "euler", "simple"),
-    "sdxl-lightning-2": KSampler(2, 1.0, "euler", "simple"),
-    "sdxl-lightning-4": KSampler(4, 1.0, "euler", "simple"),
-    "dmd2-4": KSampler(4, 1.0, "lcm", "simple"),
-    "flux-schnell-4": KSampler(4, 1.0, "euler", "simple"),
-    "sd3.5-turbo-4": KSampler(4, 1.0, "euler", "simple"),
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_ksampler_of_each_preset(name: str) -> None:
-    preset = PRESETS[name]
-    schedule = SCHEDULE if preset.shift is None else FlowSchedule(preset.shift)
-    found = preset.ksampler(schedule)
-    if name in SAMPLERS:
-        assert found == SAMPLERS[name]
-    else:
-        assert isinstance(found, str) and REASONS[name] in found
-
-
-def simple_times(steps: int) -> list[int]:
-    """ComfyUI's simple_scheduler: sigmas[-(1 + int(x * len(sigmas) / steps))] of a table of 1000."""
-    return [1000 - (1 + int(x * (1000 / steps))) for x in range(steps)]
-
-
-@pytest.mark.parametrize("steps", range(1, 9))
-def test_ksampler_is_promised_only_where_its_times_are_ours(steps: int) -> None:
-    recipe = Recipe.for_student(SCHEDULE, steps, "unet", ((64, 64),))
-    same = list(recipe.told) == simple_times(steps)
-    assert isinstance(recipe.ksampler(SCHEDULE), KSampler) == same
-
-
-def test_ksampler_names_what_it_cannot_do() -> None:
-    one = Recipe((999.0,), (1.0,))
-    assert "unit noise" in str(dataclasses.replace(one, fed=(0.5,)).ksampler(SCHEDULE))
-    two = Recipe((999.0, 499.0), (1.0, 1.0))
-    assert "eta 0.5" in str(dataclasses.replace(two, eta=0.5).ksampler(SCHEDULE))
-    assert dataclasses.replace(two, eta=1.0).ksampler(SCHEDULE) == KSampler(2, 1.0, "lcm", "simple")
-    assert dataclasses.replace(two, guidance=2.5).ksampler(SCHEDULE) == KSampler(2, 2.5, "euler", "simple")
-    # a flow model of another shift has other times
-    assert isinstance(PRESETS["sd3.5-turbo-4"].ksampler(FlowSchedule(1.0)), str)
-    assert isinstance(Recipe.for_student(VESchedule(), 1, "unet", ()).ksampler(VESchedule()), KSampler)
-    assert torch.tensor(two.told).tolist() == [999, 499]

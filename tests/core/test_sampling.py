@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onestep.core.presets import PRESETS
 from onestep.core.recipe import Recipe
-from onestep.core.sampling import diffuse, fed_latents, jump, sample, teacher_sample
+from onestep.core.sampling import diffuse, initial_latents, jump, sample, teacher_sample
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,12 +37,12 @@ def fresh(step: int) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("fed", [1.0, 0.6])
-def test_one_step_is_the_posterior_mean_of_what_is_fed(case: Case, fed: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_one_step_is_the_posterior_mean_of_what_enters(case: Case, scale: float) -> None:
     world, noise = World(case), drawn()
     time = float(world.schedule.time_of_sigma(world.sigma())[0])
-    found = sample(world.denoise, Recipe((time,), (fed,)), world.cond, noise, no_draw)
-    x = fed * np.sqrt(case.alpha**2 + case.sigma**2) * rows(noise)
+    found = sample(world.denoise, Recipe((time,), scale), world.cond, noise, no_draw)
+    x = scale * np.sqrt(case.alpha**2 + case.sigma**2) * rows(noise)
     np.testing.assert_allclose(rows(found), world.x0("teacher", x, world.cond), atol=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_from_pure_noise_the_step_gives_the_mean_itself(case: Case) -> None:
     np.testing.assert_allclose(rows(found), world.mean("teacher", world.cond), atol=1e-12)
 
 
-def test_what_is_fed_has_the_scale_of_its_level() -> None:
+def test_what_enters_has_the_scale_of_its_level() -> None:
     noise = drawn()
     for schedule, sigma, scale in [
         (VPSchedule.scaled_linear(), 0.8, 1.0),
@@ -63,7 +63,7 @@ def test_what_is_fed_has_the_scale_of_its_level() -> None:
         (FlowSchedule(), 1.0, 1.0),
         (VESchedule(), 80.0, np.hypot(1, 80)),
     ]:
-        torch.testing.assert_close(fed_latents(schedule, noise, level(sigma), 1.0), scale * noise)
+        torch.testing.assert_close(initial_latents(schedule, noise, level(sigma), 1.0), scale * noise)
 
 
 # -- the teacher's ODE ------------------------------------------------------------------------------------------------
@@ -265,6 +265,6 @@ def test_a_recipes_guidance_is_used() -> None:
     world, noise = World(EPS), drawn()
     time = float(world.schedule.time_of_sigma(world.sigma())[0])
     null = world.null.repeat(4)
-    found = sample(world.denoise, Recipe((time,), (1.0,), guidance=2.5), world.cond, noise, no_draw, null)
+    found = sample(world.denoise, Recipe((time,), guidance=2.5), world.cond, noise, no_draw, null)
     d_c, d_u = (world.x0("teacher", rows(noise), cond) for cond in (world.cond, null))
     np.testing.assert_allclose(rows(found), d_u + 2.5 * (d_c - d_u), atol=1e-11)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def case(request: Any, comfy_server: Any, bundled: dict[str, Path]) -> Any:
     for steps, suffix in ((1, ""), (4, "-4")):
         many = Recipe.for_student(schedule, steps, detect(network), ((32, 32),))
         save_lora(folder / f"same-{name}{suffix}.safetensors", roles.state("student"), detect(network), many.to_json())
-    low = replace(recipe, told=(recipe.told[0] * 0.6,), fed=(0.8,))
+    low = recipe.retimed((recipe.timesteps[0] * 0.6,), 0.8)
     save_lora(folder / f"same-{name}-low.safetensors", roles.state("student"), detect(network), low.to_json())
     return name, pipe, folder / f"same-{name}.safetensors", recipe
 

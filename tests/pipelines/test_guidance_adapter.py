@@ -130,7 +130,7 @@ CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
 
 def recipe_of(name: str, guidance: float = 1.0) -> Recipe:
     family = {"sd3": "sd3", "flux": "flux"}.get(name, "unet")
-    return Recipe((999.0,) if family == "unet" else (1000.0,), (1.0,), guidance=guidance, family=family)
+    return Recipe((999.0,) if family == "unet" else (1000.0,), guidance=guidance, family=family)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -148,7 +148,7 @@ def test_the_pipeline_itself_draws_with_it_on_another_checkpoint(tmp_path: Path)
 def test_a_one_step_pipeline_draws_with_it(tmp_path: Path) -> None:
     pipe, side, file = made("sd", tmp_path)
     fast, negative = OneStepPipeline.from_pipe(pipe), pipe.encode_prompt("red", "cpu", 1, False)[0]
-    recipe = Recipe((624.0,), (1.0,), (-0.9,), family="unet", sizes=((16, 16),))
+    recipe = Recipe((624.0,), log_snr=(-0.9,), family="unet", sizes=((16, 16),))
 
     def draw() -> Tensor:
         return fast(["a cat", "a dog"], recipe=recipe, seed=0, output_type="latent").images

@@ -34,13 +34,13 @@ CASES = [
     *((name, preset) for name in ("sd", "sdxl") for preset, recipe in PRESETS.items() if recipe.family == "unet"),
     ("sd3", "sd3.5-turbo-4"),
     ("flux", "flux-schnell-4"),
-    ("sd3", Recipe((1000.0,), (1.0,), family="sd3")),
-    ("sd3", Recipe(RENOISED, (1.0, 1.0), renoise=True, family="sd3")),
-    ("flux", Recipe(RENOISED, (1.0, 1.0), renoise=True, family="flux")),
-    ("sd", Recipe((999.0,), (1.0,), guidance=2.0)),
-    ("sdxl", Recipe((999.0,), (1.0,), guidance=2.0)),
-    ("sd3", Recipe((1000.0,), (1.0,), guidance=2.0, family="sd3")),
-    ("sd", Recipe((999.0, 499.0), (1.0, 1.0), lora_scale=0.5, renoise=True)),
+    ("sd3", Recipe((1000.0,), family="sd3")),
+    ("sd3", Recipe(RENOISED, renoise=True, family="sd3")),
+    ("flux", Recipe(RENOISED, renoise=True, family="flux")),
+    ("sd", Recipe((999.0,), guidance=2.0)),
+    ("sdxl", Recipe((999.0,), guidance=2.0)),
+    ("sd3", Recipe((1000.0,), guidance=2.0, family="sd3")),
+    ("sd", Recipe((999.0, 499.0), lora_scale=0.5, renoise=True)),
 ]
 
 
@@ -87,7 +87,7 @@ def test_the_printed_script_runs(name: str, tmp_path: Path) -> None:
     """Word for word, from a folder and a file, it draws our picture."""
     pipe = make(name)
     family = "sd3" if name == "sd3" else "unet"
-    recipe = Recipe((1000.0 if name == "sd3" else 999.0,), (1.0,), family=family, sizes=((16, 16),), lora_scale=0.5)
+    recipe = Recipe((1000.0 if name == "sd3" else 999.0,), family=family, sizes=((16, 16),), lora_scale=0.5)
     file = random_lora(pipe, tmp_path / "x.safetensors", recipe)
     pipe.save_pretrained(tmp_path / "model")
     ours = OneStepPipeline.from_pipe(pipe)
@@ -105,7 +105,7 @@ def test_the_printed_script_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_starting_noise_of_another_size_is_printed_too() -> None:
-    recipe = Recipe((999.0,), (0.5,))
+    recipe = Recipe((999.0,), 0.5)
     ours, pipe = OneStepPipeline.from_pipe(make("sd")), make("sd")
     drawn = ours(PROMPTS[0], recipe=recipe, seed=0, **{**CALL, "num_images_per_prompt": 1}).images
     settings = ours.diffusers_settings(recipe)
@@ -119,8 +119,8 @@ def test_starting_noise_of_another_size_is_printed_too() -> None:
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        (Recipe((999.0, 300.0), (1.0, 1.0)), "999, 300"),
-        (Recipe(RENOISED, (1.0, 1.0), eta=0.3, family="sd3"), "eta 0.3"),
+        (Recipe((999.0, 300.0)), "999, 300"),
+        (Recipe(RENOISED, eta=0.3, family="sd3"), "eta 0.3"),
     ],
 )
 def test_what_diffusers_cannot_draw_is_said(recipe: Recipe, why: str) -> None:
@@ -183,7 +183,7 @@ def test_output_types_and_seeds() -> None:
 
 
 def test_the_recipe_comes_from_the_file(tmp_path: Path) -> None:
-    recipe = Recipe((999.0, 499.0), (1.0, 1.0), renoise=True, lora_scale=0.5, sizes=((24, 16),))
+    recipe = Recipe((999.0, 499.0), renoise=True, lora_scale=0.5, sizes=((24, 16),))
     file = random_lora(make("sd"), tmp_path / "x.safetensors", recipe)
     ours = OneStepPipeline.from_pipe(make("sd"))
     with pytest.raises(OneStepError, match="name a preset"):
@@ -224,7 +224,7 @@ def test_a_foreign_file_needs_a_preset(tmp_path: Path) -> None:
         ours.load_one_step_lora(file, "dmd")
     with pytest.raises(OneStepError, match="'flux', this model is 'unet'"):
         ours.load_one_step_lora(file, "flux-schnell-4")
-    assert ours.load_one_step_lora(file, "dmd2-1").told == (399.0,)
+    assert ours.load_one_step_lora(file, "dmd2-1").timesteps == (399.0,)
 
 
 def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:

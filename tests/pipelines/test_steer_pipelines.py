@@ -21,7 +21,7 @@ STEERINGS: list[Any] = ["nasa", "nag", "vsf", "perp", Steering("nag", 8.0, tau=4
 
 def recipe_for(name: str, **more: Any) -> Recipe:
     family = FAMILIES[name]
-    return Recipe((999.0,) if family == "unet" else (1000.0,), (1.0,), family=family, **more)
+    return Recipe((999.0,) if family == "unet" else (1000.0,), family=family, **more)
 
 
 def tokens(name: str, pipe: Any, prompts: list[str]) -> Tensor:

@@ -11,13 +11,15 @@ from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
 from onestep.training.engine.inputs import automatic_start, config_of, recipe_of
 
 
-def test_one_step_of_stable_diffusion_begins_at_625() -> None:
-    """SiD's sigma_init 2.5: t = 625 of 1000, where sigma / alpha is 2.502 (arXiv:2404.04057, section 5)."""
+def test_one_step_of_stable_diffusion_begins_at_624() -> None:
+    """SiD's sigma_init 2.5 (arXiv:2404.04057, section 5), or the nearest to it that KSampler (Advanced) begins at:
+    t = 624, where sigma / alpha is 2.4925, with sigma noise."""
     recipe = recipe_of(SmallHost(), small(start=0.0))
-    assert recipe.told == (625.0,) and recipe.fed == (1.0,)
-    assert recipe.log_snr[0] == pytest.approx(-math.log(2.502), abs=1e-3)
-    assert recipe_of(SmallHost(), small(start=1.0)).told == (999.0,)
-    assert recipe_of(SmallHost(), small(start=0.4)).told == (400.0,)
+    assert recipe.timesteps == (624.0,)
+    assert recipe.initial_noise_scale == pytest.approx(2.4925 / math.hypot(1, 2.4925), abs=1e-5)
+    assert recipe.log_snr[0] == pytest.approx(-math.log(2.4925), abs=1e-4)
+    assert recipe_of(SmallHost(), small(start=1.0)).timesteps == (999.0,)
+    assert recipe_of(SmallHost(), small(start=0.4)).timesteps == (400.0,)
 
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), FlowSchedule(3.0), VPSchedule.scaled_linear(zero_terminal=True)])
@@ -27,7 +29,7 @@ def test_models_that_never_divide_by_alpha_begin_at_pure_noise(schedule: NoiseSc
 
 def test_several_steps_begin_at_pure_noise() -> None:
     assert automatic_start(VPSchedule.scaled_linear(), 2) == 1
-    assert recipe_of(SmallHost(), small(start=0.0, student_steps=2)).told == (999.0, 499.0)
+    assert recipe_of(SmallHost(), small(start=0.0, student_steps=2)).timesteps == (999.0, 499.0)
 
 
 def test_a_run_is_known_by_settings_prompts_and_base() -> None:

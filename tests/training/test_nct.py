@@ -60,7 +60,7 @@ class Adding(nn.Module):
 
 
 class World:
-    """A linear generator G(z) = W k z in float64, k the size of what it is fed, and f(z, c) = G(z) + p c."""
+    """A linear generator G(z) = W sigma z in float64, as ComfyUI's samplers begin, and f(z, c) = G(z) + p c."""
 
     def __init__(self, schedule: Any = None, obeys: bool = False) -> None:
         schedule = schedule or VPSchedule.scaled_linear()
@@ -72,10 +72,9 @@ class World:
         roles.install()
         self.denoise = X0Denoiser(network, schedule, roles)
         self.recipe = Recipe.for_student(schedule, 1, "unet", (), 0.6)
-        told = float(self.recipe.told[0])
-        sigma = float(schedule.sigma_of_time(torch.tensor(told, dtype=torch.float64)))
-        alpha = 1 - sigma if isinstance(schedule, FlowSchedule) else np.sqrt(1 - sigma**2)
-        self.gain = network.layer.weight.numpy() * np.hypot(alpha, sigma)
+        time = float(self.recipe.timesteps[0])
+        sigma = float(schedule.sigma_of_time(torch.tensor(time, dtype=torch.float64)))
+        self.gain = network.layer.weight.numpy() * sigma
         self.batch = Batch(Cond(torch.zeros(ROWS, 1, 1)), None, 5, 7, range(10, 10 + ROWS), SHAPE, torch.device("cpu"))
         self.z = torch.randn(ROWS, *SHAPE, generator=draw, dtype=torch.float64)
         self.x = torch.from_numpy(flat(self.z) @ self.gain.T).reshape(self.z.shape)
@@ -244,7 +243,7 @@ MUTANTS = [
     ("ROUND = 0.3", "ROUND = 0.00054"),
     ("ROUND * math.sqrt(a[0].numel())", "ROUND * math.sqrt(a.numel())"),
     (".square().flatten(1).sum(1)", ".square().flatten(1).mean(1)"),
-    ("recipe.fed[0])", "2 * recipe.fed[0])"),
+    ("recipe.initial_noise_scale)", "2 * recipe.initial_noise_scale)"),
 ]
 
 

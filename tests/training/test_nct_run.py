@@ -196,7 +196,7 @@ def test_a_control_of_ones_own_is_trained_by_its_name(
 def test_without_a_lora_the_base_is_the_generator() -> None:
     settings = nct_settings(Path(""), initial_lora="", start=0.5)
     recipe = generator_recipe(SmallHost(), settings)
-    assert recipe.steps == 1 and recipe.told[0] == pytest.approx(500, abs=1)
+    assert recipe.steps == 1 and recipe.timesteps[0] == pytest.approx(500, abs=1)
     assert control_adapter(SmallHost(), settings).config.cell == 8
 
 

@@ -258,7 +258,7 @@ def test_a_segment_ends_where_the_students_jump_and_the_teachers_difference_lead
     recipe = student_recipe(host, settings)
     made = segments(host, settings, embed(host, PROMPTS, settings, tmp_path / "embeddings"), tmp_path, recipe)
     found = [made.draw(made.prompts.batch(at, range(2)), at) for at in range(4)]
-    told = [*schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64)).tolist(), 0.0]
+    told = [*recipe.levels(schedule).tolist(), 0.0]
     assert {float(data.sigma[0]) for _, data in found} == set(told[:-1])
     case_list = cases(PROMPTS, settings)
     for update, (batch, data) in enumerate(found):

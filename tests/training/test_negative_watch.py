@@ -86,10 +86,10 @@ def test_the_reference_is_the_students_picture_as_the_teacher_would_change_it(
     null, both, asked, negatives = (host.encode(text, (16, 16)) for text in texts)
     assert watch.negatives is not None and torch.equal(watch.negatives.text, negatives.text)
     assert torch.equal(watch.batch.cond.text, asked.text)
-    levels = [*schedule.sigma_of_time(torch.tensor(recipe.told, dtype=torch.float64)).tolist(), 0.0]
+    levels = [*recipe.levels(schedule).tolist(), 0.0]
     for pushed, name in ((True, "x"), (False, "plain")):
         first = alpha(host, levels[0])
-        x = (first**2 + levels[0] ** 2) ** 0.5 * watch.noise * recipe.fed[0]
+        x = (first**2 + levels[0] ** 2) ** 0.5 * watch.noise * recipe.initial_noise_scale
         for step, (sigma, lower) in enumerate(zip(levels, levels[1:], strict=False)):
             with torch.no_grad(), host.denoiser.roles.use("student"):
                 d = host.denoiser(x, torch.full((12,), sigma, dtype=torch.float64), watch.batch.cond)

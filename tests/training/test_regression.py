@@ -90,7 +90,10 @@ MUTANTS = {
     "a mean for a sum": (".flatten(1).sum(1).mean()", ".flatten(1).mean(1).mean()"),
     "the teacher taught": ("denoise.roles.use(STUDENT)", 'denoise.roles.use("critic")'),
     "no width": ("(a - b) ** 2 + c**2", "(a - b) ** 2 + c"),
-    "unscaled noise": ("return fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])", "return 1.1 * noise"),
+    "unscaled noise": (
+        "return initial_latents(denoise.schedule, noise, sigma, self.recipe.initial_noise_scale)",
+        "return 1.1 * noise",
+    ),
 }
 
 

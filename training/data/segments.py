@@ -16,7 +16,7 @@ from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
-from ...core.sampling import fed_latents, jump
+from ...core.sampling import initial_latents, jump
 from ...core.schedule import add_noise
 from ..engine.batch import Batch
 from ..engine.prompts import Prompts, Size, embed
@@ -123,14 +123,13 @@ class Way:
     @property
     def levels(self) -> Tensor:
         """[steps + 1]: sigma of each step, and 0."""
-        told = torch.tensor(self.recipe.told, dtype=torch.float64)
-        return torch.cat([self.denoise.schedule.sigma_of_time(told), torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([self.recipe.levels(self.denoise.schedule), torch.zeros(1, dtype=torch.float64)])
 
     def start(self, batch: Batch, noise: Tensor, segment: int) -> tuple[Tensor, Tensor]:
         """(x, G) where the student begins its ``segment``."""
         denoise = self.denoise
         sigma = level(denoise, self.recipe, 0, batch)
-        x = fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
+        x = initial_latents(denoise.schedule, noise, sigma, self.recipe.initial_noise_scale)
         with denoise.roles.use(STUDENT):
             x0 = denoise(x, sigma, batch.cond)
             for step in range(1, segment + 1):

@@ -13,7 +13,7 @@ from ...core import randomness
 from ...core.denoiser import both
 from ...core.errors import OneStepError
 from ...core.roles import TEACHER
-from ...core.sampling import fed_latents, jump
+from ...core.sampling import initial_latents, jump
 from ...core.schedule import NoiseSchedule, expand
 from ..engine.batch import Batch
 from .pairs import Blocks
@@ -142,7 +142,7 @@ class Walkers:
         noise, self.w[place], self._share[place] = self._start(self._rows[place], self._begun[place])
         self._begun[place] += 1
         self._at[place], self._most[place] = 0, 0.0
-        return fed_latents(self._schedule, noise[None], self._levels[:1], 1.0)[0]
+        return initial_latents(self._schedule, noise[None], self._levels[:1], 1.0)[0]
 
 
 def _chosen(good: Tensor, share: Tensor) -> Tensor:

@@ -12,15 +12,17 @@ import torch
 
 from ...core.denoiser import EpsDenoiser
 from ...core.errors import OneStepError
+from ...core.ksampler import nearest_start
 from ...core.lora_file import fit, load_lora
 from ...core.recipe import Recipe
 from ...core.roles import State
-from ...core.schedule import NoiseSchedule
+from ...core.schedule import NoiseSchedule, VPSchedule
 from ..host import Host
 from ..methods import guidance
 from ..runs.files import content_of
 from ..settings import GUIDING, MATCHING, Settings
 
+SIGMA_INIT = 2.5
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -84,7 +86,8 @@ def recipe_of(host: Host, settings: Settings) -> Recipe:
 
 
 def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
-    """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057).
+    """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057),
+    or next to it, where KSampler (Advanced) of ComfyUI begins a step.
 
     An eps-prediction's x0 has its error divided by alpha, which is 0.07 at Stable Diffusion's noisiest time and 0.37
     here. Schedules that end at alpha = 0 (flow, zero-terminal SNR) belong to networks that never divide by it: they
@@ -93,8 +96,11 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
     noisiest = torch.tensor(schedule.sigma_max, dtype=torch.float64)
     if steps > 1 or float(schedule.alpha(noisiest)) < 1e-3:
         return 1.0
-    level = schedule.sigma_of_log_snr(torch.tensor(-math.log(2.5)))
-    return float(schedule.time_of_sigma(level) / schedule.time_of_sigma(noisiest))
+    level = schedule.sigma_of_log_snr(torch.tensor(-math.log(SIGMA_INIT)))
+    time = float(schedule.time_of_sigma(level))
+    if isinstance(schedule, VPSchedule):
+        time = nearest_start(schedule, SIGMA_INIT)
+    return time / float(schedule.time_of_sigma(noisiest))
 
 
 def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
-from ...core.sampling import fed_latents
+from ...core.sampling import initial_latents
 from ...core.schedule import add_noise
 from .batch import Batch
 
@@ -33,10 +33,9 @@ def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STU
 
 def level(denoise: Denoiser, recipe: Recipe, step: int, batch: Batch) -> Tensor:
     """sigma [B] of the recipe's ``step``."""
-    told = torch.tensor(recipe.told[step], dtype=torch.float64)
-    return denoise.schedule.sigma_of_time(told).expand(len(batch))
+    return recipe.levels(denoise.schedule)[step].expand(len(batch))
 
 
 def _start(denoise: Denoiser, recipe: Recipe, batch: Batch) -> tuple[Tensor, Tensor]:
     sigma = level(denoise, recipe, 0, batch)
-    return fed_latents(denoise.schedule, batch.normal("latent"), sigma, recipe.fed[0]), sigma
+    return initial_latents(denoise.schedule, batch.normal("latent"), sigma, recipe.initial_noise_scale), sigma

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.guidance_adapter import new_adapter
 from ...core.recipe import Recipe
-from ...core.schedule import log_snr
 from ..data.trajectories import States, Trajectories
 from ..engine.batch import Batch
 from ..engine.prompts import Prompts
@@ -84,12 +82,5 @@ def check(host: Host, settings: Settings) -> None:
 def guided_recipe(host: Host, settings: Settings) -> Recipe:
     """The teacher's own steps, each of one forward."""
     schedule = host.denoiser.schedule
-    told = schedule.trailing(settings.teacher_steps)
-    lambdas = log_snr(schedule, schedule.sigma_of_time(told)).tolist()
-    return Recipe(
-        tuple(told.tolist()),
-        (1.0,) * len(told),
-        tuple(None if level == -torch.inf else level for level in lambdas),
-        family=host.family,
-        sizes=settings.size_list,
-    )
+    times = schedule.trailing(settings.teacher_steps)
+    return Recipe.at(schedule, times, family=host.family, sizes=settings.size_list)

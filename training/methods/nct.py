@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
-from ...core.sampling import fed_latents
+from ...core.sampling import initial_latents
 from ...core.schedule import expand
 from ..engine.batch import Batch
 from ..engine.student import STUDENT, level
@@ -87,7 +87,7 @@ def controlled(denoise: Denoiser, recipe: Recipe, batch: Batch, noise: Tensor, c
     """f(noise, control) [B, ...], the frozen generator and its adapter; G(noise) where ``control`` is None."""
     sigma = level(denoise, recipe, 0, batch)
     with denoise.roles.use(STUDENT, control=control):
-        return denoise(fed_latents(denoise.schedule, noise, sigma, recipe.fed[0]), sigma, batch.cond)
+        return denoise(initial_latents(denoise.schedule, noise, sigma, recipe.initial_noise_scale), sigma, batch.cond)
 
 
 def coupled(z: Tensor, e: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
-from ...core.sampling import fed_latents
+from ...core.sampling import initial_latents
 from ...core.schedule import add_noise
 from ..engine.batch import Batch
 from ..engine.student import STUDENT, level
@@ -39,7 +39,7 @@ class Regression:
     def _start(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor], sigma: Tensor, step: int) -> Tensor:
         noise, target = pairs
         if step == 0:
-            return fed_latents(denoise.schedule, noise, sigma, self.recipe.fed[0])
+            return initial_latents(denoise.schedule, noise, sigma, self.recipe.initial_noise_scale)
         return add_noise(denoise.schedule, target, batch.normal(f"renoise {step - 1}"), sigma)
 
 
