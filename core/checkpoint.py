@@ -1,32 +1,44 @@
-"""Gradient checkpointing by forward hooks: a block is recomputed in backward, under the roles of its forward.
+"""Gradient checkpointing by hooks: a block keeps its inputs, and backward computes it again under its forward's roles.
 
-No forward is replaced: the hooks drive the generator on which torch's own non-reentrant checkpoint is built.
+No forward is replaced: while a block runs, torch's own hooks on saved tensors (torch.autograd.graph) put an empty slot
+in the place of each tensor that autograd wants to keep. Backward asks for the first of them, the block is computed
+again from its inputs, and what autograd wants to keep of that fills the slots in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .errors import OneStepError
-from .roles import RoleMap, Roles
+from .roles import Roles
+
+CHANGED = (
+    "an input of a checkpointed block was changed in place after its forward, so its gradient would be wrong: "
+    "set checkpointing to false for this model, and report it"
+)
+OTHERWISE = (
+    "a checkpointed {} computed otherwise in backward than in its forward, so its gradient would be wrong: "
+    "set checkpointing to false for this model, and report it"
+)
 
 
 @contextmanager
 def checkpoint_blocks(blocks: Iterable[nn.Module], roles: Roles) -> Iterator[None]:
     """Within, each of ``blocks`` keeps its inputs alone and recomputes the rest in backward, under its own role map."""
-    handles = [handle for block in dict.fromkeys(blocks) for handle in _Checkpointed(roles).hang_on(block)]
+    hooks = [_Hooks(block, roles) for block in dict.fromkeys(blocks)]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -47,7 +59,7 @@ def _own_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _own(value: Any) -> Any:
     """A copy of what a block may write to: tensors, and the dictionaries in which a host keeps its place."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.clone() if torch.is_grad_enabled() else value
     return {name: _own_entry(entry) for name, entry in value.items()} if isinstance(value, dict) else value
 
@@ -56,58 +68,146 @@ def _own_entry(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-class _Checkpointed:
-    """One block's hooks. ``_running`` holds the generators of forwards under way; recomputation passes the hooks by."""
+class _Hooks:
+    """One block's hooks. ``_running``: what its forwards under way are to leave, None where no gradient is wanted."""
 
-    def __init__(self, roles: Roles) -> None:
+    def __init__(self, block: nn.Module, roles: Roles) -> None:
         self._roles = roles
-        self._running: list[Any] = []
-        self._recomputing = False
-
-    def hang_on(self, block: nn.Module) -> tuple[Any, Any]:
+        self._running: list[saved_tensors_hooks | None] = []
         before = block.register_forward_pre_hook(self._before, with_kwargs=True)
-        return before, block.register_forward_hook(self._after, prepend=True, always_call=True)
+        # first of all hooks: what others add to the block's output is not the block's
+        self._handles = [before, block.register_forward_hook(self._after, prepend=True, always_call=True)]
 
-    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        own = _own_inputs(block, args, kwargs)
-        if not self._recomputing and torch.is_grad_enabled():
-            kept = [_own_entry(value) for value in args], {name: _own_entry(value) for name, value in kwargs.items()}
-            contexts = partial(self._contexts, _Unchanged([*kept[0], *kept[1].values()]))
-            started = _checkpoint_without_reentrant_generator(
-                block, True, contexts, "default", False, True, *kept[0], **kept[1]
-            )
-            self._running.append(started)
-            next(started)
-        return own
+    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not torch.is_grad_enabled():
+            self._running.append(None)
+            return None
+        frame = _Frame(block, args, kwargs, self._roles)
+        hooks = saved_tensors_hooks(frame.pack, frame.unpack)
+        self._running.append(hooks)
+        hooks.__enter__()
+        return _own_inputs(block, args, kwargs)
 
-    def _after(self, block: nn.Module, args: Any, output: Any) -> None:
-        if not self._recomputing and self._running:
-            next(self._running.pop(), None)
+    def _after(self, *unused: Any) -> None:
+        hooks = self._running.pop() if self._running else None
+        if hooks is not None:
+            hooks.__exit__()
 
-    def _contexts(self, inputs: _Unchanged) -> tuple[Any, Any]:
-        return nullcontext(), self._recompute(self._roles.active, inputs)
+    def remove(self) -> None:
+        """Off the block; and out of forwards that an interrupt ended, of which torch tells no hook."""
+        for handle in self._handles:
+            handle.remove()
+        while self._running:
+            self._after()
+
+
+class _Slot:
+    """In the place of one tensor that autograd wanted to keep, for as long as it wants it. value: the tensor, between
+    its recomputation and its use."""
+
+    __slots__ = ("__weakref__", "kind", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.kind = _kind(value)
+        self.value: Tensor | None = None
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return value.shape, value.dtype, value.device
+
+
+class _Frame:
+    """One forward of a block: its inputs and surroundings, and the slots that its recomputation fills."""
+
+    def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -> None:
+        self._block, self._roles, self._role_map = block, roles, roles.active
+        self._args, self._kwargs = tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self._versions = [(value, value._version) for value in tensors if not value.is_inference()]
+        devices = {value.device for value in tensors}
+        self._autocasts = [_autocast_now(kind) for kind in sorted({"cpu", *(device.type for device in devices)})]
+        # random layers draw in training mode alone, and a base is in eval mode
+        self._random = _Random(devices) if block.training else None
+        self._slots: list[weakref.ref[_Slot]] = []
+
+    def pack(self, value: Tensor) -> _Slot:
+        slot = _Slot(value)
+        self._slots.append(weakref.ref(slot))
+        return slot
+
+    def unpack(self, slot: _Slot) -> Tensor:
+        if slot.value is None:
+            self._fill()
+        value, slot.value = slot.value, None
+        if value is None:
+            raise OneStepError(OTHERWISE.format(type(self._block).__name__))
+        return value
+
+    def _fill(self) -> None:
+        """Compute the block again, and fill every slot that is still wanted."""
+        if any(value._version != version for value, version in self._versions):
+            raise OneStepError(CHANGED)
+        found: list[tuple[Any, ...]] = []
+
+        def collect(value: Tensor) -> Tensor:
+            slot = self._slots[len(found)]() if len(found) < len(self._slots) else None
+            found.append(_kind(value))
+            if slot is not None and slot.kind == found[-1]:
+                slot.value = value.detach()
+            return value.detach()
+
+        self._recompute(collect)
+        if len(found) != len(self._slots):
+            raise OneStepError(OTHERWISE.format(type(self._block).__name__))
+
+    def _recompute(self, collect: Callable[[Tensor], Tensor]) -> None:
+        """The block's forward as it was, hooks on the block itself excepted, which came before and after it."""
+        with ExitStack() as stack, torch.enable_grad():
+            for autocast in self._autocasts:
+                stack.enter_context(autocast())
+            if self._random is not None:
+                stack.enter_context(self._random.again())
+            stack.enter_context(self._roles.serving(self._role_map))
+            stack.enter_context(saved_tensors_hooks(collect, _as_it_is))
+            args = tuple(map(_apart, self._args))
+            args, kwargs = _own_inputs(self._block, args, {name: _apart(v) for name, v in self._kwargs.items()})
+            self._block.forward(*args, **kwargs)
+
+
+def _kept(value: Any) -> Any:
+    """An input as it is now, also where the caller goes on writing into its dictionaries."""
+    return value if isinstance(value, Tensor) else _own(value)
+
+
+def _apart(value: Any) -> Any:
+    """An input without its history: what is computed again is nobody's graph."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _autocast_now(kind: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the autocast that is on for devices of this kind, or its absence."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return partial(torch.autocast, kind, dtype=dtype, enabled=on, cache_enabled=torch.is_autocast_cache_enabled())
+
+
+class _Random:
+    """Where torch's generators stand: the CPU's and those of CUDA devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
 
     @contextmanager
-    def _recompute(self, role_map: RoleMap, inputs: _Unchanged) -> Iterator[None]:
-        inputs.check()
-        self._recomputing = True
-        try:
-            with self._roles.serving(role_map):
-                yield
-        finally:
-            self._recomputing = False
-
-
-class _Unchanged:
-    """The versions of a block's kept inputs: a host that writes to one later would change what is recomputed."""
-
-    def __init__(self, values: list[Any]) -> None:
-        tensors = [value for value in values if isinstance(value, torch.Tensor) and not value.is_inference()]
-        self._versions = [(tensor, tensor._version) for tensor in tensors]
-
-    def check(self) -> None:
-        if any(tensor._version != version for tensor, version in self._versions):
-            raise OneStepError(
-                "an input of a checkpointed block was changed in place after its forward, so its gradient would be "
-                "wrong: set checkpointing to false for this model, and report it"
-            )
+    def again(self) -> Iterator[None]:
+        """Within, they stand there again; afterwards where they stood before."""
+        with torch.random.fork_rng([device for device, _ in self._cuda]):
+            torch.set_rng_state(self._cpu)
+            for device, state in self._cuda:
+                torch.cuda.set_rng_state(state, device)
+            yield
