@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=list(BAD))
-def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # whether it is installed or not
     host = SmallHost()
     host.denoiser.guidance = changes.get("guidance", "cfg")
     host.denoiser.schedule = changes.get("schedule", host.denoiser.schedule)

@@ -14,7 +14,6 @@ import torch
 from small_host import PROMPTS, SmallHost, small
 from torch import Tensor
 
-from onestep.core.errors import OneStepError
 from onestep.training.data.pairs import Pairs
 from onestep.training.engine import optimizer as adam
 from onestep.training.engine.inputs import recipe_of
@@ -298,14 +297,6 @@ def test_the_critic_follows_where_it_is_told_to(tmp_path: Path) -> None:
             pairs = zip(roles.parameters("critic"), roles.parameters("student"), strict=True)
             found.append(all(torch.equal(c, s) for c, s in pairs))
     assert found == [False, True]
-
-
-def test_an_optimiser_that_is_not_there_is_refused() -> None:
-    if adam.eight_bit() is not None:
-        pytest.skip("bitsandbytes is installed")
-    with pytest.raises(OneStepError, match="bitsandbytes cannot be imported"):
-        adam.refuse_missing(Settings(optimizer="adamw8bit"))
-    adam.refuse_missing(Settings())
 
 
 # -- the plan and the state -------------------------------------------------------------------------------------------

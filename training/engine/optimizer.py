@@ -83,11 +83,15 @@ def make(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
 
 
 def pack(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The optimiser's moments as named tensors, and its plain numbers."""
+    """The optimiser's moments as named tensors, and its plain numbers, by the place of their parameter.
+
+    Read from `Optimizer.state`: state_dict() is what an optimiser makes of it, and bitsandbytes from 0.49 on makes a
+    dictionary within it.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
-    for index, entries in optimizer.state_dict()["state"].items():
-        for name, value in entries.items():
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state.get(parameter, {}).items():
             where: Any = tensors if isinstance(value, Tensor) else numbers
             where[f"{prefix}.{index}.{name}"] = value
     return tensors, numbers
@@ -96,10 +100,22 @@ def pack(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tenso
 def unpack(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], numbers: dict[str, float]
 ) -> None:
-    """Restore what :func:`pack` gave, each tensor in its own dtype."""
-    state: dict[int, dict[str, Any]] = {}
+    """Restore what :func:`pack` gave, each tensor in its own dtype, on its parameter's device."""
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
     for key, value in {**tensors, **numbers}.items():
         owner, index, name = key.rsplit(".", 2)
         if owner == prefix:
-            state.setdefault(int(index), {})[name] = value.clone() if isinstance(value, Tensor) else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            parameter = parameters[int(index)]
+            optimizer.state.setdefault(parameter, {})[name] = _placed(name, value, parameter)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _placed(name: str, value: Any, parameter: Tensor) -> Any:
+    """A copy on the parameter's device; torch's count of steps stays on the CPU, where its optimisers read it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if name == "step" else value.to(parameter.device, copy=True)
