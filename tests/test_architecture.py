@@ -188,8 +188,28 @@ def test_nothing_dangerous_runs(path):
     assert found == []
 
 
+def private_names(tree: ast.AST) -> set[str]:
+    """Names of torch that a version may change without a word. Operators of torch.ops, by their names, are tried
+    where they are used."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else {dotted(node)}
+    ours = {name for name in names if name.startswith("torch.") and not name.startswith("torch.ops.")}
+    return {name for name in ours if any(re.match("_[^_]", part) for part in name.split("."))}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_nothing_private_of_torch_is_used(path):
+    assert private_names(parsed(path)) == set()
+
+
 def test_these_checks_find_what_they_look_for():
     """A guard that cannot fail guards nothing."""
+    for text in ("from torch.utils.checkpoint import _x", "import torch._dynamo", "torch._C._y()"):
+        assert private_names(ast.parse(text))
+    assert not private_names(ast.parse("torch.ops.aten._z(torch.__version__)"))
     inside = PurePosixPath("core/roles.py")
     assert trouble_with_import(inside, "onestep.training.engine")
     assert trouble_with_import(inside, "diffusers") and trouble_with_import(inside, "comfy.sd")

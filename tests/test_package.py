@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -197,7 +196,8 @@ def test_an_editable_install_is_the_same_copy(pack, tmp_path):
     executable = str(scripts / ("python.exe" if os.name == "nt" else "python"))
     site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", executable=executable))
     # A path in a .pth brings this environment's torch and setuptools, but not its own editable installs.
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    outer = {str(Path(importlib.import_module(name).__file__).parents[1]) for name in ("torch", "setuptools")}
+    (site / "outer.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
     pip("--python", executable, "install", "--editable", pack, "--no-build-isolation")
     found = python(
         LOAD_AS_COMFYUI_DOES + "from onestep.core.errors import OneStepError as installed\n"
