@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-UNTRACKED = {".git", ".venv", ".pkg", "runs", "build", "dist", "__pycache__"}
+UNTRACKED = {".git", ".venv", ".pkg", "/runs", "build", "dist", "__pycache__"}
+"""Names of folders and files; the root's alone where a slash stands before it."""
 
 # Imports run one way: kernels <- core <- training <- {pipelines, nodes}; pipelines <- cli.
 MAY_IMPORT = {
@@ -102,7 +103,12 @@ def all_files() -> Iterator[PurePosixPath]:
     while stack:
         for entry in sorted(stack.pop().iterdir()):
             relative = PurePosixPath(entry.relative_to(ROOT).as_posix())
-            if entry.name in UNTRACKED or entry.name.endswith((".egg-info", "_cache", ".pyc")) or entry.is_symlink():
+            name = f"/{entry.name}" if entry.parent == ROOT else entry.name
+            if (
+                {name, entry.name} & UNTRACKED
+                or entry.name.endswith((".egg-info", "_cache", ".pyc"))
+                or entry.is_symlink()
+            ):
                 continue
             if entry.is_dir():
                 stack.append(entry)

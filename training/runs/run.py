@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...core.errors import OneStepError
 from ...core.tensor_file import read_tensors, write_tensors
-from .files import CONTENT, content_of, read_json, write_bytes, write_json
 from ..settings import nearest
+from .files import CONTENT, content_of, read_json, write_bytes, write_json
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
