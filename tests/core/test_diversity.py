@@ -30,6 +30,8 @@ def flow_log_snr(time: float) -> float:
     return float(np.log(1000 - time) - np.log(time))
 
 
+QUARTERS = Recipe((1000.0, 900.0, 750.0, 500.0), family="sd3", shift=3.0)
+
 # -- what is left of a recipe -----------------------------------------------------------------------------------------
 
 
@@ -38,14 +40,15 @@ def flow_log_snr(time: float) -> float:
     [
         (PRESETS["dmd2-4"], VP, 0.0, (749, 499, 249)),
         (PRESETS["sdxl-lightning-2"], VP, 0.0, (499,)),
-        (PRESETS["hyper-sd-1"], VP, 0.6, (599,)),
+        (PRESETS["hyper-sdxl-1-unet"], VP, 0.6, (599,)),
         (PRESETS["flux-schnell-4"], FlowSchedule(), 0.0, (750, 500, 250)),
-        (PRESETS["sd3.5-turbo-4"], FLOW, 0.0, (900, 750, 500)),
+        (PRESETS["sd3.5-turbo-4"], FLOW, 0.0, (857.69232, 602.15057, 8.9285717)),
+        (QUARTERS, FLOW, 0.0, (900, 750, 500)),
         (PRESETS["sd-turbo-1"], VP, 0.75, (749,)),
         (PRESETS["dmd2-4"], VP, 0.6, (599, 499, 249)),
         (PRESETS["dmd2-4"], VP, 0.1, (100,)),
         # a share u of a flow's time is the level 3 u / (1 + 2 u)
-        (PRESETS["sd3.5-turbo-4"], FLOW, 0.5, (750, 500)),
+        (QUARTERS, FLOW, 0.5, (750, 500)),
     ],
 )
 def test_the_distilled_model_keeps_its_later_steps(recipe: Recipe, schedule: Any, hand_over: float, told: Any) -> None:
@@ -71,7 +74,7 @@ def test_a_hand_over_outside_the_time_is_refused(value: float) -> None:
         remaining(PRESETS["dmd2-4"], VP, value)
 
 
-@pytest.mark.parametrize("name", ["sd-turbo-1", "sdxl-lightning-1", "hyper-sd-1", "dmd2-1"])
+@pytest.mark.parametrize("name", ["sd-turbo-1", "sdxl-lightning-1", "hyper-sd-1-lora", "hyper-sdxl-1-unet", "dmd2-1"])
 def test_one_step_leaves_nothing_to_the_base(name: str) -> None:
     """Also where it is told a lower level: what it has seen there is noise."""
     with pytest.raises(OneStepError, match="hand_over to the share"):

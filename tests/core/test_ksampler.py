@@ -15,7 +15,7 @@ from onestep.core.ksampler import CoreNodes, KSampler, KSamplerAdvanced, core_no
 from onestep.core.presets import PRESETS
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule, initial_noise_scale
-from onestep.training.inputs import automatic_start
+from onestep.training.engine.inputs import automatic_start
 
 VP = VPSchedule.scaled_linear()
 LINEAR = VPSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -139,10 +139,16 @@ SAMPLERS = {
     "sdxl-turbo-1": KSampler(1, 1.0, "euler"),
     "sdxl-lightning-2": KSampler(2, 1.0, "euler"),
     "sdxl-lightning-4": KSampler(4, 1.0, "euler"),
+    "sdxl-lightning-8": KSampler(8, 1.0, "euler"),
+    "hyper-sd-1-lora": KSampler(1, 1.0, "euler"),
+    "hyper-sd-2-lora": KSampler(2, 1.0, "euler"),
+    "hyper-sd-4-lora": KSampler(4, 1.0, "euler"),
+    "hyper-sd-8-lora": KSampler(8, 1.0, "euler"),
     "dmd2-4": KSampler(4, 1.0, "lcm"),
     "flux-schnell-4": KSampler(4, 1.0, "euler"),
 }
 REASONS = {"tcd-4": "eta 0.3", "sdxl-lightning-1": "needs ModelSamplingDiscrete", "dmd2-1": "this recipe with 1"}
+REASONS["hyper-sdxl-1-unet"] = REASONS["dmd2-1"]
 
 
 def found(name: str) -> CoreNodes:
@@ -172,6 +178,9 @@ def test_times_that_no_scheduler_visits_go_by_their_sigmas() -> None:
         rtol=1e-8,
     )
     assert str(core).startswith("RandomNoise, BasicGuider, KSamplerSelect lcm")
+    turbo = found("sd3.5-turbo-4")
+    assert turbo.simple is None and turbo.general is not None and turbo.general.sampler_name == "euler"
+    assert turbo.general.sigmas == "1, 0.85769232, 0.60215057, 0.0089285717, 0"
 
 
 def test_what_a_recipe_asks_of_the_widgets() -> None:

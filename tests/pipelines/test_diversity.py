@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onestep.core.errors import OneStepError
 from onestep.core.presets import PRESETS
+from onestep.core.recipe import Recipe
 from onestep.pipelines import diverse
 from onestep.pipelines.one_step import OneStepPipeline
 
@@ -56,11 +57,12 @@ def rest_of_sd3(pipe: Any, x: Tensor) -> Tensor:
     return pipe([PROMPT] * 2, latents=x, num_inference_steps=3, **told, **SIZE).images
 
 
+RECIPES = PRESETS | {"quarters": Recipe((1000.0, 900.0, 750.0, 500.0), family="sd3", shift=3.0)}
 CASES = [
     ("sd", {"set_alpha_to_one": True}, 20, 5, "sdxl-lightning-4"),
     ("sd", {"set_alpha_to_one": True}, 4, 1, "sdxl-lightning-4"),
     ("sd", {"set_alpha_to_one": True, **ZERO}, 8, 2, "sdxl-lightning-4"),
-    ("sd3", {}, 8, 2, "sd3.5-turbo-4"),
+    ("sd3", {}, 8, 2, "quarters"),
 ]
 
 
@@ -70,7 +72,7 @@ def test_the_base_draws_without_the_one_step_lora_and_the_rest_with_it(
     name: str, scheduler: Any, steps: int, taken: int, preset: str, styled: bool, tmp_path: Path
 ) -> None:
     """A style's LoRA is on in both parts."""
-    file = random_lora(make(name), tmp_path / "x.safetensors", PRESETS[preset])
+    file = random_lora(make(name), tmp_path / "x.safetensors", RECIPES[preset])
     style = random_lora(make(name), tmp_path / "style.safetensors", None, 0.1, seed=2)
     fast = OneStepPipeline.from_pipe(make(name, **scheduler))
     fast.load_one_step_lora(file)
