@@ -180,7 +180,7 @@ def test_times_that_no_scheduler_visits_go_by_their_sigmas() -> None:
     assert str(core).startswith("RandomNoise, BasicGuider, KSamplerSelect lcm")
     turbo = found("sd3.5-turbo-4")
     assert turbo.simple is None and turbo.general is not None and turbo.general.sampler_name == "euler"
-    assert turbo.general.sigmas == "1, 0.85769232, 0.60215057, 0.0089285717, 0"
+    assert turbo.general.sigmas == "1, 0.85769232, 0.60215057, 0.008928572, 0"
 
 
 def test_what_a_recipe_asks_of_the_widgets() -> None:
