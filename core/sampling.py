@@ -35,33 +35,33 @@ def sample(
     ``draw(i)`` gives fresh standard normal noise for step i of a recipe that renoises (eta > 0); it is not called
     otherwise.
     """
-    schedule = denoise.schedule
-    sigmas = recipe.levels(schedule)
-    levels = [sigma.expand(len(noise)) for sigma in sigmas]
-    x = initial_latents(schedule, noise, levels[0], recipe.initial_noise_scale)
+    levels = levels_of(denoise.schedule, recipe, len(noise))
+    x = initial_latents(denoise.schedule, noise, levels[0], recipe.initial_noise_scale)
     for step, sigma in enumerate(levels):
         x0 = guided(denoise, x, sigma, cond, null, recipe.guidance)
-        if step + 1 < len(levels):
-            x = _next(schedule, recipe, x, x0, (sigma, levels[step + 1]), lambda step=step: draw(step))  # type: ignore[misc]
-    return x0
+        x = advance(denoise.schedule, recipe, step, levels, x, x0, draw)
+    return x
 
 
-def _next(
-    schedule: NoiseSchedule,
-    recipe: Recipe,
-    x: Tensor,
-    x0: Tensor,
-    levels: tuple[Tensor, Tensor],
-    fresh: Callable[[], Tensor],
+def levels_of(schedule: NoiseSchedule, recipe: Recipe, batch: int) -> list[Tensor]:
+    """sigma [B] of each of the recipe's steps, noisiest first."""
+    return [sigma.expand(batch) for sigma in recipe.levels(schedule)]
+
+
+def advance(
+    schedule: NoiseSchedule, recipe: Recipe, step: int, levels: list[Tensor], x: Tensor, x0: Tensor, draw: Draw
 ) -> Tensor:
-    sigma, lower = levels
+    """What a step ends in, from its x and the x0 found there: x at the next level; after the last, x0 itself."""
+    if step + 1 == len(levels):
+        return x0
+    sigma, lower = levels[step], levels[step + 1]
     if recipe.renoise:
-        return add_noise(schedule, x0, fresh(), lower)
+        return add_noise(schedule, x0, draw(step), lower)
     if recipe.eta == 0:
         return jump(schedule, x, x0, sigma, lower)
     # TCD (arXiv:2402.19159), Algorithm 2: down to s = (1 - eta) t_next, then diffuse from s up to t_next
     below = schedule.sigma_of_time(((1 - recipe.eta) * schedule.time_of_sigma(lower)).floor())
-    return diffuse(schedule, jump(schedule, x, x0, sigma, below), fresh(), below, lower)
+    return diffuse(schedule, jump(schedule, x, x0, sigma, below), draw(step), below, lower)
 
 
 def diffuse(schedule: NoiseSchedule, x: Tensor, noise: Tensor, sigma: Tensor, higher: Tensor) -> Tensor:

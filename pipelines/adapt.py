@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,11 @@ from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
-from .networks import NETWORKS, blocks_of, port_of, prediction_of, refuse_variant, schedule_of
+from .kinds import FLUX, SD, SD3, SDXL
+from .networks import NETWORKS, Extras, blocks_of, port_of, prediction_of, refuse_variant, schedule_of
+from .places import on_device, place
 from .steer_attention import is_steered
+from .text import encode, encoders_of
 
 PROMPTS_AT_ONCE = 16
 FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
@@ -55,13 +58,21 @@ def target_names(network: Any) -> list[str]:
         return [path for path, module in network.named_modules() if hasattr(module, "lora_A")]
 
 
-def denoiser_of(pipe: Any, roles: Roles | None = None, *, prediction: str | None = None) -> Denoiser:
-    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: where the scheduler's is wrong."""
+def denoiser_of(
+    pipe: Any, roles: Roles | None = None, *, prediction: str | None = None, extras: Extras | None = None
+) -> Denoiser:
+    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: where the scheduler's is wrong. extras: what the
+    network is given beside latents, time and text."""
     network = network_of(pipe)
     family = detect(network)
     refuse_variant(family, network, getattr(pipe, "text_encoder_2", None))
     wrap = PREDICTIONS[prediction or prediction_of(pipe.scheduler)]
-    return wrap(NETWORKS[family](network), schedule_of(pipe.scheduler), roles or Roles([]), _guidance(family, network))
+    return wrap(
+        NETWORKS[family](network, extras or Extras()),
+        schedule_of(pipe.scheduler),
+        roles or Roles([]),
+        _guidance(family, network),
+    )
 
 
 def _guidance(family: str, network: Any) -> Guidance:
@@ -92,45 +103,28 @@ class DiffusersHost:
 
     @cached_property
     def encoder_hash(self) -> str:
-        return hash_of(self._encoders())
+        return hash_of(encoders_of(self.pipe))
 
     # -- text and pictures --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt."""
-        with self._borrowed(*self._encoders()):
+        with self.on_device(*encoders_of(self.pipe)):
             starts = range(0, len(prompts), PROMPTS_AT_ONCE)
             parts = [self._encode(list(prompts[start : start + PROMPTS_AT_ONCE])) for start in starts]
-        return self._told(Cond.concat(parts).to("cpu", torch.float32), size)
+        return self.with_sizes(Cond.concat(parts).to("cpu", torch.float32), size)
 
     def _encode(self, prompts: list[str]) -> Cond:
-        encode, more = self.pipe.encode_prompt, {"device": self.device, "num_images_per_prompt": 1}
-        if self.family == "flux":
-            text, pooled, _ = encode(prompts, prompts, max_sequence_length=self.t5_tokens, **more)
-            return Cond(text, pooled=pooled)
-        more["do_classifier_free_guidance"] = False
-        if self.family == "sd3":
-            text, _, pooled, _ = encode(prompts, prompts, prompts, max_sequence_length=self.t5_tokens, **more)
-            return Cond(text, pooled=pooled)
-        if self.sdxl:
-            text, _, pooled, _ = encode(prompts, **more)
-            return Cond(text, pooled=pooled)
-        return Cond(encode(prompts, **more)[0])
+        return encode(self.pipe, self.kind, prompts, self.device)
 
     @property
-    def t5_tokens(self) -> int:
-        """Tokens of T5's text. Flux-schnell, which embeds no guidance, was trained with half of Flux-dev's.
+    def kind(self) -> str:
+        """Whose encode_prompt the pipeline's is, one of `kinds.PIPELINES`."""
+        return SDXL if self.sdxl else {"unet": SD, "sd3": SD3, "flux": FLUX}[self.family]
 
-        SD3 without T5 has none: diffusers would append 256 zeros by default, ComfyUI appends nothing, and both shall
-        draw the same.
-        """
-        if self.family == "sd3":
-            return 256 if self.pipe.text_encoder_3 is not None else 0
-        return 512 if self.denoiser.guidance == "embedded" else 256
-
-    def _told(self, cond: Cond, size: tuple[int, int]) -> Cond:
-        """``cond`` with what this family is told beside the text."""
+    def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        """``cond`` with what this family reads beside the text: SDXL the sizes, Flux-dev its guidance."""
         width, height = size
         if self.sdxl:
             ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
@@ -145,21 +139,24 @@ class DiffusersHost:
         return self.family == "unet" and self.network.config.addition_embed_type == "text_time"
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, generator: Any = None) -> Tensor:
+        """[B, 3, H, W] pictures in [0, 1]. generator: one, or one a picture, for an autoencoder that draws noise."""
         vae = self.pipe.vae
-        latents = latents.to(self.device) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        with self._borrowed(vae), _upcast(vae):
-            pictures = [vae.decode(one.to(vae.dtype), return_dict=False)[0] for one in latents.split(1)]
+        latents = latents.to(self.device) / vae.config.scaling_factor + _shift_factor(vae)
+        draws = generator if isinstance(generator, list | tuple) else [generator] * len(latents)
+        with self.on_device(vae), _upcast(vae):
+            pairs = zip(latents.split(1), draws, strict=True)
+            pictures = [vae.decode(one.to(vae.dtype), return_dict=False, generator=draw)[0] for one, draw in pairs]
         return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1).cpu()
 
     @torch.no_grad()
     def latents_of(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, as in decode."""
         vae = self.pipe.vae
-        with self._borrowed(vae), _upcast(vae):
+        with self.on_device(vae), _upcast(vae):
             pictures = (2 * pictures - 1).to(self.device, vae.dtype)
-            latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pictures.split(1)])
-        return ((latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).cpu()
+            latents = torch.cat([_mode(vae.encode(one)) for one in pictures.split(1)])
+        return ((latents.float() - _shift_factor(vae)) * vae.config.scaling_factor).cpu()
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -188,14 +185,14 @@ class DiffusersHost:
             raise OneStepError("this pipeline is under CPU offload: call pipe.remove_all_hooks() before training it")
         if is_steered(self.network):
             raise OneStepError("this pipeline is steered by a negative: leave `steered` before training it")
-        others = [*self._encoders(), self.pipe.vae]
+        others = [*encoders_of(self.pipe), self.pipe.vae]
         places = [(module, module.device) for module in (self.network, *others)]
         flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         mode, checkpointing = self.network.training, self.network.is_gradient_checkpointing
         try:
-            _place(self.network, self.device)
+            place(self.network, self.device)
             for module in others:
-                _place(module, torch.device("cpu"))
+                place(module, torch.device("cpu"))
             self.network.requires_grad_(False).eval()
             # diffusers' own checkpointing would recompute under whatever role is active then
             self.network.disable_gradient_checkpointing()
@@ -206,8 +203,8 @@ class DiffusersHost:
             self.network.train(mode)
             if checkpointing:
                 self.network.enable_gradient_checkpointing()
-            for module, place in places:
-                _place(module, place)
+            for module, before in places:
+                place(module, before)
 
     def release(self) -> None:
         """Take the adapters' hooks off the network: the pipeline is as it was."""
@@ -222,21 +219,9 @@ class DiffusersHost:
         if self.on_poll is not None:
             self.on_poll()
 
-    def _encoders(self) -> list[nn.Module]:
-        found = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        return [module for module in found if module is not None]
-
-    @contextmanager
-    def _borrowed(self, *modules: nn.Module) -> Iterator[None]:
+    def on_device(self, *modules: Any) -> AbstractContextManager[None]:
         """Within, ``modules`` lie on the training device; afterwards again where they were."""
-        places: list[tuple[Any, torch.device]] = [(module, module.device) for module in modules]  # type: ignore[misc]
-        for module, _ in places:
-            _place(module, self.device)
-        try:
-            yield
-        finally:
-            for module, place in places:
-                _place(module, place)
+        return on_device(self.device, *modules)
 
 
 def hash_of(modules: Sequence[nn.Module]) -> str:
@@ -248,6 +233,16 @@ def hash_of(modules: Sequence[nn.Module]) -> str:
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _shift_factor(vae: Any) -> float:
+    """Zero where the configuration has none, as AutoencoderTiny's."""
+    return float(vae.config.get("shift_factor") or 0.0)
+
+
+def _mode(encoded: Any) -> Tensor:
+    """The latents of an encoder's answer: AutoencoderTiny's are no distribution."""
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
 
 
 @contextmanager
@@ -262,9 +257,3 @@ def _upcast(vae: Any) -> Iterator[None]:
     finally:
         if widen:
             vae.to(dtype)
-
-
-def _place(module: Any, device: torch.device) -> None:
-    """Move a module, but not one that CPU offload moves by itself."""
-    if module.device != device and not hasattr(module, "_hf_hook"):
-        module.to(device)

@@ -14,13 +14,13 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 SEEDS = range(-(2**63), 2**64)
 
 
-def checked(prompt: Any, each: Any, generator: Any, seed: Any, output_type: Any = "pil") -> tuple[list[str], Any]:
-    """The prompts as a list, and the generator, that of ``seed`` where there is one. each: pictures of each prompt."""
+def checked(prompts: int, each: Any, generator: Any, seed: Any, output_type: Any = "pil") -> Any:
+    """The generator, that of ``seed`` where there is one, for ``each`` pictures of ``prompts`` prompts."""
     if output_type not in OUTPUTS:
         raise OneStepError(f"output_type is {output_type!r:.40}: choose one of {', '.join(OUTPUTS)}")
-    prompts, generator = texts_of(prompt), generator_of(generator, seed)
-    check_generator(generator, len(prompts) * check_count(each, "num_images_per_prompt"))
-    return prompts, generator
+    generator = generator_of(generator, seed)
+    check_generator(generator, prompts * check_count(each, "num_images_per_prompt"))
+    return generator
 
 
 def texts_of(value: Any, name: str = "prompt") -> list[str]:

@@ -17,7 +17,7 @@ from ..core.errors import OneStepError
 from ..core.presets import recipe_of
 from ..core.recipe import Recipe
 from .adapt import DiffusersHost, denoiser_of, network_of
-from .call_values import checked
+from .call_values import checked, texts_of
 from .one_step import Generator, OneStepPipeline
 
 GUIDANCE = 4.0
@@ -62,7 +62,8 @@ def diverse(
     _check(fast, base, base_steps)
     trained = recipe.sizes[0] if recipe.sizes else few.native_size
     size = width or trained[0], height or trained[1]
-    prompts, generator = checked(prompt, num_images_per_prompt, generator, seed)
+    prompts = texts_of(prompt)
+    generator = checked(len(prompts), num_images_per_prompt, generator, seed)
     rest = remaining(recipe, few.denoiser.schedule, hand_over)
     levels = base_levels(many.denoiser.schedule, base_steps, few.denoiser.schedule, rest)
     cond, null, scale = _told(many, prompts, negative_prompt, size, guidance)

@@ -16,11 +16,11 @@ import torch
 
 from ..core.errors import OneStepError
 from .bundled import path_of
+from .kinds import PIPELINES
 from .quiet import attempt
 from .single_file import load_single_file
 
 BUNDLED = ("tiny", "tiny-flow")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 BIGGEST_INDEX_BYTES = 1 << 20
 

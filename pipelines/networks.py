@@ -21,52 +21,80 @@ from ..core.side import Port
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What a call gives a network beside latents, time and text.
+
+    image_embeds: an IP-Adapter's, one tensor an adapter, its rows those of the network's batch or the first of more.
+    attention: cross_attention_kwargs of a U-Net, joint_attention_kwargs of a transformer, as diffusers has them.
+    """
+
+    image_embeds: tuple[Tensor, ...] = ()
+    attention: Mapping[str, Any] | None = None
+
+    def images(self, x: Tensor) -> list[Tensor]:
+        return [rows[: len(x)].to(x.device) for rows in self.image_embeds]
+
+
+@dataclass(frozen=True)
 class UNetNetwork:
-    """UNet2DConditionModel, told an index 0 .. T - 1; SDXL's also the pooled text and the sizes."""
+    """UNet2DConditionModel, which reads an index 0 .. T - 1; SDXL's also the pooled text and the sizes."""
 
     module: Any
+    extras: Extras = Extras()
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, pooled = _in_dtype(cond, x, self.module.dtype)
-        more = {"text_embeds": pooled, "time_ids": _moved(cond.size, x)} if pooled is not None else None
+        added: dict[str, Any] = {} if pooled is None else {"text_embeds": pooled, "time_ids": _moved(cond.size, x)}
+        if self.extras.image_embeds:
+            added["image_embeds"] = [image.to(self.module.dtype) for image in self.extras.images(x)]
         return self.module(
             x.to(self.module.dtype),
             time.to(x.device, torch.float32),
             encoder_hidden_states=text,
             encoder_attention_mask=None if cond.mask is None else cond.mask.to(x.device),
-            added_cond_kwargs=more,
+            added_cond_kwargs=added or None,
+            cross_attention_kwargs=dict(self.extras.attention or {}) or None,
             return_dict=False,
         )[0]
 
 
 @dataclass(frozen=True)
 class SD3Network:
-    """SD3Transformer2DModel, told 1000 sigma."""
+    """SD3Transformer2DModel, which reads 1000 sigma."""
 
     module: Any
+    extras: Extras = Extras()
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if cond.mask is not None and not bool(cond.mask.all()):
             raise OneStepError("diffusers' SD3 attends to padding: encode all prompts to the same number of tokens")
         text, pooled = _in_dtype(cond, x, self.module.dtype)
+        joint = dict(self.extras.attention or {})
+        for image in self.extras.images(x):
+            joint["ip_adapter_image_embeds"] = image.to(self.module.dtype)
         return self.module(
             x.to(self.module.dtype),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=time.to(x.device, torch.float32),
+            joint_attention_kwargs=joint or None,
             return_dict=False,
         )[0]
 
 
 @dataclass(frozen=True)
 class FluxNetwork:
-    """FluxTransformer2DModel over 2x2 patches of the latents, told sigma and, where it is embedded, the guidance."""
+    """FluxTransformer2DModel over 2x2 patches of the latents, which reads sigma and, where embedded, the guidance."""
 
     module: Any
+    extras: Extras = Extras()
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, pooled = _in_dtype(cond, x, self.module.dtype)
         height, width = x.shape[-2:]
+        joint = dict(self.extras.attention or {}) | _joint_mask(cond.mask, x, height * width // 4)
+        if self.extras.image_embeds:
+            joint["ip_adapter_image_embeds"] = [image.to(self.module.dtype) for image in self.extras.images(x)]
         answer = self.module(
             pack(x).to(self.module.dtype),
             encoder_hidden_states=text,
@@ -75,7 +103,7 @@ class FluxNetwork:
             img_ids=positions(height // 2, width // 2, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
             guidance=_moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
-            joint_attention_kwargs=_joint_mask(cond.mask, x, height * width // 4),
+            joint_attention_kwargs=joint or None,
             return_dict=False,
         )[0]
         return unpack(answer, height, width)
@@ -217,9 +245,9 @@ def _moved(value: Tensor | None, x: Tensor) -> Tensor | None:
     return None if value is None else value.to(x.device, torch.float32)
 
 
-def _joint_mask(mask: Tensor | None, x: Tensor, patches: int) -> dict[str, Any] | None:
+def _joint_mask(mask: Tensor | None, x: Tensor, patches: int) -> dict[str, Any]:
     """[B, 1, 1, L + patches]: text tokens as masked, every patch seen."""
     if mask is None:
-        return None
+        return {}
     seen = torch.ones(len(mask), patches, dtype=torch.bool, device=x.device)
     return {"attention_mask": torch.cat([mask.to(x.device), seen], 1)[:, None, None]}

@@ -7,6 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .adapt import DiffusersHost
+from .call_values import check_latents
 from .networks import pack, unpack
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -17,6 +18,12 @@ class Noise:
 
     def __init__(self, shape: tuple[int, ...], generator: Generator, host: DiffusersHost) -> None:
         self._shape, self._generator, self._host = shape, generator, host
+
+    def start(self, latents: Tensor | None) -> Tensor:
+        """Where a call begins: at ``latents``, standard normal of this shape, or at a fresh draw."""
+        if latents is None:
+            return self()
+        return check_latents(latents, self._shape).to(self._host.device, torch.float32)
 
     def __call__(self, packed: bool = False) -> Tensor:
         """packed: in the order in which Flux' scheduler would, who sees patches."""

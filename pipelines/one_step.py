@@ -2,65 +2,94 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
     DiffusionPipeline,
     FluxTransformer2DModel,
-    ImagePipelineOutput,
     SchedulerMixin,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.cond import Cond
 from ..core.control import ControlAdapter
-from ..core.errors import OneStepError
-from ..core.guidance import MODES, Steering
+from ..core.guidance import Steering
 from ..core.presets import recipe_of
 from ..core.recipe import Recipe
-from ..core.sampling import sample
+from . import acting
 from .adapt import DiffusersHost, denoiser_of, network_of
-from .call_values import check_count, check_latents, checked, texts_of
-from .control import control_picture, controlled, load_control
-from .guidance_adapter import GuidanceDial, check_guidance, read_guidance_adapter
-from .load import class_for
+from .call_values import check_count, checked
+from .control import load_control
+from .guidance_adapter import check_guidance, read_guidance_adapter
+from .ip_adapter import IPAdapters, image_rows
+from .kinds import kept_settings, own_parts, passed_on, pipeline_of
+from .networks import Extras
 from .noise import Generator as Generator
 from .noise import Noise
 from .one_step_lora import check_family, load_lora_into
-from .own_guidance import Rows
+from .pictures import finished
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
-from .steer import steered, steering_of
+from .steps import Callback, Called, Steps, StepState
+from .switches import Switches
+from .text import PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
 
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
+IMAGE_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-class OneStepPipeline(DiffusionPipeline):
+class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
-    embedded_guidance: what Flux-dev is told, saved too; None is 3.5, or what the LoRA was trained at.
+    embedded_guidance: what Flux-dev reads, saved too; None is 3.5, or what the LoRA was trained at.
+
+    A call takes:
+
+    prompt: one or several, ``num_images_per_prompt`` pictures of each in a row; or prompt_embeds and, for SDXL, SD3 and
+    Flux, pooled_prompt_embeds, as `encode_prompt` (this one's, the family's, a weighting library's) returns them.
+    negative_prompt: one for all, or one for each prompt; or negative_prompt_embeds and negative_pooled_prompt_embeds.
+    It acts where guidance is on, and by ``steering``.
+    recipe: a Recipe or a preset's name, for this call. guidance_scale: of classifier-free guidance in the recipe's
+    place, 1 none; of Flux, what it embeds. num_inference_steps: the recipe's own number, anything else is refused.
+    steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag", "vsf" or "perp"
+    at a scale (None is a safe one for the family), or a `Steering`. None steers nothing. Under classifier-free guidance
+    both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+    guidance: the scale of guidance that `load_guidance_adapter`'s adapter stands in for, in the same forward, 1 (none)
+    to 30; None is what it was loaded at. Under classifier-free guidance the prompt's rows alone are the adapter's.
+    ip_adapter_image, ip_adapter_image_embeds: what loaded IP-Adapters draw by, as in the family's own pipeline.
+    control_image: what `load_control`'s adapter draws by (edges, say), a PIL image or a tensor, for all pictures or one
+    for each prompt, resized where it has another size. control_strength: 0 is none, 1 what was trained.
+    cross_attention_kwargs, joint_attention_kwargs: for the attention of U-Nets and of transformers.
+    height, width: in pixels; by default what the recipe was trained at, else the model's own size.
+    generator, seed: where the noise comes from; a seed draws it on the CPU. latents: standard normal [B, C, h, w] noise
+    to start from instead.
+    callback_on_step_end: called with (pipeline, step, time, tensors) after each step; tensors holds what
+    callback_on_step_end_tensor_inputs names, of `_callback_tensor_inputs`, and what it returns goes on. Set
+    ``_interrupt`` to end after the step.
+    output_type: "pil", "np", "pt" or "latent".
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
-    _optional_components = [*TEXT_PARTS, "unet", "transformer"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
+    _optional_components = [*TEXT_PARTS, *IMAGE_PARTS, "unet", "transformer"]
+    _exclude_from_cpu_offload = ["safety_checker"]
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | ConsistencyDecoderVAE,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -70,24 +99,39 @@ class OneStepPipeline(DiffusionPipeline):
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         unet: UNet2DConditionModel | None = None,
         transformer: SD3Transformer2DModel | FluxTransformer2DModel | None = None,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        image_encoder: PreTrainedModel | None = None,
         recipe: str | None = None,
         embedded_guidance: float | None = None,
     ) -> None:
         super().__init__()
         texts = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
-        self.register_modules(vae=vae, scheduler=scheduler, unet=unet, transformer=transformer)
-        self.register_modules(**dict(zip(TEXT_PARTS, texts, strict=True)))
+        images = (safety_checker, feature_extractor, image_encoder)
+        parts: dict[str, Any] = dict(zip((*TEXT_PARTS, *IMAGE_PARTS), (*texts, *images), strict=True))
+        self.register_modules(**own_parts(parts | {"unet": unet, "transformer": transformer}))
+        self.register_modules(vae=vae, scheduler=scheduler)
         self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
+        absent = (name for name, part in self.components.items() if name in IMAGE_PARTS or part is None)
+        self._optional_components = list(absent)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._control: ControlAdapter | None = None
         self._guidance: tuple[Any, float] | None = None
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts that the family's own pipeline has, by name."""
+        return {name: getattr(self, name) for name in self.config if name in self._get_signature_keys(type(self))[0]}
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **parts: Any) -> OneStepPipeline:
-        """This pipeline over a loaded one's parts, which the base class would cast; ``parts`` replace some."""
-        wanted = cls._get_signature_keys(cls)[0]
-        return cls(**{name: part for name, part in pipeline.components.items() if name in wanted} | parts)
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> OneStepPipeline:
+        """This pipeline over a loaded one's parts; ``changes`` replace some, or settings. dtype: cast them, which the
+        base class would always do."""
+        dtype = changes.pop("dtype", changes.pop("torch_dtype", None))
+        made = cls(**passed_on(cls, pipeline) | changes)
+        made.register_to_config(**kept_settings(made, pipeline))
+        return made if dtype is None else made.to(dtype=dtype)
 
     @property
     def recipe(self) -> Recipe:
@@ -97,63 +141,79 @@ class OneStepPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         recipe: Recipe | str | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         steering: str | Steering | None = None,
         scale: float | None = None,
         guidance: float | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
         control_image: Any = None,
         control_strength: float = 1.0,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
         generator: Generator = None,
         seed: int | None = None,
         latents: Tensor | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Pictures of ``prompt``, ``num_images_per_prompt`` of each in a row.
-
-        recipe: a Recipe or a preset's name, for this call. negative_prompt: for all pictures, or one for each prompt;
-        it acts where the recipe's guidance is not 1, and by ``steering``.
-        steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag", "vsf" or
-        "perp" at a scale (None is a safe one for the family), or a `Steering`. None steers nothing. Where the recipe's
-        guidance is not 1 both act: the prompt's rows are steered, then guided away from the negative's own rows, which
-        are not.
-        guidance: the scale of guidance that `load_guidance_adapter`'s adapter stands in for, in the same forward, 1
-        (none) to 30; None is what it was loaded at. Where the recipe's is not 1 both act: the prompt's rows alone are
-        the adapter's.
-        control_image: what `load_control`'s adapter draws by (edges, say), a PIL image or a tensor, for all pictures or
-        one for each prompt, resized where it has another size. control_strength: 0 is none, 1 what was trained.
-        height, width: in pixels; by default what the recipe was trained at, else the model's own size.
-        generator, seed: where the noise comes from; a seed draws it on the CPU. latents: standard normal [B, C, h, w]
-        noise to start from instead.
-        output_type: "pil", "np", "pt" or "latent".
-        """
-        recipe = self.recipe if recipe is None else recipe_of(recipe)
-        prompts, generator = checked(prompt, num_images_per_prompt, generator, seed, output_type)
-        host = self.host(recipe)
-        size = self._size(host, recipe, width, height)
-        cond = self._told(host.encode(prompts, size)).repeat(num_images_per_prompt).to(host.device)
-        guided = recipe.guidance != 1
-        negative = self._negative(host, negative_prompt, prompts, size) if guided or steering is not None else None
-        if negative_prompt and negative is None:
-            logging.warning('OneStep: the negative prompt does nothing at guidance 1: give steering too, "nag" for one')
-        null = _beside(negative, cond) if guided and negative is not None else None
-        shape = (len(cond), *host.latent_shape(size))
-        noise = Noise(shape, generator, host)
-        start = noise() if latents is None else check_latents(latents, shape).to(host.device, torch.float32)
-        control = self._controlled(control_image, control_strength, size, len(prompts), num_images_per_prompt)
-        measured = steering is not None and steering_of(steering, scale, host.family).wants_empty
-        empty = host.encode([""], size).text if measured else None
-        with self._steered(negative, guided, steering, scale, empty), self._adapted(guidance, guided), control:
-            x0 = sample(host.denoiser, recipe, cond, start, lambda step: noise(packed=True), null)
-        pictures = x0 if output_type == "latent" else self._pictures(host.decode(x0), output_type)
+        """Pictures of ``prompt``, or of its embeddings; the class' own text says what each argument is."""
+        chosen, embedded = self.begin(recipe, guidance_scale, num_inference_steps)
+        positive = PromptInput("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        prompts, each = positive.count, num_images_per_prompt
+        generator = checked(prompts, each, generator, seed, output_type)
+        host, guided = self.host(chosen), chosen.guidance != 1
+        size = self._size(host, chosen, width, height)
+        cond = at_guidance(conditions(host, positive, size), embedded).repeat(each).to(host.device)
+        away = PromptInput("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        negative = negative_conditions(host, away, prompts, size, guided, steering is not None)
+        null = beside(negative, cond) if guided and negative is not None else None
+        images = image_rows(host, ip_adapter_image, ip_adapter_image_embeds, prompts, each, guided)
+        attention = acting.attention(host.family, cross_attention_kwargs, joint_attention_kwargs)
+        host.denoiser = denoiser_of(host.pipe, prediction=chosen.prediction, extras=Extras(images, attention))
+        noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
+        start = noise.start(latents)
+        control = acting.control(self, self._control, control_image, control_strength, size, (prompts, each))
+        callback = Called(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        steered = acting.steering(self, host, negative, steering, scale, guided)
+        with steered, acting.dial(self, self._guidance, guidance, guided), control:
+            steps = Steps(host, chosen, cond, null, callback, halves=steering is not None or self._guidance is not None)
+            x0 = steps.run(start, lambda step: noise(packed=True))
+        pictures = finished(self, host, x0, output_type, generator, return_dict)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return pictures
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = "",
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds) of every family.
+
+        The pooled two are None for SD1.5 and SD2. It needs the text encoders and tokenizers alone, and a call with
+        what it returns needs neither.
+        """
+        place, each = torch.device(device or self._execution_device), num_images_per_prompt
+        prompt_embeds, pooled_prompt_embeds = embeddings(self.plain(), prompt, place, each)
+        negatives = "" if negative_prompt is None else negative_prompt
+        negative_prompt_embeds, negative_pooled_prompt_embeds = embeddings(self.plain(), negatives, place, each)
+        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def load_one_step_lora(
         self, path: str | Path, recipe: Recipe | str | None = None, adapter_name: str = "onestep"
@@ -186,81 +246,21 @@ class OneStepPipeline(DiffusionPipeline):
 
     def plain(self) -> Any:
         """The family's own pipeline over these parts."""
-        parts = {name: part for name, part in self.components.items() if part is not None}
-        index = {name: ["", type(part).__name__] for name, part in parts.items()}
-        cls = getattr(diffusers, class_for(index))
-        wanted = cls._get_signature_keys(cls)[0]
-        flags = {"requires_safety_checker": False} if "safety_checker" in wanted else {}
+        cls = getattr(diffusers, pipeline_of(self.components))
+        made = {"requires_safety_checker": False} if "safety_checker" in self.components else {}
         with quiet():
-            return cls(**{name: parts.get(name) for name in wanted}, **flags)
+            return cls(**made | passed_on(cls, self))
 
     def host(self, recipe: Recipe) -> DiffusersHost:
         """The parts behind the contract, as ``recipe`` wants the network read."""
         network = network_of(self)
         check_family(recipe, network)
         plain = self.plain()
-        # where parts lie apart, the network decides; under CPU offload it lies on the CPU and works elsewhere
-        device = self._execution_device if network.device.type == "cpu" else network.device
+        # where parts lie apart, the network decides; under offload it lies on the CPU, or nowhere, and works elsewhere
+        device = self._execution_device if network.device.type in ("cpu", "meta") else network.device
         return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), device)
-
-    def _told(self, cond: Cond) -> Cond:
-        """``cond``, whose embedded guidance, where it has one, is this pipeline's."""
-        if cond.guidance is None or self.config.embedded_guidance is None:
-            return cond
-        return cond.with_(guidance=torch.full((len(cond),), float(self.config.embedded_guidance)))
-
-    def _negative(self, host: DiffusersHost, negative: Any, prompts: list[str], size: tuple[int, int]) -> Cond:
-        """The conditions of one negative prompt for all, or of one for each."""
-        texts = texts_of("" if negative is None else negative, "negative_prompt")
-        if len(texts) not in (1, len(prompts)):
-            raise OneStepError(
-                f"there are {len(texts)} negative prompts for {len(prompts)} prompts: give one, or as many"
-            )
-        return host.encode(texts, size).to(host.device)
-
-    def _steered(
-        self, negative: Cond | None, guided: bool, steering: Any, scale: float | None, empty: Tensor | None
-    ) -> AbstractContextManager[None]:
-        if steering is not None and negative is not None:
-            # nothing of the network changes within a call, and `guided` puts the prompt's rows first
-            rows: Rows = "first half" if guided else "all"
-            return steered(self, negative.text, steering, scale=scale, rows=rows, cache=True, empty=empty)
-        if scale is not None:
-            raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
-        return nullcontext()
-
-    def _adapted(self, guidance: float | None, guided: bool) -> AbstractContextManager[Any]:
-        if self._guidance is not None:
-            side, usual = self._guidance
-            return GuidanceDial(self, side, usual if guidance is None else guidance, "first half" if guided else "all")
-        if guidance is not None:
-            raise OneStepError(
-                f"guidance is {guidance!r:.20}, and no adapter has it: call load_guidance_adapter(path) first"
-            )
-        return nullcontext()
-
-    def _controlled(
-        self, images: Any, strength: float, size: tuple[int, int], prompts: int, each: int
-    ) -> AbstractContextManager[None]:
-        if images is None:
-            return nullcontext()
-        if self._control is None:
-            raise OneStepError("there is a control_image, and nothing to draw by it: call load_control(path) first")
-        control = control_picture(self._control, images, size)
-        if len(control) not in (1, prompts):
-            raise OneStepError(f"there are {len(control)} control images for {prompts} prompts: give one, or as many")
-        control = control if len(control) == 1 else control.repeat_interleave(each, 0)
-        return controlled(self, self._control, control, strength=strength)
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size
         found = width or trained[0], height or trained[1]
         return check_count(found[0], "width"), check_count(found[1], "height")
-
-    def _pictures(self, pictures: Tensor, output_type: str) -> Any:
-        return self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
-
-
-def _beside(null: Cond, cond: Cond) -> Cond:
-    """``null``, of one prompt or of as many, for each sample of ``cond`` in its order, at its sizes and guidance."""
-    return null.repeat(len(cond) // len(null)).with_(size=cond.size, guidance=cond.guidance)

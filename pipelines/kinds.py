@@ -1,0 +1,68 @@
+"""Which of the families' own pipelines some parts make up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+from ..core.errors import OneStepError
+from ..core.families import detect
+
+SD, SDXL, SD3, FLUX = PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+)
+
+
+def pipeline_of(parts: Mapping[str, Any]) -> str:
+    """The class of the family's own pipeline for loaded ``parts``: by the network, or else by the text encoders."""
+    for network in (parts.get("unet"), parts.get("transformer")):
+        if network is not None:
+            family = detect(network)
+            unet = SDXL if network.config.get("addition_embed_type") == "text_time" else SD
+            return {"unet": unet, "sd3": SD3, "flux": FLUX}[family]
+    names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    if "T5" in names[1]:
+        return FLUX
+    # SD3 reads the projected text of both of its CLIPs, SDXL that of the second
+    if names[0] == "CLIPTextModelWithProjection" or names[2] != "NoneType":
+        return SD3
+    if names[1] != "NoneType":
+        return SDXL
+    if names[0] != "NoneType":
+        return SD
+    raise OneStepError("this pipeline has neither a network nor a text encoder: give it the parts of a whole model")
+
+
+def own_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``parts`` that the family's own pipeline has; OneStepError for others that are there."""
+    kind = pipeline_of(parts)
+    cls = getattr(diffusers, kind)
+    wanted = cls._get_signature_keys(cls)[0]
+    strange = [name for name, part in parts.items() if part is not None and name not in wanted]
+    if strange:
+        raise OneStepError(
+            f"the parts are a {kind}'s, which has no {strange[0]}: leave it out, or give the right model"
+        )
+    if parts.get("safety_checker") is not None and parts.get("feature_extractor") is None:
+        raise OneStepError("a safety_checker looks through a feature_extractor: give both, or safety_checker=None")
+    return {name: part for name, part in parts.items() if name in wanted}
+
+
+def passed_on(cls: Any, pipeline: Any) -> dict[str, Any]:
+    """What a pipeline of class ``cls`` is made of from the parts and settings of ``pipeline``."""
+    wanted, settings = cls._get_signature_keys(cls)
+    parts = {name: part for name, part in pipeline.components.items() if name in wanted}
+    found = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
+    return parts | {name: found[name] for name in settings if found.get(name) is not None}
+
+
+def kept_settings(pipeline: Any, source: Any) -> dict[str, Any]:
+    """Settings of ``source`` that ``pipeline`` does not have, as diffusers keeps them for a pipeline made of this."""
+    skipped = {*type(pipeline)._get_signature_keys(type(pipeline))[1], "class_name", "diffusers_version"}
+    found = {name.removeprefix("_"): value for name, value in source.config.items() if name not in source.components}
+    return {f"_{name}": value for name, value in found.items() if name not in skipped}

@@ -1,0 +1,207 @@
+"""The text of a call: prompts encoded as the families' own pipelines do, or embeddings given in their place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import detect
+from .call_values import texts_of
+from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
+from .places import on_device
+
+
+def t5_tokens(pipe: Any) -> int:
+    """Tokens of T5's text. Flux-schnell, which embeds no guidance, was trained with half of Flux-dev's.
+
+    SD3 without T5 has none: diffusers would append 256 zeros by default, ComfyUI appends nothing, and both shall draw
+    the same.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if "text_encoder_3" in pipe.components:
+        return 256 if pipe.text_encoder_3 is not None else 0
+    return 256 if transformer is not None and not transformer.config.guidance_embeds else 512
+
+
+def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
+    """Text and pooled text of ``prompts``, by the encode_prompt of ``pipe``, a pipeline of the ``kind`` in PIPELINES
+    or a relative of it."""
+    _check_encoders(pipe, kind)
+    more: dict[str, Any] = {"device": device, "num_images_per_prompt": 1}
+    if kind == FLUX:
+        text, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=t5_tokens(pipe), **more)
+        return Cond(text, pooled=pooled)
+    more["do_classifier_free_guidance"] = False
+    if kind == SD3:
+        more["max_sequence_length"] = t5_tokens(pipe)
+        text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **more)
+        return Cond(text, pooled=pooled)
+    if kind == SDXL:
+        text, _, pooled, _ = pipe.encode_prompt(prompts, **more)
+        return Cond(text, pooled=pooled)
+    return Cond(pipe.encode_prompt(prompts, **more)[0])
+
+
+def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each: int) -> tuple[Tensor, Tensor | None]:
+    """Text and pooled text of ``texts``, ``each`` times in a row; needs the text encoders of ``pipe`` alone."""
+    prompts = texts_of(texts)
+    with on_device(device, *encoders_of(pipe)):
+        cond = encode(pipe, pipeline_of(pipe.components), prompts, device).repeat(each)
+    return cond.text, cond.pooled
+
+
+def encoders_of(pipe: Any) -> list[Any]:
+    """The text encoders that a pipeline has."""
+    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+    return [module for module in found if module is not None]
+
+
+ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2")}
+"""Which text encoders a text cannot do without, by their names' endings."""
+
+
+def _check_encoders(pipe: Any, kind: str) -> None:
+    for number in ENCODERS[kind]:
+        for part in (f"text_encoder{number}", f"tokenizer{number}"):
+            if getattr(pipe, part) is None:
+                raise OneStepError(
+                    f"this pipeline has no {part} to read a prompt with: load it, or give prompt_embeds, and "
+                    "negative_prompt_embeds where guidance or steering is on"
+                )
+    if kind == SD3 and pipe.text_encoder_3 is None and pipe.transformer is None:
+        raise OneStepError("SD3 without T5 encodes a prompt as wide as its transformer reads: load the transformer too")
+
+
+@dataclass(frozen=True)
+class PromptInput:
+    """What a call is given as its prompt, or as its negative prompt.
+
+    name: "prompt" or "negative_prompt". texts: one or several, None or "" where embeddings are given.
+    embeds: [P, L, C], as the first result of the family's encode_prompt. pooled: [P, C'], where the family has it.
+    """
+
+    name: str
+    texts: str | Sequence[str] | None
+    embeds: Tensor | None = None
+    pooled: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.texts and self.embeds is None
+
+    @property
+    def count(self) -> int:
+        """How many texts or embeddings. Raises OneStepError for none, for both, and for half of the embeddings."""
+        embeds = f"{self.name}_embeds"
+        if self.embeds is None and self.pooled is not None:
+            raise OneStepError(f"{pooled_name(self.name)} is given without {embeds}: give both, of the same texts")
+        if self.embeds is None:
+            return len(self.listed)
+        if self.texts:
+            raise OneStepError(f"{self.name} and {embeds} are both given: give one of them")
+        return len(_checked(embeds, self.embeds, ("prompts", "tokens", "width")))
+
+    @property
+    def listed(self) -> list[str]:
+        return texts_of(self.texts, self.name)
+
+
+def pooled_name(name: str) -> str:
+    """The argument that holds the pooled text of "prompt" or "negative_prompt", as diffusers names it."""
+    return f"{name.removesuffix('prompt')}pooled_prompt_embeds"
+
+
+def conditions(host: Any, given: PromptInput, size: tuple[int, int], pooled_needed: bool = True) -> Cond:
+    """One row for each text or embedding of ``given``, at ``size`` (width, height).
+
+    pooled_needed: whether embeddings of a model that reads pooled text must have theirs.
+    """
+    if given.count and given.embeds is not None:
+        return host.with_sizes(_from_embeds(given, host.network, pooled_needed).to("cpu", torch.float32), size)
+    return host.encode(given.listed, size)
+
+
+def negative_conditions(
+    host: Any, given: PromptInput, prompts: int, size: tuple[int, int], guided: bool, steered: bool
+) -> Cond | None:
+    """One row for all of ``prompts`` prompts, or one for each, on the host's device; None where nothing acts by it.
+
+    Nothing given is the empty text.
+    """
+    if not guided and not steered:
+        if not given.empty:
+            logging.warning('OneStep: the negative prompt does nothing at guidance 1: give steering too, "nag" for one')
+        return None
+    if given.embeds is None and given.texts is None:
+        given = replace(given, texts="")
+    found: Cond = conditions(host, given, size, pooled_needed=guided).to(host.device)
+    if len(found) not in (1, prompts):
+        raise OneStepError(f"there are {len(found)} negative prompts for {prompts} prompts: give one, or as many")
+    return found
+
+
+def at_guidance(cond: Cond, embedded: float | None) -> Cond:
+    """``cond``, whose embedded guidance, where it has one, is ``embedded``."""
+    if cond.guidance is None or embedded is None:
+        return cond
+    return cond.with_(guidance=torch.full((len(cond),), float(embedded)))
+
+
+def beside(null: Cond, cond: Cond) -> Cond:
+    """``null``, of one prompt or of as many, for each sample of ``cond`` in its order, at its sizes and guidance."""
+    return null.repeat(len(cond) // len(null)).with_(size=cond.size, guidance=cond.guidance)
+
+
+def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
+    """The embeddings of ``given``, checked against what ``network`` reads."""
+    text_width, pooled_width = widths(network)
+    text = _checked(f"{given.name}_embeds", given.embeds, ("prompts", "tokens", text_width))
+    if pooled_width is None:
+        if given.pooled is not None:
+            raise OneStepError(f"{pooled_name(given.name)} is given, and this model reads no pooled text: leave it out")
+        return Cond(text)
+    if given.pooled is None:
+        if pooled_needed:
+            name = pooled_name(given.name)
+            raise OneStepError(f"{given.name}_embeds is given without {name}, which this model reads too: give both")
+        return Cond(text)
+    pooled = _checked(pooled_name(given.name), given.pooled, ("prompts", pooled_width))
+    if len(pooled) != len(text):
+        name = pooled_name(given.name)
+        raise OneStepError(f"{given.name}_embeds has {len(text)} rows, {name} {len(pooled)}: give one for each prompt")
+    return Cond(text, pooled=pooled)
+
+
+def widths(network: Any) -> tuple[int, int | None]:
+    """How wide the text tokens are that ``network`` reads, and its pooled text; None where it reads none."""
+    config = network.config
+    if detect(network) != "unet":
+        return int(config.joint_attention_dim), int(config.pooled_projection_dim)
+    width = config.cross_attention_dim
+    width = int(width if isinstance(width, int) else width[0])
+    if config.addition_embed_type != "text_time":
+        return width, None
+    return width, int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+
+
+def _checked(name: str, value: Any, shape: tuple[str | int, ...]) -> Tensor:
+    """``value`` where it is a tensor of finite numbers of ``shape``, in which a word stands for any length."""
+    wanted = f"[{', '.join(map(str, shape))}]"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise OneStepError(f"{name} is {what}: give a tensor {wanted}, as encode_prompt returns it")
+    fits = value.ndim == len(shape) and 0 not in value.shape
+    if not fits or any(isinstance(size, int) and size != found for size, found in zip(shape, value.shape, strict=True)):
+        raise OneStepError(
+            f"{name} is {list(value.shape)}, this model reads {wanted}: encode it by this model's encoders"
+        )
+    if not bool(value.isfinite().all()):
+        raise OneStepError(f"{name} holds numbers that are not finite (NaN or infinite): encode the text again")
+    return value
