@@ -44,8 +44,11 @@ from onestep.training.engine.levels import UniformTime
 from onestep.training.engine.prompts import embed
 from onestep.training.engine.student import STUDENT
 from onestep.training.engine.trainer import EMA, Trainer
+from onestep.training.engine.turns import on_data, one_phase
 from onestep.training.evaluation.measures import frechet
-from onestep.training.methods.control import control_adapter, generator_recipe
+from onestep.training.methods import settings_for
+from onestep.training.methods.nct import adapter as control_adapter
+from onestep.training.methods.nct import generator_recipe
 from onestep.training.settings import Settings
 
 ROLE, BASELINE = "controlled", "baseline"
@@ -56,8 +59,8 @@ Draw = Callable[[Tensor, Any], Tensor]
 
 def settings_of(args: argparse.Namespace, host: Any) -> Settings:
     changes = dict(text.split("=", 1) for text in args.set)
-    defaults = {"method": "nct", "initial_lora": str(args.lora), "control": args.control, "learning_rate": "0.003"}
-    return at_native_size(Settings().with_texts(defaults | changes), set(changes), host)
+    defaults = {"initial_lora": str(args.lora), "control": args.control, "learning_rate": "0.003"}
+    return at_native_size(settings_for("nct").with_texts(defaults | changes), set(changes), host)
 
 
 def train(args: argparse.Namespace, host: Any, prompts: list[str]) -> tuple[Path, str]:
@@ -82,12 +85,10 @@ def train(args: argparse.Namespace, host: Any, prompts: list[str]) -> tuple[Path
 class Denoising:
     """ControlNet's own loss (arXiv:2302.05543, Eq. 3) on the generator's pictures; a tenth without their prompts."""
 
-    pool: TriplePool
+    denoise: Any
 
-    def draw(self, batch: Any, update: int) -> Any:
-        return self.pool.draw(batch, update)
-
-    def loss(self, denoise: Any, batch: Any, data: Any) -> Tensor:
+    def __call__(self, batch: Any, data: Any) -> Tensor:
+        denoise = self.denoise
         batch, schedule = batch.with_nulls(0.1, "no prompt"), denoise.schedule
         sigma = UniformTime()(schedule, batch.uniform("level"))
         noisy = add_noise(schedule, data.x, batch.normal("level noise"), sigma)
@@ -105,8 +106,11 @@ def train_baseline(args: argparse.Namespace, host: Any, prompts: list[str], upda
     roles.load(STUDENT, {}, host.device)
     roles.add_side(STUDENT, control_adapter(host, settings).to(host.device))
     roles.copy(STUDENT, EMA)
-    pool = TriplePool(host, texts, settings, args.runs / "triples", control_of(settings.control), nothing_new)
-    trainer = Trainer(host, settings, generator_recipe(host, settings), texts, None, None, Denoising(pool))  # type: ignore[arg-type]
+    pool = TriplePool(
+        host, texts, settings, args.runs / "triples", control_of(settings.own.control), nothing_new, lambda update: 1
+    )
+    plan = one_phase(STUDENT, on_data(pool.draw, Denoising(host.denoiser)), settings)
+    trainer = Trainer(host, settings, generator_recipe(host, settings), texts, plan)
     with host.training():
         for update in range(updates):
             numbers = trainer.step(update)

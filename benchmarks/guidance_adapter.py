@@ -38,6 +38,7 @@ from onestep.core.schedule import expand, log_snr
 from onestep.pipelines.tiny_words import stem_of
 from onestep.training.distil import Progress, distil
 from onestep.training.evaluation.evaluate import Student, evaluate
+from onestep.training.methods import settings_for
 from onestep.training.settings import Settings
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -175,7 +176,7 @@ def main() -> None:
     taught = captions(args.reference, held) if args.captions else taught
     host = open_host(args.model, "all", args.device)
     changes = dict(text.split("=", 1) for text in args.set)
-    settings = at_native_size(Settings(method="agd", checkpointing=False).with_texts(changes), set(), host)
+    settings = at_native_size(settings_for("agd", checkpointing=False).with_texts(changes), set(), host)
     (result, seconds), size = train(args, host, settings, taught), settings.size_list[0]
     side = load_adapter(result.path, MAKERS, host.family).side
     host.denoiser.roles.add_side(ROLE, side)

@@ -27,7 +27,8 @@ from onestep.cli.lora import read_lora
 from onestep.cli.model import at_native_size, native_size, open_host, read_prompts
 from onestep.training.distil import Progress, distil
 from onestep.training.evaluation.evaluate import evaluate
-from onestep.training.settings import Settings, preset
+from onestep.training.presets import preset
+from onestep.training.settings import Settings
 
 BETTER_LOW = ("fd_real", "fd", "sliced_real", "sliced", "kd_real", "kd")
 

@@ -37,6 +37,11 @@ class Console:
 
         tqdm.write(text, file=sys.stderr)
 
+    @property
+    def terminal(self) -> bool:
+        """Whether a progress bar is drawn."""
+        return sys.stderr.isatty()
+
     def bar(self, total: int, title: str) -> Any:
         """A progress bar on standard error; none where that is no terminal."""
         from tqdm import tqdm

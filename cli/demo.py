@@ -10,12 +10,12 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..training.presets import preset
 from ..training.runs.files import write_bytes
-from ..training.settings import Settings, preset
+from ..training.settings import Settings
 from .console import Console, RunFailed, duration
 from .distill import train
 from .evaluate import judge_of, measure
@@ -77,7 +77,7 @@ def settings_of(args: Namespace) -> Settings:
     chosen = preset(PRESET, **SMALLER)
     if args.steps is None:
         return chosen
-    return replace(chosen, steps=args.steps, warm_start=args.steps, critic_warm_up=args.steps)
+    return chosen.with_(steps=args.steps, warm_start=args.steps, critic_warm_up=args.steps)
 
 
 def _compare(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from .console import Console, RunFailed, duration
 from .model import at_native_size, open_host, read_prompts, read_settings
 
 CURVE = ("distance", "content", "variety", "spread")
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal for a bar."""
 
 
 def run(args: Namespace, console: Console) -> None:
@@ -48,30 +52,49 @@ def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: 
 
 
 class Shown:
-    """Progress as a person sees it: the bar, and a line for each new measure."""
+    """Progress as a person sees it: a bar for each phase before the first update and one for the updates, a line for
+    each new measure; without a terminal, a line at least every minute."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.updates, self.notes = console, 0, 0
         self.bar: Any = None
+        self.began, self.said_at = "", -math.inf
 
     def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self._close()
 
     def report(self, progress: Any) -> None:
-        if self.bar is None:
-            self.bar = self.console.bar(progress.total, progress.phase)
-        self.updates = self.bar.n = progress.update
+        what = progress.phase if progress.preparing else "updates"
+        if self.bar is None or what != self.began:
+            self._close()
+            self.bar, self.began = self.console.bar(progress.of, progress.phase), what
+        self.updates, self.bar.n = progress.update, progress.done
         self.bar.set_description(progress.phase, refresh=False)
-        self.bar.set_postfix_str(f"{duration(progress.eta)} to go", refresh=True)
+        self.bar.set_postfix_str(to_go(progress.eta), refresh=True)
         if "distance" in progress.numbers:
-            self.console.note(curve_line(progress))
+            self._say(curve_line(progress))
+        elif not self.console.terminal and time.monotonic() - self.said_at >= EVERY:
+            self._say(f"{progress.phase}: {progress.done} of {progress.of}; {to_go(progress.eta)}")
         for note in progress.notes[self.notes :]:
             self.console.note(note)
         self.notes = len(progress.notes)
+
+    def _say(self, line: str) -> None:
+        self.said_at = time.monotonic()
+        self.console.note(line)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+def to_go(eta: float) -> str:
+    """ "5 min to go"."""
+    return f"{duration(eta)} to go" if math.isfinite(eta) else "measuring the time to go"
 
 
 def curve_line(progress: Any) -> str:
@@ -79,7 +102,7 @@ def curve_line(progress: Any) -> str:
     told = ", ".join(f"{name} {progress.numbers[name]:.3f}" for name in CURVE if name in progress.numbers)
     late = progress.numbers.get("no_gain", 0)
     gain = f"; no gain for {late:.0f} updates" if late else ""
-    return f"update {progress.update}/{progress.total}, {progress.phase}: {told}{gain}; {duration(progress.eta)} to go"
+    return f"update {progress.update}/{progress.total}, {progress.phase}: {told}{gain}; {to_go(progress.eta)}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from .console import Console
 
 
 def run(args: Namespace, console: Console) -> None:
-    from ..training.methods.registry import METHODS
+    from ..training.methods import METHODS
 
     rows = [{"name": name, "title": m.title, "paper": m.paper, "forwards": m.forwards} for name, m in METHODS.items()]
     lines = [

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..core.errors import OneStepError
 from ..training.engine.prompts import read_prompts as prompts_of
-from ..training.settings import PRESETS, Settings, nearest, preset
+from ..training.presets import PRESETS, preset
+from ..training.settings import Settings, nearest, size_list
 
 
 def open_host(model: str, targets: str = "all", device: str | None = None) -> Any:
@@ -45,7 +46,9 @@ def read_settings(args: Namespace) -> tuple[Settings, set[str]]:
         raise OneStepError(f"no preset {args.preset[:60]!r}{nearest(args.preset, PRESETS)}")
     texts = dict(_pair(text) for text in args.set)
     texts |= {name: value for name, value in (("method", args.method), ("steps", args.steps)) if value is not None}
-    return preset(args.preset).with_texts(texts), set(texts)
+    given = set(texts)
+    method = {"method": texts.pop("method")} if "method" in texts else {}
+    return preset(args.preset, **method).with_texts(texts), given
 
 
 def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:
@@ -66,7 +69,7 @@ def native_size(host: Any) -> tuple[int, int]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "512x512"."""
-    sizes = Settings(sizes=text).size_list
+    sizes = size_list(text)
     if len(sizes) != 1:
         raise OneStepError(f"--size is {text[:60]!r}: give one size, like 512x512")
     return sizes[0]

@@ -7,12 +7,13 @@ import difflib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..core.errors import OneStepError
-from ..training.settings import PRESETS, Settings
+from ..training.methods import METHODS
+from ..training.presets import PRESETS
+from ..training.settings import Settings, described
 
 MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
 DEBUG = "show the whole trace of an error"
@@ -165,19 +166,32 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 
 
 def _help(name: str) -> str:
-    return next(str(entry.metadata["help"]) for entry in fields(Settings) if entry.name == name)
+    return next(str(entry.metadata["help"]) for entry in described(Settings) if entry.name == name)
 
 
 def _settings_help() -> str:
     """Every setting with its default, range and help, for the end of `distill --help`."""
     lines = ["settings (--set KEY=VALUE; the preset's values win over these defaults):"]
-    for entry in fields(Settings):
+    lines += _described(Settings)
+    owners: dict[Any, list[str]] = {}
+    for method in METHODS.values():
+        owners.setdefault(method.settings, []).append(method.name)
+    for kind, names in owners.items():
+        if described(kind):
+            lines += ["", f"of {' and '.join(names)} alone:", *_described(kind)]
+    changes = {name: ", ".join(f"{key}={value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
+    return "\n".join([*lines, "", "presets:", *(f"  {name:<10}{text}" for name, text in changes.items())])
+
+
+def _described(kind: Any) -> list[str]:
+    """Each setting of a dataclass with its default, range and help."""
+    lines = []
+    for entry in described(kind):
         meta = entry.metadata
         bounds = "|".join(meta["choices"]) or (f"{meta['low']}..{meta['high']}" if meta["low"] is not None else "")
         about = f"{meta['help']} [{entry.default if entry.default != '' else 'empty'}{'; ' + bounds if bounds else ''}]"
         lines += textwrap.wrap(f"{entry.name:<22}{about}", 110, initial_indent="  ", subsequent_indent=" " * 24)
-    changes = {name: ", ".join(f"{key}={value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
-    return "\n".join([*lines, "", "presets:", *(f"  {name:<10}{text}" for name, text in changes.items())])
+    return lines
 
 
 def _nearest(word: str, known: Any) -> str:

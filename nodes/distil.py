@@ -12,10 +12,11 @@ from ..core.adapter_file import read_told
 from ..core.tensor_file import read_tensors
 from ..training.distil import Result, distil
 from ..training.engine.prompts import check_prompts, lines
-from ..training.methods.registry import METHODS
+from ..training.methods import METHODS
+from ..training.presets import PRESETS
+from ..training.presets import preset as of_preset
 from ..training.runs.run import CONTINUE, RESTART, STOP
-from ..training.settings import PRESETS, Settings
-from ..training.settings import preset as of_preset
+from ..training.settings import Settings, described
 from .adapt import adapted
 from .finish import running
 from .load_lora import RecipeSocket
@@ -42,7 +43,7 @@ def help_of(name: str) -> str:
 
 def methods_told() -> str:
     """The methods, a line each."""
-    return "\n".join([help_of("method"), *(f"{name}: {method.title}." for name, method in METHODS.items())])
+    return "\n".join(["How the student learns.", *(f"{name}: {method.title}." for name, method in METHODS.items())])
 
 
 def model_inputs() -> list[Any]:
@@ -174,13 +175,13 @@ def settings_of(
 ) -> Settings:
     """The preset, then the finer settings, then what the node shows."""
     changes = {**finer, **shown, "student_steps": int(shown["student_steps"]), "negative": shown["negative"].strip()}
-    if method != BY_PRESET:
-        changes["method"] = method
+    chosen_method = PRESETS[preset]["method"] if method == BY_PRESET else method
     if steps:
         changes["steps"] = steps
     if initial_lora != NO_LORA:
         changes["initial_lora"] = folder_paths.get_full_path_or_raise("loras", initial_lora)
-    return of_preset(preset, **changes)
+    known = {entry.name for entry in (*described(Settings), *described(METHODS[chosen_method].settings))}
+    return of_preset(preset, **{"method": chosen_method, **{n: v for n, v in changes.items() if n in known}})
 
 
 def outputs(result: Result, file: str) -> io.NodeOutput:

@@ -17,8 +17,10 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.own_control import register_examples
 from ..training.engine.prompts import lines
+from ..training.methods import METHODS
 from ..training.methods.generator_pictures import generator_pictures
-from ..training.settings import preset
+from ..training.presets import preset
+from ..training.settings import Settings, described
 from .adapt import adapted
 from .distil import NO_LORA, help_of
 from .places import checked_name, stamp
@@ -79,7 +81,8 @@ class GeneratorPictures(io.ComfyNode):  # type: ignore[misc]
     ) -> io.NodeOutput:
         lora = "" if initial_lora == NO_LORA else folder_paths.get_full_path_or_raise("loras", initial_lora)
         told = {"method": "nct", "sizes": sizes, "seed": seed, "initial_lora": lora}
-        chosen = preset("Fast", **{**(settings or {}), **told})
+        known = {entry.name for kind in (Settings, METHODS["nct"].settings) for entry in described(kind)}
+        chosen = preset("Fast", **{**{n: v for n, v in (settings or {}).items() if n in known}, **told})
         bar = comfy.utils.ProgressBar(-(-chosen.pairs // chosen.batch))
         pictures = []
         with adapted(model, clip, vae, targets=chosen.targets) as host:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..training.settings import Settings
+from ..training.methods import METHODS
+from ..training.settings import Settings, described
 
 SettingsSocket = io.Custom("ONESTEP_SETTINGS")
 # What the distil node shows itself.
@@ -32,6 +33,12 @@ def widget(entry: Field[Any]) -> Any:
     return io.String.Input(entry.name, **told)
 
 
+def every() -> dict[str, Field[Any]]:
+    """The settings of every run and of every method, by name."""
+    kinds = [Settings, *dict.fromkeys(method.settings for method in METHODS.values())]
+    return {entry.name: entry for kind in kinds for entry in described(kind)}
+
+
 def step_of(entry: Field[Any]) -> float:
     """Fine enough for the default: 1e-05 for 1e-4, 0.01 for 0.99."""
     default: Any = entry.default
@@ -50,7 +57,7 @@ class DistillationSettings(io.ComfyNode):  # type: ignore[misc]
             description="The finer settings of Distil One-Step LoRA. Connected, all values here replace those "
             "of its preset.",
             search_aliases=["advanced training settings", "learning rate"],
-            inputs=[widget(entry) for entry in fields(Settings) if entry.name not in SHOWN],
+            inputs=[widget(entry) for entry in every().values() if entry.name not in SHOWN],
             outputs=[SettingsSocket.Output(display_name="settings", tooltip="For Distil One-Step LoRA.")],
         )
 

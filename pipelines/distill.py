@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.errors import OneStepError
-from ..training import settings as known_settings
+from ..training import presets
 from ..training.distil import Report, Result, distil
 from ..training.engine.prompts import check_prompts, read_prompts
-from ..training.settings import Settings, nearest
+from ..training.settings import Settings
 from .adapt import adapt
 from .load import load
 
@@ -56,12 +55,9 @@ def _pipe(pipe: Any, device: torch.device | str | None) -> Any:
 
 
 def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:
-    known = {entry.name for entry in fields(Settings)}
-    for unknown in sorted(set(changes) - known):
-        raise OneStepError(f"no setting {unknown!r}{nearest(unknown, known)}")
     # a path is a text here, as in Result.path given for initial_lora
     plain = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items()}
-    return known_settings.preset(name, **{"method": method, **plain})
+    return presets.preset(name, **{"method": method, **plain})
 
 
 def _prompts(prompts: Sequence[str] | Path) -> list[str]:

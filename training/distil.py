@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,22 +17,24 @@ from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
 from ..core.lora_file import save_lora
 from ..core.roles import State
-from .data.pairs import Pairs
-from .engine.inputs import check_base, config_of, initial_state
+from .engine.inputs import check_base, initial_state
 from .engine.optimizer import refuse_missing
-from .engine.prompts import Prompts, check_prompts, embed
-from .engine.student import STUDENT
-from .engine.trainer import EMA, Numbers, Trainer
+from .engine.prompts import check_prompts, embed
+from .engine.setup import Setup
+from .engine.student import STUDENT, add_student
+from .engine.trainer import EMA, Trainer
+from .engine.turns import Numbers
 from .host import Host
-from .methods.distribution_matching import CRITIC
-from .methods.registry import METHODS, add_student
-from .runs.run import CONTINUE, STOP, Run, opened
+from .methods import METHODS
+from .runs.config import config_of
+from .runs.run import STOP, Run, opened
 from .runs.state import restore, snapshot
 from .settings import Settings
-from .watch.monitor import Looks
-from .watch.progress import Progress, Report, Result, Stopped
+from .watch.eta import Pace
+from .watch.monitor import Monitor
+from .watch.progress import Progress, Report, Request, Result, Stopped, requested
 
-__all__ = ["Progress", "Report", "Result", "Stopped", "distil"]
+__all__ = ["Progress", "Report", "Request", "Result", "Stopped", "distil"]
 
 BEFORE = "before training"
 """The phase of the untrained student."""
@@ -50,15 +53,15 @@ def distil(
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
     other ``steps`` and ``pairs`` than it had (sun: other ``steps``); what changes over a run, the step size and nct's
-    noise levels, is then as in a run of so many steps. Raises OneStepError for bad input, before anything is written,
-    and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after the state and
-    partial.safetensors are saved.
+    noise levels, is then as in a run of so many steps. One that was finished early counts as finished until it is given
+    other steps. Raises OneStepError for bad input, before anything is written, and Stopped for a run that failed. What
+    ``host.poll`` or ``report`` raises passes through, after the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
         host.latent_shape(size)
     initial = initial_state(host, settings)
-    check_base(host, settings)
+    check_base(host)
     METHODS[settings.method].check(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
@@ -66,9 +69,6 @@ def distil(
     run_there = opened(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
         session = _Session(host, prompts, settings, run, report, initial)
-        if existing == CONTINUE and not goes_on:
-            session.notes.append(f"no run to continue in {folder}: started anew")
-        session.notes += filter(None, [METHODS[settings.method].note(settings)])
         return session.run_all(goes_on)
 
 
@@ -78,136 +78,135 @@ class _Session:
     def __init__(
         self, host: Host, prompts: list[str], settings: Settings, run: Run, report: Report | None, initial: State | None
     ) -> None:
-        self.host, self.settings, self.run = host, settings, run
-        self.report = report or (lambda progress: None)
-        self.texts, self.initial, self.notes = prompts, initial, list[str]()
+        self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
+        self.report: Callable[[Progress], Any] = report or (lambda progress: None)
+        self.texts, self.initial = prompts, initial
+        self.notes = [note for note in [self.method.note(settings)] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
-        self.update, self.saved_at = 0, time.monotonic()
+        self.update, self.saved_at, self.finished_at = 0, time.monotonic(), 0
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run_all(self, goes_on: bool) -> Result:
         with ExitStack() as stack:
-            prompts = embed(self.host, self.texts, self.settings, self.run.folder / "embeddings")
+            self.setup = self._setup()
             stack.enter_context(self.host.training())
-            self._hang_hooks(stack)
-            self.trainer = self._trainer(prompts)
-            referee = METHODS[self.settings.method].referee
-            self.looks = Looks(self.host, self.settings, self.trainer.recipe, self.run.folder, referee)
+            self._install_hooks(stack)
+            self.trainer = self._trainer()
+            self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
             if goes_on:
                 self._restore()
                 self._adjust()
             else:
                 self._save()
             try:
-                self.looks.prepare(prompts)
+                self.monitor.prepare(self.setup, self.method.reference, self._tick)
                 self._train()
             except BaseException as error:
                 self._leave(error)
                 raise
             return self._finish()
 
-    def _hang_hooks(self, stack: ExitStack) -> None:
+    def _setup(self) -> Setup:
+        host, settings, folder = self.host, self.settings, self.run.folder
+        place, guidance_input = folder / "embeddings", self.method.guidance_input
+        prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
+        return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
+
+    def _install_hooks(self, stack: ExitStack) -> None:
         """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
         roles = self.host.denoiser.roles
         stack.enter_context(roles.installed())
-        stack.callback(self._forget_roles)
+        stack.callback(self._forget_roles, set(roles.names()))
         stack.enter_context(clone_inputs(self.host.in_place))
         blocks = checkpoint_blocks(self.host.blocks, roles) if self.settings.checkpointing else nullcontext()
         stack.enter_context(blocks)
 
-    def _forget_roles(self) -> None:
+    def _forget_roles(self, before: set[str]) -> None:
         """The host is as it was: a second run on it starts from nothing, and frees nothing twice."""
-        for role in (STUDENT, EMA, CRITIC):
+        for role in set(self.host.denoiser.roles.names()) - before:
             self.host.denoiser.roles.drop(role)
 
-    def _trainer(self, prompts: Prompts) -> Trainer:
-        host, settings, method = self.host, self.settings, METHODS[self.settings.method]
-        roles, objective = host.denoiser.roles, method(settings)
-        add_student(host, settings, method, self.initial)
-        roles.copy(STUDENT, EMA)
-        if objective is not None:
-            roles.add(CRITIC, settings.critic_rank or settings.rank, settings.seed, host.device)
-            self._share_start()
-        pairs = Pairs(host, prompts, settings, self.run.folder / "pairs")
-        direct = None if method.direct is None else method.direct(host, settings, prompts, self.run.folder)
-        return Trainer(host, settings, method.recipe(host, settings), prompts, pairs, objective, direct)
-
-    @torch.no_grad()
-    def _share_start(self) -> None:
-        """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0."""
-        roles = self.host.denoiser.roles
-        for name, (a, _) in roles.state(CRITIC).items():
-            start = roles.state(STUDENT)[name][0]
-            if start.shape == a.shape:
-                a.copy_(start)
+    def _trainer(self) -> Trainer:
+        add_student(self.host, self.settings, self.initial, self.method.adapter)
+        self.host.denoiser.roles.copy(STUDENT, EMA)
+        plan = self.method.plan(self.setup)
+        return Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
 
     def _train(self) -> None:
-        total = self.trainer.total
+        total = self.trainer.plan.updates
         if self.update == 0:
             self._begin()
-        while self.update < total:
+        while self.update < total and self.finished_at != total:
             began = time.monotonic()
-            phase = self.trainer.phase(self.update)[0]
+            phase = self.trainer.plan.at(self.update)[0].name
             numbers = self.trainer.step(self.update)
             if self.trainer.stuck >= self.settings.patience:
                 self._roll_back()
-            seen, preview = self.looks(self.update + 1, last=self.update + 1 == total)
+            self.pace.add(self.update, time.monotonic() - began)
+            seen, preview = self.monitor(self.update + 1, last=self.update + 1 == total)
             numbers |= seen
             self.run.log({"update": self.update + 1, "phase": phase, "seconds": time.monotonic() - began, **numbers})
             self.update += 1
             self._save_if_due()
-            if self.report(self._progress(phase, numbers, preview)):
+            if Request.FINISH in self._answer(phase, numbers, preview):
+                self.finished_at = total
                 self.trainer.notes.append(f"finished early, after {self.update} of {total} updates")
-                return
+
+    def _answer(self, phase: str, numbers: Numbers, preview: Path | None) -> Request:
+        """Report an update, and do what is asked for now."""
+        asked = requested(self.report(self._progress(phase, numbers, preview)))
+        if Request.SAVE in asked:
+            self._save()
+            self._write("partial.safetensors", self.monitor.shown)
+        if Request.SAMPLE in asked:
+            self.report(self._progress(phase, {}, self.monitor.preview(self.update)))
+        return asked
 
     def _begin(self) -> None:
         """Measure and show the untrained student, once in a run: where its curve begins."""
         known = [line["distance"] for line in self.run.metrics() if line["update"] == 0]
         if known:  # killed since, before its second state
-            self.looks.gain(0, math.nan if known[0] is None else known[0])
+            self.monitor.gain(0, math.nan if known[0] is None else known[0])
             return
         began = time.monotonic()
-        numbers, preview = self.looks(0, last=False)
+        numbers, preview = self.monitor(0, last=False)
         if numbers:
             self.run.log({"update": 0, "phase": BEFORE, "seconds": time.monotonic() - began, **numbers})
         if numbers or preview:
             self.report(self._progress(BEFORE, numbers, preview))
 
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _tick(self, phase: str, done: int, of: int) -> None:
+        """Work before the first update, or before the first of this process."""
+        total = self.trainer.plan.updates if hasattr(self, "trainer") else 0
+        self.report(Progress(self.update, total, phase, done, of, self._seconds(), math.nan, {}, self._all_notes()))
+
     def _progress(self, phase: str, numbers: Numbers, preview: Path | None) -> Progress:
-        done, left = self._cost(0, self.update), self._cost(self.update, self.trainer.total)
-        seconds = self.seconds_before + time.monotonic() - self.started
-        eta = seconds * left / done if done else math.nan
-        return Progress(self.update, self.trainer.total, phase, seconds, eta, numbers, self._all_notes(), preview)
+        total = self.trainer.plan.updates
+        eta, notes = self.pace.left(self.update), self._all_notes()
+        return Progress(self.update, total, phase, self.update, total, self._seconds(), eta, numbers, notes, preview)
 
     def _all_notes(self) -> tuple[str, ...]:
         """What this process has to say, which is not saved, then what the run has."""
-        return tuple(dict.fromkeys([*self.notes, *self.trainer.notes]))
-
-    def _cost(self, first: int, last: int) -> float:
-        """Updates ``first`` to ``last`` in forwards of one sample: 3 a backward pass, 1 a forward without."""
-        per = {"warm start": 3.0, "regression": 3.0, "critic": 4.0}
-        full = 4.0 * self.settings.critic_updates + 6.0
-        at, cost = 0, 0.0
-        for name, length in self.trainer.phases:
-            overlap = max(0, min(last, at + length) - max(first, at))
-            cost, at = cost + overlap * per.get(name, full), at + length
-        return cost
+        trained = self.trainer.notes if hasattr(self, "trainer") else []
+        return tuple(dict.fromkeys([*self.notes, *trained]))
 
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
         """Every so often, at the end, and where the watch has just found the best so far."""
         late = time.monotonic() - self.saved_at > 60
-        best = self.looks.best is not None and self.looks.best["update"] == self.update
-        if late or best or self.update % self.settings.save_every == 0 or self.update == self.trainer.total:
+        best = self.monitor.best is not None and self.monitor.best["update"] == self.update
+        if late or best or self.update % self.settings.save_every == 0 or self.update == self.trainer.plan.updates:
             self._save()
 
     def _save(self) -> None:
         tensors, notes = snapshot(self.trainer)
-        seconds = self.seconds_before + time.monotonic() - self.started
-        best = self.looks.best
-        notes |= {"update": self.update, "best": best, "elapsed": seconds}
+        best = self.monitor.best
+        notes |= {"update": self.update, "best": best, "elapsed": self._seconds(), "finished_at": self.finished_at}
         # nothing is learnt in the untrained state: where that is the best so far, none is kept as the best
         kept = int(best["update"]) if best else 0
         self.run.save(self.update, tensors, notes, kept or None)
@@ -216,17 +215,18 @@ class _Session:
     def _restore(self) -> None:
         tensors, notes = self.run.load_last()
         restore(self.trainer, tensors, notes)
-        self.update, self.looks.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
+        self.update, self.monitor.best, self.seconds_before = notes["update"], notes["best"], notes["elapsed"]
+        self.finished_at = notes.get("finished_at", 0)
         self.run.forget_after(self.update)
 
     def _adjust(self) -> None:
         """Where the run is to go on with other numbers, they are its own from here on."""
         if not self.run.changes:
             return
-        if self.update > self.trainer.total:
+        if self.update > self.trainer.plan.updates:
             raise OneStepError(
-                f"the run in {self.run.folder} has done {self.update} updates, more than the {self.trainer.total} that "
-                "it would have now: raise steps, or restart it"
+                f"the run {self.run.folder.name[:80]} has done {self.update} updates, more than the "
+                f"{self.trainer.plan.updates} that it would have now: raise steps, or restart it"
             )
         self.trainer.notes.append(f"went on after {self.update} updates with {self.run.adjust()}")
         self._save()
@@ -238,8 +238,7 @@ class _Session:
         )
         self._restore()
         raise Stopped(
-            f"{reason}: back at the state after update {self.update}. "
-            "Lower learning_rate or matching_guidance, then restart"
+            f"{reason}: back at the state after update {self.update}. Lower learning_rate or guidance, then restart"
         )
 
     def _leave(self, error: BaseException) -> None:
@@ -248,17 +247,16 @@ class _Session:
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
             self._save()
-            self._write("partial.safetensors", self.looks.shown)
+            self._write("partial.safetensors", self.monitor.shown)
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> Result:
         self._save()
-        role = self.looks.better()
+        role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
         (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
-        preview = self.looks.last_preview(self.update)
-        seconds = self.seconds_before + time.monotonic() - self.started
+        preview = self.monitor.preview(self.update) if self.settings.preview_every else None
         return Result(
             path=path,
             recipe=self.trainer.recipe,
@@ -267,13 +265,14 @@ class _Session:
             role=role,
             check=check,
             updates=self.update,
-            seconds=seconds,
+            seconds=self._seconds(),
             notes=self._all_notes(),
             preview=preview,
         )
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
-        """The result and what its load-back proved: the role's side where it has one, else its factors as a LoRA."""
+        """The result and what its load-back proved: the role's adapter module where it has one, else its factors as a
+        LoRA."""
         path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
         recipe = self.trainer.recipe.to_json()
         if role in roles.sides:

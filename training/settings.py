@@ -1,4 +1,5 @@
-"""Every setting of a distillation, described once: the tooltip, the command line's help and the docs read it here."""
+"""What every run has, described once: the tooltip, the command line's help and the docs read it here. What one method
+has of its own is described in that method's file."""
 
 from __future__ import annotations
 
@@ -10,13 +11,6 @@ from typing import Any
 
 from ..core.errors import OneStepError
 
-MATCHING = ("dmd", "vsd")
-"""The methods with a critic, and with a warm start before it."""
-GUIDING = ("agd", "guidance-lora")
-"""The methods that put the teacher's guidance into one forward."""
-METHODS = (*MATCHING, "regression", *GUIDING, "nct", "sun")
-COPY = "copy"
-"""The form of a control adapter that is a ControlNet."""
 MOST_STEPS = 64
 """That a recipe can hold."""
 
@@ -29,40 +23,55 @@ def setting(
 
 
 @dataclass(frozen=True)
+class NoSettings:
+    """The settings of a method that has none of its own. A method's settings are a frozen dataclass of `setting`
+    fields like this one; ``check`` raises OneStepError for what does not fit together."""
+
+    def check(self, run: Settings) -> None:
+        """Raises OneStepError where these do not go with the run's other settings."""
+        need_steps(run)
+
+
+def need_steps(run: Settings) -> None:
+    """Raises OneStepError for a run without an update."""
+    if run.steps == 0:
+        raise OneStepError("steps is 0: nothing would be trained; give steps at least 1")
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine.
 
-    A new setting comes last: saved graphs know the node's widgets by their order.
+    method: its name. own: the method's own settings. Made by `methods.settings_for`, which knows every method.
     """
 
-    method: str = setting("dmd", "How the student learns.", choices=METHODS)
-    steps: int = setting(1000, "Student updates after the warm start.", 0, 1_000_000)
+    method: str
+    own: Any
+
+    steps: int = setting(1000, "Student updates, after a warm start where there is one.", 0, 1_000_000)
     student_steps: int = setting(1, "Steps in which the student draws: 1, 2 or 4.", 1, 8)
+    sizes: str = setting("512x512", "Picture sizes in pixels, WxH, several with commas; each step draws one.")
     start: float = setting(
         0.0,
-        "Share of the model's time that the student's first step is told: 1 = pure noise, which KSampler reproduces; "
+        "Share of the model's time at which the student's first step begins: 1 = pure noise; "
         "0 = automatic: lower for one step of a model that divides by a small alpha there; it then learns far faster.",
         0,
         1,
     )
     rank: int = setting(64, "Rank of the student's adapters; one step wants 64 or more.", 1, 512)
-    critic_rank: int = setting(0, "Rank of the critic's adapters; 0 = the student's.", 0, 512)
     targets: str = setting("all", "Which layers are adapted.", choices=("all", "attention+mlp", "attention"))
-    sizes: str = setting("512x512", "Picture sizes in pixels, WxH, several with commas; each step draws one.")
     teacher_steps: int = setting(
-        20, "Steps of the teacher's pictures: pairs of the warm start, previews, the watch.", 1, 1000
+        20, "Steps of the teacher's pictures: its pairs or trajectories, previews, the watch.", 1, 1000
     )
     guidance: float = setting(
         4.0, "Teacher's guidance in pairs and previews, and what guidance-lora learns; 1 = none.", 0, 30
     )
-    matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term of dmd and vsd; 1 = none.", 0, 30)
     negative: str = setting("", "Negative text: what guidance steers away from; empty = the empty prompt.")
     seed: int = setting(0, "Seed of everything random in the run.", 0, 2**63 - 1)
 
     batch: int = setting(4, "Samples for each update.", 1, 4096)
     accumulation: int = setting(1, "Micro-batches that make up a batch; more = less memory, slower.", 1, 4096)
     learning_rate: float = setting(1e-4, "Student's step size.", 0, 1)
-    critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
     warm_up: int = setting(20, "Updates over which step sizes rise from 0.", 0, 1_000_000)
     final_rate: float = setting(0.1, "Step sizes fall along a cosine to this share of their height.", 0, 1)
     clip: float = setting(1.0, "Largest norm of a gradient; 0 = no limit.", 0, 1e9)
@@ -75,34 +84,15 @@ class Settings:
         "auto = AdamW, 8 bit where bitsandbytes works on a GPU. muon learns agd's adapters in fewer updates.",
         choices=("auto", "adamw", "adamw8bit", "muon"),
     )
-
-    warm_start: int = setting(
-        300, "Updates of regression on the teacher's pairs before dmd or vsd; 0 = none.", 0, 1_000_000
-    )
-    warm_start_rate: float = setting(5e-4, "Student's step size in regression.", 0, 1)
     pairs: int = setting(
         1024,
         "Different teacher pairs, prompts with guided states or controlled pictures kept on disk; then used again.",
         1,
         1_000_000,
     )
-    critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
-    critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
-    follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
-    matching_weight: float = setting(
-        1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
-    )
-    anchor: float = setting(
-        0.25, "Weight of regression on the teacher's pairs beside dmd or vsd; keeps composition.", 0, 100
-    )
-    separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
-    level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
-    level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
-
     initial_lora: str = setting(
         "",
-        "A LoRA that the student starts from, or nct's generator, or what sun acts on; empty = the base, which nct "
-        "takes for a model of one step.",
+        "A LoRA that the student starts from, or the few-step student that an adapter is for; empty = the base.",
     )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
@@ -114,109 +104,52 @@ class Settings:
         5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000
     )
     keep_prompts: bool = setting(False, "Write the prompts into the LoRA's header.")
-    guidance_low: float = setting(
-        0.0,
-        "Least guidance that agd and guidance-lora learn; 0 = automatic: 1 for agd, else the guidance itself.",
-        0,
-        30,
-    )
-    guidance_high: float = setting(
-        0.0, "Greatest guidance that they learn; 0 = automatic: 12 for agd, else the guidance itself.", 0, 30
-    )
-    states: int = setting(
-        4,
-        "States of guided trajectories that agd and guidance-lora keep for each prompt drawn; from teacher_steps on, "
-        "none of the teacher's answers is thrown away.",
-        1,
-        256,
-    )
-    control: str = setting("canny", "What nct controls by: canny, soft-edges, depth, low-resolution or mask.")
-    control_width: int = setting(
-        0, "Channels of nct's adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
-    )
-    noise_levels: int = setting(
-        4,
-        "How fine nct becomes by a run's end: noises asked for the same are 1 / this apart; it begins with 1.",
-        1,
-        4096,
-    )
-    boundary: float = setting(
-        0.1, "Share of nct's samples that are asked for their own picture at their own noise.", 0, 1
-    )
-    control_form: str = setting(
-        "light",
-        "nct's adapter: light = a small encoder of its own; copy = a ControlNet, U-Nets only: larger and slower.",
-        choices=("light", COPY),
-    )
-    negatives: str = setting(
-        "", "What sun learns to keep away from, parted by commas; empty = the parts of the prompts, parted so too."
-    )
-    push: float = setting(2.5, "How hard sun's teacher keeps away from a negative, in units of guidance.", 0.01, 30)
-    segment_steps: int = setting(2, "Steps of sun's teacher for one of the student's.", 1, 64)
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            _check(entry.name, getattr(self, entry.name), entry.metadata, entry.type)
-        if self.level_low >= self.level_high:
-            raise OneStepError(f"level_low {self.level_low} must be below level_high {self.level_high}")
+        for part in (self, self.own):
+            for entry in described(part):
+                check_value(entry.name, getattr(part, entry.name), entry.metadata, entry.type)
         if self.batch % self.accumulation:
             raise OneStepError(f"accumulation {self.accumulation} must divide batch {self.batch}")
-        if self.follow and self.critic_rank not in (0, self.rank):
-            raise OneStepError(
-                f"follow {self.follow} needs a critic of the student's rank {self.rank}, not {self.critic_rank}: "
-                "set critic_rank to 0"
-            )
-        low, high = self.scales
-        if self.method in GUIDING and low > high:
-            raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
-        if self.method in GUIDING and self.teacher_steps > MOST_STEPS:
-            raise OneStepError(
-                f"{self.method} walks trajectories of {self.teacher_steps} steps: set teacher_steps to at most "
-                f"{MOST_STEPS}; 20 to 50 do well"
-            )
-        if self.steps + self.first_steps == 0:
-            raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
         self.size_list  # noqa: B018  (refuses what is no size)
-
-    @property
-    def first_steps(self) -> int:
-        """Student updates of the warm start."""
-        return self.warm_start if self.method in MATCHING else 0
-
-    @property
-    def scales(self) -> tuple[float, float]:
-        """Least and greatest guidance of the trajectories that agd and guidance-lora learn from."""
-        low, high = (1.0, 12.0) if self.method == "agd" else (self.guidance, self.guidance)
-        return self.guidance_low or low, self.guidance_high or high
+        self.own.check(self)
 
     @property
     def size_list(self) -> tuple[tuple[int, int], ...]:
         """(width, height) of each size."""
-        return tuple(_size(text) for text in self.sizes.split(","))
+        return size_list(self.sizes)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by name, the method's own among them."""
+        shared = {entry.name: getattr(self, entry.name) for entry in described(self)}
+        return {"method": self.method, **shared, **asdict(self.own)}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.flat(), indent=1)
+
+    def with_(self, **changes: Any) -> Settings:
+        """With other values, the method's own among them. Raises OneStepError for an unknown name."""
+        own_names = {entry.name for entry in fields(self.own)}
+        own = {name: changes.pop(name) for name in own_names & changes.keys()}
+        unknown = sorted(set(changes) - {entry.name for entry in described(self)})
+        if unknown:
+            raise OneStepError(
+                f"{self.method} has no setting {unknown[0]!r:.60}{nearest(unknown[0], [*self.flat()][1:])}"
+            )
+        return replace(self, own=replace(self.own, **own), **changes)
 
     def with_texts(self, texts: Mapping[str, str]) -> Settings:
         """With settings given as text, ``{"rank": "32"}``. Raises OneStepError for an unknown one, with the nearest
         name."""
-        kinds = {entry.name: entry.type for entry in fields(self)}
-        return replace(self, **{name: _parsed(name, text, kinds) for name, text in texts.items()})
+        known = {entry.name: entry for entry in (*described(self), *described(self.own))}
+        return self.with_(
+            **{name: parsed(name, text, known[name]) if name in known else text for name, text in texts.items()}
+        )
 
 
-# The presets are changes to the defaults: Fast is the warm start alone, Best matches for longer with a surer critic.
-PRESETS: dict[str, dict[str, Any]] = {
-    "Fast": {"method": "regression", "steps": 600, "learning_rate": 5e-4},
-    "Balanced": {"method": "dmd", "steps": 600, "warm_start": 600},
-    "Best": {"method": "dmd", "steps": 3000, "warm_start": 1000, "critic_updates": 5, "pairs": 4096},
-}
-
-
-def preset(name: str, **changes: Any) -> Settings:
-    """The settings of a preset, with changes. Raises OneStepError for an unknown name."""
-    if name not in PRESETS:
-        raise OneStepError(f"no preset {name!r:.60}: the presets are {', '.join(PRESETS)}")
-    return Settings(**{**PRESETS[name], **changes})
+def described(settings: Any) -> list[Any]:
+    """The fields of a settings dataclass (or of an instance) that a person may set, in order."""
+    return [entry for entry in fields(settings) if "help" in entry.metadata]
 
 
 def nearest(name: str, known: Any) -> str:
@@ -236,7 +169,8 @@ KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _check(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
+def check_value(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
+    """Raises OneStepError for a value of another kind, out of its range, or none of its choices."""
     wanted, words = KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool") or value != value:
         raise OneStepError(f"{name} is {value!r:.60}: it must be {words}")
@@ -248,15 +182,14 @@ def _check(name: str, value: Any, meta: Mapping[str, Any], kind: Any) -> None:
         )
 
 
-def _parsed(name: str, text: str, kinds: Mapping[str, Any]) -> Any:
-    if name not in kinds:
-        raise OneStepError(f"no setting {name!r:.60}{nearest(name, kinds)}")
+def parsed(name: str, text: str, entry: Any) -> Any:
+    """The value of a setting given as text. Raises OneStepError where it is none of its kind."""
     parse: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _bool}
     try:
-        return parse[kinds[name]](text)
+        return parse[entry.type](text)
     except ValueError:
         raise OneStepError(
-            f"{name} is {text!r:.60}: it must be {KINDS[kinds[name]][1]}, like {name}={getattr(Settings, name)}"
+            f"{name} is {text!r:.60}: it must be {KINDS[entry.type][1]}, like {name}={entry.default}"
         ) from None
 
 
@@ -264,6 +197,11 @@ def _bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise ValueError(text)
     return text.lower() in ("true", "1", "yes")
+
+
+def size_list(text: str) -> tuple[tuple[int, int], ...]:
+    """(width, height) of each of the sizes in a text like 512x512,640x448. Raises OneStepError for what is none."""
+    return tuple(_size(part) for part in text.split(","))
 
 
 def _size(text: str) -> tuple[int, int]:

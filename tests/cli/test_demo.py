@@ -14,7 +14,7 @@ from onestep.cli.model import read_prompts
 from onestep.cli.parser import parse
 from onestep.core.errors import OneStepError
 from onestep.pipelines.bundled import path_of
-from onestep.training.settings import PRESETS
+from onestep.training.presets import PRESETS
 
 
 def is_bundled() -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from onestep.pipelines.adapt import adapt, denoiser_of
 from onestep.pipelines.negative_adapter import load_negative_adapter
 from onestep.training.distil import distil
-from onestep.training.settings import Settings
+from onestep.training.methods import settings_for
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
@@ -70,7 +70,7 @@ def test_both_hosts_train_and_draw_the_same(random_tiny: Any, run_inside: Callab
     pipe = DiffusionPipeline.from_pretrained(random_tiny["tiny"])
     host = adapt(pipe, device="cpu")
     prompts, negatives = (host.encode(TOLD[name], (32, 32)) for name in ("prompts", "negatives"))
-    ours = distil(host, TOLD["prompts"], Settings(**TOLD["settings"]), tmp_path / "diffusers").path
+    ours = distil(host, TOLD["prompts"], settings_for(**TOLD["settings"]), tmp_path / "diffusers").path
     host.release()
     sigma = given["sigma"].double()
     found = []

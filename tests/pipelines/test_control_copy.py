@@ -19,8 +19,8 @@ from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.control import controlled, load_control
 from onestep.training.distil import distil
+from onestep.training.methods import settings_for
 from onestep.training.methods.control import control_adapter
-from onestep.training.settings import Settings
 
 WIDTHS = (4, 4, 8, 24)
 """Of the control's encoder beside a first layer of 32 channels."""
@@ -172,9 +172,9 @@ def test_a_run_trains_one(tmp_path: Path) -> None:
     pipe, prompts = made(sd), ["a red potion", "a stone wall", "a gold ring"]
     more = {"batch": 2, "sizes": "64x64", "watch_every": 0, "preview_every": 0, "rank": 2, "warm_up": 1, "pairs": 2}
     first = distil(
-        adapt(pipe), prompts, Settings(method="regression", steps=1, teacher_steps=1, **more), tmp_path / "a"
+        adapt(pipe), prompts, settings_for(method="regression", steps=1, teacher_steps=1, **more), tmp_path / "a"
     )
-    settings = Settings(
+    settings = settings_for(
         method="nct", steps=3, control_form="copy", initial_lora=str(first.path), learning_rate=1e-2, **more
     )
     result = distil(adapt(pipe), prompts, settings, tmp_path / "b")
@@ -190,7 +190,7 @@ def test_a_run_trains_one(tmp_path: Path) -> None:
 
 def test_the_setting_makes_one_and_bad_ones_are_refused(host: Any) -> None:
     host.denoiser.roles.load("student", {})
-    settings = Settings(method="nct", control_form="copy", control="mask", sizes="64x64")
+    settings = settings_for(method="nct", control_form="copy", control="mask", sizes="64x64")
     copy = control_adapter(host, settings)
     assert isinstance(copy, ControlCopy) and copy.config.cell == 8 and copy.config.channels == 4
     host.denoiser.roles.drop("student")

@@ -172,7 +172,13 @@ def run_until(method: str, folder: Path, deadly: int) -> Any:
         first: list[int] = []
         watch(clock, folder)
         settings = settings_for(method)
-        run(folder, settings, host=host, report=lambda now: first.append(now.update), existing="continue")
+        run(
+            folder,
+            settings,
+            host=host,
+            report=lambda now: now.preparing or first.append(now.update),
+            existing="continue",
+        )
         found = left(folder)
         # that a run was started anew is said in its notes, and is no part of what it learnt
         found["state"].pop("notes")

@@ -22,7 +22,10 @@ from onestep.core.lora_file import load_lora
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
 from onestep.core.targets import Target
-from onestep.training.settings import Settings
+from onestep.training.engine.prompts import embed
+from onestep.training.engine.setup import Setup
+from onestep.training.methods import METHODS, settings_for
+from onestep.training.settings import Settings, described
 
 PROMPTS = ["a red house", "a blue tree", "two birds", "the sea at night", "stones"]
 WIDTH, TOKENS, WORDS = 8, 3, 6
@@ -121,6 +124,13 @@ class SmallHost:
             self.on_poll()
 
 
+def setup_of(host: Any, settings: Settings, folder: Path, prompts: Sequence[str] = PROMPTS) -> Setup:
+    """What a run in ``folder`` hands its method."""
+    method = METHODS[settings.method]
+    embedded = embed(host, prompts, settings, folder / "embeddings", guidance_input=method.guidance_input)
+    return Setup(host, settings, embedded, folder, method.recipe(host, settings))
+
+
 def small(**changes: Any) -> Settings:
     """A run of a few updates that goes through every phase."""
     values: dict[str, Any] = {"sizes": "32x32", "rank": 2, "batch": 4, "teacher_steps": 3, "pairs": 8, "warm_start": 3}
@@ -128,4 +138,6 @@ def small(**changes: Any) -> Settings:
     # what the tests reckon with is said here, so that better defaults change none of them
     values |= {"anchor": 0.0, "start": 1.0, "follow": 0.0, "ema": 0.99, "guidance": 4.0, "matching_guidance": 2.0}
     values |= {"watch_samples": 8, "preview_every": 4, "preview_samples": 2, "learning_rate": 1e-2, "seed": 3}
-    return Settings(**{**values, **changes})
+    own = METHODS[changes.get("method", "dmd")].settings
+    known = {"method", *(entry.name for kind in (Settings, own) for entry in described(kind))}
+    return settings_for(**{**{name: value for name, value in values.items() if name in known}, **changes})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from onestep.core.denoiser import Denoiser
 from onestep.core.roles import TEACHER
 from onestep.core.side import Call
 from onestep.training.engine.batch import Batch
+from onestep.training.engine.setup import Setup
 from onestep.training.engine.student import STUDENT
-from onestep.training.methods.registry import Method
-from onestep.training.settings import Settings
+from onestep.training.engine.turns import Plan, on_data, one_phase
+from onestep.training.methods.method import Method
 
 AT = "conv_in"
 
@@ -48,26 +49,22 @@ class Shift(nn.Module):
         return output + (self.by * self.scale)[:, None, None].to(output)
 
 
-@dataclass(frozen=True)
-class Louder:
+def louder_loss(denoise: Denoiser, batch: Batch, data: Tensor) -> Tensor:
     """The student is to answer 1.5 times what its teacher does, on noise of its own."""
-
-    seed: int
-
-    def draw(self, batch: Batch, update: int) -> tuple[Batch, Tensor]:
-        return batch, batch.normal(f"louder {update}")
-
-    def loss(self, denoise: Denoiser, batch: Batch, data: Tensor) -> Tensor:
-        sigma = denoise.schedule.sigma_at(torch.full((len(batch),), 0.5, dtype=torch.float64))
-        with torch.no_grad(), denoise.roles.use(TEACHER):
-            target = 1.5 * denoise(data, sigma, batch.cond)
-        with denoise.roles.use(STUDENT):
-            return (denoise(data, sigma, batch.cond) - target).square().flatten(1).sum(1).mean()
+    sigma = denoise.schedule.sigma_at(torch.full((len(batch),), 0.5, dtype=torch.float64))
+    with torch.no_grad(), denoise.roles.use(TEACHER):
+        target = 1.5 * denoise(data, sigma, batch.cond)
+    with denoise.roles.use(STUDENT):
+        return (denoise(data, sigma, batch.cond) - target).square().flatten(1).sum(1).mean()
 
 
-def louder(host: Any, settings: Settings, prompts: Any, folder: Path) -> Louder:
-    return Louder(settings.seed)
+def louder_draw(batch: Batch, update: int) -> tuple[Batch, Tensor]:
+    return batch, batch.normal(f"louder {update}")
 
 
-BY_FACTORS = Method(lambda settings: None, "Louder", "", "4", direct=louder)
-BY_SIDE = Method(lambda settings: None, "Louder", "", "4", direct=louder, side=lambda host, settings: Shift(Width()))
+def louder(setup: Setup) -> Plan:
+    return one_phase(STUDENT, on_data(louder_draw, partial(louder_loss, setup.denoise)), setup.settings)
+
+
+BY_FACTORS = Method("regression", "Louder", "", "4", louder)
+BY_SIDE = Method("regression", "Louder", "", "4", louder, adapter=lambda host, settings: Shift(Width()))

@@ -16,35 +16,41 @@ from onestep.core.adapter_file import load_adapter
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora
 from onestep.core.tensor_file import read_header, read_tensors
-from onestep.training.methods.registry import METHODS
+from onestep.training.methods import regression
 
 CHANGES = {"method": "regression", "steps": 5, "ema": 0.5, "final_rate": 1.0, "warm_up": 1, "clip": 0.0}
 
 
 @pytest.fixture
 def by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "regression", BY_SIDE)
+    monkeypatch.setattr(regression, "METHOD", BY_SIDE)
 
 
 @pytest.fixture
 def by_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "regression", BY_FACTORS)
+    monkeypatch.setattr(regression, "METHOD", BY_FACTORS)
 
 
 def losses(result: object) -> list[float]:
     return [line["loss"] for line in result.metrics if "loss" in line]  # type: ignore[attr-defined]
 
 
+def fell(values: list[float]) -> bool:
+    """From the first third of the updates to the last; each looks at noise of its own."""
+    third = len(values) // 3
+    return sum(values[-third:]) < sum(values[:third])
+
+
 def test_factors_learn_where_there_is_no_side(by_factors: None, tmp_path: Path) -> None:
-    result = run(tmp_path / "run", small(**CHANGES, checkpointing=False))
+    result = run(tmp_path / "run", small(**{**CHANGES, "steps": 12}, checkpointing=False))
     state = load_lora(result.path).state
     assert sum(float(b.abs().sum()) for _, b in state.values()) > 0
-    assert losses(result)[-1] < losses(result)[0] and len(losses(result)) == 5
+    assert fell(losses(result)) and len(losses(result)) == 12
 
 
 def test_a_side_learns_alone_and_is_the_result(by_side: None, tmp_path: Path) -> None:
-    result = run(tmp_path / "run", small(**CHANGES))
-    assert losses(result)[-1] < losses(result)[0]
+    result = run(tmp_path / "run", small(**{**CHANGES, "steps": 12}))
+    assert fell(losses(result))
     adapter = load_adapter(result.path, {"shift": Shift.from_config}, "unet")
     assert adapter.kind == "shift" and bool((adapter.side.by != 0).all())
     assert torch.equal(adapter.side.scale, torch.linspace(1, 2, 8))
@@ -71,7 +77,7 @@ def test_an_initial_lora_stays_as_it_is_under_a_side(
     by_factors: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = run(tmp_path / "lora", small(**CHANGES))
-    monkeypatch.setitem(METHODS, "regression", BY_SIDE)
+    monkeypatch.setattr(regression, "METHOD", BY_SIDE)
     run(tmp_path / "run", small(**CHANGES, initial_lora=str(first.path)))
     tensors = read_tensors(tmp_path / "run" / "state-5" / "state.safetensors")
     for name, (a, b) in load_lora(first.path).state.items():

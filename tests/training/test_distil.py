@@ -23,7 +23,8 @@ from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header, read_tensors
-from onestep.training.distil import Progress, Stopped, distil
+from onestep.training.distil import Progress, Request, Stopped, distil
+from onestep.training.runs.run import Run
 
 METHODS = {
     "dmd": small(),
@@ -57,8 +58,15 @@ def test_a_run_leaves_a_lora_with_its_recipe(tmp_path: Path, prediction: str) ->
     assert result.check == "7 layers read back" and result.role in ("ema", "student")
     assert json.loads(file.metadata["onestep.settings"])["rank"] == 2
     assert "onestep.prompts" not in read_header(result.path).metadata
+    before_that = [progress for progress in seen if progress.preparing]
+    told = [(progress.phase, progress.done, progress.of) for progress in before_that]
+    assert told[:2] == [("encoding prompts", 0, 6), ("encoding prompts", 6, 6)]
+    assert told[2:] == [("pictures to compare with", 8, 8)]
+    seen = [progress for progress in seen if not progress.preparing]
     assert [progress.update for progress in seen] == list(range(10))
-    assert math.isnan(seen[0].eta) and seen[-1].eta == 0 and all(later.eta >= 0 for later in seen[1:])
+    assert all((progress.done, progress.of) == (progress.update, 9) for progress in seen)
+    # too few updates to know the time to go
+    assert all(math.isnan(progress.eta) for progress in seen)
     assert [line["update"] for line in result.metrics] == list(range(10))
     phases = ["before training"] + ["warm start"] * 3 + ["critic"] * 2 + ["dmd"] * 4
     assert [line["phase"] for line in result.metrics] == phases == [progress.phase for progress in seen]
@@ -123,7 +131,7 @@ def test_prompts_are_embedded_once(tmp_path: Path) -> None:
     """Six texts, the negative one among them; a run that goes on reads them from its folder."""
     host = SmallHost()
     with pytest.raises(Cancelled):
-        run(tmp_path / "run", host=host, report=lambda progress: at_call(1, Cancelled())())
+        run(tmp_path / "run", host=host, report=lambda progress: at_call(1, Cancelled())() if progress.update else None)
     assert host.encoded == 6
     run(tmp_path / "run", host=host, existing="continue")
     assert host.encoded == 6
@@ -187,14 +195,45 @@ def test_a_resumed_run_is_not_a_cold_start(whole: dict[str, Path], tmp_path: Pat
     assert left(tmp_path / "run")["files"] != left(whole["dmd"])["files"]
 
 
-def test_finish_now_ends_after_the_update_and_may_go_on(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_finish_now_ends_after_the_update_until_more_is_asked_for(tmp_path: Path) -> None:
     result = run(tmp_path / "run", report=lambda progress: progress.update in (0, 5))
     assert result.updates == 5 and result.path.is_file() and "finished early, after 5 of 9 updates" in result.notes
     assert read_header(result.path).metadata["ss_steps"] == "5"
     assert result.preview == tmp_path / "run" / "previews" / "000005.png" and result.preview.is_file()
     again = run(tmp_path / "run", existing="continue")
-    assert again.updates == 9 and again.preview == tmp_path / "run" / "previews" / "000009.png"
-    assert left(tmp_path / "run")["metrics"] == left(whole["dmd"])["metrics"]
+    assert again.updates == 5 and again.path.is_file(), "it counts as finished until it is given other steps"
+    more = run(tmp_path / "run", small(steps=5), existing="continue")
+    assert more.updates == 10 and more.preview == tmp_path / "run" / "previews" / "000010.png"
+
+
+def test_a_running_run_saves_and_samples_when_it_is_asked_to(tmp_path: Path) -> None:
+    """After update 3 a state and what has been learnt; after update 5 a picture, though none is due."""
+    seen: list[Progress] = []
+
+    def report(progress: Progress) -> Request:
+        seen.append(progress)
+        if progress.preparing or progress.preview:
+            return Request.NONE
+        return {3: Request.SAVE, 5: Request.SAMPLE, 6: Request.SAVE | Request.FINISH}.get(progress.update, Request.NONE)
+
+    settings = small(preview_every=0, save_every=100)
+    result = run(tmp_path / "run", settings, report=report)
+    assert Run(tmp_path / "run").states() == [3, 6] and result.updates == 6
+    drawn = [progress for progress in seen if progress.preview]
+    assert [progress.update for progress in drawn] == [5] and drawn[0].preview.is_file()  # type: ignore[union-attr]
+    # asking changes nothing that is learnt
+    plain = run(tmp_path / "plain", settings, report=lambda progress: progress.update == 6)
+    assert factors(plain.path) == factors(result.path)
+
+
+def test_a_saved_moment_is_a_lora(tmp_path: Path) -> None:
+    def report(progress: Progress) -> Request:
+        if progress.update == 4:
+            assert set(load_lora(tmp_path / "run" / "partial.safetensors").state) == set(NAMES.values())
+        return Request.SAVE if progress.update == 3 else Request.NONE
+
+    run(tmp_path / "run", report=report)
+    assert not (tmp_path / "run" / "partial.safetensors").exists()
 
 
 def test_a_finished_run_continued_is_finished(whole: dict[str, Path], tmp_path: Path) -> None:
@@ -206,11 +245,9 @@ def test_a_finished_run_continued_is_finished(whole: dict[str, Path], tmp_path: 
 # -- what is already there --------------------------------------------------------------------------------------------
 
 
-def test_continuing_what_is_not_there_starts_anew_and_says_so(tmp_path: Path) -> None:
+def test_continuing_what_is_not_there_starts_anew(tmp_path: Path) -> None:
     result = run(tmp_path / "run", existing="continue")
-    assert any("no run to continue" in note and "started anew" in note for note in result.notes)
-    again = run(tmp_path / "run", existing="continue")
-    assert not any("started anew" in note for note in again.notes), "it is said once, of this start"
+    assert result.updates == 9 and not result.notes, "a first run is no news"
 
 
 def test_an_existing_run_is_not_touched_unasked(tmp_path: Path) -> None:

@@ -10,20 +10,20 @@ from oracles import CASES, Case, World, drawn, levels_in_numpy, rows
 from onestep.core.recipe import Recipe
 from onestep.training.engine.levels import UniformTime
 from onestep.training.engine.student import generate
+from onestep.training.methods import settings_for
 from onestep.training.methods.distribution_matching import DistributionMatching, dmd_weight
 from onestep.training.methods.dmd import dmd
-from onestep.training.settings import Settings
 
 FLOW_AT_ONE, ZERO_TERMINAL = CASES[5], CASES[6]
 
 
 def test_the_settings_reach_the_objective() -> None:
-    made = dmd(Settings(matching_guidance=3.0, matching_weight=0.5, level_low=0.1, level_high=0.7))
+    made = dmd(settings_for(matching_guidance=3.0, matching_weight=0.5, level_low=0.1, level_high=0.7))
     assert made == DistributionMatching(
         guidance=3.0, matching=0.5, levels=UniformTime(0.1, 0.7), guidance_levels=None, weight=dmd_weight
     )
     assert made.critic_guidance == 1 and made.null_rate == 0 and made.critic_levels == UniformTime(0, 1)
-    apart = dmd(Settings(separate_levels=True, level_low=0.1, level_high=0.7))
+    apart = dmd(settings_for(separate_levels=True, level_low=0.1, level_high=0.7))
     assert apart.guidance_levels == apart.levels
 
 
@@ -32,7 +32,7 @@ def test_the_settings_reach_the_objective() -> None:
 def test_the_loss_of_the_paper_at_its_own_levels(case: Case, separate: bool) -> None:
     """Each sample at the level that its draw gives it; the guidance term at another one where they are separate."""
     world, x, k = World(case), drawn(), 2.0
-    g, _ = dmd(Settings(matching_guidance=k, separate_levels=separate)).cotangent(world.denoise, world.batch(), x)
+    g, _ = dmd(settings_for(matching_guidance=k, separate_levels=separate)).cotangent(world.denoise, world.batch(), x)
     wanted = np.zeros_like(rows(x))
     for term in ("match", "guide"):
         stream = term if separate else "match"
@@ -53,7 +53,7 @@ def test_an_update_brings_the_student_to_its_teacher(case: Case) -> None:
     world = World(case)
     world.roles.copy("student", "critic")
     recipe = Recipe.for_student(world.schedule, 1, "unet", ())
-    objective = dmd(Settings(matching_guidance=1.0))
+    objective = dmd(settings_for(matching_guidance=1.0))
     gaps = []
     for step in range(40):
         batch = world.batch(step=step)
@@ -76,7 +76,7 @@ def test_the_students_gradient_is_the_chain_rule() -> None:
     recipe = Recipe.for_student(world.schedule, 1, "sd3", ())
     x = generate(world.denoise, recipe, world.batch())
     np.testing.assert_allclose(rows(x), world.mean("student", world.cond), atol=1e-12)
-    g, _ = dmd(Settings(matching_guidance=2.0)).cotangent(world.denoise, world.batch(), x)
+    g, _ = dmd(settings_for(matching_guidance=2.0)).cotangent(world.denoise, world.batch(), x)
     x.backward(g)
     a, b = world.roles.parameters("student")
     outer = rows(g).T @ world.cond.text[:, 0].double().numpy()
@@ -88,7 +88,7 @@ def test_the_students_gradient_is_the_chain_rule() -> None:
 
 def test_the_levels_are_drawn_within_their_range() -> None:
     world = World(CASES[0])
-    objective = dmd(Settings(level_low=0.3, level_high=0.4, matching_guidance=1.0))
+    objective = dmd(settings_for(level_low=0.3, level_high=0.4, matching_guidance=1.0))
     for step in range(20):
         _, scores = objective.cotangent(world.denoise, world.batch(step=step), drawn())
         times = world.schedule.time_of_sigma(scores.sigma)

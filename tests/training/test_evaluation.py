@@ -16,8 +16,8 @@ from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
 from onestep.training.evaluation.evaluate import Student, evaluate
+from onestep.training.methods import settings_for
 from onestep.training.methods.guidance import guided_recipe
-from onestep.training.settings import Settings
 
 EPS_AT_THE_END = next(case for case in CASES if str(case) == "eps, last time")
 PROMPTS = ["one", "two", "three"]
@@ -198,7 +198,7 @@ def test_a_distribution_needs_two_pictures():
 def test_an_adapter_is_told_the_dial_and_draws_as_guidance_does() -> None:
     """One that is guidance gives the guided teacher's own pictures, each step of one forward; another dial others."""
     host = GaussianHost()
-    recipe = guided_recipe(host, Settings(sizes="8x8", teacher_steps=25))  # type: ignore[arg-type]
+    recipe = guided_recipe(host, settings_for(sizes="8x8", teacher_steps=25))  # type: ignore[arg-type]
     side = ExactGuidance(torch.zeros(1, 8, dtype=torch.float64))
     adapters = [Student("right", {}, recipe, side=side, dial=3.0), Student("weak", {}, recipe, side=side, dial=1.5)]
     table, pictures = evaluate(host, adapters, PROMPTS, 12, size=(8, 8), guidance=3.0)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mutations import must_fail, mutant
 from oracles import CASES, Array, Case, ExactGuidance, World, drawn, rows
-from small_host import PROMPTS, SmallHost, small
+from small_host import SmallHost, setup_of, small
 from tiny_pipelines import sd
 from torch import Tensor
 from whole_runs import Cancelled, at_call, left, run
@@ -30,8 +30,8 @@ from onestep.core.tensor_file import write_tensors
 from onestep.pipelines.adapt import adapt
 from onestep.training.data.trajectories import States, Trajectories, Walkers, _chosen
 from onestep.training.distil import distil
-from onestep.training.engine.prompts import embed
 from onestep.training.methods import guidance as method
+from onestep.training.methods import settings_for
 from onestep.training.settings import Settings
 
 W = torch.tensor([1.5, 2.0, 4.0, 7.0], dtype=torch.float64)
@@ -57,7 +57,7 @@ def check_loss(module: ModuleType, case: Case, told: bool) -> None:
     world, x = World(case), drawn()
     data, heard = states(world, x), []
     hook = world.network.register_forward_pre_hook(lambda network, given: heard.append(given[-1].guidance))
-    loss = module.GuidanceInOne(None, told=told).loss(world.denoise, world.batch(), data)
+    loss = module.GuidanceInOne(told)(world.denoise, world.batch(), data)
     loss.backward()
     hook.remove()
     # asked once, and told each trajectory's own w or nothing
@@ -82,9 +82,9 @@ def test_the_loss_is_the_squared_error_per_unit_of_guidance(case: Case, told: bo
 def test_no_guidance_has_a_finite_loss() -> None:
     """A scale of 1, and a prompt that is the null prompt."""
     world, x = World(CASES[0]), drawn()
-    objective = method.GuidanceInOne(None, told=True)  # type: ignore[arg-type]
+    objective = method.GuidanceInOne(True)
     data = States(x, world.sigma(), torch.ones_like(W), x, torch.zeros_like(W))
-    assert math.isfinite(float(objective.loss(world.denoise, world.batch(), data).detach()))
+    assert math.isfinite(float(objective(world.denoise, world.batch(), data).detach()))
 
 
 MUTANTS = {
@@ -92,8 +92,8 @@ MUTANTS = {
     "the teacher taught": ("denoise.roles.use(STUDENT)", 'denoise.roles.use("critic")'),
     "all states alike": ("data.apart.to(error)", "1"),
     "guidance from nought": ("(data.w.to(error) - 1)", "data.w.to(error)"),
-    "the other way about": ("if self.told else 1", "if not self.told else 1"),
-    "not told": ("if self.told else batch.cond", "if False else batch.cond"),
+    "the other way about": ("if self.conditioned else 1", "if not self.conditioned else 1"),
+    "not told": ("if self.conditioned else batch.cond", "if False else batch.cond"),
     "told another scale": ("with_(guidance=data.w.to", "with_(guidance=2 * data.w.to"),
     "a unit of guidance once": ("reach**2 * size", "reach * size"),
 }
@@ -111,9 +111,9 @@ def test_an_adapter_that_is_guidance_has_no_loss(case: Case) -> None:
     world, x = World(case), drawn()
     world.roles.drop("student")
     world.roles.add_side("student", ExactGuidance(torch.tensor(world.mean("teacher", world.null))))
-    objective, data = method.GuidanceInOne(None, told=True), states(world, x)  # type: ignore[arg-type]
-    right = objective.loss(world.denoise, world.batch(), data)
-    wrong = objective.loss(world.denoise, world.batch(), replace(data, w=W.flip(0)))
+    objective, data = method.GuidanceInOne(True), states(world, x)
+    right = objective(world.denoise, world.batch(), data)
+    wrong = objective(world.denoise, world.batch(), replace(data, w=W.flip(0)))
     assert float(right.detach()) < 1e-18 < 1e-6 < float(wrong.detach())
     right.backward()
     assert float(world.roles.sides["student"].null.grad.abs().max()) < 1e-8
@@ -150,7 +150,8 @@ def agd_settings(**changes: Any) -> Settings:
 
 
 def trajectories(folder: Path, settings: Settings, host: SmallHost) -> Trajectories:
-    return Trajectories(host, embed(host, PROMPTS, settings, folder / "embeddings"), settings, folder / "trajectories")
+    place, kept = folder / "trajectories", (method.scales(settings), settings.own.states)
+    return Trajectories(host, setup_of(host, settings, folder).prompts, settings, place, *kept)
 
 
 def check_states(made: Trajectories, block: int, row: int, kept: tuple[Tensor, ...]) -> None:
@@ -305,10 +306,10 @@ def test_a_state_is_the_same_whoever_asks(tmp_path: Path) -> None:
 
 
 def test_the_scales_of_a_lora_are_one_unless_asked() -> None:
-    assert Settings(method="guidance-lora", guidance=3.5).scales == (3.5, 3.5)
-    assert Settings(method="guidance-lora", guidance_low=2.0, guidance_high=5.0).scales == (2.0, 5.0)
-    assert Settings(method="agd").scales == (1.0, 12.0)
-    assert Settings(method="agd", guidance_low=1.5, guidance_high=8.0).scales == (1.5, 8.0)
+    assert method.scales(settings_for(method="guidance-lora", guidance=3.5)) == (3.5, 3.5)
+    assert method.scales(settings_for(method="guidance-lora", guidance_low=2.0, guidance_high=5.0)) == (2.0, 5.0)
+    assert method.scales(settings_for(method="agd")) == (1.0, 12.0)
+    assert method.scales(settings_for(method="agd", guidance_low=1.5, guidance_high=8.0)) == (1.5, 8.0)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -353,7 +354,7 @@ def test_a_killed_guidance_lora_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     ("changes", "words"),
     [
         ({"guidance_low": 6.0, "guidance_high": 5.0}, "guidance_low 6 must not be above guidance_high 5"),
-        ({"teacher_steps": 100}, "agd walks trajectories of 100 steps: set teacher_steps to at most 64"),
+        ({"teacher_steps": 100}, "agd follows trajectories of 100 steps: set teacher_steps to at most 64"),
         ({"targets": "attention"}, "set targets=all and no initial_lora"),
         ({"guidance_low": 0.5}, "guidance_low is 0.5: an adapter.s dial begins at 1"),
     ],

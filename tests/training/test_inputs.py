@@ -8,7 +8,8 @@ import pytest
 from small_host import PROMPTS, SmallHost, small
 
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
-from onestep.training.engine.inputs import automatic_start, config_of, recipe_of
+from onestep.training.engine.inputs import automatic_start, recipe_of
+from onestep.training.runs.config import config_of
 
 
 def test_one_step_of_stable_diffusion_begins_at_624() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onestep.core.errors import OneStepError
 from onestep.training.engine import optimizer as adam
-from onestep.training.settings import Settings
+from onestep.training.methods import settings_for
 
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 1, 1))
 LR = 1e-2
@@ -23,7 +23,7 @@ def parameters(seed: int = 0) -> list[Tensor]:
 
 
 def made(tensors: list[Tensor], weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    return adam.make(tensors, Settings(optimizer="muon", learning_rate=LR, weight_decay=weight_decay))
+    return adam.make(tensors, settings_for(optimizer="muon", learning_rate=LR, weight_decay=weight_decay))
 
 
 def give(tensors: list[Tensor], step: int) -> list[Tensor]:
@@ -116,7 +116,7 @@ def test_one_kind_alone(only: list[int]) -> None:
 
 
 def test_a_torch_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    adam.refuse_missing(Settings(optimizer="muon"))
+    adam.refuse_missing(settings_for(optimizer="muon"))
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(OneStepError, match="torch has from 2.9 on"):
-        adam.refuse_missing(Settings(optimizer="muon"))
+        adam.refuse_missing(settings_for(optimizer="muon"))

@@ -85,7 +85,7 @@ class World:
         return nct.Triples(self.z, self.x, control, levels)
 
     def loss(self, module: ModuleType, levels: int, boundary: float = 0.3) -> Tensor:
-        return objective(self, module, boundary).loss(self.denoise, self.batch, self.triples(levels))
+        return objective(self, module, boundary)(self.denoise, self.batch, self.triples(levels))
 
     def expected(self, levels: int, boundary: float = 0.3) -> tuple[float, float]:
         """The loss, and its derivative by p, in NumPy from the module's equations."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_host import PROMPTS, SmallHost, small
+from small_host import PROMPTS, SmallHost, setup_of, small
 from whole_runs import Cancelled, at_call, left, run
 
 from onestep.core.adapter_file import load_adapter
@@ -22,10 +22,10 @@ from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header, read_tensors, write_tensors
 from onestep.training.data.controlled_pictures import TriplePool
 from onestep.training.engine.prompts import embed
-from onestep.training.methods.control import asked, check_control, control_adapter, generator_recipe
-from onestep.training.methods.nct import controlled
+from onestep.training.methods import nct
+from onestep.training.methods.nct import controlled, generator_recipe
 from onestep.training.settings import Settings
-from onestep.training.watch.measures import Reference, Watch, patch_distance
+from onestep.training.watch.measures import Watch, patch_distance
 
 MAKERS = {"control": ControlAdapter.from_config}
 
@@ -49,7 +49,10 @@ def pool(host: SmallHost, settings: Settings, folder: Path) -> TriplePool:
     def generate(batch: Any, noise: Any) -> Any:
         return torch.tanh(noise) + 0.1 * batch.cond.text.mean((1, 2))[:, None, None, None]
 
-    return TriplePool(host, prompts, settings, folder / "triples", control_of(settings.control), generate)
+    def levels(update: int) -> int:
+        return nct.levels_at(update, settings.steps, nct.FIRST_LEVELS, settings.own.noise_levels)
+
+    return TriplePool(host, prompts, settings, folder / "triples", control_of(settings.own.control), generate, levels)
 
 
 def test_a_triple_is_a_noise_its_picture_and_its_control(lora: Path, tmp_path: Path) -> None:
@@ -149,22 +152,24 @@ def test_it_is_watched_under_its_control(lora: Path, tmp_path: Path) -> None:
 
 def test_the_distance_is_the_share_of_the_control_that_is_missed(lora: Path, tmp_path: Path) -> None:
     settings, host = nct_settings(lora, watch_samples=8, control="low-resolution"), SmallHost()
-    prompts = embed(host, PROMPTS, settings, tmp_path / "embeddings")
-    roles, recipe = host.denoiser.roles, generator_recipe(host, settings)
+    setup = setup_of(host, settings, tmp_path)
+    roles, recipe = host.denoiser.roles, setup.recipe
     roles.load("student", load_lora(lora, list(roles.targets), "unet").state)
-    side = control_adapter(host, settings)
+    side = nct.adapter(host, settings)
     for leave in side.leave:
         leave.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     roles.add_side("student", side)
     with roles.installed():
-        watch = Watch.prepare(host, settings, prompts, reference=Reference(asked))
+        watch = Watch.prepare(setup, nct.by_controls(setup))
         numbers, found = watch(host, recipe, "student"), watch.student(host, recipe, "student")
     missed = [
-        np.sqrt(((control_of("low-resolution")(host.decode(x[::4])) - watch.kept["control"][::4]).numpy() ** 2).mean())
-        for x in (found, watch.kept["plain"])
+        np.sqrt(
+            ((control_of("low-resolution")(host.decode(x[::4])) - watch.latents["control"][::4]).numpy() ** 2).mean()
+        )
+        for x in (found, watch.latents["plain"])
     ]
     assert numbers["distance"] == pytest.approx(float(missed[0] / missed[1]), rel=1e-5) and numbers["distance"] != 1
-    assert numbers["detail"] == pytest.approx(patch_distance(found, watch.kept["x"]))
+    assert numbers["detail"] == pytest.approx(patch_distance(found, watch.latents["x"]))
 
 
 @pytest.mark.parametrize("call", [2, 5, 7, 9])
@@ -197,7 +202,7 @@ def test_without_a_lora_the_base_is_the_generator() -> None:
     settings = nct_settings(Path(""), initial_lora="", start=0.5)
     recipe = generator_recipe(SmallHost(), settings)
     assert recipe.steps == 1 and recipe.timesteps[0] == pytest.approx(500, abs=1)
-    assert control_adapter(SmallHost(), settings).config.cell == 8
+    assert nct.adapter(SmallHost(), settings).config.cell == 8
 
 
 def test_a_run_without_a_lora_says_whose_pictures_it_learns_on(lora: Path, tmp_path: Path) -> None:
@@ -220,7 +225,7 @@ def test_what_is_refused_is_refused_before_anything_is_written(lora: Path, tmp_p
     narrow = SmallHost()
     narrow.denoiser.roles.targets.pop("conv_in")
     with pytest.raises(OneStepError, match="acts on conv_in"):
-        check_control(narrow, nct_settings(lora))
+        nct.check(narrow, nct_settings(lora))
     state = load_lora(lora).state
     four = Recipe.for_student(SmallHost().denoiser.schedule, 4, "unet", ())
     save_lora(tmp_path / "four.safetensors", state, "unet", four.to_json(), {})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mutations import must_fail, mutant
 from oracles import CASES, WIDTH, Array, Case, World, drawn, rows
-from small_host import SmallHost, small
+from small_host import SmallHost, setup_of, small
 from tiny_pipelines import sd, sd3
 from torch import Tensor, nn
 from whole_runs import Cancelled, at_call, left, run
@@ -24,11 +24,11 @@ from onestep.core.negative_adapter import MAKERS
 from onestep.core.recipe import Recipe
 from onestep.core.side import Call
 from onestep.pipelines.adapt import DiffusersHost, adapt
-from onestep.training.data.segments import cases, parts, segments
+from onestep.training.data.cases import cases, parts
+from onestep.training.data.segments import Moves
 from onestep.training.distil import distil
-from onestep.training.engine.prompts import embed
 from onestep.training.methods import multi_step_consistency as method
-from onestep.training.methods.sun import student_recipe
+from onestep.training.methods.sun import segments
 from onestep.training.settings import Settings
 
 GUIDED = [case for case in CASES if case.name != "eps, last time"]
@@ -55,9 +55,9 @@ def check_walk(module: ModuleType, case: Case) -> None:
     null = world.null.repeat(4)
     sigmas = torch.tensor([case.sigma, 0.6 * case.sigma, 0.2 * case.sigma, 0.0], dtype=torch.float64)
     with torch.no_grad(), world.roles.use("teacher"):
-        found = module.walked(world.denoise, x, sigmas, (world.cond, null, both), W, V)
-        alone = module.walked(world.denoise, x, sigmas, (world.cond, null, world.cond), W, V)
-        guided = module.walked(world.denoise, x, sigmas, (world.cond, null, both), W, 0.0)
+        found = module.solve(world.denoise, x, sigmas, (world.cond, null, both), W, V)
+        alone = module.solve(world.denoise, x, sigmas, (world.cond, null, world.cond), W, V)
+        guided = module.solve(world.denoise, x, sigmas, (world.cond, null, both), W, 0.0)
     at, pure = rows(x), rows(x)
     for sigma, below in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         # the network is told the nearest time it was trained at
@@ -98,9 +98,9 @@ def test_the_teachers_steps_in_numpy(case: Case) -> None:
 def test_levels_between_are_equal_steps_of_time() -> None:
     world = World(CASES[0])
     first, last = (world.schedule.sigma_of_time(torch.tensor(time)) for time in (800.0, 400.0))
-    found = method.between(world.schedule, first, last, 0.75, 3)
+    found = method.levels_between(world.schedule, first, last, 0.75, 3)
     assert world.schedule.time_of_sigma(found).tolist() == [700, 600, 500, 400]
-    to_picture = method.between(world.schedule, first, torch.zeros(()).double(), 0.5, 2)
+    to_picture = method.levels_between(world.schedule, first, torch.zeros(()).double(), 0.5, 2)
     assert world.schedule.time_of_sigma(to_picture[:2]).tolist() == [400, 200] and float(to_picture[2]) == 0
 
 
@@ -122,7 +122,7 @@ class Shifted(nn.Module):
         return output - self.by * call.told["negative"].text[:, 0]
 
 
-def moves(world: World, case: Case, negative: Cond, lower: float) -> method.Moves:
+def moves(world: World, case: Case, negative: Cond, lower: float) -> Moves:
     """Segments that end where the student would with its mean moved by the negative."""
     x = drawn()
     mean = world.mean("teacher", world.cond) - negative.text[:, 0].numpy()
@@ -130,7 +130,7 @@ def moves(world: World, case: Case, negative: Cond, lower: float) -> method.Move
     x0 = mean + a * 0.49 / (a**2 * 0.49 + s**2) * (rows(x) - a * mean)
     end = jumped(rows(x), x0, (a, s), levels_of(world, lower))
     below = torch.full((4,), lower, dtype=torch.float64)
-    return method.Moves(x, world.sigma(), below, torch.tensor(end).reshape(x.shape), negative)
+    return Moves(x, world.sigma(), below, torch.tensor(end).reshape(x.shape), negative)
 
 
 def check_loss(module: ModuleType, case: Case, lower: float) -> None:
@@ -139,13 +139,12 @@ def check_loss(module: ModuleType, case: Case, lower: float) -> None:
     world.roles.add_side("student", Shifted())
     negative = Cond(torch.randn(4, 1, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
     data = moves(world, case, negative, lower)
-    objective = module.MultiStepConsistency(lambda batch, update: (batch, data))
-    batch, found = objective.draw(world.batch(), 0)
-    right = objective.loss(world.denoise, batch, found)
+    objective, batch = module.MultiStepConsistency(), world.batch()
+    right = objective(world.denoise, batch, data)
     assert float(right.detach()) < 1e-18
     # any other negative leaves the distance between the two ends
     other = moves(world, case, Cond(negative.text.flip(0)), lower)
-    wrong = objective.loss(world.denoise, batch, method.Moves(data.x, data.sigma, data.lower, other.end, negative))
+    wrong = objective(world.denoise, batch, Moves(data.x, data.sigma, data.lower, other.end, negative))
     wanted = np.square(rows(data.end) - rows(other.end)).sum(1).mean()
     assert float(wrong.detach()) == pytest.approx(wanted, rel=1e-8) and wanted > 1e-3
     wrong.backward()
@@ -156,8 +155,8 @@ def check_loss(module: ModuleType, case: Case, lower: float) -> None:
         for step in (1e-6, -2e-6):
             by.data[at] += step
             with torch.no_grad():
-                moved = method.Moves(data.x, data.sigma, data.lower, other.end, negative)
-                ends.append(float(objective.loss(world.denoise, batch, moved)))
+                moved = Moves(data.x, data.sigma, data.lower, other.end, negative)
+                ends.append(float(objective(world.denoise, batch, moved)))
         by.data[at] += 1e-6
         slopes.append((ends[0] - ends[1]) / 2e-6)
     np.testing.assert_allclose(by.grad.numpy(), slopes, rtol=1e-5, atol=1e-7)
@@ -174,7 +173,7 @@ MUTANTS = {
     "towards the negative": ("- v * (d_cn - d_c)", "+ v * (d_cn - d_c)"),
     "away from the null": ("- v * (d_cn - d_c)", "- v * (d_cn - d_0)"),
     "unguided": ("d_0 + w * (d_c - d_0)", "d_c"),
-    "one step": ("x = jump(denoise.schedule, x, shunned", "return jump(denoise.schedule, x, shunned"),
+    "one step": ("x = jump(denoise.schedule, x, negative_guided", "return jump(denoise.schedule, x, negative_guided"),
 }
 
 
@@ -197,6 +196,10 @@ def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.
     must_fail(lambda mutated: check_loss(mutated, CASES[0], 0.3 * CASES[0].sigma), module)
 
 
+def cases_of(prompts: list[str], settings: Settings) -> list[Any]:
+    return cases(prompts, settings.own.named, settings)
+
+
 # -- the cases --------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +209,8 @@ def test_the_parts_of_a_prompt() -> None:
 
 
 def test_a_case_keeps_the_beginning_and_avoids_what_it_has_not() -> None:
-    found = cases(PROMPTS, small(method="sun", pairs=300))
-    assert found == cases(PROMPTS, small(method="sun", pairs=300)) != cases(PROMPTS, small(method="sun", seed=4))
+    found = cases_of(PROMPTS, small(method="sun", pairs=300))
+    assert found == cases_of(PROMPTS, small(method="sun", pairs=300)) != cases_of(PROMPTS, small(method="sun", seed=4))
     every = {part for prompt in PROMPTS for part in parts(prompt)}
     assert {case.negative for case in found} == every | {""}
     assert {case.prompt for case in found} >= {"a cat", "a cat: fat", "a cat: fat, red", "a red dog", "a house"}
@@ -218,21 +221,21 @@ def test_a_case_keeps_the_beginning_and_avoids_what_it_has_not() -> None:
     empty = sum(not case.negative for case in found) / len(found)
     assert 0.05 < empty < 0.4  # a tenth, and where two draws give the same prompt whole
     own = [case for case in found if case.prompt == "a cat: fat" and case.negative == "red"]
-    assert own and len(cases(PROMPTS, small(method="sun", pairs=10_000))) == 512
+    assert own and len(cases_of(PROMPTS, small(method="sun", pairs=10_000))) == 512
 
 
 def test_negatives_of_ones_own() -> None:
-    found = cases(PROMPTS, small(method="sun", pairs=100, negatives="people, blurry,, red "))
+    found = cases_of(PROMPTS, small(method="sun", pairs=100, negatives="people, blurry,, red "))
     assert {case.negative for case in found} == {"people", "blurry", "red", ""}
     assert not any(case.negative == "red" and case.prompt.endswith("red") for case in found)
 
 
 def test_prompts_that_leave_nothing_to_avoid_are_refused() -> None:
     with pytest.raises(OneStepError, match="1 prompts, 'a cat' the first, leave nothing to keep away from"):
-        cases(["a cat"], small(method="sun"))
+        cases_of(["a cat"], small(method="sun"))
     with pytest.raises(OneStepError, match="push is 0"):
         small(method="sun", push=0.0)
-    assert cases(["a cat"], small(method="sun", negatives="dogs"))[0].prompt == "a cat"
+    assert cases_of(["a cat"], small(method="sun", negatives="dogs"))[0].prompt == "a cat"
 
 
 # -- segments ---------------------------------------------------------------------------------------------------------
@@ -255,12 +258,12 @@ def test_a_segment_ends_where_the_students_jump_and_the_teachers_difference_lead
     roles.add("student", 2, 0)
     for _, b in roles.state("student").values():
         b.normal_(std=0.3)
-    recipe = student_recipe(host, settings)
-    made = segments(host, settings, embed(host, PROMPTS, settings, tmp_path / "embeddings"), tmp_path, recipe)
+    setup = setup_of(host, settings, tmp_path, PROMPTS)
+    made, recipe = segments(setup), setup.recipe
     found = [made.draw(made.prompts.batch(at, range(2)), at) for at in range(4)]
     told = [*recipe.levels(schedule).tolist(), 0.0]
     assert {float(data.sigma[0]) for _, data in found} == set(told[:-1])
-    case_list = cases(PROMPTS, settings)
+    case_list = cases_of(PROMPTS, settings)
     for update, (batch, data) in enumerate(found):
         at = [int(made._prompt(update, row)) for row in range(2)]
         assert torch.equal(data.negative.text, host.encode([case_list[i].negative for i in at], (16, 16)).text)

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_host import small
+from small_host import setup_of, small
 from tiny_pipelines import sd
 from torch import Tensor
 from whole_runs import Cancelled, at_call, left
 
 from onestep.core.cond import Cond
 from onestep.core.sampling import sample
-from onestep.core.tensor_file import read_tensors, write_tensors
+from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import DiffusersHost, adapt
-from onestep.training.data.segments import Case, given, watched_case
+from onestep.training.data import cases
+from onestep.training.data.cases import Case
 from onestep.training.distil import distil
-from onestep.training.engine.prompts import embed
-from onestep.training.methods.sun import by_change, negative_adapter, student_recipe
+from onestep.training.methods import sun as method
+from onestep.training.methods.sun import by_change, student_recipe
 from onestep.training.settings import Settings
 from onestep.training.watch.measures import Watch, patch_distance, watched
-from onestep.training.watch.monitor import Looks
 
 PROMPTS = ["a cat: fat, red", "a red dog", "a house, in snow"]
 W, V = 3.0, 1.7
@@ -49,8 +49,12 @@ def host() -> Any:
 
 
 def prepared(host: DiffusersHost, settings: Settings, folder: Path) -> Watch:
-    prompts = embed(host, PROMPTS, settings, folder / "embeddings")
-    return Watch.prepare(host, settings, prompts, reference=by_change(host, settings, prompts, folder))
+    setup = setup_of(host, settings, folder, PROMPTS)
+    return Watch.prepare(setup, by_change(setup))
+
+
+def watched_case(prompts: list[str], settings: Settings, row: int) -> Case:
+    return cases.watched_case(prompts, settings.own.named, settings.seed, row)
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def test_a_watched_prompt_is_kept_away_from_its_last_part() -> None:
     assert {case.prompt for case in single} == {"a red dog"}
     assert {case.negative for case in single} == {"a cat", "fat", "red", "a house", "in snow"}
     named = sun(negatives=" fat, people,,")
-    assert given(named) == ["fat", "people"] and watched_case(PROMPTS, named, 0) == Case(PROMPTS[0], "people")
+    assert named.own.named == ["fat", "people"] and watched_case(PROMPTS, named, 0) == Case(PROMPTS[0], "people")
     assert watched_case(["a cat"], sun(), 0).both == "a cat"
     assert watched_case(["a cat, fat, red"], sun(negatives="fat"), 0) == Case("a cat", "fat"), "which it has itself"
     assert watched_case(["fat, a cat"], sun(negatives="fat"), 0) == Case("fat, a cat", "")
@@ -84,7 +88,8 @@ def test_the_reference_is_the_students_picture_as_the_teacher_would_change_it(
     found = [watched_case(PROMPTS, settings, row) for row in range(3) for _ in range(4)]
     texts = [[""] * 12, [c.both for c in found], [c.prompt for c in found], [c.negative for c in found]]
     null, both, asked, negatives = (host.encode(text, (16, 16)) for text in texts)
-    assert watch.negatives is not None and torch.equal(watch.negatives.text, negatives.text)
+    given = watch.reference.inputs(watch.latents, list(range(12)), watch.noise)["negative"]
+    assert torch.equal(given.text, negatives.text)
     assert torch.equal(watch.batch.cond.text, asked.text)
     levels = [*recipe.levels(schedule).tolist(), 0.0]
     for pushed, name in ((True, "x"), (False, "plain")):
@@ -99,8 +104,8 @@ def test_the_reference_is_the_students_picture_as_the_teacher_would_change_it(
                 d = (end - lower / sigma * x) / (alpha(host, lower) - lower / sigma * alpha(host, sigma))
             if lower:
                 x = alpha(host, lower) * d + lower * watch.batch.normal(f"watch renoise {step}")
-        torch.testing.assert_close(watch.kept[name], d, rtol=1e-3, atol=1e-3)
-    assert float((watch.kept["x"] - watch.kept["plain"]).abs().max()) > 0.05
+        torch.testing.assert_close(watch.latents[name], d, rtol=1e-3, atol=1e-3)
+    assert float((watch.latents["x"] - watch.latents["plain"]).abs().max()) > 0.05
 
 
 def alpha(host: DiffusersHost, sigma: float) -> float:
@@ -134,7 +139,7 @@ def moved(host: DiffusersHost, texts: tuple[Cond, ...], x: Tensor, g: Tensor, si
 def test_distance_is_the_share_of_the_change_that_is_missed(host: DiffusersHost, tmp_path: Path) -> None:
     settings = sun()
     recipe, roles = student_recipe(host, settings), host.denoiser.roles
-    side = negative_adapter(host, settings)
+    side = method.adapter(host, settings)
     roles.add_side("student", side)
     with roles.installed():
         watch = prepared(host, settings, tmp_path)
@@ -142,14 +147,17 @@ def test_distance_is_the_share_of_the_change_that_is_missed(host: DiffusersHost,
         for gain in side.alpha:
             torch.nn.init.normal_(gain, std=0.3, generator=torch.Generator().manual_seed(0))
         numbers, found = watch(host, recipe, "student"), watch.student(host, recipe, "student")
-        with torch.no_grad(), roles.use("student", negative=watch.negatives):
+        with (
+            torch.no_grad(),
+            roles.use("student", **watch.reference.inputs(watch.latents, list(range(12)), watch.noise)),
+        ):
             wanted = sample(host.denoiser, recipe, watch.batch.cond, watch.noise, watch.batch.normal)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    missed, whole = ((watch.kept["x"] - x).numpy().std() for x in (found, watch.kept["plain"]))
-    means = [float((watch.kept["x"] - x).mean()) for x in (found, watch.kept["plain"])]
+    missed, whole = ((watch.latents["x"] - x).numpy().std() for x in (found, watch.latents["plain"]))
+    means = [float((watch.latents["x"] - x).mean()) for x in (found, watch.latents["plain"])]
     share = np.sqrt(missed**2 + means[0] ** 2) / np.sqrt(whole**2 + means[1] ** 2)
     assert numbers["distance"] == pytest.approx(float(share), rel=1e-4) and numbers["distance"] != pytest.approx(1)
-    assert numbers["detail"] == pytest.approx(patch_distance(found, watch.kept["x"]))
+    assert numbers["detail"] == pytest.approx(patch_distance(found, watch.latents["x"]))
 
 
 def test_a_run_shows_without_as_asked_and_with(tmp_path: Path) -> None:
@@ -170,24 +178,11 @@ def test_a_run_shows_without_as_asked_and_with(tmp_path: Path) -> None:
 
 def test_without_anything_to_keep_away_from_there_is_no_distance(host: DiffusersHost, tmp_path: Path) -> None:
     settings = sun(negatives="a cat", watch_samples=4)
-    prompts = embed(host, ["a cat"], settings, tmp_path / "embeddings")
-    host.denoiser.roles.add_side("student", negative_adapter(host, settings))
+    setup = setup_of(host, settings, tmp_path, ["a cat"])
+    host.denoiser.roles.add_side("student", method.adapter(host, settings))
     with host.denoiser.roles.installed():
-        watch = Watch.prepare(host, settings, prompts, reference=by_change(host, settings, prompts, tmp_path))
+        watch = Watch.prepare(setup, by_change(setup))
         assert math.isnan(watch(host, student_recipe(host, settings), "student")["distance"])
-
-
-def test_a_reference_of_an_earlier_version_is_made_anew(host: DiffusersHost, tmp_path: Path) -> None:
-    """It holds the teacher's pictures alone, as the student was told no negatives."""
-    settings = sun()
-    prompts = embed(host, PROMPTS, settings, tmp_path / "embeddings")
-    write_tensors(tmp_path / "reference.safetensors", {"x": torch.zeros(12, 4, 2, 2)})
-    looks = Looks(host, settings, student_recipe(host, settings), tmp_path, by_change)
-    with host.denoiser.roles.installed():
-        looks.prepare(prompts)
-        wanted = prepared(host, settings, tmp_path).kept
-    kept = read_tensors(tmp_path / "reference.safetensors")
-    assert sorted(kept) == ["plain", "x"] and all(torch.equal(kept[name], wanted[name]) for name in kept)
 
 
 @pytest.mark.parametrize("poll", [2, 14])

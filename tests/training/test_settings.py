@@ -3,70 +3,87 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 
 from onestep.core.errors import OneStepError
-from onestep.training.settings import PRESETS, Settings, nearest, preset
+from onestep.training.methods import METHODS, settings_for
+from onestep.training.presets import PRESETS, preset
+from onestep.training.settings import Settings, described, nearest
 
-NUMBERS = [entry for entry in fields(Settings) if entry.metadata["low"] is not None]
-CHOICES = [entry for entry in fields(Settings) if entry.metadata["choices"]]
+OWNERS = {method.settings: method.name for method in reversed([*METHODS.values()])}
+ALL = [(entry, "dmd") for entry in described(Settings)]
+ALL += [(entry, name) for kind, name in OWNERS.items() for entry in described(kind)]
+"""Every setting, with a method that has it."""
+NUMBERS = [pytest.param(*pair, id=f"{pair[1]}-{pair[0].name}") for pair in ALL if pair[0].metadata["low"] is not None]
+CHOICES = [pytest.param(*pair, id=f"{pair[1]}-{pair[0].name}") for pair in ALL if pair[0].metadata["choices"]]
 
 
 def message(**changes: Any) -> str:
     with pytest.raises(OneStepError) as caught:
-        Settings(**changes)
+        settings_for(**changes)
     assert len(str(caught.value)) < 400
     return str(caught.value)
 
 
 def test_every_setting_is_described() -> None:
-    for entry in fields(Settings):
+    for entry, _ in ALL:
         assert len(entry.metadata["help"]) > 15 and entry.metadata["help"].endswith("."), entry.name
         assert entry.type in ("int", "float", "str", "bool")
-    assert [entry.name for entry in fields(Settings) if entry.type in ("int", "float")] == [n.name for n in NUMBERS]
+        assert (entry.metadata["low"] is not None) == (entry.type in ("int", "float")), entry.name
 
 
-@pytest.mark.parametrize("entry", NUMBERS, ids=lambda entry: entry.name)
-def test_numbers_out_of_range_are_refused(entry: Any) -> None:
+def test_no_method_has_a_setting_that_every_run_has() -> None:
+    """They are given by name alone."""
+    every = {entry.name for entry in described(Settings)} | {"method", "own"}
+    for method in METHODS.values():
+        assert every.isdisjoint(entry.name for entry in described(method.settings)), method.name
+
+
+@pytest.mark.parametrize(("entry", "method"), NUMBERS)
+def test_numbers_out_of_range_are_refused(entry: Any, method: str) -> None:
     low, high = entry.metadata["low"], entry.metadata["high"]
     step = 1 if entry.type == "int" else 1e-3 * max(high, 1)
     for value in (low - step, high + step):
-        found = message(**{entry.name: value})
+        found = message(method=method, **{entry.name: value})
         assert found.startswith(f"{entry.name} is {value}: it must lie in {low:g} to {high:g}")
 
 
-@pytest.mark.parametrize("entry", NUMBERS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(("entry", "method"), NUMBERS)
 @pytest.mark.parametrize("value", [float("nan"), "4", None, True, [4], "x" * 10_000])
-def test_what_is_no_number_is_refused(entry: Any, value: Any) -> None:
-    assert message(**{entry.name: value}).startswith(f"{entry.name} is ")
+def test_what_is_no_number_is_refused(entry: Any, method: str, value: Any) -> None:
+    assert message(method=method, **{entry.name: value}).startswith(f"{entry.name} is ")
 
 
-@pytest.mark.parametrize("entry", NUMBERS, ids=lambda entry: entry.name)
-def test_infinity_is_refused(entry: Any) -> None:
-    assert entry.name in message(**{entry.name: float("inf")})
+@pytest.mark.parametrize(("entry", "method"), NUMBERS)
+def test_infinity_is_refused(entry: Any, method: str) -> None:
+    assert entry.name in message(method=method, **{entry.name: float("inf")})
 
 
 def test_the_ends_of_every_range_are_allowed() -> None:
     """Each alone, beside whatever it needs."""
     beside = {"steps": {"warm_start": 1}, "warm_start": {"steps": 1}, "batch": {"accumulation": 1}}
     beside |= {"accumulation": {"batch": 4096}, "level_low": {"level_high": 1.0}, "level_high": {"level_low": 0.0}}
-    for entry in NUMBERS:
+    beside |= {"guidance_low": {"guidance_high": 30.0}}
+    for entry, method in ALL:
+        if entry.metadata["low"] is None:
+            continue
         for value in (entry.metadata["low"], entry.metadata["high"]):
             if (entry.name, value) in (("level_low", 1), ("level_high", 0)):
                 continue
-            assert getattr(Settings(**{**beside.get(entry.name, {}), entry.name: value}), entry.name) == value
+            made = settings_for(method, **{**beside.get(entry.name, {}), entry.name: value})
+            assert made.flat()[entry.name] == value
 
 
-@pytest.mark.parametrize("entry", CHOICES, ids=lambda entry: entry.name)
-def test_unknown_choices_are_refused_with_the_nearest(entry: Any) -> None:
+@pytest.mark.parametrize(("entry", "method"), CHOICES)
+def test_unknown_choices_are_refused_with_the_nearest(entry: Any, method: str) -> None:
     for choice in entry.metadata["choices"]:
-        assert getattr(Settings(**{entry.name: choice}), entry.name) == choice
-        assert f"did you mean {choice!r}" in message(**{entry.name: choice + "x"})
-    assert "known are" in message(**{entry.name: "zzzzzz"})
-    assert entry.name in message(**{entry.name: None}) and entry.name in message(**{entry.name: "y" * 10_000})
+        assert settings_for(method, **{entry.name: choice}).flat()[entry.name] == choice
+        assert f"did you mean {choice!r}" in message(method=method, **{entry.name: choice + "x"})
+    assert "known are" in message(method=method, **{entry.name: "zzzzzz"})
+    for value in (None, "y" * 10_000):
+        assert entry.name in message(method=method, **{entry.name: value})
 
 
 @pytest.mark.parametrize("name", ["negative", "initial_lora", "sizes"])
@@ -90,6 +107,18 @@ def test_flags_must_be_flags(value: Any) -> None:
         ({"batch": 6, "accumulation": 4}, "accumulation 4 must divide batch 6"),
         ({"steps": 0, "warm_start": 0}, "steps and warm_start are both 0"),
         ({"steps": 0, "method": "regression"}, "nothing would be trained"),
+        ({"steps": 0, "method": "agd"}, "nothing would be trained"),
+        ({"steps": 0, "method": "nct"}, "nothing would be trained"),
+        ({"steps": 0, "method": "sun"}, "nothing would be trained"),
+        (
+            {"method": "agd", "guidance_low": 5.0, "guidance_high": 2.0},
+            "guidance_low 5 must not be above guidance_high 2",
+        ),
+        ({"method": "guidance-lora", "teacher_steps": 65}, "set teacher_steps to at most 64"),
+        ({"method": "dmb"}, "no method 'dmb'; did you mean 'dmd'?"),
+        ({"method": "dmd", "push": 2.0}, "dmd has no setting 'push': it belongs to sun"),
+        ({"method": "sun", "critic_rank": 2}, "it belongs to dmd and vsd"),
+        ({"rnak": 2}, "dmd has no setting 'rnak'; did you mean 'rank'?"),
         ({"follow": 0.1, "critic_rank": 8, "rank": 16}, "set critic_rank to 0"),
         ({"sizes": ""}, "size '' is not WIDTHxHEIGHT"),
         ({"sizes": "512"}, "size '512' is not WIDTHxHEIGHT"),
@@ -111,30 +140,26 @@ def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], words: s
 
 
 def test_sizes_are_a_list() -> None:
-    assert Settings(sizes="512x512, 640X448").size_list == ((512, 512), (640, 448))
-
-
-def test_a_warm_start_belongs_to_matching_alone() -> None:
-    assert Settings(method="dmd", warm_start=7).first_steps == Settings(method="vsd", warm_start=7).first_steps == 7
-    assert Settings(method="regression", warm_start=7).first_steps == 0
+    assert settings_for(sizes="512x512, 640X448").size_list == ((512, 512), (640, 448))
 
 
 # -- settings as texts ------------------------------------------------------------------------------------------------
 
 
 def test_texts_become_values() -> None:
-    texts = {"rank": "32", "learning_rate": "3e-4", "checkpointing": "no", "method": "vsd", "negative": " a = b "}
-    made = Settings().with_texts(texts)
+    texts = {"rank": "32", "learning_rate": "3e-4", "checkpointing": "no", "critic_rank": "8", "negative": " a = b "}
+    made = settings_for("vsd").with_texts(texts)
     assert (made.rank, made.learning_rate, made.checkpointing) == (32, 3e-4, False)
-    assert (made.method, made.negative) == ("vsd", " a = b ")
+    assert (made.method, made.own.critic_rank, made.negative) == ("vsd", 8, " a = b ")
     assert made.with_texts({}) == made and made.with_texts({"checkpointing": "True"}).checkpointing
 
 
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        ({"rnak": "32"}, "no setting 'rnak'; did you mean 'rank'?"),
-        ({"zzz": "32"}, "no setting 'zzz'; known are method, steps"),
+        ({"rnak": "32"}, "dmd has no setting 'rnak'; did you mean 'rank'?"),
+        ({"push": "3"}, "dmd has no setting 'push'"),
+        ({"zzz": "32"}, "no setting 'zzz'; known are steps"),
         ({"z" * 10_000: "32"}, "no setting"),
         ({"rank": "3.5"}, "rank is '3.5': it must be a whole number, like rank=64"),
         ({"rank": ""}, "rank is ''"),
@@ -144,26 +169,27 @@ def test_texts_become_values() -> None:
         ({"guidance": "nan"}, "guidance is nan: it must be a number"),
         ({"guidance": "inf"}, "guidance is inf: it must lie in 0 to 30"),
         ({"checkpointing": "maybe"}, "checkpointing is 'maybe': it must be true or false"),
-        ({"method": "dmb"}, "did you mean 'dmd'"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_texts_that_make_no_sense_are_refused(texts: dict[str, str], words: str) -> None:
     with pytest.raises(OneStepError) as caught:
-        Settings().with_texts(texts)
+        settings_for().with_texts(texts)
     assert words in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_presets_are_changes_to_the_defaults() -> None:
     for name, changes in PRESETS.items():
-        assert asdict(preset(name)) == {**asdict(Settings()), **changes}
+        assert preset(name).flat() == {**settings_for(changes["method"]).flat(), **changes}
     assert preset("Fast", rank=8).rank == 8
+    # what another method has not is left out
+    assert preset("Best", method="sun").flat() == {**settings_for("sun").flat(), "steps": 3000, "pairs": 4096}
     with pytest.raises(OneStepError, match="no preset 'Slow': the presets are Fast, Balanced, Best"):
         preset("Slow")
 
 
 def test_settings_are_json() -> None:
-    assert Settings(**json.loads(preset("Best").to_json())) == preset("Best")
+    assert settings_for(**json.loads(preset("Best").to_json())) == preset("Best")
 
 
 def test_the_nearest_name() -> None:

@@ -11,34 +11,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_host import PROMPTS, SmallHost, small
+from small_host import SmallHost, setup_of, small
 from torch import Tensor
 
-from onestep.training.data.pairs import Pairs
 from onestep.training.engine import optimizer as adam
-from onestep.training.engine.inputs import recipe_of
-from onestep.training.engine.prompts import embed
-from onestep.training.engine.student import generate
+from onestep.training.engine.student import add_student, generate
 from onestep.training.engine.trainer import Trainer
-from onestep.training.methods.registry import METHODS
+from onestep.training.engine.turns import Turn
+from onestep.training.methods import METHODS, settings_for
+from onestep.training.methods.dmd import dmd
 from onestep.training.runs.state import restore, snapshot
 from onestep.training.settings import Settings
 
 
 @contextmanager
 def trainer(folder: Path, settings: Settings, host: SmallHost | None = None) -> Iterator[Trainer]:
-    """A trainer as a run makes it, its hooks hung."""
+    """A trainer as a run makes it, its hooks installed."""
     host = host or SmallHost()
-    roles, rank = host.denoiser.roles, settings.critic_rank or settings.rank
-    roles.add("student", settings.rank, settings.seed)
-    roles.copy("student", "ema")
-    objective = METHODS[settings.method](settings)
-    if objective is not None:
-        roles.add("critic", rank, settings.seed)
-    prompts = embed(host, PROMPTS, settings, folder / "embeddings")
-    pairs = Pairs(host, prompts, settings, folder / "pairs")
-    with roles.installed():
-        yield Trainer(host, settings, recipe_of(host, settings), prompts, pairs, objective)
+    setup = setup_of(host, settings, folder)
+    add_student(host, settings, None)
+    host.denoiser.roles.copy("student", "ema")
+    plan = METHODS[settings.method].plan(setup)
+    with host.denoiser.roles.installed():
+        yield Trainer(host, settings, setup.recipe, setup.prompts, plan)
+
+
+def turn(made: Trainer, name: str) -> Turn:
+    """The regression of the warm start, or a role's last turn of an update."""
+    phases = {phase.name: phase.turns for phase in made.plan.phases}
+    if name == "regression":
+        return phases.get("warm start", made.plan.phases[0].turns)[0]
+    return [turn for turn in made.plan.phases[-1].turns if turn.role == name][-1]
 
 
 def away_from_zero(made: Trainer) -> None:
@@ -49,9 +52,11 @@ def away_from_zero(made: Trainer) -> None:
             b.copy_(0.3 * torch.randn(b.shape, generator=draw))
 
 
-def gradients(made: Trainer, role: str, loss: str, key: int = 0) -> tuple[list[Tensor], dict[str, float]]:
-    numbers = made._accumulate(role, key, getattr(made, loss))
-    return [factor.grad.clone() for factor in made.host.denoiser.roles.parameters(role)], numbers  # type: ignore[union-attr]
+def gradients(made: Trainer, name: str, update: int = 0) -> tuple[list[Tensor], dict[str, float]]:
+    """Of one `turn`'s loss, and its numbers."""
+    chosen = turn(made, name)
+    numbers = made.accumulate(chosen, update)
+    return [factor.grad.clone() for factor in made.host.denoiser.roles.parameters(chosen.role)], numbers  # type: ignore[union-attr]
 
 
 def near(found: list[Tensor], wanted: list[Tensor]) -> bool:
@@ -59,17 +64,17 @@ def near(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(float((f - w).norm()) <= 1e-4 * float(w.norm()) for f, w in zip(found, wanted, strict=True))
 
 
-LOSSES = [("student", "_regress"), ("critic", "_teach_critic"), ("student", "_match")]
+LOSSES = ["regression", "critic", "student"]
 
 
 # -- micro-batches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("role", "loss"), LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("accumulation", [2, 3, 4])
 @pytest.mark.parametrize("method", ["dmd", "vsd"])
 def test_micro_batches_give_the_gradient_of_the_batch(
-    tmp_path: Path, role: str, loss: str, accumulation: int, method: str
+    tmp_path: Path, loss: str, accumulation: int, method: str
 ) -> None:
     """The same samples, prompts, noise and levels: the sum over micro-batches is the whole, uneven ones too."""
     found = []
@@ -79,7 +84,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(
             made.accumulation = count
             sizes = [len(batch) for batch in made.batches(0)]
             assert sum(sizes) == 4 and len(sizes) == {1: 1, 2: 2, 3: 2, 4: 4}[count]
-            found.append(gradients(made, role, loss))
+            found.append(gradients(made, loss))
     (whole, numbers), (parts, counted) = found
     assert near(parts, whole)
     for name in ("regression", "critic"):
@@ -90,9 +95,8 @@ def test_the_matching_gradient_is_a_sum_over_elements_and_a_mean_over_samples(tm
     """<x, G> / batch: a clip of 1 means something, whatever the size of the latents and of the batch."""
     with trainer(tmp_path, small(batch=4)) as made:
         away_from_zero(made)
-        got, _ = gradients(made, "student", "_match")
-        objective, host = made.objective, made.host
-        assert objective is not None
+        got, _ = gradients(made, "student")
+        objective, host = dmd(made.settings), made.host
         batch = next(iter(made.batches(0)))
         x = generate(host.denoiser, made.recipe, batch)
         g, _ = objective.cotangent(host.denoiser, batch, x)
@@ -107,8 +111,8 @@ def test_the_anchor_is_that_much_of_the_regression(tmp_path: Path) -> None:
     for anchor in (0.0, 0.5):
         with trainer(tmp_path / str(anchor), small(anchor=anchor)) as made:
             away_from_zero(made)
-            found[anchor], _ = gradients(made, "student", "_match", key=9)
-            regression, _ = gradients(made, "student", "_regress", key=9)
+            found[anchor], _ = gradients(made, "student", 9)
+            regression, _ = gradients(made, "regression", 9)
     assert near(found[0.5], [alone + 0.5 * pull for alone, pull in zip(found[0.0], regression, strict=True)])
 
 
@@ -123,9 +127,9 @@ def test_only_the_role_in_turn_is_moved(tmp_path: Path) -> None:
             return {role for role in pairs if any(not torch.equal(then, now) for then, now in pairs[role])}
 
         made.step(0)
-        assert made.phase(0)[0] == "critic" and moved() == {"critic"}
+        assert made.plan.at(0)[0].name == "critic" and moved() == {"critic"}
         made.step(1)
-        assert made.phase(1)[0] == "dmd" and moved() == {"critic", "student", "ema"}
+        assert made.plan.at(1)[0].name == "dmd" and moved() == {"critic", "student", "ema"}
         assert all(torch.equal(then, now) for then, now in zip(base, made.host.network.parameters(), strict=True))  # type: ignore[attr-defined]
 
 
@@ -145,24 +149,22 @@ def runs_out(host: SmallHost, above: int, at: int = 1) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("role", "loss"), LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("above", "accumulation"), [(3, 2), (2, 2), (1, 4)])
-def test_out_of_memory_halves_the_micro_batch(
-    tmp_path: Path, role: str, loss: str, above: int, accumulation: int
-) -> None:
+def test_out_of_memory_halves_the_micro_batch(tmp_path: Path, loss: str, above: int, accumulation: int) -> None:
     """All samples are still seen, once each: the gradient is that of the whole batch."""
     with trainer(tmp_path / "whole", small()) as made:
         away_from_zero(made)
-        wanted, _ = gradients(made, role, loss)
+        wanted, _ = gradients(made, loss)
     host = SmallHost()
     with trainer(tmp_path / "halved", small(), host) as made:
         away_from_zero(made)
         runs_out(host, above)
-        got, _ = gradients(made, role, loss)
+        got, _ = gradients(made, loss)
         assert made.accumulation == accumulation
         assert made.notes[-1] == f"out of memory: micro-batches of {4 // accumulation} from here on"
         assert len(made.notes) == int(math.log2(accumulation))
-        gradients(made, role, loss, key=3)
+        gradients(made, loss, 3)
         assert len(made.notes) == int(math.log2(accumulation)), "said once, and not tried again"
     assert near(got, wanted)
 
@@ -180,12 +182,12 @@ def test_out_of_memory_in_the_middle_of_a_step_takes_nothing_twice(tmp_path: Pat
     """The second micro-batch fails: the first one's gradient is thrown away with it."""
     with trainer(tmp_path / "whole", small(accumulation=2)) as made:
         away_from_zero(made)
-        wanted, _ = gradients(made, "critic", "_teach_critic")
+        wanted, _ = gradients(made, "critic")
     host = SmallHost()
     with trainer(tmp_path / "failed", small(accumulation=2), host) as made:
         away_from_zero(made)
         runs_out(host, 1, at=3)
-        got, _ = gradients(made, "critic", "_teach_critic")
+        got, _ = gradients(made, "critic")
         assert made.accumulation == 4
     assert near(got, wanted)
 
@@ -229,8 +231,9 @@ def test_a_step_of_no_numbers_is_dropped_and_counted(tmp_path: Path, role: str, 
 
 def test_a_good_step_starts_the_count_anew(tmp_path: Path) -> None:
     with trainer(tmp_path, small(warm_start=5)) as made:
+        for update in range(3):  # the teacher's pairs, while it can still answer
+            made.accumulate(turn(made, "regression"), update)
         handle = made.host.network.register_forward_hook(lambda *args: args[2] * math.nan)  # type: ignore[attr-defined]
-        made.pairs._solve = lambda block, micro: torch.zeros(4, 2, 4, 4)  # type: ignore[method-assign]
         made.step(0)
         made.step(1)
         assert made.stuck == made.dropped == 2
@@ -244,7 +247,7 @@ def test_a_good_step_starts_the_count_anew(tmp_path: Path) -> None:
 
 def test_the_step_size_rises_and_falls() -> None:
     """Linear over the warm-up, then half a cosine from the height to a tenth of it."""
-    settings = Settings(warm_up=10, final_rate=0.1)
+    settings = settings_for(warm_up=10, final_rate=0.1)
     for update in (0, 4, 9, 10, 50, 99):
         rise = min(1, (update + 1) / 10)
         fall = 0.1 + 0.9 * (1 + np.cos(np.pi * update / 100)) / 2
@@ -260,7 +263,7 @@ def test_an_update_is_adams(tmp_path: Path) -> None:
         theta = [p.detach().double().numpy().copy() for p in parameters]
         m, v = [np.zeros_like(t) for t in theta], [np.zeros_like(t) for t in theta]
         for step in (1, 2):
-            raw, _ = gradients(made, "student", "_regress", key=(step - 1) * made._turns)
+            raw, _ = gradients(made, "regression", step - 1)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in raw))
             assert norm > 0.5
             numbers = made.step(step - 1)
@@ -304,15 +307,16 @@ def test_the_critic_follows_where_it_is_told_to(tmp_path: Path) -> None:
 
 def test_the_plan_of_a_run(tmp_path: Path) -> None:
     with trainer(tmp_path, small(warm_start=2, critic_warm_up=1, steps=2)) as made:
-        phases = [made.phase(update) for update in range(made.total)]
-        assert phases == [("warm start", 0, 2), ("warm start", 1, 2), ("critic", 0, 1), ("dmd", 0, 2), ("dmd", 1, 2)]
-        turns = {name: [role for role, _ in made._plan(name)] for name, _, _ in phases}
+        plan = made.plan
+        found = [(plan.at(update)[0].name, plan.at(update)[1]) for update in range(plan.updates)]
+        assert found == [("warm start", 0), ("warm start", 1), ("critic", 0), ("dmd", 0), ("dmd", 1)]
+        turns = {phase.name: [turn.role for turn in phase.turns] for phase in plan.phases}
         assert turns == {"warm start": ["student"], "critic": ["critic"], "dmd": ["critic", "critic", "student"]}
         with pytest.raises(IndexError):
-            made.phase(made.total)
+            plan.at(plan.updates)
     for changes, total in [({"method": "regression", "steps": 5}, 5), ({"steps": 0, "warm_start": 4}, 4)]:
         with trainer(tmp_path, small(**changes)) as made:
-            assert made.total == total
+            assert made.plan.updates == total
 
 
 def test_no_two_turns_see_the_same_batch(tmp_path: Path) -> None:
@@ -321,7 +325,7 @@ def test_no_two_turns_see_the_same_batch(tmp_path: Path) -> None:
         keys: list[int] = []
         made.batches = lambda key: keys.append(key) or iter(())  # type: ignore[method-assign, assignment, func-returns-value]
         made._apply = lambda *args: 0.0  # type: ignore[method-assign]
-        for update in range(made.total):
+        for update in range(made.plan.updates):
             made.step(update)
         assert len(set(keys)) == len(keys) == 3 + 2 + 4 * 3
 

@@ -10,8 +10,8 @@ from mutations import must_fail, mutant
 from oracles import CASES, Case, World, drawn, levels_in_numpy, rows
 
 from onestep.training.engine.levels import UniformTime
+from onestep.training.methods import settings_for
 from onestep.training.methods import vsd as method
-from onestep.training.settings import Settings
 
 K = 4.5
 
@@ -22,7 +22,7 @@ def check_cotangent(module: ModuleType, case: Case) -> None:
     Written out from eps, so that the weight alpha sigma of the x0 form is derived here, not copied.
     """
     world, x = World(case), drawn()
-    g, _ = module.vsd(Settings(matching_guidance=K)).cotangent(world.denoise, world.batch(), x)
+    g, _ = module.vsd(settings_for(matching_guidance=K)).cotangent(world.denoise, world.batch(), x)
     alpha, sigma = levels_in_numpy(case, world.batch().uniform("match level").numpy())
     x_s = alpha * rows(x) + sigma * rows(world.batch().normal("match noise"))
     guided = {}
@@ -46,15 +46,15 @@ def test_a_critic_that_is_the_teacher_leaves_nothing(case: Case) -> None:
     world, x = World(case), drawn()
     for _, b in world.roles.state("critic").values():
         b.zero_()
-    g, _ = method.vsd(Settings(matching_guidance=K)).cotangent(world.denoise, world.batch(), x)
+    g, _ = method.vsd(settings_for(matching_guidance=K)).cotangent(world.denoise, world.batch(), x)
     assert float(g.abs().max()) <= 1e-12
 
 
 def test_the_settings_reach_the_objective() -> None:
-    made = method.vsd(Settings(matching_guidance=K, matching_weight=0.5, level_low=0.1, level_high=0.7))
+    made = method.vsd(settings_for(matching_guidance=K, matching_weight=0.5, level_low=0.1, level_high=0.7))
     assert (made.guidance, made.critic_guidance, made.matching, made.null_rate) == (K, K, 0.5, 0.1)
     assert made.levels == UniformTime(0.1, 0.7) and made.guidance_levels is None
-    alone = method.vsd(Settings(matching_guidance=1.0))
+    alone = method.vsd(settings_for(matching_guidance=1.0))
     assert (alone.critic_guidance, alone.null_rate) == (1.0, 0.0)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_host import PROMPTS, SmallHost, small
+from small_host import SmallHost, setup_of, small
 
 from onestep.core.sampling import teacher_sample
 from onestep.training.engine.inputs import recipe_of
-from onestep.training.engine.prompts import embed
-from onestep.training.methods.distribution_matching import Scores
-from onestep.training.watch.measures import Watch, compare, patch_distance, score_metrics, variety
+from onestep.training.methods.distribution_matching import Scores, score_metrics
+from onestep.training.watch.measures import Watch, compare, patch_distance, variety
+from onestep.training.watch.reference import by_teacher
 
 
 def test_variety_is_the_mean_distance_within_a_prompt() -> None:
@@ -63,11 +63,11 @@ def test_the_numbers_of_a_student_update() -> None:
 def test_the_watch_looks_at_the_same_pictures_always(tmp_path: Path) -> None:
     """Teacher at its steps and guidance, student by its recipe, from the same noise and prompts."""
     host, settings = SmallHost(), small(watch_samples=10, teacher_steps=4)
-    prompts = embed(host, PROMPTS, settings, tmp_path)
+    setup = setup_of(host, settings, tmp_path)
     roles = host.denoiser.roles
     roles.add("student", 2, 0)
     with roles.installed():
-        watch = Watch.prepare(host, settings, prompts)
+        watch = Watch.prepare(setup, by_teacher(setup))
         assert len(watch.noise) == 8, "whole groups of four"
         assert all(torch.equal(watch.batch.cond.text[row], watch.batch.cond.text[row // 4 * 4]) for row in range(8))
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_watch_looks_at_the_same_pictures_always(tmp_path: Path) -> None:
         recipe = recipe_of(host, settings)
         first = watch(host, recipe, "student")
         assert watch(host, recipe, "student") == first
-        again = Watch.prepare(host, settings, prompts, watch.kept)
+        again = Watch.prepare(setup, by_teacher(setup), watch.latents)
         assert again(host, recipe, "student") == first
         for _, b in roles.state("student").values():
             b.normal_()

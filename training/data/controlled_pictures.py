@@ -10,8 +10,19 @@ from torch import Tensor
 
 from ...core.controls import Control
 from ..engine.batch import Batch
-from ..methods.nct import Triples, levels_at
 from .pairs import Blocks
+
+
+@dataclass(frozen=True)
+class Triples:
+    """B noises z [B, C, h, w], what the generator makes of them, x, and its control pictures c [B, ., H, W]; levels: N,
+    the distance from t to r is 1 / N."""
+
+    noise: Tensor
+    x: Tensor
+    control: Tensor
+    levels: int
+
 
 Generate = Callable[[Batch, Tensor], Tensor]
 """(batch, unit noise [B, C, h, w]) -> x0 [B, C, h, w]."""
@@ -20,17 +31,16 @@ Generate = Callable[[Batch, Tensor], Tensor]
 @dataclass
 class TriplePool(Blocks):
     """(z, x = G(z), c = C(decode(x))). A picture is decoded once, as it is made; its control is kept in steps of
-    1 / 255, as a file of pictures would keep it."""
+    1 / 255, as a file of pictures would keep it. levels: (update) -> N of `Triples`."""
 
     control: Control
     generate: Generate
+    levels: Callable[[int], int]
     stream = "triple"
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, Triples]:
         batch, (noise, x, control) = self._take(batch, update)
-        settings = self.settings
-        levels = levels_at(update, settings.steps, FIRST_LEVELS, settings.noise_levels)
-        return batch, Triples(noise, x, control.float() / 255, levels)
+        return batch, Triples(noise, x, control.float() / 255, self.levels(update))
 
     def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return self._noise(block), kept["x"], kept["control"]
@@ -46,7 +56,3 @@ class TriplePool(Blocks):
             controls.append((255 * control).round().to(torch.uint8))
             xs.append(x)
         return {"x": torch.cat(xs), "control": torch.cat(controls)}
-
-
-FIRST_LEVELS = 1
-"""N at the start of a run."""

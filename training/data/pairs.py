@@ -47,6 +47,12 @@ class Blocks:
         """What of a block is handed out, [batch, ...] each."""
         raise NotImplementedError
 
+    @property
+    def solve_cost(self) -> float:
+        """Network forwards that one sample's trajectory of the teacher takes."""
+        guided = self.host.denoiser.guidance == "cfg" and self.settings.guidance != 1
+        return self.settings.teacher_steps * (2.0 if guided else 1.0)
+
     def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
         """What of each block is handed out, in order; made in slices of ``micro`` samples."""
         return (self._block(block, micro) for block in range(self.blocks))

@@ -39,8 +39,8 @@ class States:
 
 @dataclass
 class Trajectories(Blocks):
-    """Samples of ``settings.states`` states each, all of one prompt and on the levels of ``settings.teacher_steps``
-    steps: of one trajectory after another, each from a noise and under a guidance of its own from ``settings.scales``.
+    """Samples of ``states`` states each, all of one prompt and on the levels of ``settings.teacher_steps``
+    steps: of one trajectory after another, each from a noise and under a guidance of its own from ``scales``.
 
     A trajectory is left where guidance, |D_c - D_u|, has fallen below a random share of its largest: so a step is seen
     about as often as guidance is large there (the losses divide by that once, and what counts in the end is the square
@@ -49,6 +49,8 @@ class Trajectories(Blocks):
     every answer that it asks for.
     """
 
+    scales: tuple[float, float]
+    states: int
     stream = "trajectory"
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, States]:
@@ -78,7 +80,7 @@ class Trajectories(Blocks):
         """(x, target, sigma, apart, w), [B, states, ...] each, on the CPU."""
         denoise, null, settings = self.host.denoiser, batch.nulls(), self.settings
         assert null is not None  # the method's check has seen to that
-        start, length = partial(self._start, block), max(settings.teacher_steps, settings.states)
+        start, length = partial(self._start, block), max(settings.teacher_steps, self.states)
         walkers, seen = Walkers(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
         with denoise.roles.use(TEACHER):
             for _ in range(length):
@@ -89,19 +91,19 @@ class Trajectories(Blocks):
                 walkers.step(target, seen[-1][3])
         keeps = torch.stack([self._keeps(block, row, length) for row in rows])
         sides = (torch.stack(side, 1)[keeps] for side in zip(*seen, strict=True))
-        return tuple(side.unflatten(0, (len(rows), settings.states)) for side in sides)
+        return tuple(side.unflatten(0, (len(rows), self.states)) for side in sides)
 
     def _keeps(self, block: int, row: int, length: int) -> Tensor:
-        """[length]: whether a sample keeps each of the answers it asks for; it keeps ``settings.states``."""
+        """[length]: whether a sample keeps each of the answers it asks for; it keeps ``states``."""
         draw = randomness.generator(self.settings.seed, "trajectory states", block, row)
-        return torch.randperm(length, generator=draw) < self.settings.states
+        return torch.randperm(length, generator=draw) < self.states
 
     def _start(self, block: int, row: int, number: int) -> tuple[Tensor, float, float]:
         """Unit noise [C, h, w], guidance and the share at which it is left, of a row's trajectory ``number``."""
         draw = randomness.generator(self.settings.seed, "trajectory", block, row, number)
         noise = torch.randn(*self.prompts.shapes[self._size(block)], generator=draw)
         place, share = torch.rand(2, dtype=torch.float64, generator=draw).tolist()
-        low, high = self.settings.scales
+        low, high = self.scales
         return noise, low + (high - low) * place, share
 
 

@@ -1,11 +1,8 @@
-"""What a run starts from besides a host: the initial LoRA, and the config by which a run is known again."""
+"""What a run starts from: a base that can be trained, the initial LoRA, and how the student will draw."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import platform
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,25 +14,17 @@ from ...core.lora_file import fit, load_lora
 from ...core.recipe import Recipe
 from ...core.roles import State
 from ...core.schedule import NoiseSchedule, VPSchedule
+from ...core.tensor_file import read_header
 from ..host import Host
-from ..methods import guidance
-from ..runs.files import content_of
-from ..settings import GUIDING, MATCHING, Settings
+from ..settings import Settings
 
 SIGMA_INIT = 2.5
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_base(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where this checkpoint cannot be distilled, or not by these settings."""
+def check_base(host: Host) -> None:
+    """Raises OneStepError where this checkpoint cannot be distilled by any method."""
     denoise = host.denoiser
-    if settings.method in GUIDING:
-        guidance.check(host, settings)
-    if denoise.guidance != "cfg" and settings.matching_guidance != 1 and settings.method in MATCHING:
-        raise OneStepError(
-            f"{host.name} has no trained null condition, so matching_guidance {settings.matching_guidance:g} "
-            "cannot be had: set it to 1"
-        )
     noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
     if isinstance(denoise, EpsDenoiser) and float(denoise.schedule.alpha(noisiest)) == 0:
         raise OneStepError(
@@ -85,6 +74,14 @@ def recipe_of(host: Host, settings: Settings) -> Recipe:
     return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)
 
 
+def recipe_of_file(path: str) -> Recipe:
+    """How the LoRA in a file is sampled. Raises OneStepError for one that does not say so."""
+    text = read_header(path).metadata.get("onestep.recipe")
+    if text is None:
+        raise OneStepError("the initial LoRA does not say how it is sampled: give one that onestep distill has made")
+    return Recipe.from_json(text)
+
+
 def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
     """The share of the model's time at which one step begins: where sigma / alpha = 2.5, as in SiD (arXiv:2404.04057),
     or next to it, where KSampler (Advanced) of ComfyUI begins a step.
@@ -101,18 +98,3 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
     if isinstance(schedule, VPSchedule):
         time = nearest_start(schedule, SIGMA_INIT)
     return time / float(schedule.time_of_sigma(noisiest))
-
-
-def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
-    """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
-    that lies; and where it was run."""
-    initial = {"initial_lora": content_of(settings.initial_lora)} if settings.initial_lora else {}
-    return {
-        "settings": asdict(settings) | initial,
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "base": host.base_hash,
-        "checkpoint": host.name,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-        "device": str(host.device),
-    }

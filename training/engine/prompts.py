@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from .batch import Batch
 LONGEST = 4000
 MOST_BYTES = 64 * 2**20
 MOST = 100_000
+AT_ONCE = 64
+"""Prompts that a host is given to encode at once."""
 Size = tuple[int, int]
+Tick = Callable[[str, int, int], None]
+"""(what is being done, in words; how much of it is done; how much it is): called as long work goes on."""
+
+
+def silent(phase: str, done: int, of: int) -> None:
+    """A `Tick` that tells nobody."""
 
 
 def lines(text: str) -> list[str]:
@@ -117,35 +125,53 @@ class Prompts:
         return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device)
 
 
-def embed(host: Host, prompts: Sequence[str], settings: Settings, folder: Path) -> Prompts:
+def embed(
+    host: Host,
+    prompts: Sequence[str],
+    settings: Settings,
+    folder: Path,
+    *,
+    guidance_input: bool = False,
+    tick: Tick = silent,
+) -> Prompts:
     """Embed ``prompts`` and the negative text at every size, or read what an earlier run of the same ones left in
-    ``folder``."""
+    ``folder``. guidance_input: whether the student is given guidance as a condition (an adapter with a dial)."""
     sizes = settings.size_list
     shapes = {size: host.latent_shape(size) for size in sizes}
     texts = [*prompts, settings.negative]
-    every = {size: _told(_cached(host, texts, size, folder), host, settings) for size in sizes}
+    embedded = guidance_input or host.denoiser.guidance == "embedded"
+    every = {size: _with_guidance(_cached(host, texts, size, folder, tick), settings, embedded) for size in sizes}
     trained_null = host.denoiser.guidance == "cfg"
     nulls = {size: cond[len(prompts) :] if trained_null else None for size, cond in every.items()}
     conds = {size: cond[: len(prompts)] for size, cond in every.items()}
     return Prompts(conds, nulls, shapes, settings.seed, host.device, tuple(prompts))
 
 
-def _told(cond: Cond, host: Host, settings: Settings) -> Cond:
-    """A base with embedded guidance tells teacher, critic and student the same value; a guidance adapter, which the
-    teacher lacks, is told the teacher's."""
-    if host.denoiser.guidance != "embedded" and settings.method != "agd":
-        return cond
-    return cond.with_(guidance=torch.full((len(cond),), settings.guidance))
+def _with_guidance(cond: Cond, settings: Settings, embedded: bool) -> Cond:
+    """A base with embedded guidance gets one value for teacher, critic and student; a guidance adapter, which the
+    teacher lacks, gets the teacher's."""
+    return cond.with_(guidance=torch.full((len(cond),), settings.guidance)) if embedded else cond
 
 
-def _cached(host: Host, texts: Sequence[str], size: Size, folder: Path) -> Cond:
+def _cached(host: Host, texts: Sequence[str], size: Size, folder: Path, tick: Tick) -> Cond:
     key = hashlib.sha256("\0".join([host.encoder_hash, f"{size}", *texts]).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"
     if not path.is_file():
-        cond = host.encode(texts, size)
+        cond = _encoded(host, texts, size, tick)
         values = {entry.name: getattr(cond, entry.name) for entry in fields(cond)}
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {name: value for name, value in values.items() if value is not None})
     tensors = read_tensors(path)
     mask = tensors.pop("mask", None)
     return Cond(**tensors, mask=None if mask is None else mask.bool())
+
+
+def _encoded(host: Host, texts: Sequence[str], size: Size, tick: Tick) -> Cond:
+    """In parts, so that a person sees it go on and may cancel it."""
+    parts = []
+    for first in range(0, len(texts), AT_ONCE):
+        host.poll()
+        tick("encoding prompts", first, len(texts))
+        parts.append(host.encode(texts[first : first + AT_ONCE], size))
+    tick("encoding prompts", len(texts), len(texts))
+    return Cond.concat(parts)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
+from ...core.roles import State
 from ...core.sampling import initial_latents
 from ...core.schedule import add_noise
+from ..host import Host
+from ..settings import Settings
 from .batch import Batch
 
 STUDENT = "student"
+NewAdapter = Callable[[Host, Settings], Any]
+"""Makes a new adapter module (core.side) for a host."""
 
 
 def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:
@@ -39,3 +47,17 @@ def level(denoise: Denoiser, recipe: Recipe, step: int, batch: Batch) -> Tensor:
 def _start(denoise: Denoiser, recipe: Recipe, batch: Batch) -> tuple[Tensor, Tensor]:
     sigma = level(denoise, recipe, 0, batch)
     return initial_latents(denoise.schedule, batch.normal("latent"), sigma, recipe.initial_noise_scale), sigma
+
+
+def add_student(host: Host, settings: Settings, initial: State | None, adapter: NewAdapter | None = None) -> None:
+    """The student's role, as a run begins. initial: the initial LoRA's factors. adapter: makes the module that learns
+    in their place; the initial LoRA then stays under it as it is."""
+    roles = host.denoiser.roles
+    if adapter is None:
+        roles.add(STUDENT, settings.rank, settings.seed, host.device)
+    if adapter is not None or initial is not None:
+        roles.load(STUDENT, initial or {}, host.device, lineage=settings.seed)
+    if adapter is not None:
+        for factor in roles.parameters(STUDENT):
+            factor.requires_grad_(False)
+        roles.add_side(STUDENT, adapter(host, settings).to(host.device))

@@ -6,13 +6,14 @@ r"""The one training step of every distribution-matching method.
 D_c, D_u: teacher with prompt and with the null condition; D_F: critic. The first difference matches distributions, the
 second is guidance: plain DMD (arXiv:2311.18828, Eq. 7) has both at one level, Decoupled DMD (arXiv:2511.22677) each at
 its own.
-A method is a choice of the plug-ins below.
+A method is a choice of the plug-ins below; `alternating` is its run: a warm start, the critic alone, then both in turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +23,53 @@ from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.roles import TEACHER
 from ...core.schedule import NoiseSchedule, add_noise, expand
+from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
+from ..engine.setup import Setup
+from ..engine.student import STUDENT, generate
+from ..engine.turns import Loss, Numbers, Phase, Plan, Turn, learning, nothing, on_data
+from ..host import Host
+from ..settings import Settings, setting
+from .regression import Regression
 
 CRITIC = "critic"
+
+
+@dataclass(frozen=True)
+class MatchingSettings:
+    """Of the methods with a critic."""
+
+    matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term; 1 = none.", 0, 30)
+    matching_weight: float = setting(
+        1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
+    )
+    warm_start: int = setting(
+        300, "Updates of regression on the teacher's pairs before the matching; 0 = none.", 0, 1_000_000
+    )
+    warm_start_rate: float = setting(5e-4, "Student's step size in the warm start.", 0, 1)
+    anchor: float = setting(
+        0.25, "Weight of regression on the teacher's pairs beside the matching; keeps composition.", 0, 100
+    )
+    critic_rank: int = setting(0, "Rank of the critic's adapters; 0 = the student's.", 0, 512)
+    critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
+    critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
+    critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
+    follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
+    separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
+    level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
+    level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
+
+    def check(self, run: Settings) -> None:
+        if self.level_low >= self.level_high:
+            raise OneStepError(f"level_low {self.level_low} must be below level_high {self.level_high}")
+        if self.follow and self.critic_rank not in (0, run.rank):
+            raise OneStepError(
+                f"follow {self.follow} needs a critic of the student's rank {run.rank}, not {self.critic_rank}: "
+                "set critic_rank to 0"
+            )
+        if run.steps + self.warm_start == 0:
+            raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
 
 
 @dataclass(frozen=True)
@@ -165,3 +209,88 @@ class DistributionMatching:
                 "set matching_guidance to 1"
             )
         return nulls
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def check_guidance(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where the base has no null condition for the guidance that is asked for."""
+    if host.denoiser.guidance != "cfg" and settings.own.matching_guidance != 1:
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so matching_guidance {settings.own.matching_guidance:g} "
+            "cannot be had: set it to 1"
+        )
+
+
+def alternating(setup: Setup, objective: DistributionMatching) -> Plan:
+    """Regression on the teacher's pairs, the critic alone, then critic and student in turn (arXiv:2405.14867)."""
+    settings, own, roles = setup.settings, setup.settings.own, setup.denoise.roles
+    add_critic(setup)
+    pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")
+    regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
+    # IDA (SenseFlow, arXiv:2506.00523)
+    follow = partial(roles.lerp, CRITIC, STUDENT, own.follow) if own.follow else nothing
+    turns = Turns(setup, objective, regress if own.anchor else None, own.anchor)
+    critic = Turn(CRITIC, turns.teach_critic, own.critic_learning_rate, 0.0)
+    warm = Turn(STUDENT, regress, own.warm_start_rate, then=follow)
+    student = Turn(STUDENT, turns.match, settings.learning_rate, 0.0, then=follow)
+    # forwards of a sample: the student's picture and the loss of each critic; picture, three scores and anchor
+    learn, fresh = learning(settings), (pairs.blocks, pairs.solve_cost)
+    cost = (1 + learn) * own.critic_updates + learn + 3 + (learn if own.anchor else 0)
+    return Plan(
+        [STUDENT, CRITIC],
+        [
+            Phase("warm start", own.warm_start, [warm], learn, *fresh),
+            Phase("critic", own.critic_warm_up if settings.steps else 0, [replace(critic, falls=False)], 1 + learn),
+            Phase(settings.method, settings.steps, [critic] * own.critic_updates + [student], cost, *fresh),
+        ],
+    )
+
+
+@torch.no_grad()
+def add_critic(setup: Setup) -> None:
+    """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0."""
+    settings, roles = setup.settings, setup.denoise.roles
+    roles.add(CRITIC, settings.own.critic_rank or settings.rank, settings.seed, setup.host.device)
+    for name, (a, _) in roles.state(CRITIC).items():
+        start = roles.state(STUDENT)[name][0]
+        if start.shape == a.shape:
+            a.copy_(start)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The losses of both roles. regress: of the student on pairs, ``anchor`` of which stands beside the matching."""
+
+    setup: Setup
+    objective: DistributionMatching
+    regress: Loss | None = None
+    anchor: float = 0.0
+
+    def teach_critic(self, batch: Batch, share: float, update: int) -> Numbers:
+        """The critic's loss on the student's own pictures."""
+        with torch.no_grad():
+            x = generate(self.setup.denoise, self.setup.recipe, batch)
+        loss = self.objective.critic_loss(self.setup.denoise, batch, x)
+        (share * loss).backward()
+        return {"critic": float(loss.detach())}
+
+    def match(self, batch: Batch, share: float, update: int) -> Numbers:
+        """<x, sg(G)>.backward(): the sum over a sample's elements, the mean over samples."""
+        x = generate(self.setup.denoise, self.setup.recipe, batch)
+        cotangent, scores = self.objective.cotangent(self.setup.denoise, batch, x)
+        x.backward(cotangent * (share / len(batch)))
+        if self.regress is not None:
+            self.regress(batch, share * self.anchor, update)
+        return score_metrics(scores)
+
+
+def score_metrics(scores: Scores) -> Numbers:
+    """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
+    numbers = {"x_mean": float(scores.x.mean()), "x_std": float(scores.x.std())}
+    if scores.fake is None:
+        return numbers
+    delta, pull = scores.fake - scores.real, scores.real - scores.x
+    cosine = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
+    return numbers | {"gap": float(delta.norm() / pull.norm().clamp_min(1e-12)), "cos": float(cosine)}

@@ -19,8 +19,7 @@ from ..engine.prompts import check_prompts, embed
 from ..engine.student import STUDENT
 from ..host import Host
 from ..settings import Settings
-from .control import check_control, generator_recipe
-from .nct import controlled
+from .nct import check, controlled, generator_recipe
 
 PICTURES = Control("Pictures", 3, lambda pictures, keys: pictures)
 
@@ -31,8 +30,8 @@ def generator_pictures(host: Host, prompts: Sequence[str], settings: Settings) -
     texts = check_prompts(prompts)
     if len(settings.size_list) > 1:
         raise OneStepError(f"pictures of {len(settings.size_list)} sizes make no batch: give one size")
-    check_base(host, settings)
-    check_control(host, settings)
+    check_base(host)
+    check(host, settings)
     roles, targets = host.denoiser.roles, list(host.denoiser.roles.targets.values())
     generate, path = partial(controlled, host.denoiser, generator_recipe(host, settings)), settings.initial_lora
     state = fit(load_lora(path, [target.name for target in targets], host.family).state, targets) if path else {}
@@ -40,7 +39,7 @@ def generator_pictures(host: Host, prompts: Sequence[str], settings: Settings) -
         embedded = embed(host, texts, settings, Path(folder) / "embeddings")
         roles.load(STUDENT, state, host.device, lineage=settings.seed)
         try:
-            pool = TriplePool(host, embedded, settings, Path(folder) / "triples", PICTURES, generate)
+            pool = TriplePool(host, embedded, settings, Path(folder) / "triples", PICTURES, generate, lambda update: 1)
             for _, _, picture in pool.every(settings.batch // settings.accumulation):
                 yield picture.float() / 255
         finally:

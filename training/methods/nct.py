@@ -22,49 +22,44 @@ x itself, t < 1 / N, holds the rest: with fewer of these f soon agrees with itse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ...core.control import ControlAdapter, new_adapter, places_of
+from ...core.control_copy import ControlCopy, new_copy
+from ...core.controls import control_of, visible
 from ...core.denoiser import Denoiser
+from ...core.errors import OneStepError
+from ...core.families import unet_parts
 from ...core.recipe import Recipe
 from ...core.sampling import initial_latents
 from ...core.schedule import expand
+from ..data.controlled_pictures import TriplePool, Triples
 from ..engine.batch import Batch
+from ..engine.inputs import recipe_of, recipe_of_file
+from ..engine.setup import Setup
 from ..engine.student import STUDENT, level
+from ..engine.turns import Plan, on_data, one_phase
+from ..host import Host
+from ..settings import Settings, need_steps, setting
+from ..watch.measures import EACH
+from ..watch.reference import Latents, Reference
+from .method import Method, base_as_student
 
 ROUND = 0.3
 
 
 @dataclass(frozen=True)
-class Triples:
-    """B noises z [B, C, h, w], what the generator makes of them, x, and its control pictures c [B, ., H, W]; levels: N,
-    the distance from t to r is 1 / N."""
-
-    noise: Tensor
-    x: Tensor
-    control: Tensor
-    levels: int
-
-
-Source = Callable[[Batch, int], tuple[Batch, Triples]]
-"""(batch, update) -> the triples that this update looks at, and their batch."""
-
-
-@dataclass(frozen=True)
 class NoiseConsistency:
-    """The loss, as a direct method (training.direct). boundary: beta."""
+    """boundary: beta."""
 
     recipe: Recipe
-    source: Source
     boundary: float = 0.1
 
-    def draw(self, batch: Batch, update: int) -> tuple[Batch, Triples]:
-        return self.source(batch, update)
-
-    def loss(self, denoise: Denoiser, batch: Batch, data: Triples) -> Tensor:
+    def __call__(self, denoise: Denoiser, batch: Batch, data: Triples) -> Tensor:
         """A sum over a sample's elements, so to say: d is of whole samples. A mean over samples."""
         own = batch.uniform("nct boundary") < self.boundary
         t = torch.where(own, 0.0, 1 - batch.uniform("nct level"))
@@ -109,3 +104,132 @@ def levels_at(update: int, total: int, first: int, last: int) -> int:
     """N of ``update``: ``first``, doubled in equal stages of the run until ``last``."""
     stages = 1 + max(0, round(math.log2(last / first)))
     return min(last, first * 2 ** (update * stages // max(total, 1)))
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+COPY = "copy"
+"""The form of an adapter that is a ControlNet."""
+FIRST_LEVELS = 1
+"""N at the start of a run."""
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """Of nct."""
+
+    control: str = setting(
+        "canny", "What the student is controlled by: canny, soft-edges, depth, low-resolution or mask."
+    )
+    control_form: str = setting(
+        "light",
+        "light = a small encoder of its own; copy = a ControlNet, U-Nets only: larger and slower.",
+        choices=("light", COPY),
+    )
+    control_width: int = setting(
+        0, "Channels of the adapter on its finest grid; 0 = those of the model's first layer, at most 320.", 0, 4096
+    )
+    noise_levels: int = setting(
+        4,
+        "How fine the noise levels become by a run's end: noises asked for the same are 1 / this apart; it begins with "
+        "1.",
+        1,
+        4096,
+    )
+    boundary: float = setting(
+        0.1, "Share of the samples that are asked for their own picture at their own noise.", 0, 1
+    )
+
+    def check(self, run: Settings) -> None:
+        need_steps(run)
+
+
+def check(host: Host, settings: Settings) -> None:
+    """Raises OneStepError for a control that is not known, layers that are not adapted, or a generator of many
+    steps."""
+    control_of(settings.own.control)
+    if settings.own.control_form == COPY and host.family != "unet":
+        raise OneStepError(f"control_form copy is a ControlNet for U-Nets, {host.name} has none: set it to light")
+    places_of(host.family, host.denoiser.roles.targets)
+    generator_recipe(host, settings)
+
+
+def adapter(host: Host, settings: Settings) -> ControlAdapter | ControlCopy:
+    """A new adapter of the settings' control for the host's network, that sees the noise as well. A copy is one of the
+    generator, the initial LoRA included."""
+    size, roles, own = settings.size_list[0], host.denoiser.roles, settings.own
+    wanted, latent = (own.control, control_of(own.control).channels), host.latent_shape(size)
+    if own.control_form == COPY:
+        cell, factors = size[1] // latent[1], roles.state(STUDENT)
+        return new_copy(roles.targets, unet_parts(host.network), wanted, cell, factors, seed=settings.seed)
+    return new_adapter(host.family, roles.targets, wanted, size, latent, width=own.control_width, seed=settings.seed)
+
+
+def generator_recipe(host: Host, settings: Settings) -> Recipe:
+    """How the generator draws: as the initial LoRA's file says; without one the base itself is the generator. Raises
+    OneStepError for one of several steps."""
+    what = "the initial LoRA" if settings.initial_lora else "the base"
+    recipe = recipe_of_file(settings.initial_lora) if settings.initial_lora else recipe_of(host, settings)
+    if recipe.steps != 1 or recipe.guidance != 1 or recipe.lora_scale != 1:
+        raise OneStepError(
+            f"{what} draws in {recipe.steps} steps at guidance {recipe.guidance:g}, LoRA scale {recipe.lora_scale:g}: "
+            "nct needs a generator of one step, without guidance and at scale 1"
+        )
+    return recipe
+
+
+def plan(setup: Setup) -> Plan:
+    """The adapter learns on triples of the frozen generator."""
+    settings, own = setup.settings, setup.settings.own
+    pool = TriplePool(
+        setup.host,
+        setup.prompts,
+        settings,
+        setup.folder / "triples",
+        control_of(own.control),
+        partial(controlled, setup.denoise, setup.recipe),
+        lambda update: levels_at(update, settings.steps, FIRST_LEVELS, own.noise_levels),
+    )
+    consistency = NoiseConsistency(setup.recipe, own.boundary)
+    # the generator's picture and its decoding, about as much again
+    return one_phase(STUDENT, on_data(pool.draw, partial(consistency, setup.denoise)), settings, pool.blocks, 2.0)
+
+
+def by_controls(setup: Setup) -> Reference:
+    """The generator's pictures from other noises than the student's, with their controls, and what it draws from the
+    student's own noise without a control."""
+    host, control = setup.host, control_of(setup.settings.own.control)
+
+    @torch.no_grad()
+    def make(batch: Batch, noise: Tensor) -> Latents:
+        generate = partial(controlled, host.denoiser, setup.recipe, batch)
+        x = generate(batch.normal("watch control"))
+        return {"x": x, "control": control(host.decode(x).cpu(), batch.samples), "plain": generate(noise)}
+
+    def missed(host: Host, latents: Latents, x: Tensor) -> float:
+        """rms between the controls of x and those that were asked for, of one picture of each prompt."""
+        rows = range(0, len(x), min(EACH, len(x)))
+        found = control(host.decode(x[rows]), rows)
+        return float((found - latents["control"][rows]).square().mean().sqrt())
+
+    return Reference(
+        make,
+        inputs=lambda latents, rows, like: {"control": latents["control"][rows].to(like)},
+        missed=missed,
+        above=lambda host, latents, rows: [visible(latents["control"][rows]), host.decode(latents["plain"][rows])],
+    )
+
+
+METHOD = Method(
+    name="nct",
+    title="Noise consistency training: a control for a one-step generator, as an adapter",
+    paper="arXiv:2506.19741",
+    forwards="4 + the picture",
+    plan=plan,
+    settings=ControlSettings,
+    adapter=adapter,
+    recipe=generator_recipe,
+    reference=by_controls,
+    check=check,
+    note=base_as_student,
+)

@@ -1,8 +1,9 @@
-"""Regression of the student on the teacher's own pictures: the warm start, and DMD's anchor."""
+"""Regression of the student on the teacher's own pictures: a method, the warm start of others, and DMD's anchor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ...core.sampling import initial_latents
 from ...core.schedule import add_noise
+from ..data.pairs import Pairs
 from ..engine.batch import Batch
+from ..engine.setup import Setup
 from ..engine.student import STUDENT, level
+from ..engine.turns import Plan, on_data, one_phase
+from .method import Method
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,19 @@ class Regression:
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """sqrt((a - b)^2 + c^2) - c, for each element (LCM, arXiv:2310.04378, app. C)."""
     return torch.sqrt((a - b) ** 2 + c**2) - c
+
+
+def plan(setup: Setup) -> Plan:
+    """The student's regression on the teacher's pairs, and nothing else."""
+    pairs = Pairs(setup.host, setup.prompts, setup.settings, setup.folder / "pairs")
+    loss = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
+    return one_phase(STUDENT, loss, setup.settings, pairs.blocks, pairs.solve_cost)
+
+
+METHOD = Method(
+    name="regression",
+    title="Regression on the teacher's ODE pairs",
+    paper="arXiv:2311.18828, Eq. 9",
+    forwards="3 + the pair",
+    plan=plan,
+)

@@ -12,7 +12,7 @@ from onestep.core.negative_adapter import MAKERS
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny
 from onestep.training.distil import distil
-from onestep.training.settings import Settings
+from onestep.training.methods import settings_for
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 told, given = json.loads((work / "told.json").read_text()), load_file(work / "in.safetensors")
@@ -20,7 +20,7 @@ told, given = json.loads((work / "told.json").read_text()), load_file(work / "in
 with torch.inference_mode():
     model, clip, vae = load_tiny(folder)
     with adapted(model, clip, vae) as host:
-        result = distil(host, told["prompts"], Settings(**told["settings"]), work / "comfy")
+        result = distil(host, told["prompts"], settings_for(**told["settings"]), work / "comfy")
         roles = host.denoiser.roles
         roles.add_side("student", load_adapter(result.path, MAKERS, "unet").side)
         cond, negative = host.encode(told["prompts"], (32, 32)), host.encode(told["negatives"], (32, 32))

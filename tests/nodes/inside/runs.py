@@ -14,7 +14,7 @@ from onestep.core.lora_file import load_lora
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny
 from onestep.training.distil import distil
-from onestep.training.settings import preset
+from onestep.training.presets import preset
 
 FOLDER, WORK = Path(sys.argv[1]), Path(sys.argv[2])
 SMALL = {

@@ -7,15 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
-from small_host import SmallHost, small
+from small_host import SmallHost, setup_of, small
 from whole_runs import Cancelled, at_call, left, run
 
-from onestep.training.engine.inputs import recipe_of
 from onestep.training.runs.run import Run
-from onestep.training.watch.monitor import Looks
+from onestep.training.watch.monitor import Monitor
 
 
-def looked(folder: Path) -> list[int]:
+def previewed(folder: Path) -> list[int]:
     """Updates after which previews were drawn."""
     return [int(path.stem) for path in sorted((folder / "previews").glob("*.png"))]
 
@@ -34,7 +33,7 @@ def test_the_curve_begins_at_the_untrained_student(tmp_path: Path) -> None:
 def test_the_last_preview_is_of_the_finished_student(tmp_path: Path, every: int, drawn: list[int]) -> None:
     settings = small(method="regression", steps=6, preview_every=every, watch_every=0)
     result = run(tmp_path / "run", settings)
-    assert looked(tmp_path / "run") == drawn
+    assert previewed(tmp_path / "run") == drawn
     assert result.preview == (tmp_path / "run" / "previews" / "000006.png" if drawn else None)
     assert [line["update"] for line in result.metrics] == [1, 2, 3, 4, 5, 6], "nothing was measured"
     assert not any("distance" in line for line in result.metrics)
@@ -42,14 +41,15 @@ def test_the_last_preview_is_of_the_finished_student(tmp_path: Path, every: int,
 
 def test_nothing_is_told_of_a_student_that_nobody_looks_at(tmp_path: Path) -> None:
     seen: list[int] = []
-    run(tmp_path / "run", small(watch_every=0, preview_every=0), report=lambda now: seen.append(now.update))
+    settings = small(watch_every=0, preview_every=0)
+    run(tmp_path / "run", settings, report=lambda now: now.preparing or seen.append(now.update))
     assert seen == list(range(1, 10)) and not (tmp_path / "run" / "reference.safetensors").exists()
 
 
 def test_the_untrained_student_is_measured_once_in_a_run(tmp_path: Path) -> None:
     """One that goes on from its very start knows that measure from its metrics: here not what it would find."""
     with pytest.raises(Cancelled):
-        run(tmp_path / "run", report=lambda now: at_call(1, Cancelled())())
+        run(tmp_path / "run", report=lambda now: at_call(1, Cancelled())() if now.phase == "before training" else None)
     metrics = tmp_path / "run" / "metrics.jsonl"
     line = json.loads(metrics.read_text())
     assert line["update"] == 0 and Run(tmp_path / "run").states() == [0]
@@ -83,8 +83,8 @@ def test_a_run_cancelled_while_it_looks_first_goes_on_to_the_same_end(tmp_path: 
 def test_the_best_is_the_least_finite_distance(tmp_path: Path) -> None:
     """An untrained student whose numbers overflow does not stand for ever as the best."""
     host = SmallHost()
-    looks = Looks(host, small(), recipe_of(host, small()), tmp_path)
-    assert looks.gain(0, math.nan) == 0 and looks.best is None
-    assert looks.gain(3, 1.0) == 0 and looks.gain(6, math.nan) == 3 and looks.gain(9, 2.0) == 6
-    assert looks.best == {"distance": 1.0, "update": 3.0}
-    assert looks.gain(12, 0.5) == 0
+    monitor = Monitor(setup_of(host, small(), tmp_path))
+    assert monitor.gain(0, math.nan) == 0 and monitor.best is None
+    assert monitor.gain(3, 1.0) == 0 and monitor.gain(6, math.nan) == 3 and monitor.gain(9, 2.0) == 6
+    assert monitor.best == {"distance": 1.0, "update": 3.0}
+    assert monitor.gain(12, 0.5) == 0

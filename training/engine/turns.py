@@ -1,0 +1,123 @@
+"""How a method says what is learnt: a run is phases, a phase is updates, an update is turns, a turn is a role and its
+loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..settings import Settings
+from .batch import Batch
+
+Numbers = dict[str, float]
+Loss = Callable[[Batch, float, int], Numbers]
+"""(micro-batch, its share of the batch, update) -> numbers for the metrics; runs backward itself."""
+Draw = Callable[[Batch, int], tuple[Batch, Any]]
+"""(batch, update) -> the samples that this update learns from, in place of the batch's (as many, of the same indices),
+and their data: a function of the run's seed, the update and the indices alone."""
+
+
+def nothing() -> None:
+    """Follows a step that nothing follows."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser's step within an update.
+
+    role: whose tensors take it. learning_rate: its height. beta1: decay of the first moment. falls: whether the step
+    size falls along the phase's cosine. then: called after a step that was taken.
+    """
+
+    role: str
+    loss: Loss
+    learning_rate: float
+    beta1: float = 0.9
+    falls: bool = True
+    then: Callable[[], None] = nothing
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``updates`` updates of these turns, in order.
+
+    cost: network forwards of one sample in an update, backward passes counted as forwards of their work. fresh: updates
+    of the whole run, from its first, in which data is made that is used again later, at ``fresh_cost`` more. The time
+    still to go is reckoned by these.
+    """
+
+    name: str
+    updates: int
+    turns: Sequence[Turn]
+    cost: float = 3.0
+    fresh: int = 0
+    fresh_cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method makes of a run. roles: those with an optimiser; the student is the first."""
+
+    roles: Sequence[str]
+    phases: Sequence[Phase]
+
+    @property
+    def updates(self) -> int:
+        """Of all phases."""
+        return sum(phase.updates for phase in self.phases)
+
+    @property
+    def turns(self) -> int:
+        """Batches that an update may take: the most of any phase."""
+        return max(len(phase.turns) for phase in self.phases)
+
+    def at(self, update: int) -> tuple[Phase, int]:
+        """The phase of ``update``, and its index within the phase."""
+        for phase in self.phases:
+            if update < phase.updates:
+                return phase, update
+            update -= phase.updates
+        raise IndexError(f"update {update} is past the end of the run")
+
+    def cost(self, first: int, last: int) -> float:
+        """Updates ``first`` to ``last`` in forwards of one sample."""
+        at, cost = 0, 0.0
+        for phase in self.phases:
+            end = at + phase.updates
+            cost += phase.cost * _overlap((first, last), (at, end))
+            cost += phase.fresh_cost * _overlap((first, min(last, phase.fresh)), (at, end))
+            at = end
+        return cost
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
+
+
+def learning(settings: Settings) -> float:
+    """Forwards of work in one forward with its backward: a frozen base has no weight gradients; recomputation adds a
+    forward."""
+    return 3.5 if settings.checkpointing else 2.5
+
+
+def on_data(draw: Draw, loss: Callable[[Batch, Any], Tensor], name: str = "loss") -> Loss:
+    """The turn's loss of a method whose loss, a sum over a sample's elements and a mean over samples, is of the data
+    that ``draw`` gives. Its number is the loss for each element."""
+
+    def backward(batch: Batch, share: float, update: int) -> Numbers:
+        batch, data = draw(batch, update)
+        value = loss(batch, data)
+        (share * value).backward()
+        return {name: float(value.detach()) / math.prod(batch.shape)}
+
+    return backward
+
+
+def one_phase(role: str, loss: Loss, settings: Settings, fresh: int = 0, fresh_cost: float = 0.0) -> Plan:
+    """The plan of a method that learns the same from the first update to the last. fresh, fresh_cost: of its data."""
+    turn = Turn(role, loss, settings.learning_rate)
+    return Plan([role], [Phase(settings.method, settings.steps, [turn], learning(settings), fresh, fresh_cost)])

@@ -1,0 +1,65 @@
+"""What a method is: one row of the table of methods, and what a run asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.recipe import Recipe
+from ..engine.inputs import recipe_of
+from ..engine.setup import Setup
+from ..engine.turns import Plan
+from ..host import Host
+from ..settings import NoSettings, Settings
+from ..watch.reference import Reference, by_teacher
+
+
+def nothing_to_check(host: Host, settings: Settings) -> None:
+    """Every base will do."""
+
+
+def nothing_to_say(settings: Settings) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A file of this package that has a METHOD is a method: nothing else has to know it.
+
+    name, title, paper: as the command, the node and the docs show them. forwards: network forwards of one sample in a
+    student update, backward included, in words.
+    plan: (setup) -> its roles, phases and turns; it adds the roles that it trains beside the student.
+    settings: its own, a frozen dataclass (see `settings.NoSettings`).
+    adapter: (host, settings) -> a new adapter module that learns in place of the student's factors; None for a LoRA.
+    recipe: how the student draws. reference: what the watch compares it with.
+    check: raises OneStepError for settings that it cannot do with this host. note: what a run tells of its settings as
+    it begins, or nothing. adjustable: settings that may be others when a run is continued. guidance_input: whether the
+    student is given the guidance of each sample as a condition.
+    """
+
+    name: str
+    title: str
+    paper: str
+    forwards: str
+    plan: Callable[[Setup], Plan]
+    settings: type[Any] = NoSettings
+    adapter: Callable[[Host, Settings], Any] | None = None
+    recipe: Callable[[Host, Settings], Recipe] = recipe_of
+    reference: Callable[[Setup], Reference] = by_teacher
+    check: Callable[[Host, Settings], None] = nothing_to_check
+    note: Callable[[Settings], str] = nothing_to_say
+    adjustable: tuple[str, ...] = ("steps", "pairs")
+    guidance_input: bool = False
+
+    @property
+    def makes(self) -> str:
+        """What its result is: "LoRA" or "adapter"."""
+        return "LoRA" if self.adapter is None else "adapter"
+
+
+def base_as_student(settings: Settings) -> str:
+    """A note where the few-step student that an adapter is for is not named."""
+    if settings.initial_lora:
+        return ""
+    return f"no initial_lora: {settings.method} takes the base itself, drawn in few steps, for the student"
