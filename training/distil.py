@@ -228,6 +228,7 @@ class _Session:
                 f"the run {self.run.folder.name[:80]} has done {self.update} updates, more than the "
                 f"{self.trainer.plan.updates} that it would have now: raise steps, or restart it"
             )
+        self.finished_at = 0
         self.trainer.notes.append(f"went on after {self.update} updates with {self.run.adjust()}")
         self._save()
 

@@ -59,10 +59,10 @@ def test_the_settings_reach_the_objective() -> None:
 
 
 MUTANTS = {
-    "the critic unguided": ("critic_guidance=settings.matching_guidance", "critic_guidance=1.0"),
+    "the critic unguided": ("critic_guidance=own.matching_guidance", "critic_guidance=1.0"),
     "DMD's weight": ("weight=_weight", "weight=dmd_weight"),
     "another weight": ("at(vsd_weight, schedule, scores.sigma)", "2 * at(vsd_weight, schedule, scores.sigma)"),
-    "other levels": ("UniformTime(settings.level_low, settings.level_high)", "UniformTime(0.0, 1.0)"),
+    "other levels": ("UniformTime(own.level_low, own.level_high)", "UniformTime(0.0, 1.0)"),
 }
 
 
