@@ -17,7 +17,7 @@ from whole_runs import Cancelled, at_call, left, run
 from onestep.core.errors import OneStepError
 from onestep.core.tensor_file import read_tensors, write_tensors
 from onestep.training.engine import optimizer as adam
-from onestep.training.settings import Settings
+from onestep.training.methods import settings_for
 
 SHAPES = ((64, 72), (3, 5), (), (4097,), (16, 4, 3, 3))
 """Above and below the 4096 numbers from which on bitsandbytes keeps 8 bits; the third gets no gradient."""
@@ -41,7 +41,7 @@ def parameters() -> list[Tensor]:
 
 
 def made(tensors: list[Tensor], kind: str) -> torch.optim.Optimizer:
-    return adam.make(tensors, Settings(optimizer=kind, learning_rate=1e-2, weight_decay=0.01))
+    return adam.make(tensors, settings_for(optimizer=kind, learning_rate=1e-2, weight_decay=0.01))
 
 
 def steps(optimizer: torch.optim.Optimizer, tensors: list[Tensor], numbers: range) -> None:
@@ -147,5 +147,5 @@ def test_an_optimiser_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ImportError):
         importlib.import_module("bitsandbytes")
     with pytest.raises(OneStepError, match="bitsandbytes cannot be imported"):
-        adam.refuse_missing(Settings(optimizer="adamw8bit"))
-    adam.refuse_missing(Settings())
+        adam.refuse_missing(settings_for(optimizer="adamw8bit"))
+    adam.refuse_missing(settings_for())
