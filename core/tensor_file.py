@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -76,6 +76,13 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
     with _opened(Path(path)) as file:
         header = _header(Path(path), file)
         return {name: _tensor(file, header, name) for name in (header.tensors if names is None else names)}
+
+
+def each_tensor(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names one after another, so that whoever keeps less than all never holds all."""
+    with _opened(Path(path)) as file:
+        header = _header(Path(path), file)
+        yield from ((name, _tensor(file, header, name)) for name in names)
 
 
 def write_tensors(

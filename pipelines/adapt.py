@@ -153,6 +153,8 @@ class DiffusersHost:
     def latents_of(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, as in decode."""
         vae = self.pipe.vae
+        if getattr(vae, "encoder", vae) is None:
+            raise OneStepError(f"{self.name}'s VAE has no encoder, so no picture can be given to it: use a whole one")
         with self.on_device(vae), _upcast(vae):
             pictures = (2 * pictures - 1).to(self.device, vae.dtype)
             latents = torch.cat([_mode(vae.encode(one)) for one in pictures.split(1)])

@@ -19,9 +19,11 @@ from .bundled import path_of
 from .kinds import PIPELINES
 from .quiet import attempt
 from .single_file import load_single_file
+from .weights import load_parts
 
 BUNDLED = ("tiny", "tiny-flow")
 WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+UNUSED = ("feature_extractor", "image_encoder")  # parts that only an IP-Adapter or the safety checker asks for
 BIGGEST_INDEX_BYTES = 1 << 20
 
 
@@ -52,16 +54,15 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Any:
     cls = getattr(diffusers, pipeline_class(folder, index))
     for part in WEIGHTS:
         _refuse_pickles(folder / part)
-    variant = "fp16" if any(folder.glob("*/*.fp16.safetensors")) and not _has_plain(folder) else None
+    parts = _left_out(folder, cls, index) | load_parts(folder, index, WEIGHTS, dtype)
     return attempt(
         folder,
         lambda: cls.from_pretrained(
             folder,
             torch_dtype=dtype,
-            variant=variant,
             use_safetensors=True,
             local_files_only=True,
-            **_left_out(cls, index),
+            **parts,
         ),
     )
 
@@ -108,10 +109,14 @@ def _present(parts: Mapping[str, Any], name: str) -> bool:
 
 
 def refuse_broken(pipe: Any, path: Path) -> None:
-    """Raise where a weight is not a finite number."""
+    """Raise where a weight is not there, or not a finite number."""
     for part in WEIGHTS:
         module = getattr(pipe, part, None)
         for name, weight in module.named_parameters() if module is not None else ():
+            if weight.is_meta:
+                raise OneStepError(
+                    f"{path.name[:80]} is incomplete: it lacks {part}.{name[:80]}; download or export it again"
+                )
             if not bool(torch.isfinite(weight).all()):
                 raise OneStepError(
                     f"{path.name[:80]} is damaged: {part}.{name[:80]} holds numbers that are not finite (NaN or "
@@ -119,11 +124,12 @@ def refuse_broken(pipe: Any, path: Path) -> None:
                 )
 
 
-def _left_out(cls: Any, index: Mapping[str, Any]) -> dict[str, Any]:
+def _left_out(folder: Path, cls: Any, index: Mapping[str, Any]) -> dict[str, Any]:
     """None for each part that the folder lacks, as SD3 without T5, and for the safety checker, never used here."""
     wanted = inspect.signature(cls.__init__).parameters
     empty = inspect.Parameter.empty
     absent = {name: None for name in wanted if wanted[name].default is empty and index.get(name) == [None, None]}
+    absent |= {name: None for name in UNUSED if name in wanted and not (folder / name).is_dir()}
     spared = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in wanted else {}
     return {**absent, **spared}
 
@@ -135,8 +141,3 @@ def _refuse_pickles(part: Path) -> None:
             f"{part.name}/{pickles[0][:80]} is a pickle, which can run code when it is opened: "
             "save the pipeline again with safe_serialization=True"
         )
-
-
-def _has_plain(folder: Path) -> bool:
-    files = (file for part in ("unet", "transformer") for file in (folder / part).glob("*.safetensors"))
-    return any(".fp16." not in file.name for file in files)

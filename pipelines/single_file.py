@@ -1,11 +1,12 @@
 """A single .safetensors checkpoint of SD1.5, SD2 or SDXL as a diffusers pipeline, offline.
 
-diffusers' own from_single_file converts the weights; configurations and CLIP's tokenizer lie in configs/.
+Configurations and CLIP's tokenizer lie in configs/. Each module is asked for its tensors, one by one and by name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,38 +16,57 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
-from ..core.tensor_file import Header, read_header, read_tensors
+from ..core.tensor_file import Header, read_header
 from .clip_tokenizer import clip_tokenizer
-from .quiet import attempt
+from .quiet import quiet
+from .single_marks import SPREAD_IN_V as SPREAD_IN_V
+from .single_marks import UNET, prediction_in, refuse_marks
+from .single_names import clip_sources, unet_sources, vae_sources
+from .single_parts import Part, filled, places_of
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST = UNET + "input_blocks.0.0.weight"
 FOLDERS = "give the diffusers folder that holds model_index.json instead"
-# By ComfyUI's own rule (supported_models.SD20.model_type): this bias is spread in models that predict v.
-SPREAD_IN_V = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+REFINER = 384  # channels of SDXL's refiner, where all others begin with 320
+SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale(_2)?|comfy_quant)$")
+PACKED = re.compile(r"(^|\.)\w*(absmax|quant_state|quant_map|qweight|qzeros)(\.|$)")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of checkpoint: its folder under configs/, its text encoders' prefixes and the tokenizers' padding.
-
-    ignored: parts of keys under these prefixes that no encoder takes.
-    """
+    """One kind of checkpoint: its folder under configs/, where each of its text encoders may lie, and the tokenizers'
+    padding."""
 
     config: str
-    encoders: tuple[str, ...]
+    encoders: tuple[tuple[str, ...], ...]
     pads: tuple[str, ...]
-    ignored: tuple[str, ...] = ("position_ids", "logit_scale")
 
 
-OPEN_CLIP = "cond_stage_model.model."
+SDXL_CLIP = ("conditioner.embedders.0.transformer.",)
+SD2_AS_SGM = "conditioner.embedders.0.model."
+ENCODERS = (("text encoder", "text_encoder"), ("second text encoder", "text_encoder_2"))
+VAES = ("first_stage_model.", "vae.")
 KINDS = (
-    Kind("sdxl", ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."), ("<|endoftext|>", "!")),
-    # SD2 reads the last but one layer
-    Kind("sd2", (OPEN_CLIP,), ("!",), ("logit_scale", "text_projection", "attn_mask", "resblocks.23.")),
-    Kind("sd15", ("cond_stage_model.transformer.",), ("<|endoftext|>",)),
+    Kind("sdxl", (SDXL_CLIP, ("conditioner.embedders.1.model.",)), ("<|endoftext|>", "!")),
+    Kind("sd2", (("cond_stage_model.model.", SD2_AS_SGM),), ("!",)),
+    Kind("sd15", (("cond_stage_model.transformer.",),), ("<|endoftext|>",)),
 )
+
+
+def parts_of(kind: Kind) -> list[Part]:
+    # SD2 reads the last but one of open_clip's layers
+    layers = r"(transformer\.resblocks|(text_model\.)?encoder\.layers)\." + ("(?!23)" if kind.config == "sd2" else "")
+    blocks = r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\."
+    coders = r"(encoder|decoder|quant_conv|post_quant_conv)\."
+    return [
+        Part("U-Net", "unet", (UNET,), unet_sources, blocks),
+        # the VAE's encoder is for pictures that are given; none is needed to draw
+        Part("VAE", "vae", VAES, vae_sources, coders, spared=r"(encoder|quant_conv)\."),
+        *(
+            Part(*names, prefixes, clip_sources, layers)
+            for names, prefixes in zip(ENCODERS, kind.encoders, strict=False)
+        ),
+    ]
 
 
 def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS) -> Any:
@@ -55,17 +75,26 @@ def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS) ->
     kind = kind_of(path, header)
     folder = configs / kind.config
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    prediction = prediction_in(path, header, kind.config == "sd2")
+    _refuse_packed(path, header)
+    # everything is looked for before anything is read
+    places = [(part, places_of(path, header, part, folder)) for part in parts_of(kind)]
+    with quiet():
+        modules = {part.name: filled(path, part, found, folder, dtype) for part, found in places}
     cls = getattr(diffusers, index["_class_name"])
     tokenizers = {f"tokenizer{number}": clip_tokenizer(pad) for number, pad in zip(("", "_2"), kind.pads, strict=False)}
-    pipe = attempt(
-        path,
-        lambda: cls.from_single_file(
-            str(path), config=str(folder), local_files_only=True, torch_dtype=dtype, **tokenizers, **_spared(cls)
-        ),
-    )
-    _refuse_incomplete(path, header, kind, pipe)
-    _set_prediction(pipe, path, header, kind)
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
+    with quiet():
+        pipe = cls(**modules, **tokenizers, scheduler=scheduler, **_spared(cls))
+    if prediction.v:
+        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": prediction.zero_terminal}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+        if kind.config == "sd2":
+            pipe.unet.register_to_config(sample_size=96)  # those that predict v were trained at 768 pixels
     return pipe
+
+
+# -- what a file is ---------------------------------------------------------------------------------------------------
 
 
 def kind_of(path: Path, header: Header) -> Kind:
@@ -73,17 +102,23 @@ def kind_of(path: Path, header: Header) -> Kind:
     keys, name = header.tensors, path.name[:80]
     if FIRST not in keys:
         raise OneStepError(f"{name} {_what_else(keys)}")
-    channels = keys[FIRST].shape[1]
-    if channels != 4:
+    shape = keys[FIRST].shape
+    if len(shape) != 4 or shape[1] != 4:
+        channels = shape[1] if len(shape) == 4 else list(shape)
         raise OneStepError(f"{name} has {channels} input channels (inpainting or the like): use a text-to-image base")
-    if "edm_mean" in keys:
-        raise OneStepError(f"{name} was trained with EDM's noise levels (Playground), which are not supported yet")
+    refuse_marks(path, header)
+    refiner = _has(keys, (SD2_AS_SGM,)) and shape[0] == REFINER
     for kind in KINDS:
-        if all(_has(keys, prefix) for prefix in kind.encoders):
+        if all(_has(keys, prefixes) for prefixes in kind.encoders) and not refiner:
             return kind
-    if _has(keys, "conditioner.embedders.0.model."):
+    if refiner:
         raise OneStepError(f"{name} is SDXL's refiner, which draws nothing by itself: use the SDXL base")
     raise OneStepError(f"{name} holds a U-Net without its text encoder: use a whole checkpoint, or {FOLDERS}")
+
+
+def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
+    """Whether the file's model predicts v, else noise."""
+    return prediction_in(path, header, kind.config == "sd2").v
 
 
 def _what_else(keys: Iterable[str]) -> str:
@@ -101,48 +136,27 @@ def _what_else(keys: Iterable[str]) -> str:
     return next(known, "is no checkpoint of SD1.5, SD2 or SDXL: give one of these, or a diffusers folder")
 
 
-def _refuse_incomplete(path: Path, header: Header, kind: Kind, pipe: Any) -> None:
-    """Every part must have taken as many numbers as the file holds for it: diffusers would leave the rest as it was."""
-    encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
-    parts = [("U-Net", (UNET,), pipe.unet), ("VAE", (VAE,), pipe.vae)]
-    parts += [("text encoder", (prefix,), part) for prefix, part in zip(kind.encoders, encoders, strict=False)]
-    for title, prefixes, module in parts:
-        held = sum(
-            torch.Size(entry.shape).numel()
-            for key, entry in header.tensors.items()
-            if key.startswith(prefixes) and not any(word in key for word in kind.ignored)
+def _refuse_packed(path: Path, header: Header) -> None:
+    """Weights that are not themselves numbers of the model: scaled fp8, or packed into whole numbers."""
+    for key in header.tensors:
+        if SCALED.search(key):
+            what = "its weights are scaled fp8"
+        elif PACKED.search(key):
+            what = "its weights are quantised"
+        else:
+            continue
+        raise OneStepError(
+            f"{path.name[:80]} holds {key[-80:]}: {what}, which is not supported: use the file in fp16, bf16, fp32 or "
+            "plain fp8"
         )
-        needed = sum(weight.numel() for weight in module.parameters())
-        if held != needed:
-            raise OneStepError(
-                f"{path.name[:80]} holds {held} numbers for the {title}, {kind.config} needs {needed}: "
-                "it is incomplete or of another architecture"
-            )
 
 
-def _set_prediction(pipe: Any, path: Path, header: Header, kind: Kind) -> None:
-    """Give the pipeline the scheduler of what its U-Net predicts, where the file tells it."""
-    if not predicts_v(path, header, kind):
-        return
-    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in header.tensors}
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
-    if kind.config == "sd2":
-        pipe.unet.register_to_config(sample_size=96)  # those that predict v were trained at 768 pixels
-
-
-def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
-    """By the header's word, by the mark that SDXL's v models carry, or, for SD2, by ComfyUI's rule."""
-    told = header.metadata.get("modelspec.prediction_type")
-    if told is not None:
-        return told.startswith("v")
-    if kind.config == "sd2" and SPREAD_IN_V in header.tensors:
-        return float(read_tensors(path, [SPREAD_IN_V])[SPREAD_IN_V].float().std(unbiased=False)) > 0.09
-    return "v_pred" in header.tensors
-
-
-def _has(keys: Iterable[str], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in keys)
+def _has(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
+    return any(key.startswith(prefixes) for key in keys)
 
 
 def _spared(cls: Any) -> dict[str, Any]:
-    return {"add_watermarker": False} if "XL" in cls.__name__ else {"safety_checker": None}
+    """The parts that are never used here."""
+    if "XL" in cls.__name__:
+        return {"add_watermarker": False}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

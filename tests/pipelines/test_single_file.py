@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from single_checkpoints import PARTS, changed, checkpoint
 from single_files import LAYOUTS, single_file_state, write_sparse
-from tiny_pipelines import WIDTH, clip, make, randomise, sd, sdxl, unet
-from torch import Tensor, nn
+from tiny_pipelines import make
+from torch import nn
 
 from onestep.core.errors import OneStepError
 from onestep.pipelines import single_file
@@ -21,7 +22,6 @@ from onestep.pipelines.load import load
 from onestep.pipelines.single_file import CONFIGS, load_single_file
 
 KINDS = list(LAYOUTS)
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 # As published: parameters of SD1.5's, SD2's and SDXL's networks.
 PARAMETERS = {
@@ -29,48 +29,6 @@ PARAMETERS = {
     "sd2": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
     "sdxl": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
 }
-
-
-def tiny(kind: str) -> Any:
-    """A tiny pipeline in the layout of ``kind``."""
-    torch.manual_seed(0)
-    pipe = sdxl() if kind == "sdxl" else sd()
-    if kind == "sdxl":
-        # diffusers tells SDXL's encoders apart by their widths
-        wide = {"cross_attention_dim": WIDTH + 48, "projection_class_embeddings_input_dim": 48 + 6 * 8}
-        pipe.register_modules(text_encoder_2=clip(True, width=48), unet=unet(xl=True, **wide))
-    if kind == "sd2":
-        pipe.register_modules(unet=unet(use_linear_projection=True))
-    for name in PARTS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            randomise(getattr(pipe, name))
-    return pipe
-
-
-def configs_of(pipe: Any, kind: str, folder: Path) -> Path:
-    """The pipeline's configurations alone, where the shipped ones of ``kind`` would be."""
-    pipe.save_pretrained(folder / kind)
-    for file in (folder / kind).rglob("*.safetensors"):
-        file.unlink()
-    return folder
-
-
-def checkpoint(kind: str, folder: Path, **more: Tensor) -> tuple[Any, Path, Path]:
-    """A tiny pipeline, its single file, and the folder of its configurations."""
-    pipe = tiny(kind)
-    state = {key: weight.contiguous().clone() for key, weight in single_file_state(pipe.components, kind).items()}
-    save_file({**state, **more}, folder / "x.safetensors")
-    return pipe, folder / "x.safetensors", configs_of(pipe, kind, folder / "configs")
-
-
-def changed(file: Path, change: Any, metadata: dict[str, str] | None = None) -> Path:
-    """The file with its table of tensors changed."""
-    from safetensors.torch import load_file
-
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata)
-    return file
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,30 +77,6 @@ def test_a_file_of_full_size_loads_with_what_is_shipped(kind: str, tmp_path: Pat
     pipe = load(tmp_path / "full.safetensors", dtype=torch.float16)
     assert sum(weight.numel() for weight in pipe.unet.parameters()) == PARAMETERS[kind]["unet"]
     assert pipe.tokenizer("a photo").input_ids == [49406, 320, 1125, 49407]
-
-
-# -- what a file predicts ---------------------------------------------------------------------------------------------
-
-
-def test_sdxl_that_predicts_v_says_so(tmp_path: Path) -> None:
-    marks = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
-    _, file, configs = checkpoint("sdxl", tmp_path, **marks)
-    scheduler = load_single_file(file, torch.float32, configs).scheduler
-    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.rescale_betas_zero_snr
-
-
-@pytest.mark.parametrize(("told", "kind"), [("v", "v_prediction"), ("epsilon", "epsilon")])
-def test_the_headers_word_wins(told: str, kind: str, tmp_path: Path) -> None:
-    _, file, configs = checkpoint("sd2", tmp_path)
-    changed(file, lambda state: None, {"modelspec.prediction_type": told})
-    assert load_single_file(file, torch.float32, configs).scheduler.config.prediction_type == kind
-
-
-@pytest.mark.parametrize(("spread", "v"), [(0.2, True), (0.01, False)])
-def test_sd2_is_told_by_comfyuis_rule(spread: float, v: bool, tmp_path: Path) -> None:
-    save_file({single_file.SPREAD_IN_V: spread * torch.randn(320)}, tmp_path / "x.safetensors")
-    header = single_file.read_header(tmp_path / "x.safetensors")
-    assert single_file.predicts_v(tmp_path / "x.safetensors", header, single_file.KINDS[1]) is v
 
 
 # -- CLIP's tokenizer -------------------------------------------------------------------------------------------------
