@@ -109,11 +109,11 @@ def clip_sources(module: nn.Module, prefix: str) -> Sources:
 
 
 def _clip_paths(name: str, prefix: str) -> list[tuple[Any, ...]]:
-    own = [(f"text_model.{name.removeprefix('text_model.')}",), (name.removeprefix("text_model."),)]
-    bare = own[1][0]
+    bare = name.removeprefix("text_model.")
     if bare == "text_projection.weight":
         # open_clip holds a matrix that is multiplied from the left
         return [("text_projection", None, True), (bare,)]
+    own: list[tuple[Any, ...]] = [(f"text_model.{bare}",), (bare,)]
     others = _open_clip_path(bare)
     return [*own, *others] if prefix.endswith("transformer.") else [*others, *own]
 
