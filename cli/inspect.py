@@ -12,7 +12,7 @@ from typing import Any
 from ..core.adapter_file import read_told
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
-from ..core.ksampler import core_nodes
+from ..core.ksampler import by_sigmas, core_nodes, same_sigmas
 from ..core.lora_file import LoraFile, load_lora
 from ..core.recipe import Recipe
 from ..core.schedule import FlowSchedule, VPSchedule
@@ -20,9 +20,9 @@ from ..core.tensor_file import read_header
 from .console import Console
 from .lora import settings_in
 
-TITLE, SETTINGS, PROMPTS = "modelspec.title", "onestep.settings", "onestep.prompts"
-LONG = 80
-SHIFTS = {"sd3": 3.0, "flux": 1.15}  # of the bases as they are published, where the recipe does not say
+SETTINGS, PROMPTS, HINT = "onestep.settings", "onestep.prompts", "modelspec.usage_hint"
+LONG, LONG_HINT = 80, 1000
+SHIFTS = {"sd3": 3.0, "flux": math.exp(1.15)}  # of the bases as they are published, where the recipe does not say
 
 # By the beginning of an adapter's kind: the node that takes it, and how it is drawn with in Python.
 USES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -110,6 +110,8 @@ def in_comfyui(recipe: Recipe) -> dict[str, Any]:
     """ComfyUI's own nodes for the family as it is published, or why none draw it."""
     flow = FlowSchedule(SHIFTS.get(recipe.family, 1.0) if recipe.shift is None else recipe.shift)
     found = core_nodes(recipe, VPSchedule.scaled_linear() if recipe.family == "unet" else flow)
+    if found.general is not None and recipe.sigmas and not same_sigmas(found.general.sigmas, recipe.sigmas):
+        found = by_sigmas(recipe)  # of a base with a schedule of its own
     return asdict(found) | {"words": str(found)}
 
 
@@ -148,6 +150,8 @@ def told(facts: dict[str, Any]) -> str:
         lines.append("  It does not say how it is sampled: onestep generate takes a preset with --recipe.")
     else:
         lines += recipe_lines(facts)
+    if HINT in facts["header"]:
+        lines.append(f"  usage hint: {_short(facts['header'][HINT], LONG_HINT)}")
     changed = {
         name: value for name, value in facts["settings"].items() if name in ("method", "steps", "rank", "guidance")
     }
@@ -174,6 +178,6 @@ def recipe_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _short(text: str) -> str:
+def _short(text: str, most: int = LONG) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= LONG else text[: LONG - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

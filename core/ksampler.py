@@ -7,7 +7,7 @@ KSampler (Advanced), which begins and ends at any of the N, reaches lower first 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -88,9 +88,29 @@ def core_nodes(recipe: Recipe, schedule: NoiseSchedule) -> CoreNodes:
             reason=f"KSampler begins with {scale:.4g} of unit noise at time {recipe.timesteps[0]:g}, this recipe with "
             f"{recipe.initial_noise_scale:.4g}"
         )
-    sampler = "lcm" if recipe.steps > 1 and (recipe.renoise or recipe.eta == 1) else "euler"
-    sigmas = k_sigma(schedule, levels).clamp_max(ZERO_TERMINAL)
-    return CoreNodes(_ksampler(recipe, schedule, sampler), ManualSigmas(_digits(sigmas), sampler, recipe.guidance))
+    return CoreNodes(_ksampler(recipe, schedule), _manual(recipe, k_sigma(schedule, levels).tolist()))
+
+
+def by_sigmas(recipe: Recipe) -> CoreNodes:
+    """What draws a recipe that comes with its sigmas, whatever its base's schedule is."""
+    return CoreNodes(general=_manual(recipe, [math.inf if sigma is None else sigma for sigma in recipe.sigmas]))
+
+
+def same_sigmas(text: str, sigmas: Sequence[float | None]) -> bool:
+    """Whether the widget's ``text`` holds these ``sigmas`` and the closing 0."""
+    told = [*(ZERO_TERMINAL if sigma is None else sigma for sigma in sigmas), 0.0]
+    return all(math.isclose(float(one), other, rel_tol=1e-5) for one, other in zip(text.split(","), told, strict=True))
+
+
+def usage_hint(recipe: Recipe, schedule: NoiseSchedule) -> str:
+    """One line for a person: how the LoRA of ``recipe`` draws, in ComfyUI's own nodes where it does."""
+    count = f"{recipe.steps} step{'s' * (recipe.steps > 1)}"
+    core, strength = core_nodes(recipe, schedule), f" at strength {recipe.lora_scale:g}" * (recipe.lora_scale != 1)
+    if core.reason:
+        return (
+            f"The LoRA draws in {count}. In ComfyUI: Load One-Step LoRA and One-Step Sample of OneStep ({core.reason})"
+        )
+    return f"The LoRA draws in {count}. In ComfyUI, with its own nodes: LoraLoaderModelOnly{strength}, then {core}"
 
 
 def nearest_start(schedule: VPSchedule, sigma: float) -> float:
@@ -110,9 +130,9 @@ def simple_times(schedule: NoiseSchedule, steps: int) -> Tensor:
     return schedule.time_of_sigma(schedule.sigma_at(1 - index / table))
 
 
-def _ksampler(recipe: Recipe, schedule: NoiseSchedule, sampler: str) -> KSampler | KSamplerAdvanced | None:
+def _ksampler(recipe: Recipe, schedule: NoiseSchedule) -> KSampler | KSamplerAdvanced | None:
     """The fewest steps of "simple" that the recipe's times follow one another in."""
-    wanted = torch.tensor(recipe.timesteps, dtype=torch.float64)
+    wanted, sampler = torch.tensor(recipe.timesteps, dtype=torch.float64), _sampler(recipe)
     for steps, times in _grids(schedule, recipe.steps):
         for start in range(steps - recipe.steps + 1):
             if torch.allclose(times[start : start + recipe.steps], wanted, rtol=0, atol=1e-4):
@@ -129,11 +149,16 @@ def _grids(schedule: NoiseSchedule, least: int) -> Iterator[tuple[int, Tensor]]:
             yield steps, simple_times(schedule, steps)
 
 
-def _digits(sigmas: Tensor) -> str:
+def _manual(recipe: Recipe, sigmas: list[float]) -> ManualSigmas:
     """With the closing 0, to ten digits, which is more than float32 holds; never with an exponent, which ManualSigmas
     does not read."""
-    texts = (f"{sigma:.{max(1, 10 - len(str(int(sigma))))}f}" for sigma in sigmas.tolist())
-    return ", ".join([*(text.rstrip("0").rstrip(".") for text in texts), "0"])
+    finite = [min(sigma, ZERO_TERMINAL) for sigma in sigmas]
+    texts = (f"{sigma:.{max(1, 10 - len(str(int(sigma))))}f}".rstrip("0").rstrip(".") for sigma in finite)
+    return ManualSigmas(", ".join([*texts, "0"]), _sampler(recipe), recipe.guidance)
+
+
+def _sampler(recipe: Recipe) -> str:
+    return "lcm" if recipe.steps > 1 and (recipe.renoise or recipe.eta == 1) else "euler"
 
 
 def _ksampler_in_words(node: KSampler | KSamplerAdvanced) -> str:

@@ -153,7 +153,7 @@ def how_to_sample(recipe: Recipe, schedule: NoiseSchedule) -> str:
     made_for = f"\nMade for {sizes}." if sizes else ""
     if core.reason:
         return f"Use One-Step Sample (or One-Step Sampler and Sigmas): {core.reason}.{made_for}"
-    return f"One-Step Sample, or {core}.{made_for}"
+    return f"One-Step Sample; or, with ComfyUI's own nodes, {core}.{made_for}"
 
 
 NODES = [LoadOneStepLoRA]

@@ -15,6 +15,7 @@ import torch
 from ..core.adapter_file import check_adapter, save_adapter
 from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
+from ..core.ksampler import usage_hint
 from ..core.lora_file import save_lora
 from ..core.roles import State
 from .engine.inputs import check_base, initial_state
@@ -81,7 +82,10 @@ class _Session:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = report or (lambda progress: None)
         self.texts, self.initial = prompts, initial
-        self.notes = [note for note in [self.method.note(settings)] if note]
+        self.usage = (
+            "" if self.method.adapter else usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
+        )
+        self.notes = [note for note in [self.method.note(settings), self.usage] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at = 0, time.monotonic(), 0
 
@@ -272,14 +276,13 @@ class _Session:
         )
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
-        """The result and what its load-back proved: the role's adapter module where it has one, else its factors as a
-        LoRA."""
+        """The result, the role's adapter module or its factors as a LoRA, and what its load-back proved."""
         path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
         recipe = self.trainer.recipe.to_json()
         if role in roles.sides:
             save_adapter(path, roles.sides[role], family, self._header(role) | {"onestep.recipe": recipe})
             return path, check_adapter(path, roles.sides[role], family)
-        save_lora(path, roles.state(role), family, recipe, self._header(role))
+        save_lora(path, roles.state(role), family, recipe, self._header(role) | {"modelspec.usage_hint": self.usage})
         return path, self.host.check_file(path)
 
     def _header(self, role: str) -> dict[str, str]:

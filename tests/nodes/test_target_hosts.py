@@ -20,39 +20,6 @@ from onestep.core.roles import Roles
 
 pytestmark = pytest.mark.comfy
 
-UNET = {
-    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True},
-    **{"legacy": False, "use_checkpoint": False, "context_dim": 24, "use_temporal_attention": False},
-    **{"use_temporal_resblock": False, "adm_in_channels": None},
-}
-SD3 = {
-    **{"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None, "adm_in_channels": 16},
-    **{"num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None},
-    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}},
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "sd15": {
-        **UNET,
-        **{"channel_mult": [1, 2], "num_res_blocks": [2, 2], "transformer_depth": [1, 1, 0, 0]},
-        **{"transformer_depth_output": [1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1},
-        **{"use_linear_in_transformer": False, "num_heads": 4, "num_head_channels": -1},
-    },
-    "sdxl": {
-        **UNET,
-        **{"channel_mult": [1, 2, 2], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 1, 1, 2, 2]},
-        **{"transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2},
-        **{"use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16},
-        **{"num_classes": "sequential", "adm_in_channels": 64},
-    },
-    "sd3": {**SD3, "x_block_self_attn_layers": []},
-    "sd35": {**SD3, "x_block_self_attn_layers": [0], "qk_norm": "rms"},
-    "flux": {
-        **{"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16},
-        **{"context_in_dim": 24, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1},
-        **{"depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
-        **{"guidance_embed": True, "txt_ids_dims": []},
-    },
-}
 # Flux' rotary positions are float32 in both hosts, and so are diffusers' RMS norms: float64 does not help there.
 DTYPES = {**dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64), **dict.fromkeys(("sd35", "flux"), torch.float32)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -62,10 +29,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By case: (diffusers' tensors, ComfyUI's tensors, ComfyUI's report, tolerance)."""
     folder = tmp_path_factory.mktemp("hosts")
-    ours = {name: in_diffusers(name, folder) for name in CONFIGS}
-    run_inside("target_hosts", folder, *CONFIGS)
+    ours = {name: in_diffusers(name, folder) for name in small.IN_COMFY}
+    run_inside("target_hosts", folder, *small.IN_COMFY)
     results = {}
-    for name in CONFIGS:
+    for name in small.IN_COMFY:
         report = json.loads((folder / f"{name}.report.json").read_text())
         results[name] = ours[name], load_file(folder / f"{name}.out.safetensors"), report, TOLERANCE[DTYPES[name]]
     return results
@@ -85,7 +52,7 @@ def in_diffusers(name: str, folder: Path) -> dict[str, Tensor]:
     save_file(network.state_dict(), folder / f"{name}.weights.safetensors")
     save_file(inputs, folder / f"{name}.inputs.safetensors")
     save_lora(folder / f"{name}.lora.safetensors", state, case.family)
-    told = {"family": case.family, "dtype": str(dtype).removeprefix("torch."), "unet_config": CONFIGS[name]}
+    told = {"family": case.family, "dtype": str(dtype).removeprefix("torch."), "unet_config": small.IN_COMFY[name]}
     (folder / f"{name}.json").write_text(json.dumps(told))
     plain = case.run(network, inputs)
     return {"plain": plain, **adapted(case, network, targets, state, inputs)}
@@ -118,14 +85,14 @@ def gap(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_both_hosts_bind_the_same_targets_in_the_same_order(name: str, hosts: dict[str, Any]) -> None:
     ours, _, report, _ = hosts[name]
     names = {key[2:] for key in ours if key.startswith("A|")}
     assert report["names"] == sorted(names, key=natural)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_the_table_is_comfyuis_own(name: str, hosts: dict[str, Any]) -> None:
     """Layer, rows and order of every target are what comfy.utils says of diffusers' keys; no other layer exists."""
     _, _, report, _ = hosts[name]
@@ -137,7 +104,7 @@ def test_the_table_is_comfyuis_own(name: str, hosts: dict[str, Any]) -> None:
     assert report["unwritten"] == [] and report["without_reason"] == []
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_rows_cover_each_fused_layer_without_overlap(name: str, hosts: dict[str, Any]) -> None:
     _, tensors, report, _ = hosts[name]
     ends: dict[str, int] = {}
@@ -149,7 +116,7 @@ def test_rows_cover_each_fused_layer_without_overlap(name: str, hosts: dict[str,
     assert ends.keys() == weights.keys()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_prediction_and_every_gradient_agree(name: str, hosts: dict[str, Any]) -> None:
     ours, comfys, _, tolerance = hosts[name]
     assert gap(comfys["plain"], ours["plain"]) < tolerance
@@ -160,7 +127,7 @@ def test_prediction_and_every_gradient_agree(name: str, hosts: dict[str, Any]) -
         assert float((comfys[key] - value).norm()) < tolerance * max(float(value.norm()), 1e-3 * scale), key
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_core_lora_loader_reads_every_key_and_gives_the_same_prediction(name: str, hosts: dict[str, Any]) -> None:
     ours, comfys, report, _ = hosts[name]
     assert report["complaints"] == []
@@ -169,7 +136,7 @@ def test_core_lora_loader_reads_every_key_and_gives_the_same_prediction(name: st
     assert torch.equal(comfys["after"], comfys["plain"])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", small.IN_COMFY)
 def test_a_lora_in_comfyuis_own_fused_names_means_the_same_to_us(name: str, hosts: dict[str, Any]) -> None:
     """Fused layers come apart, swapped rows return, alpha is folded: our reading equals core's merge of that file."""
     _, comfys, _, _ = hosts[name]

@@ -22,15 +22,16 @@ def sd15() -> nn.Module:
     )
 
 
-def sdxl() -> nn.Module:
-    """SDXL's layout: Linears around the transformers, two transformer blocks at the bottom, embedded sizes."""
+def sdxl(embedded: int = 8) -> nn.Module:
+    """SDXL's layout: Linears around the transformers, two transformer blocks at the bottom, embedded sizes (each in
+    ``embedded`` numbers; 256 in ComfyUI)."""
     return UNet2DConditionModel(
         **{"sample_size": 8, "block_out_channels": (32, 64, 64), "layers_per_block": 2, "norm_num_groups": 32},
         **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
         **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 24},
         **{"transformer_layers_per_block": (1, 1, 2), "use_linear_projection": True, "attention_head_dim": (2, 4, 4)},
-        **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8},
-        **{"projection_class_embeddings_input_dim": 6 * 8 + 16},
+        **{"addition_embed_type": "text_time", "addition_time_embed_dim": embedded},
+        **{"projection_class_embeddings_input_dim": 6 * embedded + 16},
     )
 
 
@@ -107,7 +108,7 @@ class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
 
     family: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     inputs: Callable[[Callable[..., Tensor]], Inputs]
     run: Callable[[Any, Inputs], Tensor]
 
@@ -121,15 +122,51 @@ CASES = {
 }
 
 
+# The same networks in ComfyUI's words.
+UNET: dict[str, Any] = {
+    **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True},
+    **{"legacy": False, "use_checkpoint": False, "context_dim": 24, "use_temporal_attention": False},
+    **{"use_temporal_resblock": False, "adm_in_channels": None},
+}
+MMDIT: dict[str, Any] = {
+    **{"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None, "adm_in_channels": 16},
+    **{"num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None},
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}},
+}
+IN_COMFY: dict[str, dict[str, Any]] = {
+    "sd15": {
+        **UNET,
+        **{"channel_mult": [1, 2], "num_res_blocks": [2, 2], "transformer_depth": [1, 1, 0, 0]},
+        **{"transformer_depth_output": [1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1},
+        **{"use_linear_in_transformer": False, "num_heads": 4, "num_head_channels": -1},
+    },
+    "sdxl": {
+        **UNET,
+        **{"channel_mult": [1, 2, 2], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 1, 1, 2, 2]},
+        **{"transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2},
+        **{"use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 16},
+        **{"num_classes": "sequential", "adm_in_channels": 64},
+    },
+    "sd3": {**MMDIT, "x_block_self_attn_layers": []},
+    "sd35": {**MMDIT, "x_block_self_attn_layers": [0], "qk_norm": "rms"},
+    "flux": {
+        **{"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16},
+        **{"context_in_dim": 24, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1},
+        **{"depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
+        **{"guidance_embed": True, "txt_ids_dims": []},
+    },
+}
+
+
 def seeded(seed: int) -> Callable[..., Tensor]:
     """draw(*shape): normal numbers in float64 from one generator."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def network_of(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def network_of(name: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
     """Seeded weights, none at a special start (no zero bias, no unit gain, no zero output layer)."""
-    draw, network = seeded(1), nn.Module.to(CASES[name].make(), torch.float64)
+    draw, network = seeded(1), nn.Module.to(CASES[name].make(**more), torch.float64)
     for path, parameter in network.named_parameters():
         drawn = draw(*parameter.shape)
         if parameter.ndim > 1:

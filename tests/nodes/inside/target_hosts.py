@@ -9,6 +9,8 @@ import logging
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -17,6 +19,7 @@ import comfy.supported_models as supported
 import comfy.utils
 import torch
 from comfy.supported_models_base import BASE
+from comfy_networks import MAPS, fill, place_of
 from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import clone_inputs
@@ -34,34 +37,12 @@ class SmallUNet(BASE):
 
 
 CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux}
-MAPS = {
-    "unet": comfy.utils.unet_to_diffusers,
-    "sd3": comfy.utils.mmdit_to_diffusers,
-    "flux": comfy.utils.flux_to_diffusers,
-}
 
 
 def build(family, config, dtype):
     settings = CLASSES[family]({**config})
     settings.set_inference_dtype(dtype, None)
     return settings.get_model({}, "", device="cpu").to(dtype)
-
-
-def place_of(entry):
-    """ComfyUI's word for a diffusers key: its key, (axis, start, length) or None, a function of the weight or None."""
-    return (entry, None, None) if isinstance(entry, str) else (*entry, None, None)[:3]
-
-
-def fill(model, weights, key_map):
-    """diffusers' weights into ComfyUI's layers by ComfyUI's own maps; returns the keys that nothing was written to."""
-    state = model.diffusion_model.state_dict()
-    written = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in state.items()}
-    for name, value in weights.items():
-        key, rows, change = place_of(key_map[name])
-        start, length = (0, len(state[key])) if rows is None else rows[1:]
-        state[key][start : start + length] = value if change is None else change(value)
-        written[key][start : start + length] = True
-    return [key for key, done in written.items() if not done.all()]
 
 
 def predict(family, network, inputs):
@@ -168,7 +149,7 @@ def run(folder, case):
     lora = folder / f"{case}.lora.safetensors"
     model = build(family, config, dtype)
     network, key_map = model.diffusion_model.requires_grad_(False), MAPS[family](config)
-    unwritten = fill(model, weights, key_map)
+    unwritten = fill(family, model, weights, config)
     targets = bind_comfy(detect(network), network, model.model_config.unet_config)
     state = fit(load_lora(lora, [target.name for target in targets]).state, targets)
     with torch.no_grad():

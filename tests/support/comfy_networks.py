@@ -1,0 +1,28 @@
+"""Inside ComfyUI's Python: diffusers' weights in ComfyUI's networks, by ComfyUI's own maps."""
+
+import comfy.utils
+import torch
+
+MAPS = {
+    "unet": comfy.utils.unet_to_diffusers,
+    "sd3": comfy.utils.mmdit_to_diffusers,
+    "flux": comfy.utils.flux_to_diffusers,
+}
+
+
+def place_of(entry):
+    """ComfyUI's word for a diffusers key: its key, (axis, start, length) or None, a function of the weight or None."""
+    return (entry, None, None) if isinstance(entry, str) else (*entry, None, None)[:3]
+
+
+def fill(family, model, weights, config):
+    """diffusers' weights into ComfyUI's layers; returns the keys that nothing was written to."""
+    key_map = MAPS[family](config)
+    state = model.diffusion_model.state_dict()
+    written = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in state.items()}
+    for name, value in weights.items():
+        key, rows, change = place_of(key_map[name])
+        start, length = (0, len(state[key])) if rows is None else rows[1:]
+        state[key][start : start + length] = value if change is None else change(value)
+        written[key][start : start + length] = True
+    return [key for key, done in written.items() if not done.all()]

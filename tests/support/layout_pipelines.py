@@ -1,0 +1,90 @@
+"""diffusers' pipelines around `small_networks`: the published layouts, whole, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import small_networks as small
+import tiny_pipelines as tiny
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor
+from transformers import T5Config, T5EncoderModel
+
+SIDE = 16
+"""Pixels; the tiny autoencoder halves them."""
+
+
+def sd15() -> Any:
+    return StableDiffusionPipeline(
+        **{"vae": tiny.vae(), "unet": small.network_of("sd15", torch.float32), "scheduler": tiny.ddim()},
+        **{"text_encoder": tiny.clip(width=24), "tokenizer": tiny.clip_tokenizer()},
+        **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    )
+
+
+def sdxl() -> Any:
+    """Sizes embedded in 256 numbers each, as ComfyUI embeds them."""
+    return StableDiffusionXLPipeline(
+        **{"vae": tiny.vae(), "unet": small.network_of("sdxl", torch.float32, embedded=256), "scheduler": tiny.ddim()},
+        **{"text_encoder": tiny.clip(width=8), "tokenizer": tiny.clip_tokenizer(), "add_watermarker": False},
+        **{"text_encoder_2": tiny.clip(True, width=16), "tokenizer_2": tiny.clip_tokenizer()},
+    )
+
+
+def sd3() -> Any:
+    return StableDiffusion3Pipeline(
+        **{"vae": tiny.vae(16, shift_factor=0.06), "transformer": small.network_of("sd3", torch.float32)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "text_encoder_3": None, "tokenizer_3": None},
+        **{"text_encoder": tiny.clip(True, width=8), "tokenizer": tiny.clip_tokenizer()},
+        **{"text_encoder_2": tiny.clip(True, width=8), "tokenizer_2": tiny.clip_tokenizer()},
+    )
+
+
+def flux() -> Any:
+    t5 = T5EncoderModel(T5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    return FluxPipeline(
+        **{"vae": tiny.vae(16, shift_factor=0.1), "transformer": small.network_of("flux", torch.float32)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(), "text_encoder_2": t5, "tokenizer_2": tiny.t5_tokenizer()},
+        **{"text_encoder": tiny.clip(width=16), "tokenizer": tiny.clip_tokenizer()},
+    )
+
+
+MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+def make(name: str) -> Any:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    pipe = MAKERS[name]()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def network(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
+    """text [1, L, C] and, where the layout reads one, pooled [1, C]: what its network is given for ``prompt``."""
+    name = type(pipe).__name__
+    if name == "StableDiffusionPipeline":
+        return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
+    if name == "FluxPipeline":
+        text, pooled, _ = pipe.encode_prompt(prompt, None)
+        return {"text": text, "pooled": pooled}
+    more: dict[str, Any] = {"prompt_2": None, "do_classifier_free_guidance": False}
+    if name == "StableDiffusion3Pipeline":
+        more |= {"prompt_3": None, "max_sequence_length": 0}
+    text, _, pooled, _ = pipe.encode_prompt(prompt, **more)
+    return {"text": text, "pooled": pooled}
