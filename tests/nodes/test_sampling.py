@@ -1,7 +1,11 @@
-"""One LoRA, the same latents: core's LoraLoader + KSampler, our nodes, diffusers alone; 1e-5 of their std."""
+"""One LoRA, the same latents: core's LoraLoader + KSampler, our nodes, diffusers alone; 1e-5 of their std.
+
+The bundled models in a running server; `test_one_picture.py` has the published layouts.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,17 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from onestep.core.families import bind_diffusers, detect
+from onestep.core.ksampler import core_nodes
 from onestep.core.lora_file import save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
+from onestep.pipelines.plain import diffusers_settings
+from onestep.training.engine.inputs import automatic_start
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 SEED, PROMPT, TOLERANCE = 11, "a red dragon", 1e-5
+SCHEDULES = {"tiny": VPSchedule.scaled_linear(), "tiny-flow": FlowSchedule(3.0)}
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-flow"])
@@ -31,13 +39,13 @@ def case(request: Any, comfy_server: Any, bundled: dict[str, Path]) -> Any:
     roles.add("student", 4, 0)
     for _, b in roles.state("student").values():
         b.copy_(torch.randn(b.shape, generator=draw) * 0.2)
-    schedule = VPSchedule.scaled_linear() if name == "tiny" else FlowSchedule(3.0)
-    recipe = Recipe.for_student(schedule, 1, detect(network), ((32, 32),))
+    schedule = SCHEDULES[name]
+    recipe = Recipe.for_student(schedule, 1, detect(network), ((32, 32),), automatic_start(schedule, 1))
     folder = comfy_server.base / "models" / "loras" / "onestep"
     folder.mkdir(parents=True, exist_ok=True)
-    for steps, suffix in ((1, ""), (4, "-4")):
-        many = Recipe.for_student(schedule, steps, detect(network), ((32, 32),))
-        save_lora(folder / f"same-{name}{suffix}.safetensors", roles.state("student"), detect(network), many.to_json())
+    many = Recipe.for_student(schedule, 4, detect(network), ((32, 32),))
+    for drawn, suffix in ((recipe, ""), (many, "-4")):
+        save_lora(folder / f"same-{name}{suffix}.safetensors", roles.state("student"), detect(network), drawn.to_json())
     low = recipe.retimed((recipe.timesteps[0] * 0.6,), 0.8)
     save_lora(folder / f"same-{name}-low.safetensors", roles.state("student"), detect(network), low.to_json())
     return name, pipe, folder / f"same-{name}.safetensors", recipe
@@ -53,14 +61,27 @@ def graph(name: str, sampling: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ksampler(lora: str, steps: int = 1, sampler: str = "euler", strength: float = 1.0) -> dict[str, Any]:
-    told = {"lora_name": lora, "strength_model": strength, "model": ["model", 0]}
-    widgets = {"seed": SEED, "steps": steps, "cfg": 1.0, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
+def core_lora(lora: str, strength: float = 1.0) -> dict[str, Any]:
+    inputs = {"lora_name": lora, "strength_model": strength, "model": ["model", 0]}
+    return {"lora": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+
+
+def ksampler(lora: str, recipe: Recipe, schedule: Any, strength: float = 1.0) -> dict[str, Any]:
+    """core's nodes alone, by the values that the recipe names."""
+    node: Any = core_nodes(recipe, schedule).simple
     plugs = {"model": ["lora", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
-    return {
-        "lora": {"class_type": "LoraLoaderModelOnly", "inputs": told},
-        "sample": {"class_type": "KSampler", "inputs": widgets | plugs},
-    }
+    kind, seed = type(node).__name__, "noise_seed" if "start_at_step" in asdict(node) else "seed"
+    sampled = {"class_type": kind, "inputs": {**asdict(node), seed: SEED, **plugs}}
+    return {**core_lora(lora, strength), "sample": sampled}
+
+
+def manual(lora: str, recipe: Recipe, schedule: Any) -> dict[str, Any]:
+    """core's nodes alone, by the sigmas that the recipe names."""
+    node: Any = core_nodes(recipe, schedule).general
+    parts = custom(lora) | core_lora(lora)
+    parts["sigmas"] = {"class_type": "ManualSigmas", "inputs": {"sigmas": node.sigmas}}
+    parts["sampler"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": node.sampler_name}}
+    return parts
 
 
 def one_step(lora: str) -> dict[str, Any]:
@@ -106,45 +127,39 @@ def noise() -> torch.Tensor:
 
 
 @torch.no_grad()
-def drawn_by_diffusers(pipe: Any, file: Path) -> torch.Tensor:
-    """Ten lines without our classes."""
+def drawn_by_diffusers(pipe: Any, file: Path, recipe: Recipe) -> torch.Tensor:
+    """diffusers alone, by the settings that are printed."""
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(file)
-    more = {"max_sequence_length": 0, "sigmas": [1.0]} if hasattr(pipe, "transformer") else {}
-    drawn = pipe(
-        [PROMPT] * 2,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        latents=noise(),
-        width=32,
-        height=32,
-        output_type="latent",
-        **more,
-    )
+    before, arguments = pipe.scheduler, diffusers_settings(recipe).apply(pipe)
+    drawn = pipe([PROMPT] * 2, latents=noise(), output_type="latent", **arguments)
     pipe.unload_lora_weights()
+    pipe.scheduler = before
     return drawn.images
 
 
 def test_one_lora_draws_the_same_everywhere(case: Any, comfy_server: Any) -> None:
-    name, pipe, file, _ = case
-    lora = f"onestep/{file.name}"
-    core = latents(comfy_server, pipe, graph(name, ksampler(lora)))
+    name, pipe, file, recipe = case
+    lora, schedule = f"onestep/{file.name}", SCHEDULES[name]
+    core = latents(comfy_server, pipe, graph(name, ksampler(lora, recipe, schedule)))
     scale = float(core.std())
-    without = latents(comfy_server, pipe, graph(name, ksampler(lora, strength=0.0)))
+    without = latents(comfy_server, pipe, graph(name, ksampler(lora, recipe, schedule, strength=0.0)))
     assert float((core - without).abs().max()) > 100 * TOLERANCE * scale, "the LoRA's effect must be seen"
     others = {
         "One-Step Sample": latents(comfy_server, pipe, graph(name, one_step(lora))),
         "SamplerCustomAdvanced": latents(comfy_server, pipe, graph(name, custom(lora))),
-        "diffusers": drawn_by_diffusers(pipe, file),
+        "ManualSigmas": latents(comfy_server, pipe, graph(name, manual(lora, recipe, schedule))),
+        "diffusers": drawn_by_diffusers(pipe, file, recipe),
     }
     apart = {where: float((other - core).abs().max()) / scale for where, other in others.items()}
     assert max(apart.values()) < TOLERANCE, apart
 
 
 def test_four_steps_with_fresh_noise_are_ksamplers_lcm(case: Any, comfy_server: Any) -> None:
-    name, pipe, file, _ = case
-    lora = f"onestep/{file.stem}-4.safetensors"
-    core = latents(comfy_server, pipe, graph(name, ksampler(lora, steps=4, sampler="lcm")))
+    name, pipe, file, recipe = case
+    lora, schedule = f"onestep/{file.stem}-4.safetensors", SCHEDULES[name]
+    many = Recipe.for_student(schedule, 4, recipe.family, recipe.sizes)
+    core = latents(comfy_server, pipe, graph(name, ksampler(lora, many, schedule)))
     ours = latents(comfy_server, pipe, graph(name, one_step(lora)))
     assert float((ours - core).abs().max()) < TOLERANCE * float(core.std())
 
@@ -169,10 +184,16 @@ def test_a_recipe_below_the_noisiest_level_is_fed_what_it_says(case: Any, comfy_
 
 def test_the_loader_says_how_to_sample(case: Any, comfy_server: Any) -> None:
     name, _, file, _ = case
-    for suffix, words in (("", ["steps 1", "cfg 1", "euler", "simple", "32x32"]), ("-low", ["Use One-Step Sample"])):
+    one = {
+        "tiny": ["KSampler (Advanced)", "steps 8", "start_at_step 3", "ManualSigmas 2.492"],
+        "tiny-flow": ["steps 1"],
+    }
+    words = {"": [*one[name], "cfg 1", "euler", "simple", "32x32"], "-low": ["Use One-Step Sample"]}
+    words["-4"] = ["KSampler with steps 4", "lcm"]
+    for suffix, wanted in words.items():
         finished = comfy_server.run(graph(name, one_step(f"onestep/{file.stem}{suffix}.safetensors")))
         said = finished.outputs["lora"]["text"][0]
-        assert all(word in said for word in words), said
+        assert all(word in said for word in wanted), said
 
 
 def test_what_does_not_fit_is_refused_with_a_word(case: Any, comfy_server: Any) -> None:

@@ -12,6 +12,7 @@ from tiny_pipelines import make
 import onestep
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
+from onestep.core.tensor_file import read_header
 from onestep.pipelines.one_step import OneStepPipeline
 
 SHORT: dict[str, Any] = {
@@ -29,6 +30,11 @@ def test_a_pipeline_is_distilled(name: str, method: str, tmp_path: Path) -> None
     result = onestep.distill(pipe, ["a cat", "red dog"], method, out=tmp_path / "run", **SHORT, **more)
     assert result.path == tmp_path / "run" / "result.safetensors" and result.path.is_file()
     assert "diffusers" in result.check and result.recipe.steps == 1 and result.recipe.sizes == ((16, 16),)
+    hint = read_header(result.path).metadata["modelspec.usage_hint"]
+    by_core = (
+        "KSampler (Advanced) with steps 8, cfg 1, " if name in ("sd", "sdxl") else "KSampler with steps 1, cfg 1, "
+    )
+    assert hint in result.notes and by_core in hint and "LoraLoaderModelOnly" in hint and "\n" not in hint
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
     assert not any(module._forward_hooks for module in network.modules())
