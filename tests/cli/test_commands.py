@@ -202,11 +202,9 @@ def test_inspect_tells_how_to_sample(onestep: Command, trained):
     widgets = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     assert told["comfyui"]["simple"] == widgets and not told["comfyui"]["reason"]
     said = onestep("inspect", trained / "result.safetensors").out
-    assert (
-        "LoraLoader, then KSampler with steps 1, cfg 1, " in said
-        and "pipe.load_lora_weights" in said
-        and "ss_network_dim: 2" in said
-    )
+    assert "LoraLoader, then KSampler with steps 1, cfg 1, " in said
+    assert "usage hint: The LoRA draws in 1 step. In ComfyUI, with its own nodes: LoraLoaderModelOnly, then KS" in said
+    assert "pipe.load_lora_weights" in said and "ss_network_dim: 2" in said
 
 
 @pytest.mark.parametrize("layout", ["unet", "sd3"])

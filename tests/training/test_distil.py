@@ -73,6 +73,15 @@ def test_a_run_leaves_a_lora_with_its_recipe(tmp_path: Path, prediction: str) ->
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in host.network.modules())
 
 
+def test_a_run_says_first_with_which_of_comfyuis_nodes_it_will_draw(tmp_path: Path) -> None:
+    """Before its first update, on the panel and the command's screen; the file's header says the same."""
+    seen: list[Progress] = []
+    result = run(tmp_path / "run", small(start=0.0), report=seen.append)
+    hint = read_header(result.path).metadata["modelspec.usage_hint"]
+    assert seen[0].update == 0 and hint in seen[0].notes and hint in result.notes
+    assert "KSampler (Advanced) with steps 8" in hint and "start_at_step 3, end_at_step 4" in hint
+
+
 def test_previews_show_teacher_above_student(whole: dict[str, Path]) -> None:
     """Of the untrained student first, of the finished one last, though 4 does not divide 9."""
     pictures = sorted(path.name for path in (whole["dmd"] / "previews").iterdir())
