@@ -82,9 +82,8 @@ class _Session:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = report or (lambda progress: None)
         self.texts, self.initial = prompts, initial
-        self.usage = (
-            "" if self.method.adapter else usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
-        )
+        hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
+        self.usage = "" if self.method.adapter else hint
         self.notes = [note for note in [self.method.note(settings), self.usage] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at = 0, time.monotonic(), 0
@@ -261,7 +260,6 @@ class _Session:
         role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
         (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
-        preview = self.monitor.preview(self.update) if self.settings.preview_every else None
         return Result(
             path=path,
             recipe=self.trainer.recipe,
@@ -272,7 +270,7 @@ class _Session:
             updates=self.update,
             seconds=self._seconds(),
             notes=self._all_notes(),
-            preview=preview,
+            preview=self.monitor.preview(self.update) if self.settings.preview_every else None,
         )
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:

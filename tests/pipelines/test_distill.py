@@ -15,19 +15,20 @@ from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header
 from onestep.pipelines.one_step import OneStepPipeline
 
-SHORT: dict[str, Any] = {
-    "steps": 2, "warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "rank": 2, "batch": 2, "teacher_steps": 2,
-    "pairs": 4, "watch_every": 0, "preview_every": 0, "warm_up": 0, "matching_guidance": 1.0, "guidance": 1.0,
+PLAIN: dict[str, Any] = {
+    "steps": 2, "rank": 2, "batch": 2, "teacher_steps": 2, "pairs": 4, "watch_every": 0, "preview_every": 0,
+    "warm_up": 0, "guidance": 1.0,
 }  # fmt: skip
+SHORT = {**PLAIN, "warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "matching_guidance": 1.0}
 
 
 @pytest.mark.parametrize(("name", "method"), [("sd", "dmd"), ("sdxl", "vsd"), ("sd3", "dmd"), ("flux", "regression")])
 def test_a_pipeline_is_distilled(name: str, method: str, tmp_path: Path) -> None:
     pipe = make(name)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    more = {"sizes": "16x16"} if name == "flux" else {}  # the others say theirs
+    more = {**PLAIN, "sizes": "16x16"} if name == "flux" else SHORT  # the others say their size
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    result = onestep.distill(pipe, ["a cat", "red dog"], method, out=tmp_path / "run", **SHORT, **more)
+    result = onestep.distill(pipe, ["a cat", "red dog"], method, out=tmp_path / "run", **more)
     assert result.path == tmp_path / "run" / "result.safetensors" and result.path.is_file()
     assert "diffusers" in result.check and result.recipe.steps == 1 and result.recipe.sizes == ((16, 16),)
     hint = read_header(result.path).metadata["modelspec.usage_hint"]
