@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: this folder is the package, and ComfyUI's registry reads the same list as pip."""
+"""What pyproject.toml cannot say: this folder is the package, and one of its requirements is the registry's alone."""
 
 from __future__ import annotations
 

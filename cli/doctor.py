@@ -25,6 +25,8 @@ PACKAGES = {
     "triton": "optional: comes with torch on Linux with a GPU",
     "bitsandbytes": "optional: optimiser states of 8 bits",
 }
+LOWEST_TORCH = "2.6"
+"""The oldest that tools/torch_versions.py finds to work, and that diffusers and transformers still take."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +46,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: version(name) for name in PACKAGES},
+        "torch": torch_trouble(torch.__version__),
         "devices": devices(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
@@ -61,6 +64,14 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def torch_trouble(found: str) -> str | None:
+    """What is wrong with this version of torch; None where nothing is."""
+    numbers = [tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (found, LOWEST_TORCH)]
+    if numbers[0] >= numbers[1]:
+        return None
+    return f"too old: OneStep needs torch {LOWEST_TORCH} or newer, of a build that fits your card"
 
 
 def devices() -> list[dict[str, Any]]:
@@ -132,7 +143,7 @@ def told(facts: dict[str, Any]) -> str:
         f"onestep {facts['onestep']['version']} in {facts['onestep']['folder']}",
         f"Python {facts['python']} on {facts['system']}, {memory}{facts['free_disk_bytes'] / 2**30:.0f} GiB free here",
         "packages",
-        *(_line(name, facts["packages"][name] or f"not installed ({good})") for name, good in PACKAGES.items()),
+        *(_line(name, _package(name, good, facts)) for name, good in PACKAGES.items()),
         "devices",
         *(_line(entry["name"], _device(entry, facts["threads"])) for entry in facts["devices"]),
         "attention",
@@ -145,6 +156,13 @@ def told(facts: dict[str, Any]) -> str:
         *(_line(entry["version"] or "-", f"{entry['folder']}: {entry['pack']}") for entry in facts["comfyui"]),
     ]
     return "\n".join(lines)
+
+
+def _package(name: str, good: str, facts: dict[str, Any]) -> str:
+    """Its version and what is wrong with it, or that it is missing and what it is good for."""
+    trouble = facts["torch"] if name == "torch" else None
+    told = facts["packages"][name] or f"not installed ({good})"
+    return f"{told}, {trouble}" if trouble else told
 
 
 def _device(entry: dict[str, Any], threads: int) -> str:

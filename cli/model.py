@@ -25,8 +25,10 @@ def device_of(name: str | None) -> Any:
     """The device of this name, or the best one here. Raises OneStepError where there is none such."""
     import torch
 
+    from ..pipelines.load import best_device
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         torch.empty(1, device=name)
         return torch.device(name)

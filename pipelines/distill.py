@@ -15,7 +15,7 @@ from ..training.distil import Report, Result, distil
 from ..training.engine.prompts import check_prompts, read_prompts
 from ..training.settings import Settings
 from .adapt import adapt
-from .load import load
+from .load import best_device, load
 
 
 def distill(
@@ -35,7 +35,8 @@ def distill(
     prompts: 200 to 1000 that you would really use, or a file with one a line. preset: Fast, Balanced or Best.
     existing: "continue" (with other steps and pairs than it had, if you like), "restart" or "stop" where ``out``
     already holds a run. report: called with a `Progress` before the first update and after each; True after one ends
-    the run early. settings: fields of `training.settings.Settings` (steps, rank, seed ...); sizes is the model's own
+    the run early. device: where it trains; by default where the pipeline lies, and a path goes to the GPU where there
+    is one. settings: fields of `training.settings.Settings` (steps, rank, seed ...); sizes is the model's own
     where it is not given. The pipeline is given back as it was.
     Raises OneStepError for bad input before anything is written.
     """
@@ -51,7 +52,7 @@ def distill(
 
 
 def _pipe(pipe: Any, device: torch.device | str | None) -> Any:
-    return load(pipe, device=device or "cpu") if isinstance(pipe, str | Path) else pipe
+    return load(pipe, device=device or best_device()) if isinstance(pipe, str | Path) else pipe
 
 
 def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:

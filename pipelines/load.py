@@ -48,6 +48,11 @@ def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.
     return pipe
 
 
+def best_device() -> torch.device:
+    """Where a model named by its path goes if nobody says where: a GPU that torch can use, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_folder(folder: Path, dtype: torch.dtype) -> Any:
     """The pipeline of a diffusers folder, from its safetensors alone."""
     index = read_index(folder)

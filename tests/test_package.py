@@ -92,13 +92,28 @@ def test_every_package_is_listed():
     assert bare == ["onestep.pipelines.custom"], "only the folder that diffusers loads by its path needs no __init__.py"
 
 
-def test_requirements_are_lower_bounds_of_what_comfyui_lacks():
+def test_comfyuis_managers_install_nothing():
+    """Whatever requirements.txt asked for could move a package that the ComfyUI around it needs as it is."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    needs = [line for line in lines if line and not line.startswith("#")]
-    listed = PROJECT["project"]["dependencies"]
-    assert needs == [need for need in listed if not need.startswith("comfyui-frontend-package")]
+    assert lines and all(line.startswith("#") for line in lines)
+
+
+def test_the_package_asks_for_lower_bounds_and_for_no_torch():
+    needs = [need for need in PROJECT["project"]["dependencies"] if not need.startswith("comfyui-frontend-package")]
     assert all(re.fullmatch(r"[a-z]+>=[\d.]+", need) for need in needs), needs
-    assert not {need.split(">=")[0] for need in needs} & {"torch", "torchvision", "torchaudio", "xformers", "numpy"}
+    assert [need.split(">=")[0] for need in needs] == ["diffusers", "peft"]
+
+
+def test_the_lowest_torch_is_the_same_everywhere():
+    """In the doctor's words, in the README, in pyproject.toml and in what tools/torch_versions.py tries first."""
+    from onestep.cli.doctor import LOWEST_TORCH
+
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "pyproject.toml")}
+    assert f"torch {LOWEST_TORCH} or newer" in texts["README.md"]
+    assert f"{LOWEST_TORCH} is the lowest that" in texts["pyproject.toml"]
+    tried = re.search(r'VERSIONS = \("([\d.]+)"', (ROOT / "tools" / "torch_versions.py").read_text(encoding="utf-8"))
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert tried is not None and tried[1] == f"{LOWEST_TORCH}.0" and pinned.startswith("torch==")
 
 
 def test_the_registry_can_read_the_project():

@@ -196,6 +196,19 @@ def test_doctor_tells_why_something_does_not_work(onestep: Command, monkeypatch,
     assert told["devices"][0]["name"] == "cpu" and told["free_disk_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("found", "good"),
+    [("2.6.0", True), ("2.6.0+cu124", True), ("2.13.0+cpu", True), ("2.10.0a0+git1", True), ("3.0.0", True)]
+    + [("2.5.1", False), ("2.5.1+cu121", False), ("1.13.1", False), ("2.0.1+cpu", False)],
+)
+def test_doctor_tells_a_torch_that_is_too_old(onestep: Command, monkeypatch, found: str, good: bool):
+    monkeypatch.setattr(torch, "__version__", found)
+    told = json.loads(onestep("doctor", "--json").out)["torch"]
+    assert (told is None) == good
+    said = onestep("doctor").out
+    assert ("too old: OneStep needs torch 2.6 or newer" in said) != good
+
+
 def test_inspect_tells_how_to_sample(onestep: Command, trained):
     told = json.loads(onestep("inspect", trained / "result.safetensors", "--json").out)
     assert told["family"] == "unet" and told["ranks"] == [2] and told["recipe"]["timesteps"] == [999.0]
