@@ -277,7 +277,8 @@ def test_an_exception_leaves_nothing_behind() -> None:
                 out.square().sum().backward()
             for handle in handles:
                 handle.remove()
-        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        kept = torch.ones(1, requires_grad=True).sin().grad_fn._saved_self  # type: ignore[union-attr]
+        assert isinstance(kept, Tensor), "autograd keeps tensors again, not slots"
         for factor in setting.roles.parameters("student"):
             factor.grad = None
         again = setting.gradients(positional, checkpointing=True)

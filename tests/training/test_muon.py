@@ -15,6 +15,7 @@ from onestep.training.methods import settings_for
 
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 1, 1))
 LR = 1e-2
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=f"torch {torch.__version__} has no Muon")
 
 
 def parameters(seed: int = 0) -> list[Tensor]:
@@ -34,6 +35,7 @@ def give(tensors: list[Tensor], step: int) -> list[Tensor]:
     return [tensor.grad.clone() for tensor in tensors if tensor.grad is not None]
 
 
+@needs_muon
 def test_a_matrix_moves_by_an_orthogonal_one_as_far_as_adamw_would() -> None:
     """arXiv:2502.16982, Eq. 4: W <- W (1 - lr d) - 0.2 lr sqrt(max(rows, columns)) O, O = U V^T of Nesterov's moment
     U S V^T; its Newton-Schulz steps leave singular values between about 0.7 and 1.2."""
@@ -53,6 +55,7 @@ def test_a_matrix_moves_by_an_orthogonal_one_as_far_as_adamw_would() -> None:
             np.testing.assert_allclose(within - np.diag(np.diag(within)), 0, atol=0.05)
 
 
+@needs_muon
 def test_all_else_moves_as_under_adamw() -> None:
     tensors, alone = parameters(), parameters()[2:]
     ours, theirs = made(tensors), torch.optim.AdamW(alone, lr=LR, betas=(0.9, 0.99), weight_decay=0)
@@ -67,6 +70,7 @@ def test_all_else_moves_as_under_adamw() -> None:
         assert torch.equal(mine, other)
 
 
+@needs_muon
 def test_the_step_size_and_the_decay_of_the_moment_are_those_of_the_moment() -> None:
     """A trainer sets both before each step: at 0 nothing moves, and at betas[0] = 0 the first gradient is forgotten."""
     still, first, second = parameters(), parameters(), parameters()
@@ -88,6 +92,7 @@ def test_the_step_size_and_the_decay_of_the_moment_are_those_of_the_moment() -> 
     assert not torch.equal(first[0], parameters()[0])
 
 
+@needs_muon
 def test_the_state_goes_on_to_the_bit() -> None:
     through, ours = parameters(), parameters()
     whole, first = made(through), made(ours)
@@ -106,6 +111,7 @@ def test_the_state_goes_on_to_the_bit() -> None:
     assert [float(again.state[p]["step"]) for p in ours] == [4] * len(SHAPES)
 
 
+@needs_muon
 @pytest.mark.parametrize("only", ([0, 1], [2, 3]), ids=("matrices", "no matrices"))
 def test_one_kind_alone(only: list[int]) -> None:
     tensors = [parameters()[at] for at in only]
@@ -116,6 +122,7 @@ def test_one_kind_alone(only: list[int]) -> None:
 
 
 def test_a_torch_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "Muon", object, raising=False)
     adam.refuse_missing(settings_for(optimizer="muon"))
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(OneStepError, match="torch has from 2.9 on"):
