@@ -104,7 +104,7 @@ def train_baseline(args: argparse.Namespace, host: Any, prompts: list[str], upda
     settings = replace(settings_of(args, host), initial_lora="", steps=updates)
     texts, roles = embed(host, prompts, settings, args.runs / "embeddings"), host.denoiser.roles
     roles.load(STUDENT, {}, host.device)
-    roles.add_side(STUDENT, control_adapter(host, settings).to(host.device))
+    roles.add_module(STUDENT, control_adapter(host, settings).to(host.device))
     roles.copy(STUDENT, EMA)
     pool = TriplePool(
         host, texts, settings, args.runs / "triples", control_of(settings.own.control), nothing_new, lambda update: 1
@@ -116,7 +116,7 @@ def train_baseline(args: argparse.Namespace, host: Any, prompts: list[str], upda
             numbers = trainer.step(update)
             if update % 20 == 0:
                 print("baseline", update, {name: round(value, 5) for name, value in numbers.items()}, flush=True)
-    save_adapter(args.runs / "baseline.safetensors", roles.sides[EMA], host.family)
+    save_adapter(args.runs / "baseline.safetensors", roles.modules[EMA], host.family)
     for role in (STUDENT, EMA):
         roles.drop(role)
     return args.runs / "baseline.safetensors"  # type: ignore[no-any-return]
@@ -178,13 +178,13 @@ def main() -> None:
         baseline = train_baseline(args, host, prompts, args.baseline_updates)
     loaded = load_adapter(path, MAKERS, host.family)
     roles = host.denoiser.roles
-    check_fit(loaded.side, roles.targets)
+    check_fit(loaded.module, roles.targets)
     roles.install()
     roles.load(ROLE, lora.state)
-    roles.add_side(ROLE, loaded.side)
+    roles.add_module(ROLE, loaded.module)
     if baseline is not None:
-        roles.add_side(BASELINE, load_adapter(baseline, MAKERS, host.family).side)
-    control, judge = control_of(loaded.side.config.control), judge_of(args.model, None)
+        roles.add_module(BASELINE, load_adapter(baseline, MAKERS, host.family).module)
+    control, judge = control_of(loaded.module.config.control), judge_of(args.model, None)
     real = None if args.reference is None else read_pictures(args.reference)
     texts = [prompts[at % len(prompts)] for at in range(args.samples)]
     shape = host.latent_shape(native_size(host))
@@ -202,7 +202,7 @@ def main() -> None:
         name = f"multi-step ControlNet, {args.teacher_steps} guided steps"
         sets[name] = guided_pictures(args, host, texts, noise, asked)
     lines = [row(name, images, asked, control, real, judge, texts) for name, images in sets.items()]
-    write(args, loaded.side, said, lines)
+    write(args, loaded.module, said, lines)
     if args.out:
         beside = [name for name in sets if name.startswith("multi-step")]
         shown = [source, visible(asked), *(sets[name] for name in ("uncontrolled", "controlled", *beside))]

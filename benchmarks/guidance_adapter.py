@@ -178,8 +178,8 @@ def main() -> None:
     changes = dict(text.split("=", 1) for text in args.set)
     settings = at_native_size(settings_for("agd", checkpointing=False).with_texts(changes), set(), host)
     (result, seconds), size = train(args, host, settings, taught), settings.size_list[0]
-    side = load_adapter(result.path, MAKERS, host.family).side
-    host.denoiser.roles.add_side(ROLE, side)
+    side = load_adapter(result.path, MAKERS, host.family).module
+    host.denoiser.roles.add_module(ROLE, side)
     with host.denoiser.roles.installed():
         ratios = near(host, held, settings, size)
         added, grows = dial(host, held, settings, size)

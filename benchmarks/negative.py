@@ -199,7 +199,7 @@ def main() -> None:
     state = {name: (a, b * student.recipe.lora_scale) for name, (a, b) in student.state.items()}
     host.denoiser.roles.load(ROLE, state)
     if args.sun:
-        host.denoiser.roles.add_side(ROLE, load_adapter(args.sun, MAKERS, host.family).side.requires_grad_(False))
+        host.denoiser.roles.add_module(ROLE, load_adapter(args.sun, MAKERS, host.family).module.requires_grad_(False))
     args.modes = args.modes or [mode for mode in SCALES if mode != "sun" or args.sun]
     real = judge.features(read_pictures(args.reference)).double()
     world, prompts = World(host, student, judge, real), read_prompts(args.prompts)

@@ -20,13 +20,13 @@ from ..training.settings import nearest
 @dataclass(frozen=True)
 class Lora:
     """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent.
-    side: a guidance adapter, in place of factors."""
+    module: a guidance adapter, in place of factors."""
 
     name: str
     state: State
     recipe: Recipe
     settings: dict[str, Any]
-    side: Any = None
+    module: Any = None
 
 
 def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
@@ -47,9 +47,9 @@ def read_student(file: str, host: Any) -> Lora:
     if read_told(file) is None:
         return read_lora(file, host)
     found = load_adapter(file, MAKERS, host.family)
-    check_base(found.side, host.denoiser.roles.targets, host.family)
+    check_base(found.module, host.denoiser.roles.targets, host.family)
     recipe = own_recipe(found.metadata.get("onestep.recipe"), file)
-    return Lora(Path(file).name, {}, recipe, settings_in(found.metadata), found.side)
+    return Lora(Path(file).name, {}, recipe, settings_in(found.metadata), found.module)
 
 
 def own_recipe(text: str | None, file: str) -> Recipe:

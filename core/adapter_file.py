@@ -1,5 +1,5 @@
-"""Files of sides (core.side): their numbers, and in the header what kind they are, how they are made and for which
-family. LoRAs have their own (core.lora_file)."""
+"""Files of adapter modules (core.adapter_module): their numbers, and in the header what kind they are, how they are
+made and for which family. LoRAs have their own (core.lora_file)."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from .whole_file import short
 KEY = "onestep.adapter"
 VERSION = 1
 Make = Callable[..., Any]
-"""(the config's entries by name) -> the side, as a class's ``from_config``. Raises TypeError, ValueError or
+"""(the config's entries by name) -> the module, as a class's ``from_config``. Raises TypeError, ValueError or
 OneStepError for a config that is none."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file holds. side: an nn.Module, see core.side. family: of its base. metadata: the header's other
-    strings."""
+    """What a file holds. module: see core.adapter_module. family: of its base. metadata: the header's other strings."""
 
-    side: Any
+    module: Any
     kind: str
     family: str
     metadata: dict[str, str]
 
 
 def save_adapter(
-    path: str | os.PathLike[str], side: Any, family: str, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str], module: Any, family: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``side``'s numbers, buffers included, in float32. The file appears whole or not at all.
+    """Write ``module``'s numbers, buffers included, in float32. The file appears whole or not at all.
 
-    A side that can be filed has a ``kind``, a dataclass ``config`` and a class method ``from_config``.
+    An adapter module that can be filed has a ``kind``, a dataclass ``config`` and a class method ``from_config``.
     """
-    told = {"version": VERSION, "kind": side.kind, "family": family, "config": asdict(side.config)}
-    tensors = {name: value.detach().float() for name, value in side.state_dict().items()}
+    told = {"version": VERSION, "kind": module.kind, "family": family, "config": asdict(module.config)}
+    tensors = {name: value.detach().float() for name, value in module.state_dict().items()}
     write_tensors(path, tensors, {**(metadata or {}), KEY: json.dumps(told)})
 
 
 def load_adapter(path: str | os.PathLike[str], makers: Mapping[str, Make], family: str | None = None) -> Adapter:
-    """The side of a file, on the CPU. makers: by kind. family: what it should be for; None = any.
+    """The module of a file, on the CPU. makers: by kind. family: what it should be for; None = any.
 
     Raises OneStepError for a file that holds none, or one of another kind or family.
     """
@@ -65,14 +64,14 @@ def load_adapter(path: str | os.PathLike[str], makers: Mapping[str, Make], famil
             "choose an adapter of its base"
         )
     try:
-        side = makers[kind](**config)
+        module = makers[kind](**config)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OneStepError(
             f"{short(Path(path))}: its config makes no adapter ({str(error)[:120]}): export it again"
         ) from None
-    _fill(path, side, read_tensors(path))
+    _fill(path, module, read_tensors(path))
     metadata = {name: value for name, value in header.metadata.items() if name != KEY}
-    return Adapter(side, kind, str(told["family"]), metadata)
+    return Adapter(module, kind, str(told["family"]), metadata)
 
 
 def read_told(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -90,16 +89,16 @@ def refuse_adapter(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
         )
 
 
-def check_adapter(path: str | os.PathLike[str], side: Any, family: str) -> str:
-    """One line that says what was proven: the file gives back ``side``, number for number."""
-    read, own = load_adapter(path, {side.kind: type(side).from_config}, family).side, side.state_dict()
+def check_adapter(path: str | os.PathLike[str], module: Any, family: str) -> str:
+    """One line that says what was proven: the file gives back ``module``, number for number."""
+    read, own = load_adapter(path, {module.kind: type(module).from_config}, family).module, module.state_dict()
     found = read.state_dict()
     wrong = [
         name for name in own if name not in found or not torch.equal(found[name], own[name].detach().cpu().float())
     ]
-    if wrong or read.before != side.before or read.after != side.after:
+    if wrong or read.before != module.before or read.after != module.after:
         raise OneStepError(f"{short(Path(path))} does not give back what was written: {wrong[:2]}. Please report it")
-    return f"the adapter reads back: {len(found)} tensors on {len(side.before | side.after)} layers, bit for bit"
+    return f"the adapter reads back: {len(found)} tensors on {len(module.before | module.after)} layers, bit for bit"
 
 
 def _told(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -120,9 +119,9 @@ def _told(path: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
     return told
 
 
-def _fill(path: Any, side: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors`` into the side; all of them, in its shapes, finite."""
-    own = side.state_dict()
+def _fill(path: Any, module: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` into the module; all of them, in its shapes, finite."""
+    own = module.state_dict()
     wrong = sorted(set(own) ^ set(tensors)) + [
         name for name in sorted(set(own) & set(tensors)) if own[name].shape != tensors[name].shape
     ]
@@ -134,7 +133,7 @@ def _fill(path: Any, side: Any, tensors: Mapping[str, Tensor]) -> None:
     broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if broken:
         raise OneStepError(f"{short(Path(path))}: {broken[0][:80]!r} holds numbers that are not finite: train it again")
-    side.load_state_dict(dict(tensors))
+    module.load_state_dict(dict(tensors))
 
 
 def _or(names: Iterable[str]) -> str:

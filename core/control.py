@@ -2,9 +2,9 @@
 
     h_i  <-  h_i + strength * F_i(c, x)                    (T2I-Adapter, arXiv:2302.08453, Eq. 2; its F_i sees c alone)
 
-It is a side (core.side): it knows the stream by the layers that write to it. What a U-Net's `proj_out` or `conv2` gives
-is added to the stream by the network itself, so a feature added there is one added behind the block. Its last layers
-are zero at the start, so a new one changes nothing.
+It is an adapter module (core.adapter_module): it knows the stream by the layers that write to it. What a U-Net's
+`proj_out` or `conv2` gives is added to the stream by the network itself, so a feature added there is one added behind
+the block. Its last layers are zero at the start, so a new one changes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_unshuffle
 
 from . import randomness
+from .adapter_module import Call
 from .errors import OneStepError
-from .side import Call
 from .targets import Target
 
 WIDEST, DEEPEST, MOST_PLACES = 4096, 16, 256
@@ -135,16 +135,16 @@ class ControlAdapter(nn.Module):
             levels[2**at] = x
         return [leave(levels[place.stride]) for leave, place in zip(self.leave, self.config.places, strict=True)]
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        control = call.told.get("control")
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        control = call.inputs.get("control")
         if control is None:
             return output
         if name == self.config.places[0].name:
             self._note(control, x, output, call)
-        feature = float(call.told.get("strength", 1.0)) * call.kept[f"control {name}"]
+        feature = float(call.inputs.get("strength", 1.0)) * call.cache[f"control {name}"]
         return output + (feature if output.ndim == 4 else tokens(feature)).to(output.dtype)
 
     def _note(self, control: Tensor, x: Tensor, output: Tensor, call: Call) -> None:
@@ -153,7 +153,7 @@ class ControlAdapter(nn.Module):
         control = control.repeat(len(output) // len(control), 1, 1, 1)
         features = self(control, cells_of(x, grid) if self.config.latents else None)
         for place, feature in zip(self.config.places, features, strict=True):
-            call.kept[f"control {place.name}"] = feature
+            call.cache[f"control {place.name}"] = feature
 
 
 class Block(nn.Module):

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from . import randomness
+from .adapter_module import Call
 from .control import ControlAdapter, Place, grid_of
 from .errors import OneStepError
 from .factors import State
-from .side import Call
 from .targets import Target
 from .unet_parts import GROUPS, Down, Embedding, Hint, Middle, waves
 
@@ -49,7 +49,7 @@ class CopyConfig:
     """What a copy is.
 
     control, channels, cell: as in `ControlConfig`, of the control pictures. latents: the network's input channels.
-    text: channels of the prompt's tokens. told: numbers of the pooled text and sizes (SDXL), or 0. linear: whether
+    text: channels of the prompt's tokens. vector: numbers of the pooled text and sizes (SDXL), or 0. linear: whether
     transformers begin and end in linear layers. levels: finest first; middle: of two blocks.
     """
 
@@ -58,7 +58,7 @@ class CopyConfig:
     cell: int
     latents: int
     text: int
-    told: int
+    vector: int
     linear: bool
     levels: tuple[Level, ...]
     middle: Level
@@ -70,7 +70,7 @@ class CopyConfig:
         numbers += [number for one in every for number in (one.width, one.blocks, one.heads)]
         fits = all(type(number) is int and 1 <= number <= WIDEST for number in numbers)
         fits &= all(type(one.depth) is int and 0 <= one.depth <= MOST_BLOCKS >= one.blocks for one in every)
-        fits &= 1 <= len(self.levels) <= MOST_LEVELS and type(self.told) is int and 0 <= self.told <= WIDEST
+        fits &= 1 <= len(self.levels) <= MOST_LEVELS and type(self.vector) is int and 0 <= self.vector <= WIDEST
         if not fits or any(one.width % GROUPS or one.width % one.heads for one in every):
             raise OneStepError(f"no copy of a U-Net has {numbers}"[:300])
 
@@ -89,7 +89,7 @@ class CopyConfig:
 
 
 class ControlCopy(nn.Module):
-    """Told `control` and `strength` by `Roles.use` as `ControlAdapter` is; told no control, it is not there."""
+    """Told `control` and `strength` by `Roles.use` as `ControlAdapter` is; vector no control, it is not there."""
 
     kind = "control copy"
 
@@ -101,7 +101,7 @@ class ControlCopy(nn.Module):
             first, wide = levels[0].width, 4 * levels[0].width
             self.conv_in = nn.Conv2d(config.latents, first, 3, padding=1)
             self.time_embedding = Embedding(first, wide)
-            self.add_embedding = Embedding(config.told, wide) if config.told else None
+            self.add_embedding = Embedding(config.vector, wide) if config.vector else None
             self.controlnet_cond_embedding = Hint(3 if config.channels == 1 else config.channels, first)
             inputs = [first, *(level.width for level in levels)]
             self.down_blocks = nn.ModuleList(
@@ -133,12 +133,12 @@ class ControlCopy(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, control: Tensor, **more: Any) -> list[Tensor]:
         """What is added to each place. x: what the U-Net takes, [B, C, h, w]. time [B]. text [B, L, .]. control
-        [B, ., H, W]. more: mask [B, L], told [B, .] (pooled text and sizes)."""
+        [B, ., H, W]. more: mask [B, L], vector [B, .] (pooled text and sizes)."""
         own = self.conv_in.weight
         x, text = x.to(own), text.to(own)
         spread = self.time_embedding(waves(time.to(own), self.config.levels[0].width))
         if self.add_embedding is not None:
-            spread = spread + self.add_embedding(more["told"].to(own))
+            spread = spread + self.add_embedding(more["vector"].to(own))
         h = self.conv_in(x) + self.controlnet_cond_embedding(self._hint(control.to(own), x))
         found = [h]
         for block in self.down_blocks:
@@ -155,22 +155,22 @@ class ControlCopy(nn.Module):
         return control if control.shape[2:] == size else interpolate(control, size, mode="nearest-exact")
 
     def residuals(self, x: Tensor, call: Call) -> list[Tensor] | None:
-        """What a call that serves this side adds to the U-Net that takes ``x``, or None."""
-        control = call.told.get("control")
+        """What a call that serves this adapter adds to the U-Net that takes ``x``, or None."""
+        control = call.inputs.get("control")
         if control is None:
             return None
         grid_of(self.config, control, x)
         control = control.repeat(len(x) // len(control), 1, 1, 1)
-        cond, strength = call.cond, float(call.told.get("strength", 1.0))
+        cond, strength = call.cond, float(call.inputs.get("strength", 1.0))
         found = self(
-            x, call.time, cond.text.to(x.device), control, mask=cond.mask, told=told_of(cond, self.config.told)
+            x, call.time, cond.text.to(x.device), control, mask=cond.mask, vector=vector_of(cond, self.config.vector)
         )
         return [(strength * residual).to(x.dtype) for residual in found]
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         return output
 
 
@@ -183,11 +183,11 @@ def _of(config: CopyConfig, level: Level) -> tuple[int, int, int, bool]:
     return level.heads, level.depth, config.text, config.linear
 
 
-def told_of(cond: Any, told: int) -> Tensor | None:
-    """[B, told]: SDXL's pooled text and its six sizes, as its U-Net is told them; None for others."""
-    if not told:
+def vector_of(cond: Any, vector: int) -> Tensor | None:
+    """[B, vector]: SDXL's pooled text and its six sizes, as its U-Net is vector them; None for others."""
+    if not vector:
         return None
-    width = (told - cond.pooled.shape[1]) // cond.size.shape[1]
+    width = (vector - cond.pooled.shape[1]) // cond.size.shape[1]
     sizes = waves(cond.size.flatten(), width).reshape(len(cond.size), -1)
     return torch.cat([cond.pooled.to(sizes), sizes], 1)
 

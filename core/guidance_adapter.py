@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention
+from .adapter_module import Call
 from .cond import Cond
 from .errors import OneStepError
 from .families_table import natural
 from .randomness import generator
-from .side import Call
 from .targets import Target
 
 FEATURES = 64
@@ -61,8 +61,8 @@ class Config:
         return cls(pairs, int(text), int(hidden), int(seed))
 
 
-class Told(nn.Module):
-    """What an adapter is told: guidance, time and prompt, each as vectors of ``hidden``."""
+class Conditioning(nn.Module):
+    """What an adapter is conditioned on: guidance, time and prompt, each as vectors of ``hidden``."""
 
     def __init__(self, text: int, hidden: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Told(nn.Module):
 
 
 class GuidanceAttention(nn.Module):
-    """A side (core.side) on the cross-attentions of a U-Net. It reads w [B] in ``cond.guidance``; None = it is silent.
+    """An adapter module on the cross-attentions of a U-Net. It reads w [B] in ``cond.guidance``; None = it is silent.
 
     out(silu(softmax(q k^T) v + q + W_z z + W_c c)), q = W_q h of what `to_q` takes, k and v of the tokens, z what
     `to_out.0` takes, c of guidance and time; added to what `to_out.0` gives. The output layers begin at zero: a new
@@ -103,7 +103,7 @@ class GuidanceAttention(nn.Module):
         self.config, hidden, widths = config, config.hidden, [width for _, width in config.sites]
         self.at = {_query(name): number for number, (name, _) in enumerate(config.sites)}
         self.before, self.after = frozenset(self.at), frozenset(name for name, _ in config.sites)
-        self.told = Told(config.text, hidden)
+        self.conditioning = Conditioning(config.text, hidden)
         self.mix = nn.Linear(hidden, hidden)
         self.queries = nn.ModuleList(nn.Linear(width, hidden, bias=False) for width in widths)
         self.keys = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in widths)
@@ -116,40 +116,40 @@ class GuidanceAttention(nn.Module):
     def from_config(cls, **config: Any) -> GuidanceAttention:
         return _made(cls, Config.read(**config))
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         if call.cond.guidance is not None:
-            call.kept[name] = x
+            call.cache[name] = x
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         if call.cond.guidance is None:
             return output
         look = _query(name)
-        h, at = call.kept.pop(look), self.at[look]
-        c, tokens, mask = self._told(call)
+        h, at = call.cache.pop(look), self.at[look]
+        c, tokens, mask = self._tokens(call)
         c, tokens = c.to(h), tokens.to(h)
         q, k, v = _linear(self.queries[at], h), _linear(self.keys[at], tokens), _linear(self.values[at], tokens)
         looked = attention(_heads(q), _heads(k), _heads(v), mask).transpose(1, 2).flatten(2)
         inner = F.silu(looked + q + _linear(self.found[at], x) + _linear(self.shift[at], c))
         return output + _beyond_one(call, output) * _linear(self.out[at], inner)
 
-    def _told(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _tokens(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         """c [B, 1, hidden]; tokens [B, 2 + L, hidden]; and where to look, [B, 1, 1, 2 + L] or None for everywhere.
 
         Made anew at each site: a block that is recomputed in backward must do what it did in forward.
         """
-        cond, told = call.cond, self.told
+        cond, embed = call.cond, self.conditioning
         assert cond.guidance is not None
-        scale, moment = told.scale(cond.guidance)[:, None], told.moment(call.time)[:, None]
-        c, text = scale + moment, told.text(cond.text.to(told.phases))
+        scale, moment = embed.scale(cond.guidance)[:, None], embed.moment(call.time)[:, None]
+        c, text = scale + moment, embed.text(cond.text.to(embed.phases))
         tokens = torch.cat([scale, moment, text + self.mix(F.silu(text + c))], 1)
         mask = None if cond.mask is None else F.pad(cond.mask, (2, 0), value=True)[:, None, None].to(tokens.device)
         return c, tokens, mask
 
 
 class GuidanceOffset(nn.Module):
-    """A side on the blocks of SD3's or Flux' transformer: out(MLP(guidance + time + prompt)) [B, C] for every token of
-    the picture. Otherwise as `GuidanceAttention`."""
+    """An adapter module on the blocks of SD3's or Flux' transformer: out(MLP(guidance + time + prompt)) [B, C] for
+    every token of the picture. Otherwise as `GuidanceAttention`."""
 
     kind = "guidance-offset"
 
@@ -158,7 +158,7 @@ class GuidanceOffset(nn.Module):
         self.config, hidden = config, config.hidden
         self.at = {name: number for number, (name, _) in enumerate(config.sites)}
         self.before, self.after = frozenset[str](), frozenset(self.at)
-        self.told = Told(config.text, hidden)
+        self.conditioning = Conditioning(config.text, hidden)
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.out = nn.ModuleList(nn.Linear(hidden, width) for _, width in config.sites)
 
@@ -166,22 +166,22 @@ class GuidanceOffset(nn.Module):
     def from_config(cls, **config: Any) -> GuidanceOffset:
         return _made(cls, Config.read(**config))
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        cond, told = call.cond, self.told
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        cond, embed = call.cond, self.conditioning
         if cond.guidance is None:
             return output
         assert cond.pooled is not None
-        c = told.scale(cond.guidance) + told.moment(call.time) + told.text(cond.pooled.to(told.phases))
+        c = embed.scale(cond.guidance) + embed.moment(call.time) + embed.text(cond.pooled.to(embed.phases))
         added = _beyond_one(call, output) * self.out[self.at[name]](self.mix(c))[:, None].to(output)
         # Flux' single blocks hold the text's tokens before the picture's
         words = cond.text.shape[1] if name.startswith("single_") else 0
         return output + F.pad(added.expand(-1, output.shape[1] - words, -1), (0, 0, words, 0))
 
 
-MAKERS = {side.kind: side.from_config for side in (GuidanceAttention, GuidanceOffset)}
+MAKERS = {module.kind: module.from_config for module in (GuidanceAttention, GuidanceOffset)}
 """By the kind in a file's header."""
 
 
@@ -199,9 +199,9 @@ def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: fl
     return _made(cls, Config(sites, text, hidden, seed))
 
 
-def check_base(side: Any, targets: Mapping[str, Target], family: str) -> None:
-    """Raises OneStepError where ``side`` was made for another base than that of ``targets``."""
-    config: Config = side.config
+def check_base(module: Any, targets: Mapping[str, Target], family: str) -> None:
+    """Raises OneStepError where ``module`` was made for another base than that of ``targets``."""
+    config: Config = module.config
     here = tuple((name, targets[name].out_rows) for name in _sites(targets, family))
     text = _text_width(targets, family, here) if here else 0
     if here != config.sites or text != config.text:
@@ -213,7 +213,7 @@ def check_base(side: Any, targets: Mapping[str, Target], family: str) -> None:
 
 
 def with_guidance(cond: Cond, w: float) -> Cond:
-    """``cond``, whose adapter is told the scale ``w``."""
+    """``cond``, whose adapter is given the scale ``w``."""
     return cond.with_(guidance=torch.full((len(cond),), float(w), device=cond.text.device))
 
 
@@ -249,19 +249,19 @@ def _beyond_one(call: Call, like: Tensor) -> Tensor:
     return (call.cond.guidance.to(like.device) - 1)[:, None, None].to(like)
 
 
-def _size(side: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in side.parameters())
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _made(cls: Any, config: Config) -> Any:
     """An adapter with its initial values, each a function of (seed, name) alone; torch's own generator is not asked."""
     with torch.device("meta"):
-        side = cls(config)
-    side.to_empty(device="cpu")
+        module = cls(config)
+    module.to_empty(device="cpu")
     with torch.no_grad():
-        for name, value in [*side.named_parameters(), *side.named_buffers()]:
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
             value.copy_(_initial(name, value, config.seed))
-    return side
+    return module
 
 
 def _initial(name: str, value: Tensor, seed: int) -> Tensor:

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention
+from .adapter_module import Call
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State
 from .families_table import natural
 from .guidance_adapter import ATTENTION
 from .randomness import generator
-from .side import Call
 from .targets import Target
 
 MOST = 10.0
@@ -54,7 +54,7 @@ class Config:
 
 
 class NegativeAttention(nn.Module):
-    """A side (core.side) on the cross-attentions of a U-Net. It acts where `Roles.use` was given a ``negative``.
+    """An adapter module on the cross-attentions of a U-Net. It acts where `Roles.use` was given a ``negative``.
 
     negative: Cond of one text for all samples, or of one for each; its mask is honoured. scale: s, a number or [B]; 1
     is what was trained, 0 changes nothing. In memory: two Linears an attention, of the base's own sizes.
@@ -78,22 +78,22 @@ class NegativeAttention(nn.Module):
     def from_config(cls, **config: Any) -> NegativeAttention:
         return _made(Config.read(**config))
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         """Queries, as they pass."""
-        if call.told.get("negative") is not None:
-            call.kept[name] = output
+        if call.inputs.get("negative") is not None:
+            call.cache[name] = output
         return output
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         """x: A+ [B, N, C]."""
-        negative: Cond | None = call.told.get("negative")
+        negative: Cond | None = call.inputs.get("negative")
         if negative is None:
             return x
         site = name.removesuffix(".to_out.0")
-        at, q = self.at[site], call.kept.pop(f"{site}.to_q")
+        at, q = self.at[site], call.cache.pop(f"{site}.to_q")
         found = self._found(at, q, negative)
         alpha, beta = self.alpha[at].to(x), self.beta[at].to(x)
-        return away(x, found, alpha, beta, _column(call.told.get("scale", 1.0), x))
+        return away(x, found, alpha, beta, _column(call.inputs.get("scale", 1.0), x))
 
     def _found(self, at: int, q: Tensor, negative: Cond) -> Tensor:
         """A- [B, N, C]."""
@@ -134,12 +134,12 @@ def new_adapter(
             "with targets=all; for SD3 and Flux there is steering (nag, nasa)"
         )
     sites = tuple((name, targets[f"{name}.to_k"].out_rows, heads[name]) for name in names)
-    side = _made(Config(sites, targets[f"{names[0]}.to_k"].in_features))
-    for layers, part in ((side.to_k_neg, "to_k"), (side.to_v_neg, "to_v")):
+    module = _made(Config(sites, targets[f"{names[0]}.to_k"].in_features))
+    for layers, part in ((module.to_k_neg, "to_k"), (module.to_v_neg, "to_v")):
         for layer, path in zip(layers.parameters(), (f"{name}.{part}" for name in names), strict=True):
             start = _start(targets[path], (role or {}).get(path), generator(seed, "negative adapter", path))
             layer.data.copy_(start)
-    return side
+    return module
 
 
 def heads_of(modules: Iterable[nn.Module], targets: Mapping[str, Target]) -> dict[str, int]:
@@ -150,9 +150,9 @@ def heads_of(modules: Iterable[nn.Module], targets: Mapping[str, Target]) -> dic
     return {name.removesuffix(".to_q"): int(heads) for name, heads in known if name is not None}
 
 
-def check_base(side: NegativeAttention, targets: Mapping[str, Target], family: str) -> None:
-    """Raises OneStepError where ``side`` was made for another base than that of ``targets``."""
-    sites, text = [(name, width) for name, width, _ in side.config.sites], side.config.text
+def check_base(module: NegativeAttention, targets: Mapping[str, Target], family: str) -> None:
+    """Raises OneStepError where ``module`` was made for another base than that of ``targets``."""
+    sites, text = [(name, width) for name, width, _ in module.config.sites], module.config.text
     here = [(name, targets[f"{name}.to_q"].out_rows) for name in _sites(targets, family)]
     width = targets[f"{here[0][0]}.to_k"].in_features if here else 0
     if here != sites or width != text:
@@ -163,11 +163,11 @@ def check_base(side: NegativeAttention, targets: Mapping[str, Target], family: s
         )
 
 
-def check_negative(side: NegativeAttention, width: int) -> None:
+def check_negative(module: NegativeAttention, width: int) -> None:
     """Raises OneStepError for a negative whose tokens are ``width`` wide where the adapter reads another width."""
-    if width != side.config.text:
+    if width != module.config.text:
         raise OneStepError(
-            f"the negative's tokens are {width} wide, this adapter reads {side.config.text}: encode it with this "
+            f"the negative's tokens are {width} wide, this adapter reads {module.config.text}: encode it with this "
             "model's own text encoder"
         )
 
@@ -209,9 +209,9 @@ def _start(target: Target, factors: tuple[Tensor, Tensor] | None, draw: torch.Ge
 def _made(config: Config) -> NegativeAttention:
     """An adapter whose numbers are all zero; torch's own generator is not asked."""
     with torch.device("meta"):
-        side = NegativeAttention(config)
-    side.to_empty(device="cpu")
+        module = NegativeAttention(config)
+    module.to_empty(device="cpu")
     with torch.no_grad():
-        for value in side.parameters():
+        for value in module.parameters():
             value.zero_()
-    return side
+    return module

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_module import AdapterModules, Call, Port
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
 from .factors import adapted, blended, initial, leaf
-from .side import Call, Port, Sides
 from .targets import Target
 
 TEACHER = "teacher"
@@ -31,12 +31,12 @@ Blocks = tuple[tuple[str, int | None], ...]
 class RoleMap:
     """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
 
-    call: what a running call is about; told: what `Roles.use` was given for the sides.
+    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules.
     """
 
     blocks: Blocks = ((TEACHER, None),)
     train: bool = True
-    told: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     call: Call | None = None
 
     def sizes(self, batch: int) -> list[int]:
@@ -58,7 +58,7 @@ class Roles:
     def __init__(self, targets: Sequence[Target], port: Port | None = None) -> None:
         self.targets = {target.name: target for target in targets}
         self._factors: dict[str, State] = {}
-        self.sides = Sides(self.targets, port)
+        self.modules = AdapterModules(self.targets, port)
         self._lineage: dict[str, int] = {}
         self._active = RoleMap()
         self._chosen: RoleMap | None = None
@@ -66,10 +66,10 @@ class Roles:
 
     # -- which role serves a call -------------------------------------------------------------------------------------
 
-    def use(self, role: str, *, train: bool = True, **told: Any) -> Any:
+    def use(self, role: str, *, train: bool = True, **inputs: Any) -> Any:
         """Within, every call is served by ``role``. ``train=False``: its factors get no gradient, its input still
-        does. told: what the role's side is to know beyond a call's time and conditions."""
-        return self._choose(RoleMap(((self._known(role), None),), train, told))
+        does. inputs: what the role's adapter module is to know beyond a call's time and conditions."""
+        return self._choose(RoleMap(((self._known(role), None),), train, inputs))
 
     def rows(self, blocks: Sequence[tuple[str, int]], *, train: bool = True) -> Any:
         """Within, one forward serves contiguous blocks of rows: ``[("teacher", 4), ("critic", 2)]`` for a batch of
@@ -87,10 +87,10 @@ class Roles:
 
     def capture(self, batch: int, time: Tensor | None = None, cond: Cond | None = None) -> Captured:
         """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
-        cond are what sides are told."""
+        cond are what adapter modules are given."""
         chosen = self._chosen or RoleMap()
         chosen.sizes(batch)
-        call = None if time is None or cond is None else Call(time, cond, chosen.told)
+        call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
         return Captured(self, replace(chosen, call=call))
 
     @contextmanager
@@ -136,18 +136,18 @@ class Roles:
         self._factors[role] = {name: (leaf(a, device), leaf(b, device)) for name, (a, b) in state.items()}
         self._lineage[role] = lineage
 
-    def add_side(self, role: str, side: Any) -> None:
-        """``role`` is served by ``side`` (see core.side) as well; without factors it is the base and its side."""
-        self.sides.add(role, side)
+    def add_module(self, role: str, module: Any) -> None:
+        """``role`` is served by ``module`` (core.adapter_module) as well; without factors it is the base and that."""
+        self.modules.add(role, module)
         if self._handles:
-            self.sides.hang(self)
+            self.modules.install(self)
         self._factors.setdefault(role, {})
         self._lineage.setdefault(role, 0)
 
     def drop(self, role: str) -> None:
-        """Forget ``role``, its factors and its side, if it is there."""
+        """Forget ``role``, its factors and its adapter module, if it is there."""
         self._factors.pop(role, None)
-        self.sides.drop(role)
+        self.modules.drop(role)
         self._lineage.pop(role, None)
 
     def state(self, role: str) -> State:
@@ -155,8 +155,9 @@ class Roles:
         return {name: (a.detach(), b.detach()) for name, (a, b) in self._factors[self._known(role)].items()}
 
     def parameters(self, role: str) -> list[Tensor]:
-        """A and B of each target, in the order of target names, whatever order the host's tree has; then its side's."""
-        return self._in_order(role) + self.sides.parameters(role)
+        """A and B of each target, in the order of target names, whatever order the host's tree has; then its
+        adapter module's."""
+        return self._in_order(role) + self.modules.parameters(role)
 
     def _in_order(self, role: str) -> list[Tensor]:
         return [factor for name in sorted(self._factors[role]) for factor in self._factors[role][name]]
@@ -167,7 +168,7 @@ class Roles:
     def copy(self, source: str, into: str) -> None:
         """``into`` becomes a copy of ``source``. Live tensors of its shapes are written in place, so an optimiser keeps
         them."""
-        self.sides.copy(source, into)
+        self.modules.copy(source, into)
         if self._alike(into, source):
             for mine, theirs in zip(self._in_order(into), self._in_order(source), strict=True):
                 mine.detach().copy_(theirs.detach())
@@ -182,7 +183,7 @@ class Roles:
         Roles of one lineage and rank are blended factor by factor, in place (approximately right: they share their A's
         start). Others are blended exactly: the stacked factors' product, its rank found by SVD, in new tensors.
         """
-        self.sides.lerp(into, other, weight)
+        self.modules.lerp(into, other, weight)
         if self._lineage[into] == self._lineage[other] >= 0 and self._alike(into, other):
             for factor, towards in zip(self._in_order(into), self._in_order(other), strict=True):
                 factor.lerp_(towards.to(factor), weight)
@@ -201,7 +202,7 @@ class Roles:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Hang one forward hook on each host layer that carries a target, unless they hang already."""
+        """One forward hook on each host layer that carries a target, unless they are installed already."""
         if self._handles:
             return
         bound: dict[nn.Module, list[Target]] = {}
@@ -210,11 +211,11 @@ class Roles:
         for module, here in bound.items():
             here.sort(key=lambda target: target.row_range)
             self._handles.append(module.register_forward_hook(self._hook(here)))
-        self.sides.hang(self)
+        self.modules.install(self)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within, the hooks hang; after, they hang only if they did before."""
+        """Within, the hooks are installed; after, only if they were before."""
         before = bool(self._handles)
         self.install()
         try:
@@ -225,7 +226,7 @@ class Roles:
 
     def remove(self) -> None:
         """Take the hooks off; the network is as it was."""
-        self.sides.unhang()
+        self.modules.remove()
         while self._handles:
             self._handles.pop().remove()
 

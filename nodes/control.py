@@ -70,7 +70,7 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
         if path is None:
             raise OneStepError(f"no control adapter {control_name[:100]!r} here: put it into models/controlnet")
         adapter = load_adapter(path, MAKERS)
-        return io.NodeOutput(ControlAdapterNet(adapter.side.requires_grad_(False).eval(), adapter.family))
+        return io.NodeOutput(ControlAdapterNet(adapter.module.requires_grad_(False).eval(), adapter.family))
 
 
 def names() -> list[str]:
@@ -143,7 +143,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         if isinstance(self.adapter, ControlCopy):
             seen, time = self.sampling.calculate_input(t, x), self.sampling.timestep(t).float()
             text = cond.get("crossattn_controlnet", cond["c_crossattn"])
-            return self.adapter(seen, time, text.to(x.device), hint, told=cond.get("y"))  # type: ignore[no-any-return]
+            return self.adapter(seen, time, text.to(x.device), hint, vector=cond.get("y"))  # type: ignore[no-any-return]
         if not self.adapter.config.latents:
             return self.adapter(hint)
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch

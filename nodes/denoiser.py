@@ -15,12 +15,12 @@ import comfy.model_sampling as sampling
 import torch
 from torch import Tensor
 
+from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.denoiser import Guidance
 from ..core.errors import OneStepError
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
-from ..core.side import Port
 
 
 @dataclass

@@ -17,8 +17,8 @@ from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.schedule import FlowSchedule
+from .adapter_hooks import AdapterHooks, targets_of
 from .denoiser import schedule_of
-from .hung_side import HungSide, targets_of
 from .places import stamp
 
 KEY = "onestep_guidance_adapter"
@@ -74,13 +74,13 @@ def guided_model(model: Any, path: Path, guidance: float) -> Any:
     if not (math.isfinite(guidance) and 1 <= guidance <= MOST):
         raise OneStepError(f"guidance is {guidance!r:.40}: it must lie in 1 (none) to {MOST:g}; 2 to 8 are usual")
     family = detect(model.model.diffusion_model)
-    side = load_adapter(path, MAKERS, family).side.requires_grad_(False)
-    check_base(side, {target.name: target for target in targets_of(model.model, family)}, family)
+    module = load_adapter(path, MAKERS, family).module.requires_grad_(False)
+    check_base(module, {target.name: target for target in targets_of(model.model, family)}, family)
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError("this MODEL has a guidance adapter already: plug in the MODEL from before the first")
     clone = model.clone()
     if guidance != 1:
-        ours = Guided(side, family, guidance)
+        ours = Guided(module, family, guidance)
         ours.hung.put_on(clone, KEY, ours.apply_model)
     return clone
 
@@ -88,8 +88,8 @@ def guided_model(model: Any, path: Path, guidance: float) -> Any:
 class Guided:
     """An adapter on one patched MODEL: what each forward tells it."""
 
-    def __init__(self, side: Any, family: str, guidance: float) -> None:
-        self.hung, self.family, self.guidance = HungSide(side, family, ROLE), family, guidance
+    def __init__(self, module: Any, family: str, guidance: float) -> None:
+        self.hooks, self.family, self.guidance = AdapterHooks(module, family, ROLE), family, guidance
 
     def apply_model(
         self,
@@ -104,7 +104,7 @@ class Guided:
     ) -> Tensor:
         """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay unguided."""
         model, options = executor.class_obj, transformer_options or {}
-        roles = self.hung.roles(model, x)
+        roles = self.hooks.roles(model, x)
         with roles.use(ROLE), roles.capture(len(x), time_of(model, t), self._cond(x, c_crossattn, options, kwargs)):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

@@ -12,13 +12,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.adapter_file import load_adapter
+from ..core.adapter_module import Call
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
 from ..core.roles import RoleMap
-from ..core.side import Call
-from .hung_side import HungSide, targets_of
+from .adapter_hooks import AdapterHooks, targets_of
 from .places import stamp
 from .steer import check_negative
 
@@ -82,9 +82,9 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
         raise OneStepError(
             f"this {family!r} model has no cross-attention that a negative adapter could act on: use Negative Steering"
         )
-    side = load_adapter(path, MAKERS, family).side.requires_grad_(False)
-    check_base(side, {target.name: target for target in targets_of(model.model, family)}, family)
-    check_negative(negative, side.config.text, False)
+    module = load_adapter(path, MAKERS, family).module.requires_grad_(False)
+    check_base(module, {target.name: target for target in targets_of(model.model, family)}, family)
+    check_negative(negative, module.config.text, False)
     _check_range(negative)
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise OneStepError(
@@ -93,7 +93,7 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
         )
     clone = model.clone()
     if scale:
-        ours = Away(side, family, [text for text, _ in negative], scale)
+        ours = Away(module, family, [text for text, _ in negative], scale)
         ours.hung.put_on(clone, KEY, ours.apply_model)
     return clone
 
@@ -114,15 +114,15 @@ class Away:
     texts: [n, L, C] each, whose tokens are taken together.
     """
 
-    def __init__(self, side: NegativeAttention, family: str, texts: list[Tensor], scale: float) -> None:
-        self.hung, self.scale = HungSide(side, family, ROLE), scale
+    def __init__(self, module: NegativeAttention, family: str, texts: list[Tensor], scale: float) -> None:
+        self.hooks, self.scale = AdapterHooks(module, family, ROLE), scale
         most = max(map(len, texts))
         self.text = torch.cat([comfy.utils.repeat_to_batch_size(text, most) for text in texts], 1)
 
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """ComfyUI's APPLY_MODEL. With CFG on, its negative rows stay as they are."""
-        roles = self.hung.roles(executor.class_obj, x)
-        # time and condition are told to sides that ask for them; this one does not
+        roles = self.hooks.roles(executor.class_obj, x)
+        # time and condition are told to adapter modules that ask for them; this one does not
         nothing: Any = None
         told = self._told(x, args[3] if len(args) > 3 else kwargs.get("transformer_options"))
         with roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, told))):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter_file import load_adapter
+from ..core.adapter_module import Call
 from ..core.cond import Cond
 from ..core.control import check_fit, fitted
 from ..core.control_copy import MAKERS
@@ -20,7 +21,6 @@ from ..core.controls import control_of
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.roles import RoleMap, Roles
-from ..core.side import Call
 from ..core.targets import Target
 from .adapt import network_of
 from .guidance_adapter import ORDER
@@ -32,7 +32,7 @@ ROLE = "control"
 def load_control(path: str | Path, pipe: Any) -> Any:
     """The control adapter of a file, on ``pipe``'s device. Raises OneStepError where it was made for another base."""
     network = network_of(pipe)
-    adapter = load_adapter(Path(path).expanduser(), MAKERS, detect(network)).side
+    adapter = load_adapter(Path(path).expanduser(), MAKERS, detect(network)).module
     check_fit(adapter, _targets(adapter, network, base=True))
     return adapter.to(network.device).requires_grad_(False)
 
@@ -47,7 +47,7 @@ def controlled(pipe: Any, adapter: Any, control: Any, *, strength: float = 1.0) 
     # under CPU offload the network lies on the CPU and works elsewhere
     device = getattr(pipe, "_execution_device", network.device)
     roles = Roles(list(_targets(adapter, network).values()), port_of(network))
-    roles.add_side(ROLE, adapter.to(device))
+    roles.add_module(ROLE, adapter.to(device))
     told = {"control": control.to(device), "strength": strength}
     nothing: Any = None
     call = Call(nothing, nothing, told)

@@ -49,12 +49,12 @@ def load_guidance_adapter(
 
 
 def read_guidance_adapter(pipe: Any, file: str | PathLike[str]) -> Any:
-    """The adapter of ``file``, a side. Raises OneStepError where it is none of ``pipe``'s base."""
+    """The adapter of ``file``, an adapter module. Raises OneStepError where it is none of ``pipe``'s base."""
     network = _network(pipe)
     family = detect(network)
-    side = load_adapter(file, MAKERS, family).side.requires_grad_(False)
-    check_base(side, _targets(network), family)
-    return side
+    module = load_adapter(file, MAKERS, family).module.requires_grad_(False)
+    check_base(module, _targets(network), family)
+    return module
 
 
 def check_guidance(value: Any) -> float:
@@ -66,13 +66,13 @@ def check_guidance(value: Any) -> float:
 class GuidanceDial:
     """A guidance adapter that hangs on a network. guidance: the scale of classifier-free guidance, 1 (none) to 30."""
 
-    def __init__(self, pipe: Any, side: Any, guidance: float, rows: Rows = "all") -> None:
+    def __init__(self, pipe: Any, module: Any, guidance: float, rows: Rows = "all") -> None:
         network = _network(pipe)
-        self.guidance, self._family, self._side = guidance, detect(network), side
+        self.guidance, self._family, self._module = guidance, detect(network), module
         self._own = OwnGuidance(pipe, rows)
         targets = _targets(network)
-        self._roles = Roles([targets[name] for name in sorted(side.before | side.after)])
-        self._roles.add_side(ROLE, side)
+        self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
+        self._roles.add_module(ROLE, module)
         self._roles.install()
         self._calls: list[Any] = []
         before = network.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -108,7 +108,7 @@ class GuidanceDial:
         mask = told.get("encoder_attention_mask")
         mask = None if mask is None else mask.bool()
         cond = Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=self._scales(x))
-        self._side.to(x.device)
+        self._module.to(x.device)
         with self._roles.use(ROLE):
             # Flux is told sigma where all others are told 1000 sigma, or an index
             scale = 1000 if self._family == "flux" else 1

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter_file import load_adapter
+from ..core.adapter_module import Call
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, NegativeAttention, check_base, check_negative, checked_scale
 from ..core.roles import RoleMap, Roles
-from ..core.side import Call
 from ..core.targets import Target, is_linear
 from .adapt import network_of
 from .own_guidance import OwnGuidance, Rows, part
@@ -44,18 +44,18 @@ def load_negative_adapter(
     """
     network = pipe if isinstance(pipe, nn.Module) else network_of(pipe)
     family = detect(network)
-    side = load_adapter(file, MAKERS, family).side.requires_grad_(False)
-    check_base(side, _targets(network), family)
-    return Away(pipe, network, side, negative, scale, rows)
+    module = load_adapter(file, MAKERS, family).module.requires_grad_(False)
+    check_base(module, _targets(network), family)
+    return Away(pipe, network, module, negative, scale, rows)
 
 
 class Away:
     """A negative adapter that hangs on a network. negative and scale may be set anew between forwards."""
 
     def __init__(
-        self, pipe: Any, network: Any, side: NegativeAttention, negative: Tensor | None, scale: float, rows: Rows
+        self, pipe: Any, network: Any, module: NegativeAttention, negative: Tensor | None, scale: float, rows: Rows
     ) -> None:
-        self._network, self._side, self._own = network, side, OwnGuidance(pipe, rows)
+        self._network, self._module, self._own = network, module, OwnGuidance(pipe, rows)
         self.negative, self.scale = negative, scale
         self._roles = Roles([])
         self._calls: list[Any] = []
@@ -75,7 +75,7 @@ class Away:
                     f"the negative is {found}: give the text's tokens [1 or prompts, tokens, width], the first result "
                     "of encode_prompt"
                 )
-            check_negative(self._side, value.shape[2])
+            check_negative(self._module, value.shape[2])
         self._negative = value
 
     @property
@@ -103,9 +103,9 @@ class Away:
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         x: Tensor = given["sample"]
         self._own.check(x, given["encoder_hidden_states"])
-        self._side.to(x.device)
+        self._module.to(x.device)
         self._hang()
-        # time and condition are told to sides that ask for them; this one does not
+        # time and condition are told to adapter modules that ask for them; this one does not
         nothing: Any = None
         call = self._roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, self._told(x))))
         self._calls.append(call)
@@ -113,12 +113,12 @@ class Away:
 
     def _hang(self) -> None:
         """Queries are taken behind a LoRA's: one that was loaded since stands where the base's layer stood."""
-        needed = sorted(self._side.before | self._side.after)
+        needed = sorted(self._module.before | self._module.after)
         layers = [self._network.get_submodule(name) for name in needed]
         if [target.module for target in self._roles.targets.values()] != layers:
             self._roles.remove()
             self._roles = Roles([Target(name, layer) for name, layer in zip(needed, layers, strict=True)])
-            self._roles.add_side(ROLE, self._side)
+            self._roles.add_module(ROLE, self._module)
             self._roles.install()
 
     def _told(self, x: Tensor) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
-from ..core.side import Port
 
 
 @dataclass(frozen=True)

@@ -277,9 +277,9 @@ class _Session:
         """The result, the role's adapter module or its factors as a LoRA, and what its load-back proved."""
         path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
         recipe = self.trainer.recipe.to_json()
-        if role in roles.sides:
-            save_adapter(path, roles.sides[role], family, self._header(role) | {"onestep.recipe": recipe})
-            return path, check_adapter(path, roles.sides[role], family)
+        if role in roles.modules:
+            save_adapter(path, roles.modules[role], family, self._header(role) | {"onestep.recipe": recipe})
+            return path, check_adapter(path, roles.modules[role], family)
         save_lora(path, roles.state(role), family, recipe, self._header(role) | {"modelspec.usage_hint": self.usage})
         return path, self.host.check_file(path)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_sides import Shift, Width
+from small_adapters import Shift, Width
 
 from onestep.core.adapter_file import KEY, check_adapter, load_adapter, save_adapter
 from onestep.core.errors import OneStepError
@@ -34,8 +34,8 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_gives_back_parameters_buffers_and_words(file: Path) -> None:
     found = load_adapter(file, MAKERS, "unet")
     assert (found.kind, found.family, found.metadata) == ("shift", "unet", {"note": "ü"})
-    assert torch.equal(found.side.by, made().by) and torch.equal(found.side.scale, made().scale)
-    assert found.side.config == Width(8) and found.side.after == made().after
+    assert torch.equal(found.module.by, made().by) and torch.equal(found.module.scale, made().scale)
+    assert found.module.config == Width(8) and found.module.after == made().after
     assert check_adapter(file, made(), "unet") == "the adapter reads back: 2 tensors on 1 layers, bit for bit"
     with pytest.raises(OneStepError, match="does not give back.*by"):
         check_adapter(file, Shift(Width(8)), "unet")

@@ -59,7 +59,7 @@ class World:
             seed=seed,
         )
         self.roles.load("student", random_state(self.roles.targets.values()))
-        self.roles.add_side("student", self.side)
+        self.roles.add_module("student", self.side)
         self.control = seeded(7)(2, 2, 64, 64).sigmoid()
 
     def stir(self) -> None:
@@ -178,7 +178,7 @@ def test_without_latents_it_sees_the_control_alone() -> None:
 
 
 def test_its_start_is_a_function_of_seed_and_names() -> None:
-    first, other = World("sd15").side, World("sd15", seed=1).side
+    first, other = World("sd15").module, World("sd15", seed=1).module
     before = torch.get_rng_state()
     again = ControlAdapter(first.config)
     assert torch.equal(torch.get_rng_state(), before)
@@ -196,11 +196,11 @@ def test_the_file_gives_it_back(tmp_path: Path) -> None:
     save_adapter(path, world.side, "unet", {"onestep.note": "kept"})
     assert "bit for bit" in check_adapter(path, world.side, "unet")
     loaded = load_adapter(path, {"control": ControlAdapter.from_config}, "unet")
-    assert loaded.side.config == world.side.config and loaded.metadata == {"onestep.note": "kept"}
+    assert loaded.module.config == world.side.config and loaded.metadata == {"onestep.note": "kept"}
     assert set(read_tensors(path)) == {name for name, _ in world.side.named_parameters()}
     with torch.no_grad():
         wanted = world(control=world.control)
-        world.roles.add_side("student", loaded.side)
+        world.roles.add_module("student", loaded.module)
         assert torch.equal(world(control=world.control), wanted)
 
 
@@ -210,7 +210,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OneStepError, match="made for 'unet' models, this one is 'sd3'"):
         load_adapter(path, {"control": ControlAdapter.from_config}, "sd3")
     with pytest.raises(OneStepError, match="down_blocks.0.attentions.0.proj_out, which is not in this model"):
-        World("sdxl").roles.add_side("student", world.side)
+        World("sdxl").roles.add_module("student", world.side)
     with torch.no_grad():
         for shape, words in (
             ((2, 2, 64, 32), "32x64 pixels, the picture to draw 64x64"),

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from small_networks import CASES, network_of
 
 from onestep.core import control as original
+from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.families import bind_diffusers
-from onestep.core.side import Call
 
 Array = NDArray[np.float64]
 NAME = "onestep.core.control"
@@ -187,7 +187,7 @@ MUTANTS = {
     "one silu": ("silu(self.first(silu(self.norm(h))))", "self.first(silu(self.norm(h)))"),
     "no norm": ("silu(self.norm(h))", "silu(h)"),
     "other groups": ("for g in (32, 16,", "for g in (1, 16,"),
-    "no strength": ('call.told.get("strength", 1.0)', "1.0"),
+    "no strength": ('call.inputs.get("strength", 1.0)', "1.0"),
     "off by default": ('"strength", 1.0', '"strength", 0.0'),
     "taken away": ("output + (feature", "output - (feature"),
     "columns first": ("picture.flatten(2)", "picture.mT.flatten(2)"),

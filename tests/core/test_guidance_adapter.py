@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from onestep.core import guidance_adapter as module
 from onestep.core.adapter_file import check_adapter, load_adapter, save_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.families import bind_diffusers
 from onestep.core.guidance_adapter import MAKERS, check_base, new_adapter, with_guidance
 from onestep.core.roles import Roles
-from onestep.core.side import Call
 from onestep.core.targets import Target
 
 W = torch.tensor([3.5, 7.25], dtype=torch.float64)
@@ -44,7 +44,7 @@ def on(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Roles, Any, 
     """A published network with a new adapter under the role "student", its inputs, and their conditions."""
     network, case = network_of(name, dtype), CASES[name]
     roles = Roles(bind_diffusers(network))
-    roles.add_side("student", new_adapter(roles.targets, case.family, 0))
+    roles.add_module("student", new_adapter(roles.targets, case.family, 0))
     inputs = inputs_of(name, dtype)
     return network, roles, inputs, Cond(inputs["text"], pooled=inputs.get("pooled"))
 
@@ -73,7 +73,7 @@ def test_a_new_adapter_is_none_to_the_bit(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", CASES)
 def test_a_trained_one_is_silent_at_one_and_where_it_is_told_nothing(name: str) -> None:
     network, roles, inputs, cond = on(name)
-    scattered(roles.sides["student"])
+    scattered(roles.modules["student"])
     with torch.no_grad(), roles.installed():
         plain = CASES[name].run(network, inputs)
         assert torch.equal(drawn(name, network, roles, inputs, cond, None), plain)
@@ -169,9 +169,9 @@ def check_attention(found: ModuleType, mask: bool) -> None:
     x, cond, time = seen(mask=mask)
     output = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     call = Call(time, cond)
-    assert side.take("mid.1.attn2.to_q", x, call) is x
+    assert side.on_input("mid.1.attn2.to_q", x, call) is x
     first = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    given = side.give("mid.1.attn2.to_out.0", first, output, call)
+    given = side.on_output("mid.1.attn2.to_out.0", first, output, call)
     state, h = numpy_state(side), x.numpy()
     g, t = (vector[:, None] for vector in told(state, W.numpy(), time.numpy()))
     text = cond.text.numpy() @ state["told.text.weight"].T + state["told.text.bias"]
@@ -202,7 +202,7 @@ def check_offset(found: ModuleType, family: str) -> None:
     names += ["single_transformer_blocks.0.proj_out"] if family == "flux" else ["transformer_blocks.1.attn.to_out.0"]
     state = numpy_state(side)
     for number, name in enumerate(names):
-        given = side.give(name, output, output, Call(time, cond)).detach().numpy() - output.numpy()
+        given = side.on_output(name, output, output, Call(time, cond)).detach().numpy() - output.numpy()
         g, t = told(state, W.numpy(), time.numpy())
         c = g + t + cond.pooled.numpy() @ state["told.text.weight"].T + state["told.text.bias"]  # type: ignore[union-attr]
         number = [site for site, _ in side.config.sites].index(name)
@@ -224,7 +224,7 @@ MUTANTS = {
     "sines for cosines": ("self.norm(self.guidance(torch.cos(", "self.norm(self.guidance(torch.sin("),
     "times too slow": ("-math.log(10_000) / half", "-math.log(10_000) / FEATURES"),
     "padding is looked at": ("F.pad(cond.mask, (2, 0), value=True)", "F.pad(cond.mask | True, (2, 0), value=True)"),
-    "the output for the query": ("h, at = call.kept.pop(look)", "h, at = output"),
+    "the output for the query": ("h, at = call.cache.pop(look)", "h, at = output"),
     "one head": ("x.unflatten(2, (HEADS, -1))", "x.unflatten(2, (1, -1))"),
     "blind to the place": ("looked + q +", "looked +"),
     "blind to the first attention": ("_linear(self.found[at], x)", "_linear(self.found[at], output)"),
@@ -259,7 +259,7 @@ def test_a_wrong_offset_is_found_out(change: tuple[str, str], monkeypatch: pytes
 def test_gradients_are_finite_differences(checkpointing: bool) -> None:
     """float64, every parameter along one random direction; recomputed blocks too, one of them after another call."""
     blocks, roles = cross()
-    roles.add_side("student", scattered(new_adapter(roles.targets, "unet", 0, share=1.0)))
+    roles.add_module("student", scattered(new_adapter(roles.targets, "unet", 0, share=1.0)))
     x, cond, time = seen(mask=True)
     parameters = roles.parameters("student")
 
@@ -322,14 +322,14 @@ def test_about_two_per_cent_of_sd15() -> None:
 @pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
 def test_a_file_gives_back_the_adapter(name: str, tmp_path: Path) -> None:
     network, roles, inputs, cond = on(name, torch.float32)
-    side, family = scattered(roles.sides["student"]).float(), CASES[name].family
+    side, family = scattered(roles.modules["student"]).float(), CASES[name].family
     save_adapter(tmp_path / "x.safetensors", side, family)
     assert "bit for bit" in check_adapter(tmp_path / "x.safetensors", side, family)
-    read = load_adapter(tmp_path / "x.safetensors", MAKERS, family).side
+    read = load_adapter(tmp_path / "x.safetensors", MAKERS, family).module
     check_base(read, roles.targets, family)
     with torch.no_grad(), roles.installed():
         wanted = drawn(name, network, roles, inputs, cond, W)
-        roles.add_side("student", read)
+        roles.add_module("student", read)
         assert torch.equal(drawn(name, network, roles, inputs, cond, W), wanted)
 
 
@@ -339,7 +339,7 @@ def test_another_base_is_refused() -> None:
         network, case = network_of(name), CASES[name]
         targets = {target.name: target for target in bind_diffusers(network)}
         with pytest.raises(OneStepError, match="this adapter is for another base: it needs 6 layers") as caught:
-            check_base(roles.sides["student"], targets, case.family)
+            check_base(roles.modules["student"], targets, case.family)
         assert len(str(caught.value)) < 400
     with pytest.raises(OneStepError, match="none of the layers"):
         new_adapter({}, "unet", 0)

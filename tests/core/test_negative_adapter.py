@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from onestep.core import negative_adapter as module
 from onestep.core.adapter_file import check_adapter, load_adapter, save_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
@@ -29,7 +30,6 @@ from onestep.core.negative_adapter import (
     new_adapter,
 )
 from onestep.core.roles import Roles
-from onestep.core.side import Call
 from onestep.core.targets import Target
 
 UNETS = ["sd15", "sdxl"]
@@ -53,7 +53,7 @@ def on(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Roles, Any]:
     """A published network with a new adapter under the role "student", and its inputs."""
     network = network_of(name, dtype)
     roles = Roles(bind_diffusers(network))
-    roles.add_side("student", made(network, roles.targets))
+    roles.add_module("student", made(network, roles.targets))
     return network, roles, inputs_of(name, dtype)
 
 
@@ -85,7 +85,7 @@ def test_a_new_adapter_is_none_to_the_bit(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", UNETS)
 def test_a_trained_one_acts_on_the_rows_it_is_told_alone(name: str) -> None:
     network, roles, inputs = on(name)
-    scattered(roles.sides["student"])
+    scattered(roles.modules["student"])
     with torch.no_grad(), roles.installed():
         plain = CASES[name].run(network, inputs)
         assert torch.equal(drawn(name, network, roles, inputs), plain)
@@ -167,8 +167,8 @@ def check_equation(found: ModuleType, mask: bool = True) -> None:
     positive, q, negative = seen(mask)
     scale = torch.tensor([1.7, 0.4], dtype=torch.float64)
     call = Call(torch.zeros(2), negative, {"negative": negative, "scale": scale})
-    assert side.give("mid.1.attn2.to_q", positive, q, call) is q
-    given = side.take("mid.1.attn2.to_out.0", positive, call).detach().numpy()
+    assert side.on_output("mid.1.attn2.to_q", positive, q, call) is q
+    given = side.on_input("mid.1.attn2.to_out.0", positive, call).detach().numpy()
     state = {name: value.detach().numpy() for name, value in side.state_dict().items()}
     n, z = negative.text.numpy(), positive.numpy()
     k, v = n @ state["to_k_neg.1.weight"].T, n @ state["to_v_neg.1.weight"].T
@@ -224,7 +224,7 @@ def test_at_its_start_it_finds_what_the_student_finds_in_the_negative() -> None:
 def test_gradients_are_finite_differences(checkpointing: bool) -> None:
     """float64, every parameter along one random direction; recomputed blocks too, one of them after another call."""
     blocks, roles = cross()
-    roles.add_side("student", scattered(made(blocks, roles.targets)))
+    roles.add_module("student", scattered(made(blocks, roles.targets)))
     draw = torch.Generator().manual_seed(9)
     x, text = (torch.randn(2, n, c, generator=draw, dtype=torch.float64) for n, c in ((6, 4), (3, 5)))
     parameters = roles.parameters("student")
@@ -261,16 +261,16 @@ def test_gradients_are_finite_differences(checkpointing: bool) -> None:
 
 def test_a_file_gives_back_the_adapter(tmp_path: Path) -> None:
     network, roles, inputs = on("sdxl", torch.float32)
-    side = scattered(roles.sides["student"], dtype=torch.float32)
+    side = scattered(roles.modules["student"], dtype=torch.float32)
     save_adapter(tmp_path / "x.safetensors", side, "unet")
     assert "bit for bit" in check_adapter(tmp_path / "x.safetensors", side, "unet")
     before = torch.get_rng_state()
-    read = load_adapter(tmp_path / "x.safetensors", MAKERS, "unet").side
+    read = load_adapter(tmp_path / "x.safetensors", MAKERS, "unet").module
     assert torch.equal(torch.get_rng_state(), before)
     check_base(read, roles.targets, "unet")
     with torch.no_grad(), roles.installed():
         wanted = drawn("sdxl", network, roles, inputs, negative=texts(dtype=torch.float32))
-        roles.add_side("student", read)
+        roles.add_module("student", read)
         assert torch.equal(drawn("sdxl", network, roles, inputs, negative=texts(dtype=torch.float32)), wanted)
 
 
@@ -293,7 +293,7 @@ def test_a_header_that_makes_no_adapter(config: dict[str, Any]) -> None:
 
 def test_another_base_a_joint_one_and_values_out_of_range_are_refused() -> None:
     _, roles, _ = on("sd15")
-    side = roles.sides["student"]
+    side = roles.modules["student"]
     for name in ("sdxl", "sd3", "flux"):
         targets = {target.name: target for target in bind_diffusers(network_of(name))}
         with pytest.raises(OneStepError, match="this adapter is for another base: it needs"):

@@ -74,7 +74,7 @@ def test_in_one_step_it_is_the_hosts_own_answer(pipe: Any, file: Path) -> None:
     control = control_picture(adapter, pictures(), extract=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     sigma = recipe.levels(host.denoiser.schedule).expand(2)
-    host.denoiser.roles.add_side("student", adapter)
+    host.denoiser.roles.add_module("student", adapter)
     with torch.no_grad(), host.denoiser.roles.use("student", control=control):
         wanted = host.denoiser(noise, sigma, host.encode(PROMPTS, (32, 32)))
     host.denoiser.roles.remove()

@@ -92,7 +92,7 @@ def test_it_is_diffusers_own_controlnet(host: Any) -> None:
         torch.testing.assert_close(ours, one, rtol=1e-4, atol=1e-5)
     assert [list(p.shape[1:2]) for p in found] == [[place.channels] for place in copy.config.places]
     roles = host.denoiser.roles
-    roles.add_side("copied", copy)
+    roles.add_module("copied", copy)
     with torch.no_grad(), roles.use("copied", control=control):
         answer = host.denoiser(x, sigma, cond)
     roles.drop("copied")
@@ -115,7 +115,7 @@ def test_a_new_one_is_the_base_with_its_lora_and_changes_nothing(host: Any) -> N
     with torch.no_grad():
         with roles.use("tuned"):
             plain = host.denoiser(x, sigma, cond)
-        roles.add_side("tuned", copy)
+        roles.add_module("tuned", copy)
         with roles.use("tuned", control=control):
             assert torch.equal(host.denoiser(x, sigma, cond), plain)
     roles.drop("tuned")
@@ -128,7 +128,7 @@ def test_its_file_is_a_controlnet(host: Any, tmp_path: Path) -> None:
     save_adapter(path, copy, "unet")
     net = ControlNetModel.from_unet(host.network, conditioning_embedding_out_channels=WIDTHS)
     net.load_state_dict(read_tensors(path), strict=True)
-    again = load_adapter(path, MAKERS, "unet").side
+    again = load_adapter(path, MAKERS, "unet").module
     for name, value in again.state_dict().items():
         assert torch.equal(value, copy.state_dict()[name])
     assert again.config == copy.config

@@ -59,7 +59,7 @@ def test_the_dial_gives_the_trainers_own_numbers_and_leaves_no_trace(name: str, 
     inputs = x, sigma, cond = asked(pipe)
     plain = answer(pipe, inputs)
     host = adapt(pipe, device="cpu")
-    host.denoiser.roles.add_side("student", side)
+    host.denoiser.roles.add_module("student", side)
     with host.denoiser.roles.use("student"):
         wanted = host.denoiser(x, sigma, with_guidance(cond, 5.0))
     host.release()

@@ -38,7 +38,7 @@ def made(name: str, folder: Path) -> tuple[Any, Any, Path]:
 def by_roles(name: str, network: Any, side: Any, **more: Any) -> Tensor:
     """By the side's own hooks alone: what the call is about is told to them by hand."""
     roles, inputs = Roles(bind_diffusers(network)), inputs_of(name)
-    roles.add_side("guided", side)
+    roles.add_module("guided", side)
     cond = Cond(inputs["text"], pooled=inputs.get("pooled"), guidance=torch.full((2,), W))
     with roles.installed(), roles.use("guided"):
         time = inputs["time"] * (1000 if name == "flux" else 1)

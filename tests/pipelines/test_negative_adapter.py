@@ -68,7 +68,7 @@ def test_it_gives_the_trainers_own_numbers_and_leaves_no_trace(name: str, tmp_pa
     inputs, negative = asked(pipe), text(2, width=width_of(pipe))
     plain = answer(pipe, inputs)
     host = adapt(pipe, device="cpu")
-    host.denoiser.roles.add_side("student", side)
+    host.denoiser.roles.add_module("student", side)
     with host.denoiser.roles.use("student", negative=Cond(negative), scale=1.5):
         wanted = host.denoiser(*inputs)
     host.release()
@@ -157,7 +157,7 @@ def test_a_one_step_pipeline_draws_with_it(tmp_path: Path) -> None:
     with load_negative_adapter(fast, file, negative, scale=0.5):
         found = draw()
     host = adapt(pipe, device="cpu")
-    host.denoiser.roles.add_side("student", side)
+    host.denoiser.roles.add_module("student", side)
     cond = host.encode(["a cat", "a dog"], (16, 16))
     sigma = host.denoiser.schedule.sigma_of_time(torch.tensor([624.0, 624.0], dtype=torch.float64))
     noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.denoiser import EpsDenoiser, FlowDenoiser, VDenoiser, X0Denoiser
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
-from onestep.core.side import Call
 from onestep.core.targets import Target
 from onestep.training.engine.batch import Batch
 
@@ -174,10 +174,10 @@ class ExactGuidance(nn.Module):
         self.null = nn.Parameter(null)
         self.before, self.after = frozenset[str](), frozenset({"mean"})
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         assert call.cond.guidance is not None
         return self.null + call.cond.guidance[:, None] * (output - self.null)
 

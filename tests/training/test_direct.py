@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_adapters import AT, BY_ADAPTER, BY_FACTORS, Shift
 from small_host import SmallHost, small
-from small_sides import AT, BY_FACTORS, BY_SIDE, Shift
 from whole_runs import Cancelled, at_call, left, run
 
 from onestep.core.adapter_file import load_adapter
@@ -22,8 +22,8 @@ CHANGES = {"method": "regression", "steps": 5, "ema": 0.5, "final_rate": 1.0, "w
 
 
 @pytest.fixture
-def by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regression, "METHOD", BY_SIDE)
+def by_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "METHOD", BY_ADAPTER)
 
 
 @pytest.fixture
@@ -48,18 +48,18 @@ def test_factors_learn_where_there_is_no_side(by_factors: None, tmp_path: Path) 
     assert fell(losses(result)) and len(losses(result)) == 12
 
 
-def test_a_side_learns_alone_and_is_the_result(by_side: None, tmp_path: Path) -> None:
+def test_a_side_learns_alone_and_is_the_result(by_adapter: None, tmp_path: Path) -> None:
     result = run(tmp_path / "run", small(**{**CHANGES, "steps": 12}))
     assert fell(losses(result))
     adapter = load_adapter(result.path, {"shift": Shift.from_config}, "unet")
-    assert adapter.kind == "shift" and bool((adapter.side.by != 0).all())
-    assert torch.equal(adapter.side.scale, torch.linspace(1, 2, 8))
+    assert adapter.kind == "shift" and bool((adapter.module.by != 0).all())
+    assert torch.equal(adapter.module.scale, torch.linspace(1, 2, 8))
     assert json.loads(adapter.metadata["onestep.settings"])["method"] == "regression"
     assert "onestep.recipe" in adapter.metadata and result.check.startswith("the adapter reads back: 2 tensors on 1")
     assert {name for name in read_tensors(result.path)} == {"by", "scale"}
 
 
-def test_the_sides_updates_are_adams_and_its_mean_is_kept(by_side: None, tmp_path: Path) -> None:
+def test_the_sides_updates_are_adams_and_its_mean_is_kept(by_adapter: None, tmp_path: Path) -> None:
     """Adam (arXiv:1412.6980) by hand from the metrics-free start: its first step is the rate, against the sign."""
     result = run(tmp_path / "run", small(**{**CHANGES, "steps": 1, "watch_every": 0, "preview_every": 0}))
     tensors = read_tensors(max((tmp_path / "run").glob("state-1")) / "state.safetensors")
@@ -69,7 +69,7 @@ def test_the_sides_updates_are_adams_and_its_mean_is_kept(by_side: None, tmp_pat
     np.testing.assert_allclose(tensors["ema/by"].numpy(), (1 - 2 / 11) * by, rtol=1e-5)
     assert result.role == "ema"
     np.testing.assert_allclose(
-        load_adapter(result.path, {"shift": Shift.from_config}).side.by.detach(), tensors["ema/by"]
+        load_adapter(result.path, {"shift": Shift.from_config}).module.by.detach(), tensors["ema/by"]
     )
 
 
@@ -77,7 +77,7 @@ def test_an_initial_lora_stays_as_it_is_under_a_side(
     by_factors: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = run(tmp_path / "lora", small(**CHANGES))
-    monkeypatch.setattr(regression, "METHOD", BY_SIDE)
+    monkeypatch.setattr(regression, "METHOD", BY_ADAPTER)
     run(tmp_path / "run", small(**CHANGES, initial_lora=str(first.path)))
     tensors = read_tensors(tmp_path / "run" / "state-5" / "state.safetensors")
     for name, (a, b) in load_lora(first.path).state.items():
@@ -86,7 +86,7 @@ def test_an_initial_lora_stays_as_it_is_under_a_side(
 
 
 @pytest.mark.parametrize("call", [3, 4, 6])
-def test_a_cancelled_run_ends_as_if_it_had_not_been(by_side: None, tmp_path: Path, call: int) -> None:
+def test_a_cancelled_run_ends_as_if_it_had_not_been(by_adapter: None, tmp_path: Path, call: int) -> None:
     settings = small(**CHANGES, accumulation=2)
     run(tmp_path / "whole" / "run", settings)
     with pytest.raises(Cancelled):
@@ -97,22 +97,22 @@ def test_a_cancelled_run_ends_as_if_it_had_not_been(by_side: None, tmp_path: Pat
     assert left(tmp_path / "run") == left(tmp_path / "whole" / "run")
 
 
-def test_micro_batches_learn_the_same(by_side: None, tmp_path: Path) -> None:
+def test_micro_batches_learn_the_same(by_adapter: None, tmp_path: Path) -> None:
     found = []
     for accumulation in (1, 4):
         result = run(tmp_path / str(accumulation), small(**CHANGES, accumulation=accumulation))
-        found.append(load_adapter(result.path, {"shift": Shift.from_config}).side.by.detach())
+        found.append(load_adapter(result.path, {"shift": Shift.from_config}).module.by.detach())
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_host_is_given_back_without_side_and_hooks(by_side: None, tmp_path: Path) -> None:
+def test_the_host_is_given_back_without_side_and_hooks(by_adapter: None, tmp_path: Path) -> None:
     host = SmallHost()
     run(tmp_path / "run", small(**CHANGES), host=host)
-    assert not host.denoiser.roles.names() and "student" not in host.denoiser.roles.sides
+    assert not host.denoiser.roles.names() and "student" not in host.denoiser.roles.modules
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.network.modules())
 
 
-def test_a_side_of_another_base_is_refused(by_side: None, tmp_path: Path) -> None:
+def test_a_side_of_another_base_is_refused(by_adapter: None, tmp_path: Path) -> None:
     host = SmallHost()
     host.denoiser.roles.targets.pop(AT)
     with pytest.raises(OneStepError, match="conv_in, which is not in this model"):

@@ -110,13 +110,13 @@ def test_an_adapter_that_is_guidance_has_no_loss(case: Case) -> None:
     """Each sample is told the scale of its own trajectory: any other one leaves an error."""
     world, x = World(case), drawn()
     world.roles.drop("student")
-    world.roles.add_side("student", ExactGuidance(torch.tensor(world.mean("teacher", world.null))))
+    world.roles.add_module("student", ExactGuidance(torch.tensor(world.mean("teacher", world.null))))
     objective, data = method.GuidanceInOne(True), states(world, x)
     right = objective(world.denoise, world.batch(), data)
     wrong = objective(world.denoise, world.batch(), replace(data, w=W.flip(0)))
     assert float(right.detach()) < 1e-18 < 1e-6 < float(wrong.detach())
     right.backward()
-    assert float(world.roles.sides["student"].null.grad.abs().max()) < 1e-8
+    assert float(world.roles.modules["student"].null.grad.abs().max()) < 1e-8
 
 
 # -- trajectories -----------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_a_killed_agd_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     agd_run(tmp_path / "cut" / "run", "continue")
     assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
     adapter = load_adapter(whole.path, MAKERS, "unet")
-    assert adapter.kind == "guidance-cross-attention" and any(bool(out.weight.any()) for out in adapter.side.out)
+    assert adapter.kind == "guidance-cross-attention" and any(bool(out.weight.any()) for out in adapter.module.out)
     recipe = Recipe.from_json(adapter.metadata["onestep.recipe"])
     assert recipe.steps == 6 and recipe.guidance == 1 and not recipe.renoise and recipe.eta == 0
 

@@ -11,12 +11,12 @@ import torch
 from mutations import must_fail, mutant
 from torch import Tensor, nn
 
+from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.denoiser import X0Denoiser
 from onestep.core.recipe import Recipe
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
-from onestep.core.side import Call
 from onestep.core.targets import Target
 from onestep.training.engine.batch import Batch
 from onestep.training.methods import nct
@@ -46,11 +46,11 @@ class Adding(nn.Module):
         self.p = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
         self.obeys = obeys
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        control = call.told["control"]
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        control = call.inputs["control"]
         if control is None:
             return output
         control = control.flatten(1)
@@ -66,7 +66,7 @@ class World:
         network, self.side = Generator().requires_grad_(False), Adding(obeys)
         network.layer.weight.copy_(torch.randn(WIDTH, WIDTH, generator=draw, dtype=torch.float64) / 3)
         roles = Roles([Target("layer", network.layer)])
-        roles.add_side("student", self.side)
+        roles.add_module("student", self.side)
         roles.install()
         self.denoise = X0Denoiser(network, schedule, roles)
         self.recipe = Recipe.for_student(schedule, 1, "unet", (), 0.6)

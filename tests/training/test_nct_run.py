@@ -84,8 +84,8 @@ def test_the_adapter_alone_learns_and_is_the_result(lora: Path, tmp_path: Path) 
     losses = [line["loss"] for line in result.metrics]
     assert len(losses) == 40 and all(np.isfinite(losses))
     adapter = load_adapter(result.path, MAKERS, "unet")
-    assert adapter.side.config.control == "low-resolution" and adapter.side.config.channels == 3
-    assert float(adapter.side.leave[0].weight.detach().abs().min()) > 0
+    assert adapter.module.config.control == "low-resolution" and adapter.module.config.channels == 3
+    assert float(adapter.module.leave[0].weight.detach().abs().min()) > 0
     assert Recipe.from_json(adapter.metadata["onestep.recipe"]) == Recipe.from_json(
         read_header(lora).metadata["onestep.recipe"]
     )
@@ -101,7 +101,7 @@ def test_what_it_learns_is_the_control(lora: Path, tmp_path: Path) -> None:
     result, host = run(tmp_path / "run", settings), SmallHost()
     adapter, roles = load_adapter(result.path, MAKERS), host.denoiser.roles
     roles.load("student", load_lora(lora, list(roles.targets), "unet").state)
-    roles.add_side("student", adapter.side)
+    roles.add_module("student", adapter.module)
     recipe = Recipe.from_json(adapter.metadata["onestep.recipe"])
     batch = embed(host, PROMPTS, settings, tmp_path / "embeddings").batch(10**6, range(32))
     with torch.no_grad(), roles.installed():
@@ -119,7 +119,7 @@ def test_every_control_is_learnt_and_acts(lora: Path, tmp_path: Path, name: str)
     result, host = run(tmp_path / "run", nct_settings(lora, control=name, steps=3, learning_rate=0.01)), SmallHost()
     adapter, roles = load_adapter(result.path, MAKERS), host.denoiser.roles
     roles.load("student", load_lora(lora, list(roles.targets), "unet").state)
-    roles.add_side("student", adapter.side)
+    roles.add_module("student", adapter.module)
     batch = embed(host, PROMPTS, nct_settings(lora), tmp_path / "embeddings").batch(0, range(2))
     recipe, noise = Recipe.from_json(adapter.metadata["onestep.recipe"]), batch.normal("latent")
     with torch.no_grad(), roles.installed():
@@ -158,7 +158,7 @@ def test_the_distance_is_the_share_of_the_control_that_is_missed(lora: Path, tmp
     side = nct.adapter(host, settings)
     for leave in side.leave:
         leave.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    roles.add_side("student", side)
+    roles.add_module("student", side)
     with roles.installed():
         watch = Watch.prepare(setup, nct.by_controls(setup))
         numbers, found = watch(host, recipe, "student"), watch.student(host, recipe, "student")
@@ -195,7 +195,7 @@ def test_a_control_of_ones_own_is_trained_by_its_name(
 ) -> None:
     monkeypatch.setitem(CONTROLS, "red", Control("Red", 1, lambda pictures, keys: pictures[:, :1]))
     result = run(tmp_path / "run", nct_settings(lora, control="red", steps=2))
-    assert load_adapter(result.path, MAKERS).side.config.control == "red"
+    assert load_adapter(result.path, MAKERS).module.config.control == "red"
 
 
 def test_without_a_lora_the_base_is_the_generator() -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from whole_runs import Cancelled, at_call, left, run
 
 from onestep.core.adapter_file import load_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.negative_adapter import MAKERS
 from onestep.core.recipe import Recipe
-from onestep.core.side import Call
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.training.data.cases import cases, parts
 from onestep.training.data.segments import Moves
@@ -115,11 +115,11 @@ class Shifted(nn.Module):
         self.by = nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
         self.before, self.after = frozenset[str](), frozenset({"mean"})
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        return output - self.by * call.told["negative"].text[:, 0]
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        return output - self.by * call.inputs["negative"].text[:, 0]
 
 
 def moves(world: World, case: Case, negative: Cond, lower: float) -> Moves:
@@ -136,7 +136,7 @@ def moves(world: World, case: Case, negative: Cond, lower: float) -> Moves:
 def check_loss(module: ModuleType, case: Case, lower: float) -> None:
     world = World(case)
     world.roles.drop("student")
-    world.roles.add_side("student", Shifted())
+    world.roles.add_module("student", Shifted())
     negative = Cond(torch.randn(4, 1, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
     data = moves(world, case, negative, lower)
     objective, batch = module.MultiStepConsistency(), world.batch()
@@ -148,7 +148,7 @@ def check_loss(module: ModuleType, case: Case, lower: float) -> None:
     wanted = np.square(rows(data.end) - rows(other.end)).sum(1).mean()
     assert float(wrong.detach()) == pytest.approx(wanted, rel=1e-8) and wanted > 1e-3
     wrong.backward()
-    by = world.roles.sides["student"].by
+    by = world.roles.modules["student"].by
     slopes = []
     for at in range(WIDTH):
         ends = []
@@ -314,7 +314,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert left(tmp_path / "cut" / "run") == left(tmp_path / "whole" / "run")
     assert any(name.startswith("segments/") for name in left(tmp_path / "whole" / "run")["files"])
     adapter = load_adapter(whole.path, MAKERS, "unet")
-    assert adapter.kind == "negative-attention" and any(bool(alpha.any()) for alpha in adapter.side.alpha)
+    assert adapter.kind == "negative-attention" and any(bool(alpha.any()) for alpha in adapter.module.alpha)
     assert Recipe.from_json(adapter.metadata["onestep.recipe"]).steps == 1
 
 

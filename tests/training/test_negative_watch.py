@@ -140,7 +140,7 @@ def test_distance_is_the_share_of_the_change_that_is_missed(host: DiffusersHost,
     settings = sun()
     recipe, roles = student_recipe(host, settings), host.denoiser.roles
     side = method.adapter(host, settings)
-    roles.add_side("student", side)
+    roles.add_module("student", side)
     with roles.installed():
         watch = prepared(host, settings, tmp_path)
         assert watch(host, recipe, "student")["distance"] == pytest.approx(1)
@@ -179,7 +179,7 @@ def test_a_run_shows_without_as_asked_and_with(tmp_path: Path) -> None:
 def test_without_anything_to_keep_away_from_there_is_no_distance(host: DiffusersHost, tmp_path: Path) -> None:
     settings = sun(negatives="a cat", watch_samples=4)
     setup = setup_of(host, settings, tmp_path, ["a cat"])
-    host.denoiser.roles.add_side("student", method.adapter(host, settings))
+    host.denoiser.roles.add_module("student", method.adapter(host, settings))
     with host.denoiser.roles.installed():
         watch = Watch.prepare(setup, by_change(setup))
         assert math.isnan(watch(host, student_recipe(host, settings), "student")["distance"])

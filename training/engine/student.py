@@ -19,7 +19,7 @@ from .batch import Batch
 
 STUDENT = "student"
 NewAdapter = Callable[[Host, Settings], Any]
-"""Makes a new adapter module (core.side) for a host."""
+"""Makes a new adapter module (core.adapter_module) for a host."""
 
 
 def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:
@@ -60,4 +60,4 @@ def add_student(host: Host, settings: Settings, initial: State | None, adapter: 
     if adapter is not None:
         for factor in roles.parameters(STUDENT):
             factor.requires_grad_(False)
-        roles.add_side(STUDENT, adapter(host, settings).to(host.device))
+        roles.add_module(STUDENT, adapter(host, settings).to(host.device))

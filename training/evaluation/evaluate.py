@@ -36,13 +36,13 @@ ROLE = "evaluated"
 @dataclass(frozen=True)
 class Student:
     """A LoRA or a guidance adapter to be measured. denoiser: where the network must be read otherwise than the host
-    reads it. side: the adapter, which is told the guidance ``dial``."""
+    reads it. module: the adapter, which is told the guidance ``dial``."""
 
     name: str
     state: State
     recipe: Recipe
     denoiser: Denoiser | None = None
-    side: Any = None
+    module: Any = None
     dial: float = 1.0
 
 
@@ -168,11 +168,11 @@ def _student(plan: Plan, student: Student) -> tuple[Row, Tensor]:
     roles, recipe = plan.host.denoiser.roles, student.recipe
     scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in student.state.items()}
     roles.load(ROLE, scaled, plan.host.device)
-    if student.side is not None:
-        roles.add_side(ROLE, student.side.to(plan.host.device))
+    if student.module is not None:
+        roles.add_module(ROLE, student.module.to(plan.host.device))
 
     def draw(cond: Cond, null: Cond, noise: Tensor, rows: list[int]) -> Tensor:
-        cond = cond if student.side is None else with_guidance(cond, student.dial)
+        cond = cond if student.module is None else with_guidance(cond, student.dial)
 
         def fresh(step: int) -> Tensor:
             return randomness.normal(plan.shape, plan.seed, f"evaluate renoise {step}", 0, rows).to(noise)

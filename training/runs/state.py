@@ -14,13 +14,13 @@ COUNTERS = ("place", "numbers", "accumulation", "bad", "dropped")
 
 
 def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Roles, their sides and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
+    """Roles, their adapter modules and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
     roles = trainer.host.denoiser.roles
     tensors: dict[str, Tensor] = {}
     for role in roles.names():
         for name, (a, b) in roles.state(role).items():
             tensors[f"{role}/{name}/a"], tensors[f"{role}/{name}/b"] = a, b
-        tensors |= {f"{role}/{name}": value for name, value in roles.sides.state(role).items()}
+        tensors |= {f"{role}/{name}": value for name, value in roles.modules.state(role).items()}
     numbers: dict[str, float] = {}
     for role, optimizer in trainer.optimizers.items():
         packed, plain = adam.pack(optimizer, role)
@@ -38,7 +38,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
         for name, (a, b) in roles.state(role).items():
             a.copy_(tensors[f"{role}/{name}/a"])
             b.copy_(tensors[f"{role}/{name}/b"])
-        for name, value in roles.sides.state(role).items():
+        for name, value in roles.modules.state(role).items():
             value.copy_(tensors[f"{role}/{name}"])
     moments = {key: value for key, value in tensors.items() if "/" not in key}
     for role, optimizer in trainer.optimizers.items():

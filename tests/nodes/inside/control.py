@@ -12,12 +12,12 @@ from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
 
 from nodes import ControlNetApplyAdvanced
 from onestep.core.adapter_file import save_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.control import new_adapter
 from onestep.core.controls import with_mask
 from onestep.core.errors import OneStepError
 from onestep.core.families import bind_comfy
 from onestep.core.roles import RoleMap, Roles
-from onestep.core.side import Call
 from onestep.nodes.control import LoadControlAdapter, names
 from onestep.nodes.tiny_models.model import load_tiny
 
@@ -66,10 +66,10 @@ with torch.inference_mode():
 
     grey = image[..., :1].movedim(-1, 1)
 
-    def by_side(steps, cfg, strength=1.0, adapter=side, control=grey):
+    def by_adapter(steps, cfg, strength=1.0, adapter=side, control=grey):
         """The same adapter hung on the layers themselves, for both of guidance's halves."""
         roles = Roles(list(targets.values()))
-        roles.add_side("control", adapter)
+        roles.add_module("control", adapter)
         call = Call(None, None, {"control": control, "strength": strength})
         with roles.installed(), roles.serving(RoleMap((("control", None),), call=call)):
             return draw(model, positive, negative, steps, cfg)
@@ -79,13 +79,13 @@ with torch.inference_mode():
         plain = draw(model, positive, negative, steps, cfg)
         told[f"new {steps}"] = torch.equal(draw(model, *controlled("new.safetensors"), steps, cfg), plain)
         found = draw(model, *controlled("stirred.safetensors", 0.7), steps, cfg)
-        told[f"side {steps}"] = apart(found, by_side(steps, cfg, 0.7))
+        told[f"side {steps}"] = apart(found, by_adapter(steps, cfg, 0.7))
         told[f"effect {steps}"] = apart(found, plain)
         told[f"after {steps}"] = torch.equal(draw(model, positive, negative, steps, cfg), plain)
     early = draw(model, *controlled("stirred.safetensors", span=(0.0, 0.4)), 2, 3.0)
     told["range"] = apart(early, plain), apart(early, draw(model, *controlled("stirred.safetensors"), 2, 3.0))
     both = controlled("stirred.safetensors", 0.3, over=controlled("stirred.safetensors", 0.4))
-    told["two"] = apart(draw(model, *both, 2, 3.0), by_side(2, 3.0, 0.7))
+    told["two"] = apart(draw(model, *both, 2, 3.0), by_adapter(2, 3.0, 0.7))
     large = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
     resized = draw(model, *controlled("stirred.safetensors", 0.7, large), 2, 3.0)
     told["resized"] = bool(resized.isfinite().all())
@@ -99,7 +99,7 @@ with torch.inference_mode():
     net = LoadControlAdapter.execute("inpaint.safetensors").args[0]
     conds = ControlNetInpaintingAliMamaApply.execute(positive, negative, net, None, colours, hole, 1.0, 0.0, 1.0).args
     found, control = draw(model, *conds, 2, 3.0), with_mask(colours.movedim(-1, 1), hole[:, None])
-    told["mask"] = apart(found, by_side(2, 3.0, adapter=inpaint, control=control)), apart(found, plain)
+    told["mask"] = apart(found, by_adapter(2, 3.0, adapter=inpaint, control=control)), apart(found, plain)
     flow, flow_clip, _ = load_tiny(FLOW)
     conds = [flow_clip.encode_from_tokens_scheduled(flow_clip.tokenize(text)) for text in ("a red dragon", "")]
     told["flow"] = refused(lambda: draw(flow, *controlled("stirred.safetensors", over=conds), 1, 1.0))

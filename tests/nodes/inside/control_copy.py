@@ -15,11 +15,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from nodes import ControlNetApplyAdvanced
 from onestep.core.adapter_file import save_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.control_copy import new_copy
 from onestep.core.families import bind_comfy, unet_parts
 from onestep.core.roles import RoleMap, Roles
-from onestep.core.side import Call
 from onestep.nodes.control import LoadControlAdapter
 from onestep.nodes.denoiser import port_of
 from onestep.nodes.tiny_models.model import load_tiny
@@ -65,8 +65,8 @@ with torch.inference_mode():
     for steps, cfg in ((1, 1.0), (2, 3.0)):
         plain, found = draw(model, positive, negative, steps, cfg), draw(model, *controlled, steps, cfg)
         roles, call = Roles(list(targets.values()), port_of(network, "unet")), Call(None, None, None)
-        roles.add_side("control", copy)
-        call.told = {"control": control, "strength": 0.7}
+        roles.add_module("control", copy)
+        call.inputs = {"control": control, "strength": 0.7}
 
         def note(module, args, more, call=call):
             call.time, call.cond = args[1].float(), Cond(more["context"])

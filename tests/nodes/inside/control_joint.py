@@ -13,10 +13,10 @@ from comfy_steering import condition, noise_of, shape_of, tiny, x0_of
 
 from nodes import ControlNetApplyAdvanced
 from onestep.core.adapter_file import save_adapter
+from onestep.core.adapter_module import Call
 from onestep.core.control import new_adapter
 from onestep.core.families import bind_comfy
 from onestep.core.roles import RoleMap, Roles
-from onestep.core.side import Call
 from onestep.nodes.control import LoadControlAdapter
 
 WORK = Path(sys.argv[1])
@@ -62,10 +62,10 @@ class Case:
         over = over or (self.positive, self.negative)
         return ControlNetApplyAdvanced().apply_controlnet(*over, net, picture, strength, *span)
 
-    def by_side(self, strength=1.0, cfg=1.0, given=None):
+    def by_adapter(self, strength=1.0, cfg=1.0, given=None):
         """x0 with the adapter hung on the layer itself, as in training."""
         roles = Roles(list(self.targets.values()))
-        roles.add_side("control", self.side)
+        roles.add_module("control", self.side)
         call = Call(None, None, {"control": channel(self.image), "strength": strength})
         with roles.installed(), roles.serving(RoleMap((("control", None),), call=call)):
             return x0_of(given or self.model, self.positive, self.negative, cfg)[0]
@@ -104,14 +104,14 @@ def measured(case):
     odd, small = torch.randn(1, case.shape[0], 7, 5, generator=torch.Generator().manual_seed(6)), case.image[:, :, :48]
     return {
         "effect": apart(full, case.plain),
-        "side": max(apart(full, case.by_side()), apart(part, case.by_side(0.7))),
-        "side, CFG": apart(x0_of(model, *controlled(0.7), 3.0)[0], case.by_side(0.7, 3.0)),
-        "two": apart(x0_of(model, both[0])[0], case.by_side(0.7)),
+        "side": max(apart(full, case.by_adapter()), apart(part, case.by_adapter(0.7))),
+        "side, CFG": apart(x0_of(model, *controlled(0.7), 3.0)[0], case.by_adapter(0.7, 3.0)),
+        "two": apart(x0_of(model, both[0])[0], case.by_adapter(0.7)),
         "new": torch.equal(x0_of(model, controlled(new=True)[0])[0], case.plain),
         "late": apart(x0_of(model, controlled(span=(0.0, 0.3))[0])[0], case.plain),
         "early": apart(x0_of(model, controlled(span=(0.3, 1.0))[0])[0], case.plain),
         "replacement": apart(x0_of(foreign, controlled()[0])[0], full),
-        "replaced": apart(x0_of(foreign, controlled()[0])[0], case.by_side(given=foreign)),
+        "replaced": apart(x0_of(foreign, controlled()[0])[0], case.by_adapter(given=foreign)),
         "odd": apart(
             x0_of(model, controlled(picture=small)[0], noise=odd)[0], case.by_hook(odd, channel(small), case.positive)
         ),

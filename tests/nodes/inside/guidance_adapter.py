@@ -39,7 +39,7 @@ def by_the_trainer(model, family, side, positive):
     comfy.model_management.load_models_gpu([model])
     base = model.model
     roles, schedule = Roles(targets_of(base, family)), schedule_of(base.model_sampling)
-    roles.add_side("student", side)
+    roles.add_module("student", side)
     roles.install()
     sigma = torch.tensor([min(float(base.model_sampling.sigma_max), base.model_sampling.percent_to_sigma(0.1))])
     x, level = noise_of(model) * sigma, sigma.double()

@@ -22,7 +22,7 @@ with torch.inference_mode():
     with adapted(model, clip, vae) as host:
         result = distil(host, told["prompts"], settings_for(**told["settings"]), work / "comfy")
         roles = host.denoiser.roles
-        roles.add_side("student", load_adapter(result.path, MAKERS, "unet").side)
+        roles.add_module("student", load_adapter(result.path, MAKERS, "unet").module)
         cond, negative = host.encode(told["prompts"], (32, 32)), host.encode(told["negatives"], (32, 32))
         with torch.no_grad(), roles.installed(), roles.use("student", negative=negative, scale=1.5):
             x0 = host.denoiser(given["x"], given["sigma"].double(), cond)

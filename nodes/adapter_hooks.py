@@ -1,4 +1,4 @@
-"""A side (core.side) on a patched MODEL: its hooks are there while ComfyUI has the MODEL's patches on."""
+"""An adapter module on a patched MODEL: its hooks are there while ComfyUI has the MODEL's patches on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..core.families import bind_comfy
 from ..core.roles import Roles
 
 
-class HungSide:
-    """One side, under the role ``role``, on each network that ComfyUI patches for the MODEL it was put on."""
+class AdapterHooks:
+    """One module, under the role ``role``, on each network that ComfyUI patches for the MODEL it was put on."""
 
-    def __init__(self, side: Any, family: str, role: str) -> None:
-        self.side, self.family, self.role = side, family, role
+    def __init__(self, module: Any, family: str, role: str) -> None:
+        self.module, self.family, self.role = module, family, role
         self._roles: dict[int, Roles] = {}
 
     def put_on(self, clone: Any, key: str, apply_model: Any) -> None:
@@ -25,18 +25,18 @@ class HungSide:
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model)
 
     def roles(self, model: Any, x: Tensor) -> Roles:
-        """Those on ``model``'s layers, the side on ``x``'s device."""
+        """Those on ``model``'s layers, the module on ``x``'s device."""
         found = self._roles.get(id(model))
         if found is None:
             raise OneStepError("the adapter is not on this MODEL's layers: load the model again, and report it")
-        self.side.to(x.device)
+        self.module.to(x.device)
         return found
 
     def _inject(self, patcher: Any) -> None:
         """Hooks on the network as it is now: a deep copy has layers of its own."""
-        needed = self.side.before | self.side.after
+        needed = self.module.before | self.module.after
         roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
-        roles.add_side(self.role, self.side)
+        roles.add_module(self.role, self.module)
         roles.install()
         self._roles[id(patcher.model)] = roles
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onestep.core.adapter_module import Call
 from onestep.core.denoiser import Denoiser
 from onestep.core.roles import TEACHER
-from onestep.core.side import Call
 from onestep.training.engine.batch import Batch
 from onestep.training.engine.setup import Setup
 from onestep.training.engine.student import STUDENT
@@ -42,10 +42,10 @@ class Shift(nn.Module):
     def from_config(cls, **config: Any) -> Shift:
         return cls(Width(**config))
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         return output + (self.by * self.scale)[:, None, None].to(output)
 
 
@@ -67,4 +67,4 @@ def louder(setup: Setup) -> Plan:
 
 
 BY_FACTORS = Method("regression", "Louder", "", "4", louder)
-BY_SIDE = Method("regression", "Louder", "", "4", louder, adapter=lambda host, settings: Shift(Width()))
+BY_ADAPTER = Method("regression", "Louder", "", "4", louder, adapter=lambda host, settings: Shift(Width()))

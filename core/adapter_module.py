@@ -1,7 +1,7 @@
-"""Sides: small trained networks beside the base, which add to what some of its layers give or take.
+"""Adapter modules: small trained networks beside the base, which add to what some of its layers give or take.
 
-A side belongs to a role, as low-rank factors do: it serves the calls of that role, it never enters the module tree, and
-it knows layers by their canonical target names, so that one side fits both hosts.
+An adapter module belongs to a role, as low-rank factors do: it serves the calls of that role, it never enters the
+network's module tree, and it knows layers by their canonical target names, so that one file fits both hosts.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from .targets import Target
 
 @dataclass
 class Call:
-    """What one call of the denoiser is about, for the sides that serve it.
+    """What one call of the denoiser is about, for the adapter modules that serve it.
 
-    time: [B] the network's own. cond: its conditions. told: what `Roles.use` was given beyond them.
-    kept: what a side notes at one layer for another of the same call; written anew where a block is recomputed.
+    time: [B] the network's own. cond: its conditions. inputs: what `Roles.use` was given beyond them.
+    cache: what an adapter notes at one layer for another of the same call; written anew where a block is recomputed.
     """
 
     time: Tensor
     cond: Cond
-    told: Mapping[str, Any] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Side(Protocol):
+class AdapterModule(Protocol):
     """An nn.Module whose parameters are its role's. before, after: target names at which it changes what a layer takes
     or gives. Both return the tensor unchanged where they only look."""
 
     before: frozenset[str]
     after: frozenset[str]
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         """What the layer ``name`` takes instead of ``x``."""
         ...
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         """What the layer ``name`` gives instead of ``output``, ``x`` being what it took."""
         ...
 
@@ -65,9 +65,9 @@ class Port:
     carry: Callable[[dict[str, Any], list[Tensor]], dict[str, Any]]
 
 
-class Sides:
-    """The sides of the roles, by role, and the hooks by which they act. A side may have `residuals(x, call)`, what it
-    adds to a U-Net that takes x, or None: it needs a port."""
+class AdapterModules:
+    """The adapter modules of the roles, by role, and the hooks by which they act. One may have `residuals(x, call)`,
+    what it adds to a U-Net that takes x, or None: it needs a port."""
 
     def __init__(self, targets: Mapping[str, Target], port: Port | None = None) -> None:
         self._targets, self._port = targets, port
@@ -80,18 +80,18 @@ class Sides:
     def __getitem__(self, role: str) -> Any:
         return self._of[role]
 
-    def add(self, role: str, side: Any) -> None:
+    def add(self, role: str, adapter: Any) -> None:
         """Raises OneStepError for a layer that this network lacks, or that the host fuses with others."""
-        for name in sorted(side.before | side.after):
+        for name in sorted(adapter.before | adapter.after):
             target = self._targets.get(name)
             if target is None or target.rows is not None or target.permutation is not None:
                 what = "is not in this model" if target is None else "is fused with others here"
                 raise OneStepError(f"the adapter needs the layer {name[:100]}, which {what}: choose one of its base")
-        if hasattr(side, "residuals") and self._port is None:
+        if hasattr(adapter, "residuals") and self._port is None:
             raise OneStepError(
                 "the adapter adds to the skips of a U-Net, which this model has not: choose another form"
             )
-        self._of[role] = side
+        self._of[role] = adapter
 
     def drop(self, role: str) -> None:
         self._of.pop(role, None)
@@ -123,51 +123,55 @@ class Sides:
     def _named(self, role: str) -> list[tuple[str, nn.Parameter]]:
         return list(self._of[role].named_parameters()) if role in self._of else []
 
-    def hang(self, roles: Any) -> None:
-        """Hang hooks on the layers that sides need and that have none yet; they obey ``roles.active``."""
-        wanted = {name for side in self._of.values() for name in side.before | side.after}
+    def install(self, roles: Any) -> None:
+        """Install hooks on the layers that adapters need and that have none yet; they obey ``roles.active``."""
+        wanted = {name for adapter in self._of.values() for name in adapter.before | adapter.after}
         for name in sorted(wanted - set(self._handles)):
-            self._handles[name] = self._hung(name, self._targets[name].module, roles)
-        if PORT not in self._handles and any(hasattr(side, "residuals") for side in self._of.values()):
-            self._handles[PORT] = [self._hung_at_port(roles)]
+            self._handles[name] = self._hooks(name, self._targets[name].module, roles)
+        if PORT not in self._handles and any(hasattr(adapter, "residuals") for adapter in self._of.values()):
+            self._handles[PORT] = [self._port_hook(roles)]
 
-    def unhang(self) -> None:
+    def remove(self) -> None:
         """Take all hooks off."""
         for handle in [handle for handles in self._handles.values() for handle in handles]:
             handle.remove()
         self._handles.clear()
 
-    def _hung(self, name: str, module: nn.Module, roles: Any) -> list[Any]:
-        def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            side, call = self._serving(roles.active)
-            if side is None or name not in side.before:
+    def _hooks(self, name: str, module: nn.Module, roles: Any) -> list[Any]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            adapter, call = self._serving(roles.active)
+            if adapter is None or name not in adapter.before:
                 return None
-            return (side.take(name, args[0], call), *args[1:])
+            return (adapter.on_input(name, args[0], call), *args[1:])
 
-        def give(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            side, call = self._serving(roles.active)
-            return None if side is None or name not in side.after else side.give(name, args[0], output, call)
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            adapter, call = self._serving(roles.active)
+            return (
+                None if adapter is None or name not in adapter.after else adapter.on_output(name, args[0], output, call)
+            )
 
-        return [module.register_forward_pre_hook(take), module.register_forward_hook(give)]
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def _hung_at_port(self, roles: Any) -> Any:
+    def _port_hook(self, roles: Any) -> Any:
         assert self._port is not None
         carry = self._port.carry
 
-        def bring(module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[Any, Any] | None:
-            side, call = self._serving(roles.active)
-            found = side.residuals(args[0] if args else more["sample"], call) if hasattr(side, "residuals") else None
+        def add(module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[Any, Any] | None:
+            adapter, call = self._serving(roles.active)
+            found = (
+                adapter.residuals(args[0] if args else more["sample"], call) if hasattr(adapter, "residuals") else None
+            )
             return None if found is None else (args, carry(more, found))
 
-        return self._port.network.register_forward_pre_hook(bring, with_kwargs=True)
+        return self._port.network.register_forward_pre_hook(add, with_kwargs=True)
 
     def _serving(self, active: Any) -> tuple[Any, Any]:
-        """The side of the running call, where it has one."""
-        with_side = [role for role, _ in active.blocks if role in self._of] if self._of else []
-        if not with_side:
+        """The adapter of the running call, where it has one."""
+        with_adapter = [role for role, _ in active.blocks if role in self._of] if self._of else []
+        if not with_adapter:
             return None, None
         if len(active.blocks) > 1:
-            raise OneStepError("a role with a side adapter serves whole batches: give it a forward of its own")
+            raise OneStepError("a role with an adapter module serves whole batches: give it a forward of its own")
         if not active.train and torch.is_grad_enabled():
-            raise OneStepError("a side adapter's parameters always learn: call it under no_grad to keep them still")
-        return self._of[with_side[0]], active.call
+            raise OneStepError("an adapter module's parameters always learn: call it under no_grad to keep them still")
+        return self._of[with_adapter[0]], active.call

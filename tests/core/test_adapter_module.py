@@ -1,4 +1,4 @@
-"""Sides: what they add, whom they serve, how they are copied, and what a call tells them."""
+"""AdapterModules: what they add, whom they serve, how they are copied, and what a call tells them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mutations import must_fail, mutant
 from torch import Tensor, nn
 
 from onestep.core import side as original
+from onestep.core.adapter_module import Call
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.core.roles import TEACHER, Roles
-from onestep.core.side import Call
 from onestep.core.targets import Target
 
 
@@ -41,12 +41,12 @@ class Doubling(nn.Module):
         self.first, self.last = f"blocks.{at}.0", f"blocks.{at}.2"
         self.before, self.after = frozenset({self.first}), frozenset({self.last})
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
-        call.kept[name] = x
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
+        call.cache[name] = x
         return x * call.time[:, None]
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
-        return output + self.w * call.told["strength"] * call.kept[self.first]
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        return output + self.w * call.inputs["strength"] * call.cache[self.first]
 
 
 def setting() -> tuple[Network, Roles, Tensor, Tensor, Cond]:
@@ -71,7 +71,7 @@ def expected(network: Network, x: Tensor, time: Tensor, w: float, strength: floa
 def test_a_side_adds_what_it_is_told_and_serves_its_role_alone() -> None:
     network, roles, x, time, cond = setting()
     plain = network(x)
-    roles.add_side("student", Doubling(1))
+    roles.add_module("student", Doubling(1))
     with roles.installed():
         with roles.use("student", strength=3.0):
             found = called(network, roles, x, time, cond)
@@ -86,7 +86,7 @@ def test_a_side_added_to_installed_roles_acts_and_joins_factors() -> None:
     network, roles, x, time, cond = setting()
     with roles.installed():
         roles.add("student", 2, 0)
-        roles.add_side("student", Doubling(1))
+        roles.add_module("student", Doubling(1))
         assert len(roles.parameters("student")) == 2 * 4 + 1
         with roles.use("student", strength=1.0):
             found = called(network, roles, x, time, cond)
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_call_even_when_it_is_recomputed(checkpointin
     network, roles, x, time, cond = setting()
     network.requires_grad_(False)
     side = Doubling(1)
-    roles.add_side("student", side)
+    roles.add_module("student", side)
     blocks = checkpoint_blocks(network.blocks if checkpointing else [], roles)
     with roles.installed(), blocks:
         with roles.use("student", strength=3.0):
@@ -113,25 +113,25 @@ def test_gradients_are_those_of_the_call_even_when_it_is_recomputed(checkpointin
 def test_copy_and_lerp() -> None:
     _, roles, *_ = setting()
     side = Doubling(1)
-    roles.add_side("student", side)
+    roles.add_module("student", side)
     roles.copy("student", "ema")
-    mean = roles.sides["ema"]
+    mean = roles.modules["ema"]
     assert mean is not side and mean.w.item() == 0.5
     with torch.no_grad():
         side.w.fill_(1.5)
     roles.lerp("ema", "student", 0.25)
     assert mean.w.item() == pytest.approx(0.75)
     roles.copy("student", "ema")
-    assert roles.sides["ema"] is mean and mean.w.item() == 1.5
+    assert roles.modules["ema"] is mean and mean.w.item() == 1.5
     roles.drop("ema")
-    assert "ema" not in roles.sides and "ema" not in roles.names()
+    assert "ema" not in roles.modules and "ema" not in roles.names()
 
 
 def test_what_cannot_be_served_is_refused() -> None:
     network, roles, x, time, cond = setting()
     with pytest.raises(OneStepError, match="blocks.5.0.*not in this model"):
-        roles.add_side("student", Doubling(5))
-    roles.add_side("student", Doubling(1))
+        roles.add_module("student", Doubling(5))
+    roles.add_module("student", Doubling(1))
     with roles.installed():
         with roles.rows([(TEACHER, 2), ("student", 2)]), pytest.raises(OneStepError, match="whole batches"):
             called(network, roles, x, time, cond)
@@ -151,21 +151,21 @@ class Sloping(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
         self.before, self.after = frozenset({f"blocks.{at}.0"}), frozenset({f"blocks.{at}.2"})
 
-    def take(self, name: str, x: Tensor, call: Call) -> Tensor:
+    def on_input(self, name: str, x: Tensor, call: Call) -> Tensor:
         return x * call.time[:, None]
 
-    def give(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+    def on_output(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
         return output + self.zeta * x + self.alpha
 
 
 def check_sides(module: ModuleType) -> None:
     """Two roles with sides at two blocks, beside the teacher: each call has its own role's, once."""
     network, roles, x, time, cond = setting()
-    roles.sides = module.Sides(roles.targets)
+    roles.modules = module.AdapterModules(roles.targets)
     one, two = Sloping(0), Sloping(1)
-    roles.add_side("student", one)
+    roles.add_module("student", one)
     with torch.no_grad(), roles.installed():
-        roles.add_side("critic", two)
+        roles.add_module("critic", two)
         found = {}
         for role in ("student", "critic", TEACHER):
             with roles.use(role):
@@ -198,7 +198,7 @@ def check_refused(network: Network, roles: Roles, x: Tensor, time: Tensor, cond:
     for at, more in ((3, {"rows": slice(0, 3)}), (7, {"permutation": torch.arange(3).flip(0)})):
         roles.targets[f"blocks.{at}.0"] = Target(f"blocks.{at}.0", layer, **more)
         roles.targets[f"blocks.{at}.2"] = Target(f"blocks.{at}.2", layer)
-        refused(lambda at=at: roles.add_side("student", Sloping(at)))
+        refused(lambda at=at: roles.add_module("student", Sloping(at)))
 
 
 def refused(action: Callable[[], object]) -> None:
@@ -211,7 +211,9 @@ def refused(action: Callable[[], object]) -> None:
 
 def check_numbers(module: ModuleType) -> None:
     """Copies are apart, live ones are written in place; a mean is (1 - w) a + w b; parameters lie by name."""
-    sides = module.Sides({f"blocks.0.{layer}": Target(f"blocks.0.{layer}", nn.Linear(3, 3)) for layer in (0, 2)})
+    sides = module.AdapterModules(
+        {f"blocks.0.{layer}": Target(f"blocks.0.{layer}", nn.Linear(3, 3)) for layer in (0, 2)}
+    )
     side = Sloping(0)
     sides.add("student", side)
     assert [float(value) for value in sides.parameters("student")] == [2.0, 0.25]
@@ -239,8 +241,8 @@ def test_sides_are_as_they_should_be() -> None:
 MUTANTS = {
     "what it takes at the wrong layers": ("name not in side.before", "name in side.before"),
     "what it gives at the wrong layers": ("name not in side.after", "name in side.after"),
-    "nothing taken": ("side.take(name, args[0], call)", "args[0]"),
-    "nothing given": ("else side.give(name, args[0], output, call)", "else output"),
+    "nothing taken": ("side.on_input(name, args[0], call)", "args[0]"),
+    "nothing given": ("else side.on_output(name, args[0], output, call)", "else output"),
     "the output for the input": ("give(name, args[0], output", "give(name, output, output"),
     "the first role's for all": (
         "[role for role, _ in active.blocks if role in self._of]",
@@ -263,4 +265,4 @@ MUTANTS = {
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_mistake_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    must_fail(check_sides, mutant("onestep.core.side", *change, monkeypatch))
+    must_fail(check_sides, mutant("onestep.core.adapter_module", *change, monkeypatch))
