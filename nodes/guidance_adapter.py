@@ -81,7 +81,7 @@ def guided_model(model: Any, path: Path, guidance: float) -> Any:
     clone = model.clone()
     if guidance != 1:
         ours = Guided(module, family, guidance)
-        ours.hung.put_on(clone, KEY, ours.apply_model)
+        ours.hooks.put_on(clone, KEY, ours.apply_model)
     return clone
 
 

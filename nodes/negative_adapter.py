@@ -94,7 +94,7 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     clone = model.clone()
     if scale:
         ours = Away(module, family, [text for text, _ in negative], scale)
-        ours.hung.put_on(clone, KEY, ours.apply_model)
+        ours.hooks.put_on(clone, KEY, ours.apply_model)
     return clone
 
 

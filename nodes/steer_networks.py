@@ -136,12 +136,12 @@ def steer_unet(call: Call, options: dict[str, Any]) -> Tensor:
     """attn2_replace at every cross-attention, around whatever another patch has put there."""
     replaced = options.get("patches_replace", {})
     earlier = replaced.get("attn2", {})
-    if not call.cache:
+    if not call.kept:
         steered = {key: attn for key, attn in cross_blocks(call.network) if acts(call.steering, key)}
         # by the block's own projections: whatever LoRA is on them acts
-        call.cache |= {key: (attn.to_k(call.tokens), attn.to_v(call.tokens)) for key, attn in steered.items()}
+        call.kept |= {key: (attn.to_k(call.tokens), attn.to_v(call.tokens)) for key, attn in steered.items()}
     ours = {}
-    for key, (k, v) in call.cache.items():
+    for key, (k, v) in call.kept.items():
         negative, before = (call.spread(k), call.spread(v)), earlier.get(key, earlier.get(key[:2]))
         ours[key] = CrossPatch(call.steering, negative, call.empty, call.rows, call.reached, before)
     options["patches_replace"] = {**replaced, "attn2": {**earlier, **ours}}
