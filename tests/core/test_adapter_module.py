@@ -10,7 +10,7 @@ import torch
 from mutations import must_fail, mutant
 from torch import Tensor, nn
 
-from onestep.core import side as original
+from onestep.core import adapter_module as original
 from onestep.core.adapter_module import Call
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
@@ -239,11 +239,11 @@ def test_sides_are_as_they_should_be() -> None:
 
 
 MUTANTS = {
-    "what it takes at the wrong layers": ("name not in side.before", "name in side.before"),
-    "what it gives at the wrong layers": ("name not in side.after", "name in side.after"),
-    "nothing taken": ("side.on_input(name, args[0], call)", "args[0]"),
-    "nothing given": ("else side.on_output(name, args[0], output, call)", "else output"),
-    "the output for the input": ("give(name, args[0], output", "give(name, output, output"),
+    "what it takes at the wrong layers": ("name not in adapter.before", "name in adapter.before"),
+    "what it gives at the wrong layers": ("name not in adapter.after", "name in adapter.after"),
+    "nothing taken": ("adapter.on_input(name, args[0], call)", "args[0]"),
+    "nothing given": ("else adapter.on_output(name, args[0], output, call)", "else output"),
+    "the output for the input": ("on_output(name, args[0], output", "on_output(name, output, output"),
     "the first role's for all": (
         "[role for role, _ in active.blocks if role in self._of]",
         "list(self._of)[: len(active.blocks)]",

@@ -102,12 +102,12 @@ def mlp(state: dict[str, Array], name: str, x: Array) -> Array:
 
 def told(state: dict[str, Array], w: Array, time: Array) -> tuple[Array, Array]:
     """The guidance's and the time's vectors, from random Fourier features and sinusoids."""
-    waves = np.cos(2 * np.pi * (np.outer(w, state["told.frequencies"]) + state["told.phases"]))
-    g = mlp(state, "told.guidance", waves)
+    waves = np.cos(2 * np.pi * (np.outer(w, state["conditioning.frequencies"]) + state["conditioning.phases"]))
+    g = mlp(state, "conditioning.guidance", waves)
     g = (g - g.mean(1, keepdims=True)) / np.sqrt(g.var(1, keepdims=True) + 1e-5)
-    g = g * state["told.norm.weight"] + state["told.norm.bias"]
+    g = g * state["conditioning.norm.weight"] + state["conditioning.norm.bias"]
     angles = np.outer(time, 10_000.0 ** (-np.arange(32) / 32))
-    return g, mlp(state, "told.time", np.concatenate([np.sin(angles), np.cos(angles)], 1))
+    return g, mlp(state, "conditioning.time", np.concatenate([np.sin(angles), np.cos(angles)], 1))
 
 
 def numpy_state(side: Any) -> dict[str, Array]:
@@ -174,7 +174,7 @@ def check_attention(found: ModuleType, mask: bool) -> None:
     given = side.on_output("mid.1.attn2.to_out.0", first, output, call)
     state, h = numpy_state(side), x.numpy()
     g, t = (vector[:, None] for vector in told(state, W.numpy(), time.numpy()))
-    text = cond.text.numpy() @ state["told.text.weight"].T + state["told.text.bias"]
+    text = cond.text.numpy() @ state["conditioning.text.weight"].T + state["conditioning.text.bias"]
     text = text + silu(text + g + t) @ state["mix.weight"].T + state["mix.bias"]
     tokens = np.concatenate([g, t, text], 1)
     q, k, v = (at @ state[f"{name}.1.weight"].T for at, name in ((h, "queries"), (tokens, "keys"), (tokens, "values")))
@@ -204,7 +204,7 @@ def check_offset(found: ModuleType, family: str) -> None:
     for number, name in enumerate(names):
         given = side.on_output(name, output, output, Call(time, cond)).detach().numpy() - output.numpy()
         g, t = told(state, W.numpy(), time.numpy())
-        c = g + t + cond.pooled.numpy() @ state["told.text.weight"].T + state["told.text.bias"]  # type: ignore[union-attr]
+        c = g + t + cond.pooled.numpy() @ state["conditioning.text.weight"].T + state["conditioning.text.bias"]  # type: ignore[union-attr]
         number = [site for site, _ in side.config.sites].index(name)
         c = silu(silu(c) @ state["mix.1.weight"].T + state["mix.1.bias"])
         c = (W.numpy() - 1)[:, None] * (c @ state[f"out.{number}.weight"].T + state[f"out.{number}.bias"])

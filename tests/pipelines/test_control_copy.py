@@ -12,7 +12,7 @@ from tiny_pipelines import randomise, sd, sdxl, unet
 from torch import Tensor
 
 from onestep.core.adapter_file import load_adapter, save_adapter
-from onestep.core.control_copy import MAKERS, ControlCopy, new_copy, told_of
+from onestep.core.control_copy import MAKERS, ControlCopy, new_copy, vector_of
 from onestep.core.errors import OneStepError
 from onestep.core.families import unet_parts
 from onestep.core.tensor_file import read_tensors
@@ -82,7 +82,7 @@ def test_it_is_diffusers_own_controlnet(host: Any) -> None:
     with torch.no_grad():
         colours = control.expand(-1, 3, -1, -1)
         skips, middle = net(x, time, cond.text, colours, added_cond_kwargs=more, return_dict=False)
-        found = copy(x, time, cond.text, control, told=told_of(cond, copy.config.told))
+        found = copy(x, time, cond.text, control, vector=vector_of(cond, copy.config.vector))
         wanted = host.network(
             x, time, cond.text, None, None, None, None, more, tuple(skips), middle, return_dict=False
         )[0]
@@ -198,7 +198,7 @@ def test_the_setting_makes_one_and_bad_ones_are_refused(host: Any) -> None:
     for broken in (
         {"levels": ()},
         {"latents": 0},
-        {"told": -1},
+        {"vector": -1},
         {"middle": {**config["middle"].__dict__, "width": 33}},
     ):
         plain = {**config, "levels": [level.__dict__ for level in config["levels"]]}
