@@ -8,9 +8,9 @@ renamed, no parameter enters the module tree, and nobody's ``requires_grad`` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,31 +21,9 @@ from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
 from .factors import adapted, blended, initial, leaf
+from .role_map import TEACHER as TEACHER
+from .role_map import Captured, RoleMap
 from .targets import Target
-
-TEACHER = "teacher"
-Blocks = tuple[tuple[str, int | None], ...]
-
-
-@dataclass(frozen=True)
-class RoleMap:
-    """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
-
-    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules.
-    """
-
-    blocks: Blocks = ((TEACHER, None),)
-    train: bool = True
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    call: Call | None = None
-
-    def sizes(self, batch: int) -> list[int]:
-        sizes = [batch if rows is None else rows for _, rows in self.blocks]
-        if sum(sizes) != batch:
-            raise OneStepError(
-                f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample"
-            )
-        return sizes
 
 
 class Roles:
@@ -91,7 +69,8 @@ class Roles:
         chosen = self._chosen or RoleMap()
         chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
-        return Captured(self, replace(chosen, call=call))
+        role_map = replace(chosen, call=call)
+        return Captured(role_map, self.serving(role_map), lambda: self._chosen)
 
     @contextmanager
     def serving(self, role_map: RoleMap) -> Iterator[None]:
@@ -269,33 +248,4 @@ class Roles:
         if found != wanted:
             raise OneStepError(
                 f"the LoRA's {name} has shapes {found}, this model needs {wanted}: it was made for another base"
-            )
-
-
-class Captured:
-    """The role map of one call: a context for its forward, and a guard on its result."""
-
-    def __init__(self, roles: Roles, role_map: RoleMap) -> None:
-        self._roles, self._map = roles, role_map
-        self._serving = roles.serving(role_map)
-
-    def __enter__(self) -> None:
-        self._serving.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._serving.__exit__(*exc)
-
-    def guard(self, output: Tensor) -> Tensor:
-        """``output``, which refuses to run backward inside ``use`` or ``rows`` of other roles than it was built
-        with."""
-        if output.requires_grad:
-            output.register_hook(self._check)
-        return output
-
-    def _check(self, gradient: Tensor) -> None:
-        now = self._roles._chosen
-        if now is not None and now.blocks != self._map.blocks:
-            raise OneStepError(
-                f"a graph built as {self._map.blocks} was run backward under {now.blocks}: "
-                "run backward where the forward was made, or outside of every role"
             )

@@ -17,7 +17,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
-from ..core.roles import RoleMap
+from ..core.role_map import RoleMap
 from .adapter_hooks import AdapterHooks, targets_of
 from .places import stamp
 from .steer import check_negative

@@ -20,7 +20,8 @@ from ..core.control_copy import MAKERS
 from ..core.controls import control_of
 from ..core.errors import OneStepError
 from ..core.families import detect
-from ..core.roles import RoleMap, Roles
+from ..core.role_map import RoleMap
+from ..core.roles import Roles
 from ..core.targets import Target
 from .adapt import network_of
 from .guidance_adapter import ORDER

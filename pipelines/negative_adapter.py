@@ -21,7 +21,8 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, NegativeAttention, check_base, check_negative, checked_scale
-from ..core.roles import RoleMap, Roles
+from ..core.role_map import RoleMap
+from ..core.roles import Roles
 from ..core.targets import Target, is_linear
 from .adapt import network_of
 from .own_guidance import OwnGuidance, Rows, part

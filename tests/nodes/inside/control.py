@@ -17,7 +17,8 @@ from onestep.core.control import new_adapter
 from onestep.core.controls import with_mask
 from onestep.core.errors import OneStepError
 from onestep.core.families import bind_comfy
-from onestep.core.roles import RoleMap, Roles
+from onestep.core.role_map import RoleMap
+from onestep.core.roles import Roles
 from onestep.nodes.control import LoadControlAdapter, names
 from onestep.nodes.tiny_models.model import load_tiny
 

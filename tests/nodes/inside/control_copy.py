@@ -19,7 +19,8 @@ from onestep.core.adapter_module import Call
 from onestep.core.cond import Cond
 from onestep.core.control_copy import new_copy
 from onestep.core.families import bind_comfy, unet_parts
-from onestep.core.roles import RoleMap, Roles
+from onestep.core.role_map import RoleMap
+from onestep.core.roles import Roles
 from onestep.nodes.control import LoadControlAdapter
 from onestep.nodes.denoiser import port_of
 from onestep.nodes.tiny_models.model import load_tiny

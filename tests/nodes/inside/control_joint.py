@@ -16,7 +16,8 @@ from onestep.core.adapter_file import save_adapter
 from onestep.core.adapter_module import Call
 from onestep.core.control import new_adapter
 from onestep.core.families import bind_comfy
-from onestep.core.roles import RoleMap, Roles
+from onestep.core.role_map import RoleMap
+from onestep.core.roles import Roles
 from onestep.nodes.control import LoadControlAdapter
 
 WORK = Path(sys.argv[1])

@@ -1,0 +1,69 @@
+"""Which role serves which rows of a call: captured by the call it serves, and never read again at its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .adapter_module import Call
+from .errors import OneStepError
+
+TEACHER = "teacher"
+Blocks = tuple[tuple[str, int | None], ...]
+
+
+@dataclass(frozen=True)
+class RoleMap:
+    """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
+
+    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules.
+    """
+
+    blocks: Blocks = ((TEACHER, None),)
+    train: bool = True
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    call: Call | None = None
+
+    def sizes(self, batch: int) -> list[int]:
+        sizes = [batch if rows is None else rows for _, rows in self.blocks]
+        if sum(sizes) != batch:
+            raise OneStepError(
+                f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample"
+            )
+        return sizes
+
+
+Chosen = Callable[[], RoleMap | None]
+
+
+class Captured:
+    """The role map of one call: a context for its forward, and a guard on its result."""
+
+    def __init__(self, role_map: RoleMap, serving: AbstractContextManager[None], chosen: Chosen) -> None:
+        """serving: within, the hooks obey ``role_map``. chosen: the role map that is chosen when it is called."""
+        self._map, self._serving, self._chosen = role_map, serving, chosen
+
+    def __enter__(self) -> None:
+        self._serving.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._serving.__exit__(*exc)
+
+    def guard(self, output: Tensor) -> Tensor:
+        """``output``, which refuses to run backward inside ``use`` or ``rows`` of other roles than it was built
+        with."""
+        if output.requires_grad:
+            output.register_hook(self._check)
+        return output
+
+    def _check(self, gradient: Tensor) -> None:
+        now = self._chosen()
+        if now is not None and now.blocks != self._map.blocks:
+            raise OneStepError(
+                f"a graph built as {self._map.blocks} was run backward under {now.blocks}: "
+                "run backward where the forward was made, or outside of every role"
+            )
