@@ -82,6 +82,8 @@ def in_steps(recipe: Recipe, host: Any, steps: int | None) -> Recipe:
     if not 1 <= steps <= 64:
         raise OneStepError(f"--steps is {steps}: a LoRA draws in 1 to 64 steps")
     schedule = host.denoiser.schedule
-    start = min(1.0, recipe.timesteps[0] / float(schedule.trailing(1)))
+    first = recipe.levels(schedule)[0]
+    start = min(1.0, float(schedule.share_of(first)))
     plain = Recipe.for_student(schedule, steps, recipe.family, recipe.sizes, start)
-    return replace(plain, guidance=recipe.guidance, lora_scale=recipe.lora_scale, prediction=recipe.prediction)
+    kept: dict[str, Any] = {"guidance": recipe.guidance, "lora_scale": recipe.lora_scale, "prediction": recipe.prediction}
+    return replace(plain, initial_noise_scale=recipe.noise_scale_from(schedule, first), **kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -62,6 +63,13 @@ class Recipe:
     def levels(self, schedule: NoiseSchedule) -> Tensor:
         """sigma [steps] of the timesteps on ``schedule``, float64."""
         return schedule.sigma_of_time(torch.tensor(self.timesteps, dtype=torch.float64))
+
+    def noise_scale_from(self, schedule: NoiseSchedule, sigma: Tensor) -> float:
+        """The initial noise scale where its rules begin at another level ``sigma``: as ComfyUI's samplers begin there,
+        if it begins as they do."""
+        own = initial_noise_scale(schedule, self.levels(schedule)[0])
+        alike = math.isclose(own, self.initial_noise_scale, rel_tol=1e-6)
+        return initial_noise_scale(schedule, sigma) if alike else self.initial_noise_scale
 
     def retimed(self, timesteps: tuple[float, ...], initial_noise_scale: float) -> Recipe:
         """This recipe's rules at other ``timesteps``."""

@@ -45,6 +45,10 @@ class NoiseSchedule(Protocol):
         """The level at ``share`` in [0, 1] of the way from clean to pure noise, as the network's time counts it."""
         ...
 
+    def share_of(self, sigma: Tensor) -> Tensor:
+        """The inverse of ``sigma_at``."""
+        ...
+
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """The inverse of :func:`log_snr`."""
         ...
@@ -146,6 +150,9 @@ class VPSchedule:
         """On a trained time: index round(share (T - 1))."""
         return self.sigma_of_time((share.double() * (self.times - 1)).round())
 
+    def share_of(self, sigma: Tensor) -> Tensor:
+        return self.time_of_sigma(sigma) / (self.times - 1)
+
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
         # sigma^2 = 1 / (1 + e^(2 lambda))
         return torch.sigmoid(-2 * log_snr.double()).sqrt()
@@ -180,6 +187,10 @@ class FlowSchedule:
         share = share.double()
         return self.shift * share / (1 + (self.shift - 1) * share)
 
+    def share_of(self, sigma: Tensor) -> Tensor:
+        # u = sigma / (s - (s - 1) sigma)
+        return sigma.double() / (self.shift - (self.shift - 1) * sigma.double())
+
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
         # (1 - sigma) / sigma = e^lambda
         return torch.sigmoid(-log_snr.double())
@@ -209,6 +220,10 @@ class VESchedule:
     def sigma_at(self, share: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + share.double() * (high - low)) ** self.rho
+
+    def share_of(self, sigma: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (sigma.double() ** (1 / self.rho) - low) / (high - low)
 
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr.double())

@@ -68,7 +68,7 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.String.Output(
                     display_name="how to sample",
-                    tooltip="The KSampler values that give the same picture, or why none do.",
+                    tooltip="With which of ComfyUI's own nodes and values the same picture is drawn, or why with none.",
                 ),
             ],
         )

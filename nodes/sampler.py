@@ -18,7 +18,7 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.sampling import sample
-from ..core.schedule import NoiseSchedule, add_noise, expand, initial_noise_scale
+from ..core.schedule import NoiseSchedule, add_noise, expand
 from .denoiser import schedule_of, signal
 
 NOTHING = Cond(torch.zeros(1, 1, 1))  # the guider holds the conditions
@@ -65,9 +65,7 @@ class RecipeSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         if own.shape == sigmas.shape and torch.allclose(own, sigmas.to(own), rtol=1e-5):
             return replace(self.recipe, guidance=1.0)
         times = schedule.time_of_sigma(contract_levels(schedule, sigmas[:-1]))
-        scale, levels = self.recipe.initial_noise_scale, self.recipe.levels(schedule)
-        if math.isclose(scale, initial_noise_scale(schedule, levels[0])):  # as core's samplers begin: there too
-            scale = initial_noise_scale(schedule, schedule.sigma_of_time(times[0]))
+        scale = self.recipe.noise_scale_from(schedule, schedule.sigma_of_time(times[0]))
         return replace(self.recipe.retimed(tuple(times.tolist()), scale), guidance=1.0)
 
 

@@ -54,7 +54,8 @@ class Settings:
     start: float = setting(
         0.0,
         "Share of the model's time at which the student's first step begins: 1 = pure noise; "
-        "0 = automatic: lower for one step of a model that divides by a small alpha there; it then learns far faster.",
+        "0 = automatic: lower for one step of a model that divides by a small alpha there; it then learns far faster, "
+        "and KSampler (Advanced) draws it.",
         0,
         1,
     )

@@ -25,6 +25,12 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 TIMES = torch.arange(1000, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_level_has_its_share(name: str) -> None:
+    schedule, shares = SCHEDULES[name], torch.arange(0, 1000, 37, dtype=torch.float64) / 999
+    torch.testing.assert_close(schedule.share_of(schedule.sigma_at(shares)), shares, rtol=1e-9, atol=1e-9)
+
+
 def levels(schedule: NoiseSchedule, count: int = 41) -> torch.Tensor:
     """From the cleanest level that has a finite log-SNR to pure noise."""
     low = max(schedule.sigma_min, 1e-3)

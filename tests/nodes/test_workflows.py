@@ -14,8 +14,8 @@ from browser import ENDED, QUEUE
 from small_runs import settings_node
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "negative-adapter", "sample"]
-SAMPLERS = ("KSampler", "SamplerCustom", "OneStepSample")
+NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "negative-adapter", "sample", "sample-core"]
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "OneStepSample")
 TITLE, PREVIEW, LEAST_WIDTH = 30, 225, 225  # in the front end's pixels
 TO_PROMPT = """
 const done = arguments[0];
@@ -71,6 +71,21 @@ def test_sample_runs_over_http(distilled: Any, comfy_server: Any, root: Path) ->
     finished = comfy_server.run(workflow(root, "api/sample"))
     for node in ("8", "11", "14"):
         assert len(comfy_server.images(finished, node)) == 4
+
+
+def test_the_same_picture_without_a_node_of_ours(distilled: Any, comfy_server: Any, root: Path) -> None:
+    """The template's graph, and One-Step Sample's of the same file, prompt and noise: to the last of 255 levels."""
+    graph = workflow(root, "api/sample-core")
+    ours = [node["class_type"] for node in graph.values() if node["class_type"].startswith("OneStep")]
+    assert ours == ["OneStepLoadTinyModel"], "but for the bundled model itself"
+    core = np.stack(comfy_server.images(comfy_server.run(graph), "8")).astype(int)
+    graph["2"] = {"class_type": "OneStepLoadLoRA", "inputs": {**graph["2"]["inputs"], "recipe": "from the file"}}
+    graph["2"]["inputs"].pop("strength_model")
+    plugs = {name: graph["5"]["inputs"][name] for name in ("model", "positive", "latent_image")}
+    seed = graph["5"]["inputs"]["noise_seed"]
+    graph["5"] = {"class_type": "OneStepSample", "inputs": {**plugs, "recipe": ["2", 1], "seed": seed}}
+    drawn = np.stack(comfy_server.images(comfy_server.run(graph), "8")).astype(int)
+    assert core.shape == (4, 256, 256, 3) and np.abs(core - drawn).max() <= 1 and core.std() > 5
 
 
 def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
