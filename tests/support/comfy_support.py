@@ -81,7 +81,12 @@ def free_port() -> int:
 def place_pack(custom_nodes: Path, folder: str = PACK_FOLDER) -> Path:
     """Copy what a clone holds under custom_nodes."""
     place = custom_nodes / folder
-    skipped = shutil.ignore_patterns(".*", "runs", "tests", "benchmarks", "__pycache__", "build", "*.egg-info")
+    anywhere = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+    at_root = {"runs", "tests", "benchmarks", "build"}
+
+    def skipped(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | (at_root & set(names) if Path(folder) == PACK else set())
+
     shutil.copytree(PACK, place, ignore=skipped)
     return place
 
