@@ -85,5 +85,9 @@ def in_steps(recipe: Recipe, host: Any, steps: int | None) -> Recipe:
     first = recipe.levels(schedule)[0]
     start = min(1.0, float(schedule.share_of(first)))
     plain = Recipe.for_student(schedule, steps, recipe.family, recipe.sizes, start)
-    kept: dict[str, Any] = {"guidance": recipe.guidance, "lora_scale": recipe.lora_scale, "prediction": recipe.prediction}
+    kept: dict[str, Any] = {
+        "guidance": recipe.guidance,
+        "lora_scale": recipe.lora_scale,
+        "prediction": recipe.prediction,
+    }
     return replace(plain, initial_noise_scale=recipe.noise_scale_from(schedule, first), **kept)
