@@ -33,8 +33,10 @@ def _register_checkout() -> None:
 
 _forget_root()
 _register_checkout()
-# Tiny tensors gain nothing from threads, and one thread draws the same numbers on every machine.
-torch.set_num_threads(int(os.environ.get("ONESTEP_TEST_THREADS", "1")))
+# Tiny tensors gain nothing from threads, and one thread draws the same numbers on every machine. Runs that a test
+# starts keep to the number too, rather than to time themselves.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("ONESTEP_TEST_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

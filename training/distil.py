@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +26,10 @@ from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
 from .host import Host
 from .methods import METHODS
-from .runs.config import config_of
+from .runs.config import config_of, header_of
 from .runs.run import STOP, Run, opened
 from .runs.state import restore, snapshot
+from .runs.threads import threads_of
 from .settings import Settings
 from .watch.eta import Pace
 from .watch.monitor import Monitor
@@ -94,6 +94,7 @@ class _Session:
         with ExitStack() as stack:
             self.setup = self._setup()
             stack.enter_context(self.host.training())
+            self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             self._install_hooks(stack)
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
@@ -284,17 +285,7 @@ class _Session:
         return path, self.host.check_file(path)
 
     def _header(self, role: str) -> dict[str, str]:
-        settings = self.settings
-        header = {
-            "onestep.settings": settings.to_json(),
+        return header_of(self.host, self.texts, self.settings, self.run.folder.name) | {
             "onestep.role": role,
-            "onestep.base": self.host.base_hash,
-            "ss_base_model_version": self.host.family,
-            "ss_sd_model_name": self.host.name,
             "ss_steps": str(self.update),
-            "ss_learning_rate": str(settings.learning_rate),
-            "ss_seed": str(settings.seed),
-            "modelspec.title": self.run.folder.name,
-            "modelspec.resolution": settings.sizes.split(",")[0].strip(),
         }
-        return header | ({"onestep.prompts": json.dumps(self.texts)} if settings.keep_prompts else {})

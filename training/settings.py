@@ -40,7 +40,8 @@ def need_steps(run: Settings) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine.
+    """What a run is. Two runs with equal settings, prompts, checkpoint and versions make equal files on one machine, on
+    a CPU at one number of threads: a run chooses it as it begins, or is told it by OMP_NUM_THREADS, and keeps it.
 
     method: its name. own: the method's own settings. Made by `methods.settings_for`, which knows every method.
     """

@@ -1,8 +1,9 @@
-"""The config by which a run is known again."""
+"""What a run is known by: its config, to itself, and its files' header, to everybody."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from typing import Any
 
@@ -26,3 +27,18 @@ def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, A
         "threads": torch.get_num_threads(),
         "device": str(host.device),
     }
+
+
+def header_of(host: Host, prompts: list[str], settings: Settings, title: str) -> dict[str, str]:
+    """What a run's file tells of it, whatever role it holds."""
+    header = {
+        "onestep.settings": settings.to_json(),
+        "onestep.base": host.base_hash,
+        "ss_base_model_version": host.family,
+        "ss_sd_model_name": host.name,
+        "ss_learning_rate": str(settings.learning_rate),
+        "ss_seed": str(settings.seed),
+        "modelspec.title": title,
+        "modelspec.resolution": settings.sizes.split(",")[0].strip(),
+    }
+    return header | ({"onestep.prompts": json.dumps(prompts)} if settings.keep_prompts else {})

@@ -49,6 +49,16 @@ class Run:
         )
         return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.changes.items())
 
+    def recorded(self, name: str) -> Any:
+        """What the config tells under ``name``; None where it does not."""
+        return read_json(self.folder / "config.json").get(name)
+
+    def record(self, name: str, value: Any) -> None:
+        """The config tells ``value`` from here on."""
+        config = read_json(self.folder / "config.json")
+        if config.get(name) != value:
+            write_json(self.folder / "config.json", config | {name: value})
+
     # -- states -------------------------------------------------------------------------------------------------------
 
     def states(self) -> list[int]:
