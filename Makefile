@@ -8,11 +8,12 @@ VENV := .venv/bin
 PACKAGES := core kernels training pipelines nodes cli
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint types unit format clean
+.PHONY: help demo test test-all lint types unit format clean
 
 help:
 	@echo "make demo    distil the bundled tiny model to one step and show it beside its teacher"
-	@echo "make test    style, types and every test"
+	@echo "make test    style, types and the tests, in two processes (JOBS=4 for four)"
+	@echo "make test-all   the same with the broadest matrices, which take long and seldom find anything"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove what make made, the runs excepted"
 
@@ -20,6 +21,9 @@ demo: .venv/.ready
 	$(VENV)/onestep demo
 
 test: lint types unit
+
+test-all: CHOSEN =
+test-all: lint types unit
 
 lint: .venv/.ready
 	$(VENV)/ruff check .
@@ -29,10 +33,13 @@ lint: .venv/.ready
 types: .venv/.ready .pkg/onestep
 	MYPYPATH=.pkg $(VENV)/mypy $(PACKAGES:%=-p onestep.%)
 
-# Tiny tensors gain nothing from threads, and a machine may have fewer cores to give than it has.
+# A file's tests stay in one process, with what they have made and the ComfyUI that they talk to. Tiny tensors gain nothing
+# from threads, and a machine may have fewer cores to give than it has.
+JOBS ?= 2
+CHOSEN = -m "not broad"
 unit: export OMP_NUM_THREADS ?= 1
 unit: .venv/.ready
-	$(VENV)/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/python -m pytest -n $(JOBS) --dist loadfile $(CHOSEN) $(PYTEST_ARGS)
 
 format: .venv/.ready
 	$(VENV)/ruff check --fix .

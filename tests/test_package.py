@@ -136,6 +136,7 @@ def test_one_version():
 def test_continuous_integration_runs_what_the_readme_says():
     readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
     script = ROOT / ".ci" / "run"
+    assert "\ntest-all:" in makefile, "README and docs name it"
     for command in ("make demo", "make test"):
         assert command in readme and f"\n{command.split()[1]}:" in makefile
     assert "make test" in script.read_text(encoding="utf-8")
