@@ -131,6 +131,11 @@ def _inspect(made: Parser) -> None:
     _json(made)
 
 
+def _methods(made: Parser) -> None:
+    made.add_argument("--markdown", action="store_true", help="a page with every setting, as docs/methods.md")
+    _json(made)
+
+
 def _demo(made: Parser) -> None:
     made.description = "Distil `tiny` to one step from nothing and show it beside its teacher: comparison.png, a table."
     add = made.add_argument
@@ -157,7 +162,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
     "generate": ("draw pictures, with or without a LoRA", _generate),
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
-    "methods": ("list the methods of distillation", _json),
+    "methods": ("list the methods of distillation", _methods),
     "inspect": ("what a LoRA file holds, and how to sample it in ComfyUI and diffusers", _inspect),
     "doctor": ("what is installed here, what works, and why something does not", _json),
     "demo": ("distil the bundled tiny model to one step, on any machine, in minutes", _demo),
