@@ -15,6 +15,7 @@ from torch import nn
 
 from . import families_dit as dit
 from . import families_unet as unet
+from .compiled import unwrapped
 from .errors import OneStepError
 from .families_table import Row, natural
 from .targets import Target, is_adaptable, out_features
@@ -98,6 +99,7 @@ LATER_MARKS = {"double_stream_modulation_img": "Flux2", "distilled_guidance_laye
 
 def detect(network: nn.Module) -> str:
     """The family of a network of either host: "unet", "sd3" or "flux"; OneStepError, with a word, for all others."""
+    network = unwrapped(network)
     classes = {cls.__name__ for cls in type(network).__mro__}
     children = {name for name, _ in network.named_children()}
     later = [LATER[name] for name in sorted(classes & LATER.keys())]
@@ -192,6 +194,8 @@ def _refuse_unknown(name: str, network: nn.Module, known: Iterable[str]) -> None
 
 
 def _advice(path: str) -> str:
+    if "_orig_mod" in path.split("."):
+        return "torch.compile has wrapped a part of it: compile that in place, by its compile(), or afterwards."
     if re.search(r"\.(base_layer|lora_[AB])\b", path):
         return "peft has attached a LoRA: call fuse_lora() and unload_lora_weights(), then it is part of the teacher."
     if re.search(r"\.to_(qkv|kv|added_qkv)$", path):

@@ -9,8 +9,9 @@ renamed, no parameter enters the module tree, and nobody's ``requires_grad`` is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
 from .factors import adapted, blended, initial, leaf
+from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
 from .role_map import Captured, RoleMap
 from .targets import Target
@@ -38,8 +40,7 @@ class Roles:
         self._factors: dict[str, State] = {}
         self.modules = AdapterModules(self.targets, port)
         self._lineage: dict[str, int] = {}
-        self._active = RoleMap()
-        self._chosen: RoleMap | None = None
+        self._active, self._chosen = PerThread(RoleMap()), PerThread[RoleMap | None](None)
         self._handles: list[Any] = []
 
     # -- which role serves a call -------------------------------------------------------------------------------------
@@ -54,38 +55,27 @@ class Roles:
         6."""
         return self._choose(RoleMap(tuple((self._known(role), rows) for role, rows in blocks), train))
 
-    @contextmanager
-    def _choose(self, chosen: RoleMap) -> Iterator[None]:
-        before = self._chosen
-        self._chosen = chosen
-        try:
-            yield
-        finally:
-            self._chosen = before
+    def _choose(self, chosen: RoleMap) -> AbstractContextManager[None]:
+        return self._chosen.set(chosen)
 
     def capture(self, batch: int, time: Tensor | None = None, cond: Cond | None = None) -> Captured:
         """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
         cond are what adapter modules are given."""
-        chosen = self._chosen or RoleMap()
+        chosen = self._chosen.get() or RoleMap()
         chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
         role_map = replace(chosen, call=call)
-        return Captured(role_map, self.serving(role_map), lambda: self._chosen)
+        here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
+        return Captured(role_map, self.serving(role_map), lambda: self._chosen.get(here))
 
-    @contextmanager
-    def serving(self, role_map: RoleMap) -> Iterator[None]:
-        """Within, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
-        before = self._active
-        self._active = role_map
-        try:
-            yield
-        finally:
-            self._active = before
+    def serving(self, role_map: RoleMap) -> AbstractContextManager[None]:
+        """Within, in this thread, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
+        return self._active.set(role_map)
 
     @property
     def active(self) -> RoleMap:
-        """The role map that the running forward obeys."""
-        return self._active
+        """The role map that this thread's running forward obeys."""
+        return self._active.get()
 
     # -- the adapters -------------------------------------------------------------------------------------------------
 
@@ -216,7 +206,7 @@ class Roles:
         return adapt
 
     def _served(self, here: list[Target], x: Tensor, output: Tensor) -> Tensor | None:
-        active = self._active
+        active = self.active
         if not any(self._adapts(role, here) for role, _ in active.blocks):
             return None
         if len(active.blocks) == 1:
@@ -226,7 +216,7 @@ class Roles:
         return torch.cat([self._adapted(role, here, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
 
     def _adapted(self, role: str, here: list[Target], x: Tensor, output: Tensor) -> Tensor:
-        return adapted(here, self._factors.get(role, {}), x, output, self._active.train)
+        return adapted(here, self._factors.get(role, {}), x, output, self.active.train)
 
     def _adapts(self, role: str, here: list[Target]) -> bool:
         factors = self._factors.get(role, {})

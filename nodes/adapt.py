@@ -22,6 +22,7 @@ from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect, select
+from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
@@ -208,17 +209,6 @@ def bake(copy: Any) -> None:
     copy.patches.clear()
     copy.object_patches.clear()
     copy.model.current_weight_patches_uuid = None
-
-
-def make_ordinary(network: nn.Module) -> None:
-    """Replace inference tensors, which autograd refuses; a move under inference mode leaves such."""
-    for module in network.modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            if value.is_inference():
-                setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_inference():
-                setattr(module, name, buffer.detach().clone())
 
 
 def _avoid_half(copy: Any) -> None:

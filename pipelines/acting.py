@@ -45,7 +45,7 @@ def dial(
     """A guidance adapter. loaded: it, and the guidance that it was loaded at."""
     if loaded is not None:
         adapter, usual = loaded
-        return GuidanceDial(pipe, adapter, usual if guidance is None else guidance, prompt_rows(guided))
+        return GuidanceDial(pipe, adapter, usual if guidance is None else guidance, prompt_rows(guided), True)
     if guidance is not None:
         raise OneStepError(
             f"guidance is {guidance!r:.20}, and no adapter has it: call load_guidance_adapter(path) first, or give "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
@@ -25,6 +26,7 @@ from .networks import NETWORKS, Extras, blocks_of, port_of, prediction_of, refus
 from .places import on_device, place
 from .steer_attention import is_steered
 from .text import encode, encoders_of
+from .trainable import prepare
 
 PROMPTS_AT_ONCE = 16
 FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
@@ -37,11 +39,14 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     by default where the network lies. Raises OneStepError for a pipeline of another kind.
     """
     network = network_of(pipe)
+    prepare(pipe, network)
     device = torch.device(device or network.device)
     warn_of_float32(network, device)
     roles = Roles(select(bind_diffusers(network), targets), port_of(network))
+    host = DiffusersHost(pipe, denoiser_of(pipe, roles), device)
     roles.install()
-    return DiffusersHost(pipe, denoiser_of(pipe, roles), device)
+    host.compile_again = uncompile(network)
+    return host
 
 
 def warn_of_float32(network: Any, device: torch.device) -> None:
@@ -55,7 +60,12 @@ def warn_of_float32(network: Any, device: torch.device) -> None:
 
 
 def network_of(pipe: Any) -> Any:
-    """The pipeline's U-Net or transformer."""
+    """The pipeline's U-Net or transformer, as it was before torch.compile."""
+    return unwrapped(called_network(pipe))
+
+
+def called_network(pipe: Any) -> Any:
+    """What the pipeline calls: its U-Net or transformer, or what torch.compile made of it."""
     # a compiled network has no truth value
     for network in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
         if isinstance(network, nn.Module):
@@ -80,8 +90,10 @@ def denoiser_of(
     family = detect(network)
     refuse_variant(family, network, getattr(pipe, "text_encoder_2", None))
     wrap = PREDICTIONS[prediction or prediction_of(pipe.scheduler)]
+    # adapters hang in the network itself; without any it is called as the pipeline calls it, compiled or not
+    called = network if roles is not None else called_network(pipe)
     return wrap(
-        NETWORKS[family](network, extras or Extras()),
+        NETWORKS[family](called, extras or Extras()),
         schedule_of(pipe.scheduler),
         roles or Roles([]),
         _guidance(family, network),
@@ -109,6 +121,7 @@ class DiffusersHost:
         self.name = Path(str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)).name
         self.blocks = blocks_of(self.network)
         self.in_place: list[nn.Module] = []
+        self.compile_again: Callable[[], None] = lambda: None
 
     @cached_property
     def base_hash(self) -> str:
@@ -224,6 +237,7 @@ class DiffusersHost:
     def release(self) -> None:
         """Take the adapters' hooks off the network: the pipeline is as it was."""
         self.denoiser.roles.remove()
+        self.compile_again()
 
     def check_file(self, path: Path) -> str:
         from .check import check_file

@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from ..core.compiled import unwrapped
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import fit, load_lora
@@ -25,7 +26,7 @@ def check_file(pipe: Any, path: Path) -> str:
 
     The file is loaded into a hollow copy of the network, so the pipeline stays as it is.
     """
-    network = getattr(pipe, "unet", None) or pipe.transformer
+    network = unwrapped(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
     targets = bind_diffusers(network)
     ours = fit(load_lora(path, [target.name for target in targets], detect(network)).state, targets)
     worst = compare(ours, _loaded(pipe, network, path), path.name)

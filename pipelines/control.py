@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.adapter_file import load_adapter
 from ..core.adapter_module import Call
+from ..core.compiled import uncompiled
 from ..core.cond import Cond
 from ..core.control import check_fit, fitted
 from ..core.control_copy import MAKERS
@@ -23,9 +24,10 @@ from ..core.families import detect
 from ..core.role_map import RoleMap
 from ..core.roles import Roles
 from ..core.targets import Target
-from .adapt import network_of
+from .adapt import called_network, network_of
 from .guidance_adapter import ORDER
 from .networks import port_of
+from .threads import lock_of, only_here
 
 ROLE = "control"
 
@@ -41,18 +43,21 @@ def load_control(path: str | Path, pipe: Any) -> Any:
 @contextmanager
 def controlled(pipe: Any, adapter: Any, control: Any, *, strength: float = 1.0) -> Iterator[None]:
     """Within, ``pipe`` (or a pipeline over its network) draws under ``control``, one picture for all or one for each
-    picture that a call draws, in `control_picture`'s form. strength: 0 is none, 1 what was trained."""
+    picture that a call draws in this thread, in `control_picture`'s form. strength: 0 is none, 1 what was trained."""
     network = network_of(pipe)
     if not 0 <= strength <= 10:
         raise OneStepError(f"the control's strength is {strength!r:.20}: give 0 to 10; 1 is what was trained")
     # under CPU offload the network lies on the CPU and works elsewhere
     device = getattr(pipe, "_execution_device", network.device)
-    roles = Roles(list(_targets(adapter, network).values()), port_of(network))
+    with lock_of(network):
+        roles = Roles(list(_targets(adapter, network).values()), port_of(network))
     roles.add_module(ROLE, adapter.to(device))
     told = {"control": control.to(device), "strength": strength}
     nothing: Any = None
     call = Call(nothing, nothing, told)
-    with torch.no_grad(), _noted(network, call), roles.installed(), roles.serving(RoleMap(((ROLE, None),), call=call)):
+    serving = RoleMap(((ROLE, None),), call=call)
+    eager = uncompiled(called_network(pipe))
+    with torch.no_grad(), eager, _noted(network, call), roles.installed(), roles.serving(serving):
         yield
 
 
@@ -71,7 +76,7 @@ def _noted(network: Any, call: Call) -> Iterator[None]:
             size=more.get("time_ids"),
         )
 
-    handle = network.register_forward_pre_hook(note, with_kwargs=True) if detect(network) == "unet" else None
+    handle = network.register_forward_pre_hook(only_here(note), with_kwargs=True) if detect(network) == "unet" else None
     try:
         yield
     finally:

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import math
 from os import PathLike
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter_file import load_adapter
+from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.roles import Roles
 from ..core.targets import Target, is_linear
-from .adapt import network_of
+from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows, part
+from .threads import lock_of, only_here
 
 ROLE = "guided"
 MOST = 30.0
@@ -66,17 +69,21 @@ def check_guidance(value: Any) -> float:
 class GuidanceDial:
     """A guidance adapter that hangs on a network. guidance: the scale of classifier-free guidance, 1 (none) to 30."""
 
-    def __init__(self, pipe: Any, module: Any, guidance: float, rows: Rows = "all") -> None:
+    def __init__(self, pipe: Any, module: Any, guidance: float, rows: Rows = "all", this_thread: bool = False) -> None:
+        """this_thread: acts in the forwards of this thread alone."""
         network = _network(pipe)
         self.guidance, self._family, self._module = guidance, detect(network), module
         self._own = OwnGuidance(pipe, rows)
-        targets = _targets(network)
-        self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
-        self._roles.add_module(ROLE, module)
-        self._roles.install()
-        self._calls: list[Any] = []
-        before = network.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._handles = [before, network.register_forward_hook(self._after, always_call=True)]
+        self._calls: dict[int, list[Any]] = {}  # of each thread
+        own = only_here if this_thread else lambda hook: hook
+        with lock_of(network):
+            targets = _targets(network)
+            self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
+            self._roles.add_module(ROLE, module)
+            self._roles.install()
+            self._compile_again = uncompile(pipe if isinstance(pipe, nn.Module) else called_network(pipe))
+            before = network.register_forward_pre_hook(own(self._before), with_kwargs=True)
+            self._handles = [before, network.register_forward_hook(own(self._after), always_call=True)]
 
     @property
     def guidance(self) -> float:
@@ -89,6 +96,7 @@ class GuidanceDial:
     def remove(self) -> None:
         """Take the adapter off: the network is as it was."""
         self._roles.remove()
+        self._compile_again()
         while self._handles:
             self._handles.pop().remove()
 
@@ -113,7 +121,7 @@ class GuidanceDial:
             # Flux is told sigma where all others are told 1000 sigma, or an index
             scale = 1000 if self._family == "flux" else 1
             call = self._roles.capture(len(x), time.float() * scale, cond)
-        self._calls.append(call)
+        self._calls.setdefault(get_ident(), []).append(call)
         call.__enter__()
 
     def _scales(self, x: Tensor) -> Tensor | None:
@@ -125,13 +133,16 @@ class GuidanceDial:
         return scales
 
     def _after(self, network: nn.Module, args: Any, output: Any) -> None:
-        if self._calls:
-            self._calls.pop().__exit__(None, None, None)
+        calls = self._calls.get(get_ident())
+        if calls:
+            calls.pop().__exit__(None, None, None)
+        if not calls:
+            self._calls.pop(get_ident(), None)
 
 
 def _network(pipe: Any) -> Any:
     """The network of a pipeline, or that network itself."""
-    return pipe if isinstance(pipe, nn.Module) else network_of(pipe)
+    return unwrapped(pipe) if isinstance(pipe, nn.Module) else network_of(pipe)
 
 
 def _targets(network: Any) -> dict[str, Target]:

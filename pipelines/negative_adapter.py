@@ -10,6 +10,7 @@ away.remove()
 from __future__ import annotations
 
 from os import PathLike
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.adapter_file import load_adapter
 from ..core.adapter_module import Call
+from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
@@ -24,9 +26,10 @@ from ..core.negative_adapter import MAKERS, NegativeAttention, check_base, check
 from ..core.role_map import RoleMap
 from ..core.roles import Roles
 from ..core.targets import Target, is_linear
-from .adapt import network_of
+from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows, part
 from .steer_attention import repeated
+from .threads import lock_of
 
 ROLE = "away"
 
@@ -43,7 +46,7 @@ def load_negative_adapter(
     It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. Raises
     OneStepError for a file that is no adapter, or one of another base, and for a negative that does not fit.
     """
-    network = pipe if isinstance(pipe, nn.Module) else network_of(pipe)
+    network = unwrapped(pipe) if isinstance(pipe, nn.Module) else network_of(pipe)
     family = detect(network)
     module = load_adapter(file, MAKERS, family).module.requires_grad_(False)
     check_base(module, _targets(network), family)
@@ -59,7 +62,8 @@ class Away:
         self._network, self._module, self._own = network, module, OwnGuidance(pipe, rows)
         self.negative, self.scale = negative, scale
         self._roles = Roles([])
-        self._calls: list[Any] = []
+        self._calls: dict[int, list[Any]] = {}  # of each thread
+        self._compile_again = uncompile(pipe if isinstance(pipe, nn.Module) else called_network(pipe))
         before = network.register_forward_pre_hook(self._before, with_kwargs=True)
         self._handles = [before, network.register_forward_hook(self._after, always_call=True)]
 
@@ -90,6 +94,7 @@ class Away:
     def remove(self) -> None:
         """Take the adapter off: the network is as it was."""
         self._roles.remove()
+        self._compile_again()
         while self._handles:
             self._handles.pop().remove()
 
@@ -109,18 +114,30 @@ class Away:
         # time and condition are told to adapter modules that ask for them; this one does not
         nothing: Any = None
         call = self._roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, self._told(x))))
-        self._calls.append(call)
+        self._calls.setdefault(get_ident(), []).append(call)
         call.__enter__()
 
     def _hang(self) -> None:
         """Queries are taken behind a LoRA's: one that was loaded since stands where the base's layer stood."""
+        if not self._hangs():
+            with lock_of(self._network):
+                self._hang_anew()
+
+    def _hangs(self) -> bool:
+        return [target.module for target in self._roles.targets.values()] == self._layers()
+
+    def _layers(self) -> list[nn.Module]:
+        return [self._network.get_submodule(name) for name in sorted(self._module.before | self._module.after)]
+
+    def _hang_anew(self) -> None:
+        if self._hangs():  # by another thread meanwhile
+            return
+        self._roles.remove()
         needed = sorted(self._module.before | self._module.after)
-        layers = [self._network.get_submodule(name) for name in needed]
-        if [target.module for target in self._roles.targets.values()] != layers:
-            self._roles.remove()
-            self._roles = Roles([Target(name, layer) for name, layer in zip(needed, layers, strict=True)])
-            self._roles.add_module(ROLE, self._module)
-            self._roles.install()
+        roles = Roles([Target(name, layer) for name, layer in zip(needed, self._layers(), strict=True)])
+        roles.add_module(ROLE, self._module)
+        roles.install()
+        self._roles = roles
 
     def _told(self, x: Tensor) -> dict[str, Any]:
         """The negative of each row; rows that it does not act on have a scale of 0."""
@@ -138,8 +155,11 @@ class Away:
         return {"negative": Cond(torch.cat([text] * (len(x) // count))), "scale": scale}
 
     def _after(self, network: nn.Module, args: Any, output: Any) -> None:
-        if self._calls:
-            self._calls.pop().__exit__(None, None, None)
+        calls = self._calls.get(get_ident())
+        if calls:
+            calls.pop().__exit__(None, None, None)
+        if not calls:
+            self._calls.pop(get_ident(), None)
 
 
 def _targets(network: Any) -> dict[str, Target]:

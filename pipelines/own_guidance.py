@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from threading import get_ident
 from typing import Any, Literal, get_args
 
 from ..core.errors import OneStepError
@@ -23,7 +24,7 @@ class OwnGuidance:
         if rows not in get_args(Rows):
             raise OneStepError(f"rows is {rows!r:.40}: choose one of {', '.join(get_args(Rows))}")
         self.pipe, self.rows = pipe, rows
-        self._asked: tuple[Any, Any] = (None, None)
+        self._asked: dict[int, tuple[Any, Any]] = {}  # by each thread
 
     def check(self, latents: Any, text: Any) -> None:
         """Of the forward about to be made. Raises OneStepError where rows would be acted on that are not the
@@ -37,7 +38,8 @@ class OwnGuidance:
                 "guidance_scale=1, or say which half is the prompt's (rows=\"second half\" in diffusers' pipelines)"
             )
         # Flux' pipelines ask for their negative in a forward of its own, of the very same latents
-        before, self._asked = self._asked, (latents, text)
+        before = self._asked.get(get_ident(), (None, None))
+        self._asked[get_ident()] = latents, text
         again = latents is before[0] and text is not before[1]
         if again and "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
             raise OneStepError(

@@ -13,17 +13,20 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..core.compiled import uncompile
 from ..core.errors import OneStepError
 from ..core.guidance import SAFE, Steering
 from ..core.schedule import NoiseSchedule, VPSchedule
-from .adapt import network_of
+from .adapt import called_network, network_of
 from .networks import schedule_of
 from .own_guidance import OwnGuidance, Rows
 from .steer_attention import JOINT, CrossSteered, JointSteered, Run, is_steered, repeated, unsteered
+from .threads import one_at_a_time, only_here, set_processors
 
 CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
 
 
+@one_at_a_time(network_of)
 @contextmanager
 def steered(
     pipe: Any,
@@ -59,12 +62,12 @@ def steered(
         with steered(pipe, negative, "nag", scale=5):  # or "perp", empty=..., where "" is encoded as "red" is
             picture = pipe("a flower", num_inference_steps=4, guidance_scale=1).images[0]
 
+    It acts in the thread that entered it; others draw as without it, and wait where they steer the same network.
     The network is given back as it was, also after an error. A neutral scale (NASA 0; NAG, Perp 1) changes nothing.
     Raises OneStepError for a network, an attention processor (an IP-Adapter of SD3 or Flux), a negative or a value that
     is not served; from the forward also for a batch that does not fit and under gradient checkpointing.
     """
-    network = network_of(pipe)
-    plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
+    network, plain = called_network(pipe), network_of(pipe)
     family = _family(plain)
     chosen, own = steering_of(steering, scale, family), OwnGuidance(pipe, rows)
     chosen.check_family(family)
@@ -78,9 +81,11 @@ def steered(
     hooks = _Hooks(Run(chosen, told, rows, cache, length), own, family, plain, latest, earliest)
     with ExitStack() as undo:
         undo.callback(_restore, plain)
-        plain.set_attn_processor(_processors(plain, attentions, hooks.run))
-        undo.callback(network.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
-        undo.callback(network.register_forward_hook(hooks.after).remove)
+        # hooks within what was compiled in place might not run; those around torch.compile's wrapper do
+        undo.callback(uncompile(network, wrapped=False))
+        set_processors(plain, _processors(plain, attentions, hooks.run))
+        undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
+        undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)
         yield
 
 
@@ -227,7 +232,7 @@ def _refuse_foreign(processor: Any) -> None:
 
 
 def _restore(network: Any) -> None:
-    network.set_attn_processor({name: unsteered(found) for name, found in network.attn_processors.items()})
+    set_processors(network, {name: unsteered(found) for name, found in network.attn_processors.items()})
 
 
 def _check_negative(negative: Any, width: int, what: str = "negative") -> None:

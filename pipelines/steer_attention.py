@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
 from .own_guidance import Rows, part
+from .threads import is_here
 
 JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -42,6 +44,12 @@ class Run:
     active: bool = False
     positive_tokens: int = 0
     reached: bool = False
+    thread: int = field(default_factory=get_ident)
+
+    @property
+    def acting(self) -> bool:
+        """Whether the forward under way, in this thread, is steered."""
+        return self.active and is_here(self.thread)
 
     def steered(self, batch: int) -> slice:
         """The rows of a batch that are steered."""
@@ -59,11 +67,13 @@ class Run:
 # -- U-Nets -----------------------------------------------------------------------------------------------------------
 
 
-class CrossSteered(nn.Module):
-    """Steers one cross-attention. inner: the processor that was there; what it adds, as an IP-Adapter's part, stays."""
+class CrossSteered:
+    """Steers one cross-attention. inner: the processor that was there; what it adds, as an IP-Adapter's part, stays.
+
+    No module, so that the network's tree, which other threads may be walking through, stays as it is.
+    """
 
     def __init__(self, inner: Any, run: Run) -> None:
-        super().__init__()
         self.inner, self.run = inner, run
         self._kept: tuple[Tensor, Tensor] | None = None
         # Attention.forward passes on what this signature names: a processor's own arguments must reach it
@@ -78,7 +88,7 @@ class CrossSteered(nn.Module):
         **more: Any,
     ) -> Tensor:
         text: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
-        if not self.run.active:
+        if not self.run.acting:
             return self.inner(attn, hidden_states, **text, **more)
         self.run.reached = True
         seen = Seen(attn)
@@ -181,7 +191,7 @@ class JointSteered:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        if not self.run.active:
+        if not self.run.acting:
             rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary)
         self.run.reached = True

@@ -16,6 +16,7 @@ from ..core.families import detect
 from .call_values import texts_of
 from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
 from .places import on_device
+from .threads import lock_of
 
 
 def t5_tokens(pipe: Any) -> int:
@@ -34,6 +35,12 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Co
     """Text and pooled text of ``prompts``, by the encode_prompt of ``pipe``, a pipeline of the ``kind`` in PIPELINES
     or a relative of it."""
     _check_encoders(pipe, kind)
+    # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
+    with lock_of(pipe.tokenizer):
+        return _encoded(pipe, kind, prompts, device)
+
+
+def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
     more: dict[str, Any] = {"device": device, "num_images_per_prompt": 1}
     if kind == FLUX:
         text, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=t5_tokens(pipe), **more)
