@@ -73,17 +73,20 @@ def port_of(network: Any, family: str) -> Port | None:
 def schedule_of(model_sampling: Any) -> NoiseSchedule:
     """The schedule that a MODEL's (possibly patched) model_sampling describes. OneStepError for one of another kind."""
     kind = type(model_sampling)
-    if isinstance(model_sampling, sampling.CONST) and getattr(model_sampling, "noise_scale", 1.0) == 1:
+    flow = getattr(kind, "noise_scaling", None) is sampling.CONST.noise_scaling  # image-to-image flows start elsewhere
+    if flow and getattr(model_sampling, "noise_scale", 1.0) == 1:
         if isinstance(model_sampling, sampling.ModelSamplingFlux):
             return FlowSchedule(math.exp(model_sampling.shift))  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
-        if isinstance(model_sampling, sampling.ModelSamplingDiscreteFlow):
+        if getattr(kind, "timestep", None) is sampling.ModelSamplingDiscreteFlow.timestep:
             return FlowSchedule(float(model_sampling.shift))
     discrete = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep
     if discrete and getattr(kind, "calculate_input", None) is sampling.EPS.calculate_input:
         return VPSchedule(1 / (1 + model_sampling.sigmas.cpu().double() ** 2))
-    bases = ", ".join(base.__name__ for base in kind.__mro__[1:3])
+    bases = ", ".join(base.__name__ for base in kind.__mro__[1:] if base not in (torch.nn.Module, object))
+    edm = ": EDM's noise levels" if "EDM" in bases else ""
     raise OneStepError(
-        f"the model's sampling ({bases}) is not known here: use eps, v-prediction or flow, without an LCM patch"
+        f"the model's sampling ({bases}{edm}) is not served: use a model of eps, v-prediction or flow, without an LCM "
+        "patch"
     )
 
 

@@ -49,12 +49,12 @@ def _refuse_weights(network: Any) -> None:
     tried: set[Any] = set()
     for name, layer in network.named_modules():
         weight = getattr(layer, "weight", None)
-        if not is_adaptable(layer) or not isinstance(weight, Tensor) or _is_plain(weight):
+        if not is_adaptable(layer) or (isinstance(weight, Tensor) and _is_plain(weight)):
             continue
-        kind = (type(layer), type(weight), weight.dtype)
+        kind = (type(layer), type(weight), getattr(weight, "dtype", ""))
         if kind not in tried:
             tried.add(kind)
-            _try(name, layer, weight, network.dtype)
+            _try(name, layer, kind, network)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -62,21 +62,21 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 @torch.inference_mode(False)
-def _try(name: str, layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> None:
+def _try(name: str, layer: nn.Module, kind: tuple[type, type, Any], network: Any) -> None:
     """A forward and a backward of one quantised layer."""
     target = Target(name, layer)
     shape = (1, target.in_features, *kernel_size(layer))
-    dtype = dtype if dtype in PLAIN else torch.float32
+    dtype = network.dtype if network.dtype in PLAIN else torch.float32
     try:
         with torch.enable_grad():
-            x = torch.ones(shape, dtype=dtype, device=weight.device, requires_grad=True)
+            x = torch.ones(shape, dtype=dtype, device=network.device, requires_grad=True)
             layer(x).float().sum().backward()
         why = "no gradient comes through it" if x.grad is None else ""
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
     if why:
         raise OneStepError(
-            f"{name[-100:]} of this base is a {type(layer).__name__} of {type(weight).__name__} {weight.dtype}, on "
+            f"{name[-100:]} of this base is a {kind[0].__name__} of {kind[1].__name__} {kind[2]}, on "
             f"which nothing can be trained ({why}): load the base in bfloat16, float16 or float32"
         )
 
