@@ -186,6 +186,11 @@ def prediction_of(scheduler: Any) -> str:
     """ "epsilon", "v_prediction", "sample" or "flow"."""
     if _is_flow(scheduler):
         return "flow"
+    if scheduler.config.get("timestep_type") == "continuous" or "EDM" in type(scheduler).__name__:
+        raise OneStepError(
+            f"the scheduler {type(scheduler).__name__} has EDM's noise levels (as CosXL's and Playground's), which are "
+            "not supported yet: use a base of Stable Diffusion's own levels"
+        )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction", "sample") or "beta_schedule" not in scheduler.config:
         raise OneStepError(

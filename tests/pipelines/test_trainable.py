@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 from tiny_pipelines import make
 from torch import nn
 
@@ -123,6 +124,16 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         "sd",
         lambda p: setattr(p.unet, "mid_block", torch.compile(p.unet.mid_block, backend="eager")),
         "torch.compile has wrapped a part",
+    ),
+    "EDM's levels": ("sdxl", lambda p: p.register_modules(scheduler=EDMEulerScheduler()), "has EDM's noise levels"),
+    "EDM's levels behind v": (
+        "sdxl",
+        lambda p: p.register_modules(
+            scheduler=EulerDiscreteScheduler(
+                **{"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_max": 120.0}
+            )
+        ),
+        "has EDM's noise levels",
     ),
     "no VAE": ("sd", lambda p: p.register_modules(vae=None), "has no vae"),
     "no text encoder": ("sdxl", lambda p: p.register_modules(text_encoder=None), "has no text_encoder"),
