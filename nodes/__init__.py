@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 MODULES = (
-    *("tiny", "prompts", "distil", "settings", "load_lora", "sample"),
+    *("tiny", "prompts", "distil", "train_adapter", "load_lora", "sample"),
     *("steer", "guidance_adapter", "negative_adapter", "control", "control_picture", "own_control", "diversity"),
 )
 

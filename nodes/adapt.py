@@ -40,9 +40,11 @@ IN_PLACE = {
 def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterator[ComfyHost]:
     """``model`` as a host: a deep copy with its weight and sampling patches baked in. Outside inference mode within.
 
-    Raises OneStepError for a MODEL with other patches, or of an architecture that is not known.
+    Raises OneStepError, before the copy is made, for a MODEL with other patches or of an unknown architecture.
     """
     refuse_patches(model)
+    # before gigabytes are read for the copy
+    refuse_variant(detect(model.model.diffusion_model), model.model)
     with torch.inference_mode(False), torch.enable_grad():
         host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model))
         try:
@@ -65,7 +67,6 @@ class ComfyHost:
         self.model = self.patcher.model
         network = self.network = self.model.diffusion_model
         self.family = detect(network)
-        refuse_variant(self.family, self.model)
         config = self.model.model_config.unet_config
         targets = select(bind_comfy(self.family, network, config), self.targets)
         roles = Roles(targets, port_of(network, self.family))

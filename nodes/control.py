@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
 import comfy.ldm.common_dit
 import comfy.model_management as management
 import comfy.model_patcher
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -24,9 +22,11 @@ from ..core.control_copy import MAKERS, ControlCopy
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
-from .places import SUBFOLDER, stamp
+from .places import ADAPTERS, files_of, named_places, path_of, stamp
 
 MASK = "mask"
+KINDS = (ADAPTERS, "controlnet")
+"""Folders that may hold a control adapter."""
 PATCH = 2
 """Latents along a side of one token of SD3 and Flux."""
 FIRST_BLOCK = ("double_block", 0)
@@ -47,9 +47,9 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
             inputs=[
                 io.Combo.Input(
                     "control_name",
-                    options=names(),
-                    tooltip="A file in models/controlnet, or a result of Distil in models/loras/onestep: its output "
-                    "file can be plugged in here.",
+                    options=files_of(*KINDS),
+                    tooltip="A file in models/onestep, where Train Adapter puts it (its output file can be plugged in "
+                    "here), or in models/controlnet.",
                 ),
             ],
             outputs=[
@@ -61,27 +61,14 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, control_name: str = "", **unused: Any) -> Any:
-        return stamp(path_of(control_name))
+    def fingerprint_inputs(cls, control_name: Any = "", **unused: Any) -> Any:
+        return stamp(control_name, *KINDS)
 
     @classmethod
     def execute(cls, control_name: str) -> io.NodeOutput:
-        path = path_of(control_name)
-        if path is None:
-            raise OneStepError(f"no control adapter {control_name[:100]!r} here: put it into models/controlnet")
-        adapter = load_adapter(path, MAKERS)
+        with named_places():
+            adapter = load_adapter(path_of(control_name, *KINDS), MAKERS)
         return io.NodeOutput(ControlAdapterNet(adapter.module.requires_grad_(False).eval(), adapter.family))
-
-
-def names() -> list[str]:
-    """Files that may hold a control adapter."""
-    results = [name for name in folder_paths.get_filename_list("loras") if Path(name).parts[0] == SUBFOLDER]
-    return [*folder_paths.get_filename_list("controlnet"), *results]
-
-
-def path_of(name: str) -> Path | None:
-    found = folder_paths.get_full_path("controlnet", name) or folder_paths.get_full_path("loras", name)
-    return Path(found) if found else None
 
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]

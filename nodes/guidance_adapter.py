@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..core.guidance_adapter import MAKERS, check_base
 from ..core.schedule import FlowSchedule
 from .adapter_hooks import AdapterHooks, targets_of
 from .denoiser import schedule_of
-from .places import stamp
+from .places import ADAPTERS, files_of, named_places, path_of, stamp
 
 KEY = "onestep_guidance_adapter"
 ROLE = "guided"
@@ -36,15 +35,15 @@ class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
             display_name="Apply Guidance Adapter",
             category="OneStep/guidance",
             description="Gives at CFG 1, in one forward a step, what CFG gives in two. The adapter is trained by "
-            "Distil One-Step LoRA with method agd, for any checkpoint of the same base.",
+            "Train Adapter, method agd, for any checkpoint of the same base.",
             search_aliases=["agd", "guidance distillation", "cfg free", "cfg scale"],
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the base that the adapter was trained on."),
                 io.Combo.Input(
                     "adapter",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A guidance adapter in models/loras; Distil One-Step LoRA puts it into onestep/, and its "
-                    "output file can be plugged in here.",
+                    options=files_of(ADAPTERS),
+                    tooltip="A guidance adapter in models/onestep, where Train Adapter puts it; that node's output "
+                    "file can be plugged in here.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -60,13 +59,13 @@ class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter: str = "", **unused: Any) -> Any:
-        return stamp(folder_paths.get_full_path("loras", adapter))
+    def fingerprint_inputs(cls, adapter: Any = "", **unused: Any) -> Any:
+        return stamp(adapter, ADAPTERS)
 
     @classmethod
     def execute(cls, model: Any, adapter: str, guidance: float) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", adapter))
-        return io.NodeOutput(guided_model(model, path, guidance))
+        with named_places():
+            return io.NodeOutput(guided_model(model, path_of(adapter, ADAPTERS), guidance))
 
 
 def guided_model(model: Any, path: Path, guidance: float) -> Any:

@@ -24,7 +24,7 @@ from ..core.recipe import Recipe
 from ..core.schedule import NoiseSchedule
 from ..core.tensor_file import read_header
 from .denoiser import schedule_of
-from .places import stamp
+from .places import LORAS, stamp
 
 RecipeSocket = io.Custom("ONESTEP_RECIPE")
 FROM_FILE = "from the file"
@@ -74,8 +74,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str = "", **unused: Any) -> Any:
-        return stamp(folder_paths.get_full_path("loras", lora_name))
+    def fingerprint_inputs(cls, lora_name: Any = "", **unused: Any) -> Any:
+        return stamp(lora_name, LORAS)
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, recipe: str) -> io.NodeOutput:

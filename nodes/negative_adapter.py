@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..core.families import detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
 from ..core.role_map import RoleMap
 from .adapter_hooks import AdapterHooks, targets_of
-from .places import stamp
+from .places import ADAPTERS, files_of, named_places, path_of, stamp
 from .steer import check_negative
 
 KEY = "onestep_negative_adapter"
@@ -36,7 +35,7 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
             display_name="Apply Negative Adapter",
             category="OneStep/guidance",
             description="Gives a few-step model its negative prompt back, as an adapter has learnt it: at CFG 1, in "
-            "one forward a step. The adapter is trained by Distil One-Step LoRA with method sun, for any checkpoint of "
+            "one forward a step. The adapter is trained by Train Adapter, method sun, for any checkpoint of "
             "the same base; Negative Steering needs no training.",
             search_aliases=["sun", "speedupnet", "negative prompt", "cfg free"],
             inputs=[
@@ -44,9 +43,9 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
                 io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
                 io.Combo.Input(
                     "adapter",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A negative adapter in models/loras; Distil One-Step LoRA puts it into onestep/, and its "
-                    "output file can be plugged in here.",
+                    options=files_of(ADAPTERS),
+                    tooltip="A negative adapter in models/onestep, where Train Adapter puts it; that node's output "
+                    "file can be plugged in here.",
                 ),
                 io.Float.Input(
                     "scale",
@@ -62,13 +61,13 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter: str = "", **unused: Any) -> Any:
-        return stamp(folder_paths.get_full_path("loras", adapter))
+    def fingerprint_inputs(cls, adapter: Any = "", **unused: Any) -> Any:
+        return stamp(adapter, ADAPTERS)
 
     @classmethod
     def execute(cls, model: Any, negative: Any, adapter: str, scale: float) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", adapter))
-        return io.NodeOutput(model_away(model, negative, path, scale))
+        with named_places():
+            return io.NodeOutput(model_away(model, negative, path_of(adapter, ADAPTERS), scale))
 
 
 def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:

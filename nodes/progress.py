@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..training.distil import Progress
+from ..training.watch.progress import Progress, Request
+from .requests import Asked
 
 EVENT = "onestep.progress"
 PREVIEW_PIXELS = 1024
@@ -23,32 +23,38 @@ SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "c
 
 
 class Reporter:
-    """Called before the first update and after each: True once the button was pressed; ComfyUI's bar raises where it is
+    """Called from a run's first second on: answers with what its buttons asked for; ComfyUI's bar raises where it is
     cancelled."""
 
-    def __init__(self, node: str | None, name: str, finish: threading.Event) -> None:
-        self.node, self.name, self.finish = node, name, finish
+    def __init__(self, node: str | None, name: str, asked: Asked, has_panel: bool) -> None:
+        self.node, self.name, self.asked, self.has_panel = node, name, asked, has_panel
+        self.phase = ""
         self.bar = comfy.utils.ProgressBar(1, node_id=node)
         self.sent = 0.0
 
-    def __call__(self, progress: Progress) -> bool:
-        picture = None
-        if progress.preview is not None:
-            with Image.open(progress.preview) as opened:
-                picture = ("JPEG", opened.convert("RGB"), PREVIEW_PIXELS)
-        self.bar.update_absolute(progress.update, progress.total, picture)
-        telling = picture is not None or "distance" in progress.numbers or progress.update == progress.total
+    def __call__(self, progress: Progress) -> Request:
+        self.bar.update_absolute(progress.done, max(progress.of, 1), self._picture(progress))
+        news = progress.preview is not None or "distance" in progress.numbers or progress.phase != self.phase
+        telling = news or progress.update == progress.total
         if telling or time.monotonic() - self.sent > 0.25:
-            self.sent = time.monotonic()
+            self.sent, self.phase = time.monotonic(), progress.phase
             send(EVENT, self.told(progress))
-        return self.finish.is_set()
+        return self.asked.take()
+
+    def _picture(self, progress: Progress) -> Any:
+        """The preview for ComfyUI's own place under the node, where no panel shows it."""
+        if progress.preview is None or self.has_panel:
+            return None
+        with Image.open(progress.preview) as opened:
+            return "JPEG", opened.convert("RGB"), PREVIEW_PIXELS
 
     def told(self, progress: Progress) -> dict[str, Any]:
         """The event's data, all of it JSON."""
         numbers = {key: progress.numbers[key] for key in SHOWN if math.isfinite(progress.numbers.get(key, math.nan))}
         return {
             **{"node": self.node, "name": self.name, "update": progress.update, "total": progress.total},
-            **{"phase": progress.phase, "seconds": progress.seconds, "numbers": numbers},
+            **{"phase": progress.phase, "done": progress.done, "of": progress.of},
+            **{"seconds": progress.seconds, "numbers": numbers},
             **{"eta": progress.eta if math.isfinite(progress.eta) else None},
             **{"notes": list(progress.notes), "preview": viewed(progress.preview)},
         }

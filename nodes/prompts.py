@@ -53,7 +53,17 @@ class PromptList(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **unused: Any) -> Any:
+    def validate_inputs(cls, file: Any = None) -> bool | str:
+        """At queue time: a file that is not there. What comes from another node is None here."""
+        try:
+            return not (isinstance(file, str) and file.strip()) or bool(inside_input(file))
+        except OneStepError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: Any = "", **unused: Any) -> Any:
+        if not isinstance(file, str):  # from another node, which gives it later
+            return float("nan")
         try:
             found = [inside_input(file), *pictures(inside_input(file))] if file.strip() else []
         except OneStepError:

@@ -100,6 +100,7 @@ class OneStepSampler(io.ComfyNode):  # type: ignore[misc]
             display_name="One-Step Sampler",
             category="OneStep/sampling",
             description="The recipe as a sampler for SamplerCustomAdvanced, with One-Step Sigmas and any guider.",
+            search_aliases=["sampler", "few step", "turbo", "lcm"],
             inputs=[RecipeSocket.Input("recipe", tooltip="From Load One-Step LoRA.")],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
@@ -119,6 +120,7 @@ class OneStepSigmas(io.ComfyNode):  # type: ignore[misc]
             display_name="One-Step Sigmas",
             category="OneStep/sampling",
             description="The noise levels at which the recipe's steps are taken, on this model's schedule.",
+            search_aliases=["sigmas", "scheduler", "few step", "timesteps"],
             inputs=[
                 io.Model.Input("model", tooltip="Whose schedule the levels are read from."),
                 RecipeSocket.Input("recipe", tooltip="From Load One-Step LoRA."),

@@ -76,7 +76,7 @@ class Settings:
     learning_rate: float = setting(1e-4, "Student's step size.", 0, 1)
     warm_up: int = setting(20, "Updates over which step sizes rise from 0.", 0, 1_000_000)
     final_rate: float = setting(0.1, "Step sizes fall along a cosine to this share of their height.", 0, 1)
-    clip: float = setting(1.0, "Largest norm of a gradient; 0 = no limit.", 0, 1e9)
+    max_grad_norm: float = setting(1.0, "Largest norm of a gradient; 0 = no limit.", 0, 1e9)
     weight_decay: float = setting(0.0, "The optimiser's weight decay.", 0, 1)
     ema: float = setting(
         0.99, "Decay of the student's running mean, which is what the file holds; 0 = none.", 0, 0.999999

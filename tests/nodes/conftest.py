@@ -94,8 +94,8 @@ def server_with_checkpoints(comfy_server: Any, checkpoints: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def stirred(server_with_checkpoints: Any, checkpoints: Path, run_inside: Callable[..., str]) -> Any:
-    """That server with adapters of its checkpoints: guidance-KIND, control-KIND, and negative-sd15, in onestep/."""
-    folder = server_with_checkpoints.base / "models" / "loras" / "onestep"
+    """That server with adapters of its checkpoints: guidance-KIND, control-KIND, and negative-sd15."""
+    folder = server_with_checkpoints.base / "models" / "onestep"
     folder.mkdir(parents=True, exist_ok=True)
     run_inside("stirred_adapters", checkpoints, folder)
     return server_with_checkpoints

@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_graphs import PROMPT, QUICK, SEED, TINY, apart, distil, few_step, graph, ksampler, latents, saved
+from comfy_graphs import (
+    ADAPTER,
+    LORA,
+    PROMPT,
+    SEED,
+    TINY,
+    apart,
+    distil,
+    few_step,
+    graph,
+    ksampler,
+    latents,
+    saved,
+)
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from small_runs import settings_node
 
 from onestep.core.adapter_file import read_told
 from onestep.core.controls import control_of
@@ -21,6 +33,7 @@ from onestep.pipelines.guidance_adapter import load_guidance_adapter
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-5
 # A model, and the form of control that it learns.
+CONTROL = {"control_width": 16, "noise_levels": 2}
 CONTROLS = [("tiny", "light"), ("tiny-flow", "light"), ("tiny", "copy")]
 
 
@@ -57,15 +70,14 @@ def under_control(model: str, steps: int = 1, cfg: float = 1.0) -> dict[str, Any
 @pytest.mark.parametrize("name", TINY)
 def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, name: str) -> None:
     nodes = {
-        "settings": settings_node(comfy_server, **QUICK),
         "distil": distil(f"guided-{name}", "agd"),
-        "guide": apply_guidance(["distil", 3]),
+        "guide": apply_guidance(["distil", ADAPTER]),
         "guided": ksampler("guide", 2),
         "plain": ksampler("model", 2),
     }
     drawn = latents(comfy_server, graph(name, 32, **nodes))
     assert drawn["guided"].isfinite().all() and apart(drawn["guided"], drawn["plain"]) > 0.01
-    file = comfy_server.base / "models" / "loras" / "onestep" / f"guided-{name}.safetensors"
+    file = comfy_server.base / "models" / "onestep" / f"guided-{name}.safetensors"
     told = read_told(file)
     assert (
         told is not None and told["kind"] == {"tiny": "guidance-cross-attention", "tiny-flow": "guidance-offset"}[name]
@@ -75,10 +87,9 @@ def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, 
 def trained_control(server: Any, name: str, form: str) -> dict[str, Any]:
     """A run of nct on the one-step LoRA that the same graph has trained before, and what draws with both."""
     return {
-        "settings": settings_node(server, **QUICK, control_width=16, noise_levels=2, control_form=form),
         "first": distil(f"one-{name}", "regression"),
-        "distil": distil(f"{form}-{name}", "nct", initial_lora=["first", 3]),
-        **by_control(["distil", 3], 32),
+        "distil": distil(f"{form}-{name}", "nct", {**CONTROL, "control_form": form}, initial_lora=["first", LORA]),
+        **by_control(["distil", ADAPTER], 32),
         "lora": few_step("model", "first"),
     }
 
@@ -93,7 +104,7 @@ def test_a_control_is_trained_and_used_in_one_graph(comfy_server: Any, name: str
     drawn = latents(comfy_server, graph(name, 32, **nodes))
     assert drawn["drawn"].isfinite().all() and apart(drawn["drawn"], drawn["plain"]) > 0.01
     assert torch.equal(drawn["drawn off"], drawn["plain"])
-    file = comfy_server.base / "models" / "loras" / "onestep" / f"{form}-{name}.safetensors"
+    file = comfy_server.base / "models" / "onestep" / f"{form}-{name}.safetensors"
     told, kind = read_told(file), {"light": "control", "copy": "control copy"}[form]
     assert told is not None and told["kind"] == kind and told["config"]["control"] == "canny"
 
@@ -102,29 +113,28 @@ def test_a_copy_of_no_unet_is_refused_before_it_is_trained(comfy_server: Any) ->
     nodes = trained_control(comfy_server, "tiny-flow", "copy")
     refused = comfy_server.run(graph("tiny-flow", 32, **nodes, drawn=under_control("lora"), save=saved("drawn")))
     assert "control_form copy is a ControlNet for U-Nets" in refused.error and "set it to light" in refused.error
-    assert not (comfy_server.base / "models" / "loras" / "onestep" / "copy-tiny-flow.safetensors").exists()
+    assert not (comfy_server.base / "models" / "onestep" / "copy-tiny-flow.safetensors").exists()
 
 
-def test_who_asks_an_adapter_for_a_lora_is_told_which_node_loads_it(comfy_server: Any) -> None:
-    """The branch without an answer is stopped with a word; the rest of the graph runs."""
-    nodes = {
-        "settings": settings_node(comfy_server, **QUICK),
-        "distil": distil("no-lora", "agd", existing="continue"),
-        "lora": few_step("model", "distil"),
-        "drawn": ksampler("lora"),
-        "save": saved("drawn"),
-        "plain": ksampler("model"),
-        "save plain": saved("plain"),
-    }
+def test_the_run_says_which_node_loads_its_adapter_and_no_list_of_loras_shows_it(comfy_server: Any) -> None:
+    nodes = {"distil": distil("in-subfolder/no-lora", "agd")}
     finished = comfy_server.run(graph("tiny", 32, **nodes))
-    words = "onestep/no-lora.safetensors is an adapter: load it with Apply Guidance Adapter"
-    assert words in finished.error and words in finished.outputs["distil"]["text"][0]
-    assert "save plain" in finished.outputs and "save" not in finished.outputs
+    told = finished.outputs["distil"]["text"][0]
+    assert told.startswith("in-subfolder/no-lora.safetensors") and "load it with Apply Guidance Adapter" in told
+    assert not any("no-lora" in name for name in options(comfy_server, "LoraLoader", "lora_name"))
+    assert "in-subfolder/no-lora.safetensors" in options(comfy_server, "OneStepApplyGuidanceAdapter", "adapter")
+    assert "in-subfolder/no-lora.safetensors" in options(comfy_server, "OneStepLoadControl", "control_name")
+
+
+def options(server: Any, node: str, name: str) -> list[str]:
+    """What a list of files offers."""
+    told = server.get(f"/object_info/{node}")[node]["input"]["required"][name]
+    found = told[0] if isinstance(told[0], list) else told[1]["options"]
+    return [option.replace("\\", "/") for option in found]
 
 
 def test_guidance_at_one_scale_is_a_lora_for_cores_loader(comfy_server: Any) -> None:
     nodes = {
-        "settings": settings_node(comfy_server, **QUICK),
         "distil": distil("guided-lora", "guidance-lora"),
         "lora": few_step("model", "distil"),
         "drawn": ksampler("lora", 2),
@@ -139,16 +149,15 @@ def test_guidance_at_one_scale_is_a_lora_for_cores_loader(comfy_server: Any) -> 
 
 def by_own_nodes(server: Any, **changes: Any) -> dict[str, Any]:
     """The generator's pictures, a mask of each by core's own nodes, and a run that is taught by them."""
-    prompts = {"prompts": f"{PROMPT}\na blue wall", "initial_lora": ["first", 3], "sizes": "32x32", "seed": 0}
-    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "settings": ["settings", 0]}
-    told = {"pictures": ["pictures", 0], "name": "redness", "masks": ["mask", 0], "settings": ["settings", 0]}
+    prompts = {"prompts": f"{PROMPT}\na blue wall", "initial_lora": ["first", LORA], "sizes": "32x32", "seed": 0}
+    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "pairs": 4, "batch": 2}
+    told = {"pictures": ["pictures", 0], "name": "redness", "masks": ["mask", 0]}
     return {
-        "settings": settings_node(server, **QUICK, control_width=16, noise_levels=2),
         "first": distil("own-first", "regression", existing="continue"),
         "pictures": {"class_type": "OneStepGeneratorPictures", "inputs": {**prompts, **plugs}},
         "mask": {"class_type": "ImageToMask", "inputs": {"image": ["pictures", 0], "channel": "red"}},
         "own": {"class_type": "OneStepOwnControl", "inputs": told},
-        "distil": distil("redness", "nct", initial_lora=["first", 3], settings=["own", 0], **changes),
+        "distil": distil("redness", "nct", {**CONTROL, "control": ["own", 0]}, initial_lora=["first", LORA], **changes),
         "save": {"class_type": "SaveImage", "inputs": {"images": ["pictures", 0], "filename_prefix": "pictures"}},
     }
 
@@ -162,7 +171,7 @@ def test_a_control_of_ones_own_is_taught_by_what_any_nodes_make(comfy_server: An
     kept = torch.cat([load_file(block)["control"] for block in blocks])
     wanted = torch.stack([torch.from_numpy(picture[..., :1].copy()).permute(2, 0, 1) for picture in pictures])
     assert torch.equal(kept, wanted[: len(kept)])
-    told = read_told(comfy_server.base / "models" / "loras" / "onestep" / "redness.safetensors")
+    told = read_told(comfy_server.base / "models" / "onestep" / "redness.safetensors")
     assert told is not None and told["config"]["control"].startswith("redness-") and told["config"]["channels"] == 1
 
 
@@ -181,9 +190,9 @@ def test_pictures_of_another_run_are_refused(comfy_server: Any) -> None:
 def test_adapters_act_on_every_layout(stirred: Any, name: str) -> None:
     """At CFG 1 and above; at guidance 1, and at strength 0, they are not there."""
     nodes = {
-        "guide": apply_guidance(f"onestep/guidance-{name}.safetensors"),
-        "off": apply_guidance(f"onestep/guidance-{name}.safetensors", 1.0),
-        **by_control(f"onestep/control-{name}.safetensors", 64),
+        "guide": apply_guidance(f"guidance-{name}.safetensors"),
+        "off": apply_guidance(f"guidance-{name}.safetensors", 1.0),
+        **by_control(f"control-{name}.safetensors", 64),
         "plain": ksampler("model", 2),
         "guided": ksampler("guide", 2),
         "guided off": ksampler("off", 2),
@@ -202,7 +211,7 @@ def test_adapters_act_on_every_layout(stirred: Any, name: str) -> None:
 @pytest.mark.parametrize("kind", ["guidance", "control"])
 @pytest.mark.parametrize(("name", "other"), [("sd15", "sd3"), ("sd3", "flux"), ("flux", "sd15")])
 def test_an_adapter_of_another_layout_is_refused(stirred: Any, kind: str, name: str, other: str) -> None:
-    file = f"onestep/{kind}-{other}.safetensors"
+    file = f"{kind}-{other}.safetensors"
     if kind == "guidance":
         nodes = {"guide": apply_guidance(file), "drawn": ksampler("guide")}
     else:
@@ -235,22 +244,22 @@ def drawn_by_diffusers(folder: Path, file: Path, edges: torch.Tensor | None) -> 
 @pytest.mark.parametrize("name", TINY)
 def test_both_hosts_draw_the_same_guidance(comfy_server: Any, bundled: dict[str, Path], name: str) -> None:
     """By the adapter that the first test has trained."""
-    place = f"onestep/guided-{name}.safetensors"
+    place = f"guided-{name}.safetensors"
     nodes = {"guide": apply_guidance(place), "guided": ksampler("guide")}
     drawn = latents(comfy_server, graph(name, 32, **nodes))["guided"]
-    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "loras" / place, None)
+    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "onestep" / place, None)
     assert apart(drawn, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "form"), CONTROLS)
 def test_both_hosts_draw_the_same_control(comfy_server: Any, bundled: dict[str, Path], name: str, form: str) -> None:
     """By the adapters that the tests above have trained, and the edges of a dark square on a light ground."""
-    place = f"onestep/{form}-{name}.safetensors"
+    place = f"{form}-{name}.safetensors"
     nodes = {**by_control(place, 32, strength=0.8), "drawn": under_control("model")}
     drawn = latents(comfy_server, graph(name, 32, **nodes))["drawn"]
     picture = torch.tensor([0xC0, 0x80, 0x40]).div(255)[:, None, None].repeat(1, 32, 32)
     picture[:, 8:24, 8:24] = torch.tensor([0x10, 0x20, 0x30]).div(255)[:, None, None]
     edges = control_of("canny")(picture[None])
     assert 20 < float(edges.sum()) < 200
-    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "loras" / place, edges)
+    theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "onestep" / place, edges)
     assert apart(drawn, theirs) < TOLERANCE

@@ -28,11 +28,12 @@ def server(comfy_server: Any) -> Any:
         family = {"sd15": "unet"}.get(name, name)
         targets = {target.name: target for target in bind_diffusers(network_of(name))}
         shape = (4 if name == "sd15" else 16, 8, 8)
-        save_adapter(models / "loras" / f"guidance-{name}.safetensors", new_adapter(targets, family, 1), family)
+        save_adapter(models / "onestep" / f"guidance-{name}.safetensors", new_adapter(targets, family, 1), family)
+        save_adapter(models / "loras" / "no-lora.safetensors", new_adapter(targets, family, 1), family)
         control = new_control(family, targets, ("canny", 1), (64, 64), shape, width=8)
         save_adapter(models / "controlnet" / f"control-{name}.safetensors", control, family)
-        save_adapter(models / "loras" / f"control-{name}.safetensors", control, family)
-    (models / "loras" / "broken.safetensors").write_bytes(b"\x00" * 64)
+        save_adapter(models / "onestep" / f"control-{name}.safetensors", control, family)
+    (models / "onestep" / "broken.safetensors").write_bytes(b"\x00" * 64)
     return comfy_server
 
 
@@ -72,7 +73,7 @@ BAD = {
     "control as a guidance adapter": (guided("control-sd15"), ("'control'", "'guidance-cross-attention'", "choose")),
     "no adapter": (guided("broken"), ("broken.safetensors",)),
     "guidance NaN": (guided("guidance-sd15", NAN), ("guidance is nan", "1 (none) to 30")),
-    "adapter as a LoRA": (lora("guidance-sd15"), ("holds an adapter, no LoRA", "Apply Guidance Adapter")),
+    "adapter as a LoRA": (lora("no-lora"), ("holds an adapter, no LoRA", "Apply Guidance Adapter")),
     "scale NaN": (steered(scale=NAN), ("scale is nan", "NAG at 2 to 8")),
     "scale below none": (steered(scale=0.5), ("scale is 0.5", "1 to 100")),
     "control of another U-Net": (

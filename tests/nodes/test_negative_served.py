@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from comfy_graphs import (
+    ADAPTER,
+    LORA,
     NEGATIVE,
     PROMPT,
-    QUICK,
     SEED,
     apart,
     distil,
@@ -25,11 +26,11 @@ from comfy_graphs import (
 )
 from diffusers import DiffusionPipeline
 from PIL import Image
-from small_runs import settings_node
 
 from onestep.core.adapter_file import read_told
 from onestep.pipelines.negative_adapter import load_negative_adapter
 
+NEGATIVES = {"negatives": "wall, blue"}
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-5
 
@@ -64,14 +65,13 @@ def check_drawn(drawn: dict[str, torch.Tensor]) -> None:
 def trained(comfy_server: Any) -> tuple[dict[str, torch.Tensor], Path]:
     """What one graph draws that trains one step, a negative adapter beside it, and draws with both; the file."""
     nodes = {
-        "settings": settings_node(comfy_server, **QUICK, negatives="wall, blue"),
         "first": distil("before-away", "regression"),
-        "distil": distil("away", "sun", initial_lora=["first", 3]),
+        "distil": distil("away", "sun", NEGATIVES, initial_lora=["first", LORA]),
         "lora": few_step("model", "first"),
-        **away(["distil", 3], "lora"),
+        **away(["distil", ADAPTER], "lora"),
     }
     drawn = latents(comfy_server, graph("tiny", 32, **nodes))
-    return drawn, comfy_server.base / "models" / "loras" / "onestep" / "away.safetensors"
+    return drawn, comfy_server.base / "models" / "onestep" / "away.safetensors"
 
 
 def test_an_adapter_is_trained_and_used_in_one_graph(trained: Any) -> None:
@@ -90,7 +90,7 @@ def test_its_run_shows_without_as_asked_and_with(trained: Any, comfy_server: Any
 
 @torch.no_grad()
 def test_both_hosts_draw_the_same(trained: Any, comfy_server: Any, bundled: dict[str, Path]) -> None:
-    nodes = {"away": apply_negative("onestep/away.safetensors", 1.5), "drawn": ksampler("away")}
+    nodes = {"away": apply_negative("away.safetensors", 1.5), "drawn": ksampler("away")}
     ours = latents(comfy_server, graph("tiny", 32, **nodes))["drawn"]
     pipe = DiffusionPipeline.from_pretrained(bundled["tiny"])
     pipe.set_progress_bar_config(disable=True)
@@ -103,16 +103,11 @@ def test_both_hosts_draw_the_same(trained: Any, comfy_server: Any, bundled: dict
 
 
 def test_the_run_says_which_node_loads_it(trained: Any, comfy_server: Any) -> None:
-    """A LoRA is asked of it: stopped with a word."""
     nodes = {
-        "settings": settings_node(comfy_server, **QUICK, negatives="wall, blue"),
-        "distil": distil("away-alone", "sun"),
-        "lora": few_step("model", "distil"),
-        "drawn": ksampler("lora"),
+        "distil": distil("away-alone", "sun", NEGATIVES),
     }
-    finished = comfy_server.run(graph("tiny", 32, **nodes, save=saved("drawn")))
-    words = "onestep/away-alone.safetensors is an adapter: load it with Apply Negative Adapter"
-    assert words in finished.error and words in finished.outputs["distil"]["text"][0]
+    told = comfy_server.run(graph("tiny", 32, **nodes)).outputs["distil"]["text"][0]
+    assert told.startswith("away-alone.safetensors") and "load it with Apply Negative Adapter" in told
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "tiny-flow"])
@@ -121,24 +116,24 @@ def test_a_base_without_cross_attention_is_refused_before_it_is_trained(
 ) -> None:
     """Flux, not guided by CFG, is refused for that; both say what to choose."""
     run = f"away-{name}"
-    nodes = {"settings": settings_node(server_with_checkpoints, **QUICK), "distil": distil(run, "sun")}
+    nodes = {"distil": distil(run, "sun")}
     nodes["distil"]["inputs"] |= {"clip": ["texts", 1], "vae": ["texts", 2], "sizes": "64x64"}
     refused = server_with_checkpoints.run(graph(name, 64, **nodes))
     assert ("no trained null" if name == "flux" else "no cross-attention") in refused.error, refused.error
     assert len(refused.error) < 400
-    assert not (server_with_checkpoints.base / "models" / "loras" / "onestep" / f"{run}.safetensors").exists()
+    assert not (server_with_checkpoints.base / "models" / "onestep" / f"{run}.safetensors").exists()
 
 
 # -- on a checkpoint's layout -----------------------------------------------------------------------------------------
 
 
 def test_it_acts_on_a_checkpoint_of_sd15(stirred: Any) -> None:
-    check_drawn(latents(stirred, graph("sd15", 64, **away("onestep/negative-sd15.safetensors"))))
+    check_drawn(latents(stirred, graph("sd15", 64, **away("negative-sd15.safetensors"))))
 
 
 def test_with_cfg_it_acts_on_the_prompt_alone(stirred: Any) -> None:
     """d = n + cfg (c - n): of one step at cfg 3 it changes three times what it changes of the prompt at cfg 1."""
-    nodes = {"away": apply_negative("onestep/negative-sd15.safetensors")}
+    nodes = {"away": apply_negative("negative-sd15.safetensors")}
     for cfg in (1.0, 3.0):
         nodes |= {f"plain {cfg}": ksampler("model", 1, cfg), f"away {cfg}": ksampler("away", 1, cfg)}
     drawn = latents(stirred, graph("sd15", 64, **nodes))
@@ -164,8 +159,8 @@ def test_what_does_not_fit_is_told_to_the_person(stirred: Any, trained: Any, cas
     name, adapter, plugs, words = REFUSED[case]
     nodes = {
         **{"other": loader("sd3"), "foreign": text("red", "other")},
-        "first": apply_negative("onestep/away.safetensors"),
-        "away": apply_negative(f"onestep/{adapter}.safetensors", **plugs),
+        "first": apply_negative("away.safetensors"),
+        "away": apply_negative(f"{adapter}.safetensors", **plugs),
         "drawn": ksampler("away"),
     }
     refused = stirred.run(graph(name, 64, **nodes, save=saved("drawn")))

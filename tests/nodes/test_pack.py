@@ -11,6 +11,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from onestep.training.methods import METHODS
+from onestep.training.settings import described
+
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 # Node ids are for ever: shared workflows name them.
@@ -18,7 +21,7 @@ IDS = {
     "OneStepLoadTinyModel",
     "OneStepPromptList",
     "OneStepDistil",
-    "OneStepDistillationSettings",
+    "OneStepTrainAdapter",
     "OneStepLoadLoRA",
     "OneStepLoadControl",
     "OneStepControlPicture",
@@ -47,21 +50,34 @@ def test_every_node_is_there_with_tooltips_and_a_help_page(comfy_server: Any, ro
         assert (root / "web" / "docs" / f"{name}.md").is_file(), f"{name} has no help page"
 
 
-# Saved graphs know a node's widgets by their order alone.
-SETTINGS = [
-    *("start", "critic_rank", "targets", "matching_guidance", "batch", "accumulation", "learning_rate"),
-    *("critic_learning_rate", "warm_up", "final_rate", "clip", "weight_decay", "ema", "optimizer", "warm_start"),
-    *("warm_start_rate", "pairs", "critic_warm_up", "critic_updates", "follow", "matching_weight", "anchor"),
-    *("separate_levels", "level_low", "level_high", "checkpointing", "preview_every", "watch_every", "watch_samples"),
-    *("preview_samples", "save_every", "patience", "keep_prompts", "guidance_low", "guidance_high", "states"),
-    *("control", "control_width", "noise_levels", "boundary"),
-]
+def inputs_of(server: Any, node: str) -> dict[str, Any]:
+    told = server.get(f"/object_info/{node}")[node]["input"]
+    return {**told.get("required", {}), **told.get("optional", {})}
 
 
-def test_new_settings_come_last(comfy_server: Any) -> None:
-    node = comfy_server.get("/object_info/OneStepDistillationSettings")["OneStepDistillationSettings"]
-    assert not node["input"].get("required"), "a saved API graph has none of the settings that came after it"
-    assert list(node["input"]["optional"])[: len(SETTINGS)] == SETTINGS
+@pytest.mark.parametrize(("node", "kind"), [("OneStepDistil", "LoRA"), ("OneStepTrainAdapter", "adapter")])
+def test_a_trainer_offers_each_method_with_its_own_settings_all_neutral(
+    comfy_server: Any, node: str, kind: str
+) -> None:
+    """As they stand the widgets set nothing: the preset's and the method's own values hold."""
+    inputs = inputs_of(comfy_server, node)
+    options = {option["key"]: option["inputs"] for option in inputs["method"][1]["options"]}
+    makers = {name: method for name, method in METHODS.items() if method.makes == kind}
+    assert list(options) == [*(["by preset"] if kind == "LoRA" else []), *makers]
+    assert not any(options.get("by preset", {}).values())
+    for name, method in makers.items():
+        assert list(options[name].get("optional", {})) == [entry.name for entry in described(method.settings)]
+    shown = [input for option in options.values() for input in option.get("optional", {}).items()]
+    folded = [(name, told) for name, told in inputs.items() if len(told) > 1 and told[1].get("advanced")]
+    assert {"batch", "learning_rate", "steps", "existing"} <= {name for name, _ in folded}
+    for name, told in [*shown, *folded]:
+        assert told[1]["default"] in (-1, "", "by preset", "continue", "none"), name
+
+
+def test_what_a_person_sets_first_comes_first(comfy_server: Any) -> None:
+    inputs = inputs_of(comfy_server, "OneStepDistil")
+    seen = [name for name, told in inputs.items() if len(told) > 1 and not told[1].get("advanced")]
+    assert seen == ["model", "clip", "vae", "prompts", "preset", "student_steps", "sizes", "name", "method"]
 
 
 def test_a_broken_module_is_named_and_the_others_live(run_inside: Any) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_graphs import NEGATIVE, PROMPT, SEED, TINY, graph, ksampler, latents, loader, saved, text
+from comfy_graphs import NEGATIVE, PROMPT, SEED, TINY, distil, graph, ksampler, latents, loader, saved, text
 from diffusers import DiffusionPipeline
 from rounding import between_hosts
-from small_runs import settings_node
 
 from onestep.core.schedule import FlowSchedule, VPSchedule
 from onestep.pipelines.steer import steered
@@ -93,13 +92,9 @@ def test_one_step_sample_draws_a_steered_model(comfy_server: Any, name: str) -> 
 
 
 def test_distillation_refuses_a_steered_teacher_by_name(comfy_server: Any) -> None:
-    known = comfy_server.get("/object_info/OneStepDistil")["OneStepDistil"]["input"]["required"]
-    values = {name: told[1]["default"] for name, told in known.items() if len(told) > 1 and "default" in told[1]}
-    choices = {name: told[1]["options"][0] for name, told in known.items() if told[0] == "COMBO" and name not in values}
-    plugs = {"model": ["steer", 0], "clip": ["texts", 1], "vae": ["texts", 2], "settings": ["settings", 0]}
-    told = {**choices, **values, "prompts": PROMPT, "name": "steered-teacher", **plugs}
-    nodes = {"steer": steering("NASA"), "settings": settings_node(comfy_server)}
-    refused = comfy_server.run(graph("tiny", 32, **nodes, distil={"class_type": "OneStepDistil", "inputs": told}))
+    plugs = {"model": ["steer", 0], "clip": ["texts", 1], "vae": ["texts", 2]}
+    nodes = {"steer": steering("NASA"), "distil": distil("steered-teacher", "regression", **plugs)}
+    refused = comfy_server.run(graph("tiny", 32, **nodes))
     assert "negative_steering" in refused.error and len(refused.error) < 400, refused.error
     assert not (comfy_server.base / "output" / "onestep" / "steered-teacher").exists()
 

@@ -8,13 +8,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from browser import ENDED, QUEUE
-from small_runs import settings_node
+from small_runs import SMALL
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-NAMES = ["control", "distil", "diversity", "guidance-adapter", "negative", "negative-adapter", "sample", "sample-core"]
+DISTIL, SAMPLE, NEGATIVE = "1 distil a checkpoint", "2 draw in one step", "4 negative prompt at CFG 1"
+CORE = "3 draw with core nodes"
+# Those that train besides the first: how many pictures stand side by side, and what the node says at the end.
+TRAINED = [
+    ("5 train a negative adapter", 2, "load it with Apply Negative Adapter"),
+    ("6 train a guidance adapter", 3, "load it with Apply Guidance Adapter"),
+    ("7 train a control", 3, "load it with Load Control Adapter"),
+    ("8 variety from the base", 2, "onestep/tiny-8.safetensors"),
+]
+NAMES = sorted([DISTIL, SAMPLE, CORE, NEGATIVE, *(name for name, *_ in TRAINED)])
+BUNDLED = "bundled-tiny-one-step.safetensors"
+TRAINERS = ("OneStepDistil", "OneStepTrainAdapter")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "OneStepSample")
 TITLE, PREVIEW, LEAST_WIDTH = 30, 225, 225  # in the front end's pixels
 TO_PROMPT = """
@@ -40,10 +50,13 @@ def workflow(root: Path, name: str) -> dict[str, Any]:
 
 def made_small(server: Any, graph: dict[str, Any], name: str, steps: int = 2) -> dict[str, Any]:
     """The same graph, as short as it can be; its runs are called ``name``, and a second one by its node too."""
-    graph = copy.deepcopy(graph) | {"99": settings_node(server, states=1)}
-    runs = [(key, node["inputs"]) for key, node in graph.items() if node["class_type"] == "OneStepDistil"]
+    graph = copy.deepcopy(graph)
+    runs = [(key, node["inputs"]) for key, node in graph.items() if node["class_type"] in TRAINERS]
     for number, (key, inputs) in enumerate(runs):
-        inputs |= {"steps": steps, "rank": 2, "teacher_steps": 1, "existing": "restart", "settings": ["99", 0]}
+        known = server.get(f"/object_info/{graph[key]['class_type']}")[graph[key]["class_type"]]["input"]["optional"]
+        inputs |= {name: value for name, value in SMALL.items() if name in known}
+        inputs |= {"steps": steps, "teacher_steps": 1, "existing": "restart"} | ({"rank": 2} if "rank" in known else {})
+        inputs |= {"method.states": 1} if inputs["method"] == "agd" else {}
         inputs["name"] = f"{name}-{key}" if number else name
     return graph
 
@@ -57,20 +70,44 @@ def test_templates_are_listed_with_a_thumbnail(comfy_server: Any, pack: Path, ro
 
 @pytest.fixture(scope="module")
 def distilled(comfy_server: Any, root: Path) -> Any:
-    """The distil workflow over HTTP, cut short; it makes the LoRA that the sample workflow loads."""
-    return comfy_server.run(made_small(comfy_server, workflow(root, "api/distil"), "tiny-one-step"))
+    """The first workflow over HTTP, cut short."""
+    return comfy_server.run(made_small(comfy_server, workflow(root, f"api/{DISTIL}"), "tiny-one-step"))
+
+
+def shown(server: Any, finished: Any, title: str = "") -> list[Any]:
+    """The pictures of the graph's preview: two or three, one below the other, enlarged eightfold."""
+    assert finished.status == "success", finished.error
+    found = [out["images"] for out in finished.outputs.values() if "images" in out]
+    assert len(found) == 1, "one preview a workflow"
+    return [server.pixels(entry)[..., :3].astype(float) for entry in found[0]]
+
+
+def parts(picture: Any, count: int) -> list[Any]:
+    """A stitched picture's parts, 256 pixels high, 8 pixels of white between them."""
+    assert picture.shape[:2] == (256 * count + 8 * (count - 1), 256), picture.shape
+    return [picture[264 * at : 264 * at + 256] for at in range(count)]
 
 
 def test_distil_runs_over_http(distilled: Any, comfy_server: Any) -> None:
-    assert distilled.status == "success", distilled.error
-    assert comfy_server.images(distilled, "11")[0].shape == (32, 32, 3)
-    assert comfy_server.images(distilled, "4") and comfy_server.images(distilled, "5")
+    drawn = shown(comfy_server, distilled)
+    assert len(drawn) == 4
+    one, teacher = parts(drawn[0], 2)
+    assert (one[::8, ::8].repeat(8, 0).repeat(8, 1) == one).all(), "enlarged, not smoothed"
+    assert abs(one - teacher).mean() > 1
+    compared = [out for out in distilled.outputs.values() if "a_images" in out]
+    assert [len(compared[0][side]) for side in ("a_images", "b_images")] == [4, 4]
 
 
-def test_sample_runs_over_http(distilled: Any, comfy_server: Any, root: Path) -> None:
-    finished = comfy_server.run(workflow(root, "api/sample"))
-    for node in ("8", "11", "14"):
-        assert len(comfy_server.images(finished, node)) == 4
+def test_sample_draws_with_the_lora_that_comes_with_the_pack(comfy_server: Any, root: Path) -> None:
+    """On a fresh installation, and far nearer to the teacher than the base is in one step."""
+    graph = workflow(root, f"api/{SAMPLE}")
+    assert [n["inputs"]["lora_name"] for n in graph.values() if "lora_name" in n["inputs"]] == [BUNDLED]
+    halves = [parts(picture, 2) for picture in shown(comfy_server, comfy_server.run(graph))]
+    near = sum(abs(one - teacher).mean() for one, teacher in halves)
+    (loader,) = [n for n in graph.values() if n["class_type"] == "OneStepLoadLoRA"]
+    loader["inputs"] |= {"lora_name": "none (the model is few-step itself)", "recipe": "sd-turbo"}
+    bare = [parts(picture, 2) for picture in shown(comfy_server, comfy_server.run(graph))]
+    assert near < 0.8 * sum(abs(one - teacher).mean() for one, teacher in bare)
 
 
 def test_the_same_picture_without_a_node_of_ours(distilled: Any, comfy_server: Any, root: Path) -> None:
@@ -89,72 +126,60 @@ def test_the_same_picture_without_a_node_of_ours(distilled: Any, comfy_server: A
 
 
 def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """Both rows start from the same noise; the steered books are less red."""
-    finished = comfy_server.run(workflow(root, "api/negative"))
-    steered, plain = (comfy_server.images(finished, node) for node in ("8", "11"))
-    assert len(steered) == len(plain) == 4
-    red = [sum(float(p[..., 0].mean() - p[..., 1:].mean()) for p in row) for row in (steered, plain)]
+    """Both are drawn from the same noise; the steered books are less red."""
+    drawn = [parts(p, 2) for p in shown(comfy_server, comfy_server.run(workflow(root, f"api/{NEGATIVE}")))]
+    assert len(drawn) == 4
+    red = [sum(float(pair[side][..., 0].mean() - pair[side][..., 1:].mean()) for pair in drawn) for side in (0, 1)]
     assert red[0] < red[1], red
 
 
-def test_diversity_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """It trains four steps, and draws with the base first and without it, from the same noise."""
-    graph = made_small(comfy_server, workflow(root, "api/diversity"), "tiny-diversity")
+@pytest.mark.parametrize(("name", "count", "words"), TRAINED)
+def test_a_workflow_that_trains_runs_over_http(
+    comfy_server: Any, root: Path, name: str, count: int, words: str
+) -> None:
+    """Cut short; what is compared differs, and the node says what loads its result."""
+    graph = made_small(comfy_server, workflow(root, f"api/{name}"), f"tiny-{name.split()[0]}")
+    for node in graph.values():
+        if node["class_type"] in TRAINERS:
+            node["inputs"]["learning_rate"] = 0.05  # so that two updates are seen
     finished = comfy_server.run(graph)
-    first, alone = (comfy_server.images(finished, node) for node in ("14", "17"))
-    assert len(first) == len(alone) == 4
-    assert all((a != b).mean() > 0.5 for a, b in zip(first, alone, strict=True))
+    drawn = [parts(picture, count) for picture in shown(comfy_server, finished)]
+    assert len(drawn) == 4
+    for one, other in itertools.combinations(range(count), 2):
+        assert any((picture[one] != picture[other]).mean() > 0.02 for picture in drawn)
+    told = [out["text"][0] for key, out in finished.outputs.items() if graph[key]["class_type"] in TRAINERS]
+    assert len(told) == 1 and words in told[0]
 
 
-def test_guidance_adapter_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """It trains the adapter and draws with it, with CFG and without guidance."""
-    graph = made_small(comfy_server, workflow(root, "api/guidance-adapter"), "tiny-guidance")
-    finished = comfy_server.run(graph)
-    assert all(len(comfy_server.images(finished, node)) == 4 for node in ("11", "14", "17"))
-    assert "load it with Apply Guidance Adapter" in finished.outputs["4"]["text"][0]
+@pytest.mark.parametrize("name", NAMES)
+def test_it_needs_no_file_that_the_pack_or_the_graph_does_not_bring(root: Path, name: str) -> None:
+    """And what was trained once is not trained again."""
+    for node in workflow(root, f"api/{name}").values():
+        files = {key: node["inputs"].get(key) for key in ("lora_name", "adapter", "control_name", "initial_lora")}
+        assert all(isinstance(v, list) or v in (None, "none", BUNDLED) for v in files.values()), files
+        assert node["inputs"].get("existing", "continue") == "continue"
 
 
-def test_control_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """It trains one step, then the control on it, and draws by a picture's edges."""
-    graph = made_small(comfy_server, workflow(root, "api/control"), "tiny-control")
-    finished = comfy_server.run(graph)
-    assert all(len(comfy_server.images(finished, node)) == 4 for node in ("20", "23"))
-    edges = comfy_server.images(finished, "16")[0]
-    assert set(edges.flatten().tolist()) == {0, 255} and 20 < int((edges[..., 0] > 0).sum()) < 500
-    assert "load it with Load Control Adapter" in finished.outputs["5"]["text"][0]
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compared_is_drawn_from_the_same_noise(root: Path, name: str) -> None:
+    seeds: dict[str, list[int]] = {}
+    for node in workflow(root, f"api/{name}").values():
+        if node["class_type"] in SAMPLERS:
+            told = node["inputs"]
+            seeds.setdefault(told["latent_image"][0], []).append(told.get("seed", told.get("noise_seed")))
+    assert all(len(set(found)) == 1 for found in seeds.values()), seeds
+    assert any(len(found) > 1 for found in seeds.values())
 
 
-def test_controls_second_run_is_of_its_firsts_generator(root: Path) -> None:
-    """No file is needed that the graph does not make, and what is trained once is not trained again."""
-    graph = workflow(root, "api/control")
-    assert graph["5"]["inputs"]["initial_lora"] == graph["7"]["inputs"]["lora_name"] == ["3", 3]
-    assert graph["6"]["inputs"]["control_name"] == ["5", 3]
-    assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
-    assert graph["4"]["inputs"]["control"] == graph["15"]["inputs"]["control"]
+def flat(graph: dict[str, Any]) -> dict[str, Any]:
+    """An API graph without subgraphs: the page reads no ids like 15:8 from a file."""
+    number = {key: str(at) for at, key in enumerate(graph, 1)}
 
+    def renamed(value: Any) -> Any:
+        return [number[value[0]], value[1]] if isinstance(value, list) else value
 
-def test_negative_adapter_runs_over_http(comfy_server: Any, root: Path) -> None:
-    """It trains one step, then the negative adapter beside it; two negatives and none draw three rows of one noise."""
-    graph = made_small(comfy_server, workflow(root, "api/negative-adapter"), "tiny-away")
-    graph["99"]["inputs"]["learning_rate"] = 0.05  # so that two updates are seen
-    finished = comfy_server.run(graph)
-    rows = [np.stack(comfy_server.images(finished, node)) for node in ("14", "17", "20")]
-    assert all(len(row) == 4 for row in rows)
-    assert all((a != b).mean() > 0.02 for a, b in itertools.combinations(rows, 2))
-    assert "load it with Apply Negative Adapter" in finished.outputs["5"]["text"][0]
-
-
-def test_negative_adapters_files_are_those_of_its_own_runs(root: Path) -> None:
-    """All three rows are of one student, two of one negative; what is trained once is not trained again."""
-    graph = workflow(root, "api/negative-adapter")
-    assert graph["5"]["inputs"]["initial_lora"] == graph["6"]["inputs"]["lora_name"] == ["3", 3]
-    assert graph["11"]["inputs"]["adapter"] == ["5", 3]
-    assert graph["10"]["inputs"]["negative"] == graph["11"]["inputs"]["negative"] == ["8", 0]
-    assert [graph[row]["inputs"]["model"] for row in ("12", "15", "18")] == [["6", 0], ["10", 0], ["11", 0]]
-    assert graph["10"]["inputs"]["model"] == graph["11"]["inputs"]["model"] == ["6", 0]
-    noises = [(graph[row]["inputs"]["seed"], graph[row]["inputs"]["latent_image"]) for row in ("12", "15", "18")]
-    assert noises[0] == noises[1] == noises[2]
-    assert graph["3"]["inputs"]["existing"] == graph["5"]["inputs"]["existing"] == "continue"
+    inputs = {key: {name: renamed(v) for name, v in node["inputs"].items()} for key, node in graph.items()}
+    return {number[key]: node | {"inputs": inputs[key]} for key, node in graph.items()}
 
 
 def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -186,17 +211,17 @@ def test_the_front_end_loads_both_and_shows_a_run(
             }
             for key, node in twin.items():
                 assert {i: made[key]["inputs"].get(i) for i in node["inputs"]} == node["inputs"], f"{name}: {key}"
-        page.load(made_small(comfy_server, workflow(root, "api/distil"), "in-the-browser", steps=5000))
+        page.load(flat(made_small(comfy_server, workflow(root, f"api/{DISTIL}"), "in-the-browser", steps=5000)))
         page.script(CENTRE)  # off the screen LiteGraph hides a node's widgets
         page.asynchronous(QUEUE)
         page.until(RUNNING, 120)
-        page.until("return (document.querySelector('polyline')?.getAttribute('points') || '').includes(' ')", 200)
+        page.until("return !!document.querySelector('.onestep-chart polyline')", 200)
         page.script("document.querySelector('.onestep-finish').click()")
         page.until(ENDED, 120)
         page.until("return document.querySelector('img.onestep-preview').naturalWidth > 0", 20)
         told = page.script(PANEL)
         page.screenshot(tmp_path / f"run-{vue}.png")
         assert told["idle"] and told["width"] > 100 and told["picture"] > 64, told
-        assert told["points"].startswith("0,"), "the curve begins at the untrained model"
+        assert told["points"].startswith("36,"), "the curve begins at the untrained model, on the left axis"
         assert "onestep/in-the-browser.safetensors" in told["status"]
         assert page.errors() == []

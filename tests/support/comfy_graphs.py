@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from small_runs import small
 
 SEED, PROMPT, NEGATIVE = 11, "a red dragon", "wall"
 TINY = ("tiny", "tiny-flow")
+ADAPTER_METHODS = ("agd", "nct", "sun")
+LORA, ADAPTER = 1, 0
+"""Which output of the LoRA trainer, and of the adapter trainer, is the file."""
 # Finer settings of a run of two updates: large steps, so that one update is seen.
-QUICK = {"learning_rate": 0.05, "warm_up": 0, "states": 1, "ema": 0.0, "watch_samples": 4}
+QUICK = {"learning_rate": 0.05, "warm_up": 0, "ema": 0.0, "watch_samples": 4}
 
 
 def loader(name: str) -> dict[str, Any]:
@@ -33,13 +37,18 @@ def ksampler(model: str, steps: int = 1, cfg: float = 1.0, **plugs: Any) -> dict
     return {"class_type": "KSampler", "inputs": {**widgets, "denoise": 1.0, "model": [model, 0], **plugs}}
 
 
-def distil(name: str, method: str, **changes: Any) -> dict[str, Any]:
-    """A run of two updates on the graph's model, with the settings of its node "settings"."""
-    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "settings": ["settings", 0]}
-    plan = {"method": method, "preset": "Fast", "steps": 2, "student_steps": "1", "rank": 4, "sizes": "32x32"}
-    more = {"teacher_steps": 2, "guidance": 3.0, "seed": 0, "name": name, "existing": "restart", "initial_lora": "none"}
-    told = {"prompts": f"{PROMPT}\na blue wall", "negative": "", **plan, **more, **plugs, **changes}
-    return {"class_type": "OneStepDistil", "inputs": told}
+def distil(name: str, method: str, own: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A run of two updates on the graph's model, with the method's own settings: LORA or ADAPTER is where its output
+    file is."""
+    plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2]}
+    plan = {"preset": "Fast", "steps": 2, "student_steps": "1", "rank": 4, "sizes": "32x32"}
+    more = {"teacher_steps": 2, "guidance": 3.0, "seed": 0, "name": name, "existing": "restart"}
+    told = {**small(method, **QUICK, **(own or {})), **plan, **more, **plugs, "prompts": f"{PROMPT}\na blue wall"}
+    told |= changes
+    if method not in ADAPTER_METHODS:
+        return {"class_type": "OneStepDistil", "inputs": told}
+    only = {name: value for name, value in told.items() if name not in ("preset", "student_steps", "rank")}
+    return {"class_type": "OneStepTrainAdapter", "inputs": only}
 
 
 def few_step(model: str, lora: str) -> dict[str, Any]:

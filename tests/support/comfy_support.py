@@ -231,7 +231,7 @@ def server_command(install: ComfyInstall, base: Path, port: int, flags: tuple[st
 @contextmanager
 def running_server(install: ComfyInstall, base: Path, *flags: str, seconds: float = 180) -> Iterator[ComfyServer]:
     """Start a server whose models, input, output, user and custom_nodes folders are private to `base`."""
-    for folder in ("models/checkpoints", "models/loras", "input", "output", "user", "temp"):
+    for folder in ("models/checkpoints", "models/loras", "models/onestep", "input", "output", "user", "temp"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     if not (base / "custom_nodes").exists():
         place_pack(base / "custom_nodes")

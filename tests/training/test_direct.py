@@ -18,7 +18,7 @@ from onestep.core.lora_file import load_lora
 from onestep.core.tensor_file import read_header, read_tensors
 from onestep.training.methods import regression
 
-CHANGES = {"method": "regression", "steps": 5, "ema": 0.5, "final_rate": 1.0, "warm_up": 1, "clip": 0.0}
+CHANGES = {"method": "regression", "steps": 5, "ema": 0.5, "final_rate": 1.0, "warm_up": 1, "max_grad_norm": 0.0}
 
 
 @pytest.fixture

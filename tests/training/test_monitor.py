@@ -62,7 +62,9 @@ def test_the_untrained_student_is_measured_once_in_a_run(tmp_path: Path) -> None
 def test_a_run_that_only_gets_worse_keeps_no_untrained_state(tmp_path: Path) -> None:
     """Its last two states stay, and it ends with a result of what it learnt."""
     host = SmallHost()
-    settings = small(method="regression", steps=6, learning_rate=1.0, warm_up=0, clip=0.0, watch_every=1, ema=0.0)
+    settings = small(
+        method="regression", steps=6, learning_rate=1.0, warm_up=0, max_grad_norm=0.0, watch_every=1, ema=0.0
+    )
     result = run(tmp_path / "run", settings, host=host)
     assert [line["no_gain"] for line in result.metrics] == list(range(7)), "it was to get worse at once"
     assert Run(tmp_path / "run").states() == [5, 6]

@@ -257,7 +257,7 @@ def test_the_step_size_rises_and_falls() -> None:
 
 def test_an_update_is_adams(tmp_path: Path) -> None:
     """AdamW (arXiv:1711.05101, Algorithm 2) on the clipped gradient, by hand, for two updates."""
-    settings = small(method="regression", steps=9, warm_up=1, final_rate=1.0, clip=0.5, weight_decay=0.1)
+    settings = small(method="regression", steps=9, warm_up=1, final_rate=1.0, max_grad_norm=0.5, weight_decay=0.1)
     with trainer(tmp_path, settings) as made:
         parameters = made.host.denoiser.roles.parameters("student")
         theta = [p.detach().double().numpy().copy() for p in parameters]

@@ -97,7 +97,7 @@ class Trainer:
         role, optimizer = turn.role, self.optimizers[turn.role]
         optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"] = rate, (turn.beta1, 0.99)
         parameters = [p for p in self.host.denoiser.roles.parameters(role) if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         if not all(map(math.isfinite, [norm, *numbers.values()])):
             self.bad[role], self.dropped = self.bad.get(role, 0) + 1, self.dropped + 1
         else:

@@ -1,153 +1,133 @@
-// The browser part: a live chart with preview and `Finish now` in Distil One-Step LoRA, and a line of text in the loaders.
+// The browser part: a panel in the trainers, a line of text in the loaders, errors in words.
 // DOM widgets alone: they show in LiteGraph and in Nodes 2.0.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { Panel, element } from "./panel.js";
 
-const DISTIL = "OneStepDistil";
-const TALKERS = ["OneStepLoadLoRA", "OneStepPromptList", DISTIL];
-const CURVES = [
-  { key: "distance", label: "distance to teacher", colour: "#4ea1ff" },
-  { key: "variety", label: "variety / teacher's", colour: "#ffb74e" },
-];
+const TRAINERS = ["OneStepDistil", "OneStepTrainAdapter"];
+const TALKERS = ["OneStepLoadLoRA", "OneStepPromptList", ...TRAINERS];
+const CANCELLED = "cancelled: what was learnt is saved; Run goes on from there";
 const panels = new Map(); // node -> panel
+let trained = new Set(); // panels that the graph under way has reached
 
-function element(tag, style = {}, properties = {}) {
-  const made = Object.assign(document.createElement(tag), properties);
-  Object.assign(made.style, style);
-  return made;
-}
-
-function svg(tag, attributes = {}) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
-
-function duration(seconds) {
-  if (!Number.isFinite(seconds)) return "?";
-  if (seconds < 90) return `${Math.round(seconds)} s`;
-  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
-  return `${(seconds / 3600).toFixed(1)} h`;
-}
-
-class Panel {
-  constructor() {
-    this.root = element("div", {
-      display: "flex", flexDirection: "column", gap: "4px", width: "100%", height: "100%", boxSizing: "border-box",
-      padding: "4px", fontSize: "11px", color: "var(--input-text, #ddd)", overflow: "hidden",
-    }, { className: "onestep-panel" });
-    this.status = element("div", { flex: "none" }, { className: "onestep-status", textContent: "not running" });
-    this.chart = svg("svg", { viewBox: "0 0 300 110", preserveAspectRatio: "none", class: "onestep-chart" });
-    Object.assign(this.chart.style, { flex: "none", width: "100%", height: "110px", background: "rgba(0,0,0,.25)" });
-    this.legend = element("div", { flex: "none", display: "flex", gap: "10px", flexWrap: "wrap" });
-    this.picture = element("img", { flex: "1 1 0", minHeight: "60px", width: "100%", objectFit: "contain", display: "none" },
-      { className: "onestep-preview", alt: "teacher above student" });
-    this.button = element("button", { flex: "none", padding: "3px", cursor: "pointer" },
-      { className: "onestep-finish", textContent: "Finish now", disabled: true, title: "End after the current step and keep the result" });
-    this.button.addEventListener("click", () => this.finish());
-    this.root.append(this.status, this.chart, this.legend, this.picture, this.button);
-    this.begin("");
-  }
-
-  begin(name) {
-    this.name = name;
-    this.points = Object.fromEntries(CURVES.map(({ key }) => [key, []]));
-    this.draw();
-  }
-
-  show(told) {
-    if (told.name !== this.name || told.update <= this.last) this.begin(told.name);
-    this.last = told.update;
-    this.total = told.total;
-    for (const { key } of CURVES) if (key in told.numbers) this.points[key].push([told.update, told.numbers[key]]);
-    const idle = told.numbers.no_gain > 0 ? `, no gain for ${told.numbers.no_gain} updates` : "";
-    this.status.textContent = `${told.phase}: ${told.update} of ${told.total}, ${duration(told.eta)} to go${idle}`;
-    if (told.notes.length) this.status.title = told.notes.join("\n");
-    if (told.preview) this.see(told.preview);
-    this.button.disabled = false;
-    this.draw();
-  }
-
-  see(file) {
-    this.picture.src = api.apiURL(`/view?${new URLSearchParams({ ...file, t: Date.now() })}`);
-    this.picture.style.display = "";
-  }
-
-  draw() {
-    this.chart.replaceChildren();
-    this.legend.replaceChildren();
-    for (const { key, label, colour } of CURVES) {
-      const points = this.points[key];
-      const last = points.length ? points[points.length - 1][1].toPrecision(3) : "-";
-      this.legend.append(element("span", { color: colour }, { textContent: `${label} ${last}` }));
-      if (!points.length) continue;
-      const high = Math.max(...points.map(([, value]) => value)) || 1;
-      const place = ([update, value]) => `${(300 * update) / this.total},${106 - (100 * value) / high}`;
-      const line = svg("polyline", { points: points.map(place).join(" "), fill: "none", stroke: colour,
-        "stroke-width": 2, "vector-effect": "non-scaling-stroke" });
-      this.chart.append(line);
-      for (const point of points.slice(-60)) {
-        const [cx, cy] = place(point).split(",");
-        this.chart.append(svg("circle", { cx, cy, r: 2, fill: colour }));
-      }
-    }
-  }
-
-  async finish() {
-    this.button.disabled = true;
-    const answer = await api.fetchApi("/onestep/finish", {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ name: this.name }),
-    });
-    this.status.textContent = answer.ok ? "finishing after this step ..." : "this run is over already";
-  }
-
-  end(word) {
-    if (this.button.disabled && !this.name) return;
-    this.button.disabled = true;
-    if (word) this.status.textContent = word;
-  }
-}
-
+// A node inside a subgraph is called "5:3": its own number is the last.
 function panelOf(id) {
-  // A node inside a subgraph is called "5:3": its own number is the last.
-  const own = String(id).split(":").pop();
-  for (const [node, panel] of panels) if (String(node.id) === own) return panel;
+  const path = String(id).split(":");
+  for (const [node, panel] of panels) {
+    const inside = node.graph !== undefined && node.graph !== (app.rootGraph ?? app.graph);
+    if (String(node.id) === path.at(-1) && inside === path.length > 1) return panel;
+  }
   return null;
 }
 
 function say(node, text) {
   let widget = node.widgets?.find((one) => one.name === "onestep_says");
   if (!widget) {
-    const box = element("div", { whiteSpace: "pre-wrap", fontSize: "11px", padding: "4px", overflow: "auto",
+    const box = element("div", { whiteSpace: "pre-wrap", fontSize: "12px", padding: "4px", overflow: "auto",
       color: "var(--input-text, #ddd)" }, { className: "onestep-says" });
     widget = node.addDOMWidget("onestep_says", "onestep_says", box, { serialize: false, getMinHeight: () => 60 });
   }
   widget.element.textContent = text;
 }
 
+// ComfyUI's own notice says that a node failed, and hides why two clicks away: the sentence is worth a notice.
+function notice(detail) {
+  const summary = app.graph?.getNodeById?.(detail.node_id)?.title || detail.node_type;
+  app.extensionManager?.toast?.add({ severity: "error", summary, detail: detail.exception_message.trim(), life: 30000 });
+}
+
+// The server refuses a graph as it is queued, before anything runs; the page has no event for that.
+function watchQueue() {
+  let round = 0;
+  api.addEventListener("promptQueued", () => round++);
+  api.addEventListener("promptQueueing", () => {
+    const mine = ++round;
+    const told = new Set();
+    const look = (left) => {
+      for (const [id, { class_type: type, errors }] of Object.entries(app.extensionManager?.lastNodeErrors ?? {}))
+        for (const sentence of type.startsWith("OneStep") ? sentences(errors) : [])
+          if (!told.has(id + sentence)) {
+            told.add(id + sentence);
+            notice({ node_id: id, node_type: type, exception_message: sentence });
+            panelOf(id)?.rest(sentence, true);
+          }
+      if (!told.size && mine === round && left) setTimeout(look, 200, left - 1);
+    };
+    setTimeout(look, 200, 150);
+  });
+}
+
+// One sentence, which ComfyUI repeats for each input that was looked at.
+function sentences(errors) {
+  const found = errors.filter(({ type }) => type === "custom_validation_failed").map(({ details }) => details);
+  return [...new Set(found.map((text) => text.replace(/^\w+ - /, "")))];
+}
+
+function listen() {
+  watchQueue();
+  api.addEventListener("execution_start", () => {
+    trained = new Set();
+    for (const panel of panels.values()) panel.wait("waiting for the nodes before it ...");
+  });
+  api.addEventListener("executing", ({ detail }) => {
+    const panel = panelOf(detail?.node ?? detail);
+    if (panel) trained.add(panel);
+    panel?.wait("starting ...");
+  });
+  api.addEventListener("onestep.progress", ({ detail }) => panelOf(detail.node)?.show(detail));
+  api.addEventListener("execution_error", ({ detail }) => {
+    if (String(detail.node_type).startsWith("OneStep")) notice(detail);
+    leave(panelOf(detail.node_id), detail.exception_message?.trim(), true);
+  });
+  api.addEventListener("execution_interrupted", ({ detail }) => leave(panelOf(detail.node_id), CANCELLED, false));
+  api.addEventListener("execution_success", () => leave(null, "", false));
+}
+
+// The graph has ended, at one panel's node with these words.
+function leave(stopped, words, failed) {
+  for (const panel of panels.values()) {
+    if (panel === stopped) panel.rest(words, failed);
+    else panel.rest(trained.has(panel) ? "" : "not running");
+  }
+}
+
+// Nodes 2.0 folds advanced widgets by itself; on the canvas of LiteGraph this button does.
+function fold(node) {
+  const button = node.addWidget("button", "all settings", null, () => show(!all));
+  Object.assign(button, { serialize: false });
+  Object.assign(button.options, { canvasOnly: true, serialize: false });
+  const linked = (widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+  let all;
+  const show = (wanted) => {
+    all = wanted;
+    button.label = all ? "fewer settings" : "all settings ...";
+    for (const widget of node.widgets) if (widget.options?.advanced) widget.hidden = !all && !linked(widget);
+    node.setSize?.([node.size[0], node.computeSize()[1]]);
+    app.canvas?.setDirty(true, true);
+  };
+  show(!!app.extensionManager?.setting?.get("Comfy.Node.AlwaysShowAdvancedWidgets"));
+}
+
+function addPanel(node) {
+  const panel = new Panel();
+  panels.set(node, panel);
+  const widget = node.addDOMWidget("onestep_watch", "onestep_watch", panel.root, { serialize: false, getMinHeight: () => 330 });
+  widget.serialize = false;
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    panels.delete(node);
+    return removed?.apply(this, arguments);
+  };
+  node.setSize?.([Math.max(node.size[0], 400), Math.max(node.size[1], node.computeSize?.()[1] ?? 0)]);
+}
+
 app.registerExtension({
   name: "OneStep",
-  setup() {
-    api.addEventListener("onestep.progress", ({ detail }) => panelOf(detail.node)?.show(detail));
-    const words = { execution_error: "failed", execution_interrupted: "cancelled: what was learnt is saved", execution_success: "" };
-    for (const [event, word] of Object.entries(words))
-      api.addEventListener(event, ({ detail }) => {
-        for (const [node, panel] of panels)
-          if (!word || String(detail.node_id).split(":").pop() === String(node.id)) panel.end(word);
-      });
-  },
+  setup: listen,
   nodeCreated(node) {
-    if (node.comfyClass !== DISTIL) return;
-    const panel = new Panel();
-    panels.set(node, panel);
-    const widget = node.addDOMWidget("onestep_watch", "onestep_watch", panel.root, { serialize: false, getMinHeight: () => 300 });
-    widget.serialize = false;
-    const removed = node.onRemoved;
-    node.onRemoved = function () {
-      panels.delete(node);
-      return removed?.apply(this, arguments);
-    };
-    node.setSize?.([Math.max(node.size[0], 380), Math.max(node.size[1], node.computeSize?.()[1] ?? 0)]);
+    if (!TRAINERS.includes(node.comfyClass)) return;
+    fold(node);
+    addPanel(node);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!TALKERS.includes(nodeData.name)) return;
@@ -156,7 +136,7 @@ app.registerExtension({
       const answer = before?.apply(this, arguments);
       const text = output?.text?.join?.("\n");
       const panel = panels.get(this);
-      if (text && panel) panel.end(text);
+      if (text && panel) panel.rest(text);
       else if (text) say(this, text);
       const picture = output?.onestep_preview?.[0];
       if (picture && panel) panel.see(picture);

@@ -19,7 +19,8 @@ from onestep.core.errors import OneStepError
 from onestep.core.families import bind_comfy
 from onestep.core.role_map import RoleMap
 from onestep.core.roles import Roles
-from onestep.nodes.control import LoadControlAdapter, names
+from onestep.nodes.control import KINDS, LoadControlAdapter
+from onestep.nodes.places import files_of
 from onestep.nodes.tiny_models.model import load_tiny
 
 UNET, FLOW, WORK = (Path(argument) for argument in sys.argv[1:])
@@ -75,7 +76,7 @@ with torch.inference_mode():
         with roles.installed(), roles.serving(RoleMap((("control", None),), call=call)):
             return draw(model, positive, negative, steps, cfg)
 
-    told["names"] = names()
+    told["names"] = files_of(*KINDS)
     for steps, cfg in ((1, 1.0), (2, 3.0)):
         plain = draw(model, positive, negative, steps, cfg)
         told[f"new {steps}"] = torch.equal(draw(model, *controlled("new.safetensors"), steps, cfg), plain)
