@@ -33,11 +33,14 @@ class Reporter:
         self.sent = 0.0
 
     def __call__(self, progress: Progress) -> Request:
+        if progress.phase != self.phase:
+            # ComfyUI's bar shows no value below the one before: each phase has a bar of its own
+            self.bar = comfy.utils.ProgressBar(max(progress.of, 1), node_id=self.node)
         self.bar.update_absolute(progress.done, max(progress.of, 1), self._picture(progress))
         news = progress.preview is not None or "distance" in progress.numbers or progress.phase != self.phase
-        telling = news or progress.update == progress.total
-        if telling or time.monotonic() - self.sent > 0.25:
-            self.sent, self.phase = time.monotonic(), progress.phase
+        self.phase = progress.phase
+        if news or progress.update == progress.total or time.monotonic() - self.sent > 0.25:
+            self.sent = time.monotonic()
             send(EVENT, self.told(progress))
         return self.asked.take()
 

@@ -82,6 +82,7 @@ KNOWN_FILES = {
     "pipelines": PYTHON | {".json", ".txt", ".safetensors"},
     "web": {".js", ".css", ".md"} | PICTURES,
     "workflows": {".json"} | PICTURES,
+    "subgraphs": {".json"},
     "locales": {".json"},
     "docs": {".md"} | PICTURES,
     "tests": PYTHON | TEXT | {".safetensors"},
