@@ -62,7 +62,7 @@ def checked_name(name: str) -> str:
 def _fault(part: str) -> str:
     """What keeps a part of a name from being a file's name on every system; nothing where it is one."""
     if not part.strip(" ."):
-        return "a part of it is empty"
+        return f"{part[:40]!r} is no name of a file or folder" if part else "a part of it is empty"
     if part[0] in " .-" or part[-1] in " .":
         return f"{part[:40]!r} begins with a space, dot or dash, or ends with a space or dot"
     strange = [c for c in part if c in FORBIDDEN or (unicodedata.category(c)[0] in "CZ" and c not in " " + JOINERS)]

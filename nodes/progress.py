@@ -42,7 +42,8 @@ class Reporter:
         if news or progress.update == progress.total or time.monotonic() - self.sent > 0.25:
             self.sent = time.monotonic()
             send(EVENT, self.told(progress))
-        return self.asked.take()
+        # before its first update a run does nothing that it is asked for: the buttons wait
+        return self.asked.take() if progress.update and progress.numbers else Request.NONE
 
     def _picture(self, progress: Progress) -> Any:
         """The preview for ComfyUI's own place under the node, where no panel shows it."""

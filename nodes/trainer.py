@@ -110,8 +110,11 @@ class TrainerNode(io.ComfyNode):  # type: ignore[misc]
     def validate_inputs(
         cls, name: Any = None, sizes: Any = None, prompts: Any = None, *, method: Any = None
     ) -> bool | str:
-        """At queue time: what no run could be made of. What comes from another node is None here, and so is method,
-        which ComfyUI gives to every function of a node that has such an input."""
+        """At queue time: what no run could be made of. What comes from another node is None here. method: ComfyUI gives
+        it to every function of a node that has such an input, empty here, and not at all where it is none of those on
+        offer."""
+        if method is None:
+            return f"no such method: choose one of {', '.join(METHODS)}"
         checks = ((run_folder, name), (size_list, sizes), (lambda text: check_prompts(lines(text)), prompts))
         try:
             for check, value in checks:

@@ -51,15 +51,29 @@ def plain(comfy_server: Any) -> Any:
     return finished
 
 
+def measured(finished: Any) -> list[dict[str, Any]]:
+    """What the run said with numbers: of its untrained student, and of its updates."""
+    return [data for data in finished.named("onestep.progress") if data["numbers"]]
+
+
+def test_what_comes_before_the_updates_is_told_too(plain: Any) -> None:
+    """Each phase by a word and how far it is, from the first event on; how long it takes is not known yet."""
+    told = plain.named("onestep.progress")
+    before = told[: told.index(measured(plain)[0])]
+    assert before and all(data["phase"] and 0 <= data["done"] <= data["of"] for data in before)
+    assert all(data["eta"] is None for data in before)
+    assert any("prompt" in data["phase"] for data in before), [data["phase"] for data in before]
+
+
 def test_a_run_learns_shows_itself_and_leaves_a_lora(plain: Any, comfy_server: Any) -> None:
     lora = lora_of(comfy_server, "plain")
     assert lora.family == "unet" and any(bool(b.any()) for _, b in lora.state.values())
     recipe = Recipe.from_json(lora.recipe)
     assert recipe.steps == 1 and recipe.sizes == ((32, 32),)
-    told = plain.named("onestep.progress")
-    assert [data["update"] for data in told][-1] == told[0]["total"] == 6  # 2 warm start, 1 critic, 3 of the method
+    told = measured(plain)
+    assert [data["update"] for data in told][-1] == told[-1]["total"] == 6  # 2 warm start, 1 critic, 3 of the method
     assert all(data["node"] == "distil" and data["name"] == "plain" for data in told)
-    assert told[0]["eta"] is None and all(data["eta"] >= 0 for data in told[1:])
+    assert all(data["eta"] is None or data["eta"] >= 0 for data in told)
     # the chart begins at the untrained model and ends with the run, as the pictures do
     assert told[0]["update"] == 0 and all({"distance", "variety"} <= set(told[at]["numbers"]) for at in (0, -1))
     pictures = [data["preview"] for data in told if data["preview"]]
@@ -90,7 +104,7 @@ def test_a_second_queue_does_what_existing_says(plain: Any, comfy_server: Any) -
     other = comfy_server.run(graph("plain", seed=1))
     assert other.status == "error" and "seed" in other.error and "restart" in other.error
     anew = comfy_server.run(graph("plain", existing="restart"))
-    assert anew.status == "success" and anew.named("onestep.progress")[-1]["total"] == 6
+    assert anew.status == "success" and measured(anew)[-1]["total"] == 6
     after = lora_of(comfy_server, "plain").state
     assert all(torch.equal(x, y) for name in before for x, y in zip(before[name], after[name], strict=True))
 
@@ -109,29 +123,39 @@ def test_cancel_keeps_what_is_learnt_and_the_run_goes_on(comfy_server: Any) -> N
     assert cut.named("execution_interrupted"), cut.status
     run = run_of(comfy_server, "cut")
     at = run.states()[-1]
-    assert 3 <= at < uncut.named("onestep.progress")[0]["total"]
+    assert 3 <= at < measured(uncut)[-1]["total"]
     partial = load_lora(run.folder / "partial.safetensors")
     assert partial.state.keys() == lora_of(comfy_server, "uncut").state.keys()
     shown = comfy_server.run(graph("cut", steps=steps))
     assert shown.status == "success", shown.error
-    assert shown.named("onestep.progress")[0]["update"] == at + 1
+    assert measured(shown)[0]["update"] == at + 1
     assert not (run.folder / "partial.safetensors").exists()
     whole, resumed = lora_of(comfy_server, "uncut").state, lora_of(comfy_server, "cut").state
     assert all(torch.equal(x, y) for name in whole for x, y in zip(whole[name], resumed[name], strict=True))
 
 
-def test_finish_now_ends_after_the_step_and_returns(comfy_server: Any) -> None:
-    def finish(name: str, data: dict[str, Any], prompt_id: str) -> None:
-        if name == "onestep.progress" and data["update"] >= 2 and not asked:
-            asked.append(data["update"])
-            assert comfy_server.post("/onestep/finish", {"name": "early"}) == {"asked": True}
+def test_the_buttons_do_what_they_say_and_a_finished_run_stays_finished(comfy_server: Any) -> None:
+    asked: dict[str, int] = {}
 
-    asked: list[int] = []
+    def press(name: str, data: dict[str, Any], prompt_id: str) -> None:
+        if name == "onestep.progress":
+            for word, update in (("sample", 2), ("save", 2), ("finish", 5)):
+                if data["update"] >= update and word not in asked:
+                    asked[word] = data["update"]
+                    assert comfy_server.post(f"/onestep/{word}", {"name": "early"}) == {"asked": True}
 
-    finished = comfy_server.run(graph("early", steps=500), on_event=finish)
+    rare = {"preview_every": 1000, "save_every": 1000, "watch_every": 1000}
+    finished = comfy_server.run(graph("early", finer=rare, steps=500), on_event=press)
     assert finished.status == "success", finished.error
     assert "finished early" in finished.outputs["distil"]["text"][0]
+    drawn = [data["update"] for data in finished.named("onestep.progress") if data["preview"]]
+    assert any(asked["sample"] <= update <= asked["finish"] for update in drawn), (asked, drawn)
     assert lora_of(comfy_server, "early").state
+    updates = len(run_of(comfy_server, "early").metrics())
+    again = comfy_server.run(graph("early", finer=rare, steps=500))
+    assert again.status == "success" and len(run_of(comfy_server, "early").metrics()) == updates
+    more = comfy_server.run(graph("early", finer=rare, steps=10, rank=2))
+    assert more.status == "success" and len(run_of(comfy_server, "early").metrics()) > updates
     for body in ({"name": "early"}, {"name": "../early"}, {"name": ["early"]}):
         with pytest.raises(GraphRefused, match="404"):
             comfy_server.post("/onestep/finish", body)
@@ -185,8 +209,9 @@ def test_bad_input_is_refused_and_nothing_written(comfy_server: Any, changes: An
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "../escape"}, "begins with a"),
-        ({"name": "people/../../escape"}, "begins with a"),
+        ({"name": "../escape"}, "no name of a file"),
+        ({"name": "people/../../escape"}, "no name of a file"),
+        ({"name": ".hidden"}, "begins with a"),
         ({"name": "nul"}, "Windows"),
         ({"name": "people/COM\u00b9.old"}, "Windows"),
         ({"name": "a:b"}, "':'"),
@@ -215,7 +240,9 @@ def test_a_name_may_be_of_any_script_and_in_a_subfolder(comfy_server: Any, name:
     assert lora_of(comfy_server, name).state and run_of(comfy_server, name).states()
 
 
-@pytest.mark.parametrize("changes", [{"rank": 0}, {"method": "magic"}, {"initial_lora": "../../secret.safetensors"}])
+@pytest.mark.parametrize(
+    "changes", [{"rank": 513}, {"rank": -2}, {"method": "magic"}, {"initial_lora": "../../secret.safetensors"}]
+)
 def test_what_no_widget_offers_is_refused_by_the_server(comfy_server: Any, changes: Any) -> None:
     with pytest.raises(GraphRefused):
         comfy_server.run(graph("bad", **changes))

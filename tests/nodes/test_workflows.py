@@ -68,6 +68,20 @@ def test_templates_are_listed_with_a_thumbnail(comfy_server: Any, pack: Path, ro
     assert thumbnail.read_bytes()[:2] == b"\xff\xd8" and thumbnail.stat().st_size < 200_000
 
 
+def test_blueprints_are_served(comfy_server: Any, pack: Path, root: Path) -> None:
+    """Each is one node whose subgraph is made of nodes that this ComfyUI has."""
+    ours = {
+        i: e for i, e in comfy_server.get("/global_subgraphs").items() if e["info"]["node_pack"].endswith(pack.name)
+    }
+    assert {entry["name"] for entry in ours.values()} == {path.stem for path in (root / "subgraphs").glob("*.json")}
+    known = comfy_server.get("/object_info")
+    for key in ours:
+        told = json.loads(comfy_server.get(f"/global_subgraphs/{key}")["data"])
+        (inside,) = told["definitions"]["subgraphs"]
+        assert [node["type"] for node in told["nodes"]] == [inside["id"]]
+        assert {node["type"] for node in inside["nodes"]} <= set(known)
+
+
 @pytest.fixture(scope="module")
 def distilled(comfy_server: Any, root: Path) -> Any:
     """The first workflow over HTTP, cut short."""
@@ -105,7 +119,7 @@ def test_sample_draws_with_the_lora_that_comes_with_the_pack(comfy_server: Any, 
     halves = [parts(picture, 2) for picture in shown(comfy_server, comfy_server.run(graph))]
     near = sum(abs(one - teacher).mean() for one, teacher in halves)
     (loader,) = [n for n in graph.values() if n["class_type"] == "OneStepLoadLoRA"]
-    loader["inputs"] |= {"lora_name": "none (the model is few-step itself)", "recipe": "sd-turbo"}
+    loader["inputs"] |= {"lora_name": "none (the model is few-step itself)", "recipe": "sd-turbo-1"}
     bare = [parts(picture, 2) for picture in shown(comfy_server, comfy_server.run(graph))]
     assert near < 0.8 * sum(abs(one - teacher).mean() for one, teacher in bare)
 
