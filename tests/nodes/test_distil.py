@@ -241,7 +241,7 @@ def test_a_name_may_be_of_any_script_and_in_a_subfolder(comfy_server: Any, name:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": 513}, {"rank": -2}, {"method": "magic"}, {"initial_lora": "../../secret.safetensors"}]
+    "changes", [{"rank": 513}, {"rank": -2}, {"method": "magic"}, {"initial_lora": "../secret.safetensors"}]
 )
 def test_what_no_widget_offers_is_refused_by_the_server(comfy_server: Any, changes: Any) -> None:
     with pytest.raises(GraphRefused):
