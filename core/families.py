@@ -182,10 +182,17 @@ def _weighted(network: nn.Module) -> Iterator[str]:
         yield from [path] if path and (own or is_adaptable(module)) else own
 
 
+# What an IP-Adapter puts beside diffusers' own layers: its projection, and processors with weights.
+IP_ADAPTER = re.compile(
+    r"^encoder_hid_proj\.image_projection_layers\.|^image_proj(\.|$)|\.processor\.(to_[kv]_ip|norm_)"
+)
+
+
 def _refuse_unknown(name: str, network: nn.Module, known: Iterable[str]) -> None:
     """Every weight is either in the table or known as not adapted: a network with others is another architecture."""
     family, known = FAMILIES[name], set(known)
-    strange = [path for path in _weighted(network) if path not in known and family.reason(path) is None]
+    unknown = (path for path in _weighted(network) if path not in known and not IP_ADAPTER.search(path))
+    strange = [path for path in unknown if family.reason(path) is None]
     if strange:
         raise OneStepError(
             f"{len(strange)} layers of this {type(network).__name__} are not part of {family.title}, "

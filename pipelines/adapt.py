@@ -22,7 +22,7 @@ from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
 from .kinds import FLUX, SD, SD3, SDXL
-from .networks import NETWORKS, Extras, blocks_of, port_of, prediction_of, refuse_variant, schedule_of
+from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import on_device, place
 from .steer_attention import is_steered
 from .text import encode, encoders_of
@@ -42,6 +42,8 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     prepare(pipe, network)
     device = torch.device(device or network.device)
     warn_of_float32(network, device)
+    if has_ip_adapter(network):
+        raise OneStepError("this pipeline has an IP-Adapter, which is not trained with: call unload_ip_adapter() first")
     roles = Roles(select(bind_diffusers(network), targets), port_of(network))
     host = DiffusersHost(pipe, denoiser_of(pipe, roles), device)
     roles.install()
@@ -265,7 +267,7 @@ def hash_of(modules: Sequence[nn.Module]) -> str:
 
 
 def _shift_factor(vae: Any) -> float:
-    """Zero where the configuration has none, as AutoencoderTiny's."""
+    """Zero where the configuration has none, as AsymmetricAutoencoderKL's."""
     return float(vae.config.get("shift_factor") or 0.0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from .adapt import DiffusersHost, network_of
 from .kinds import FLUX
+from .networks import has_ip_adapter
 from .quiet import quiet
 
 with quiet():  # importing it asks for torchvision on the console
@@ -50,12 +51,6 @@ class IPAdapters(IPAdapterMixin):
             raise OneStepError(f"{name} was called, and no IP-Adapter is loaded: call load_ip_adapter first")
         with quiet():
             return self.plain()
-
-
-def has_ip_adapter(network: Any) -> bool:
-    """Whether the network reads image embeddings."""
-    image = getattr(network, "encoder_hid_proj", None) or getattr(network, "image_proj", None)
-    return image is not None
 
 
 def image_rows(

@@ -112,6 +112,14 @@ class FluxNetwork:
 NETWORKS: dict[str, Any] = {"unet": UNetNetwork, "sd3": SD3Network, "flux": FluxNetwork}
 
 
+def has_ip_adapter(network: Any) -> bool:
+    """Whether the network reads image embeddings."""
+    if getattr(network, "image_proj", None) is not None:
+        return True
+    # other U-Nets project their text there
+    return getattr(network.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+
 def port_of(network: Any) -> Port | None:
     """Where a UNet2DConditionModel takes a ControlNet's residuals; None for other networks."""
 
