@@ -188,7 +188,7 @@ def test_the_wheel_holds_what_is_shipped_and_asks_for_no_front_end(wheel):
         names = {name for name in archive.namelist() if name.startswith("onestep/")}
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         header = email.message_from_bytes(archive.read(metadata))
-    folders = ["cli", "core", "kernels", "nodes", "pipelines", "subgraphs", "training", "web", "workflows"]
+    folders = ["cli", "core", "kernels", "locales", "nodes", "pipelines", "subgraphs", "training", "web", "workflows"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     shipped = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
     assert {name.removeprefix("onestep/") for name in names} == shipped | {"__init__.py", "py.typed"}

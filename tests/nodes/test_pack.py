@@ -50,6 +50,12 @@ def test_every_node_is_there_with_tooltips_and_a_help_page(comfy_server: Any, ro
         assert (root / "web" / "docs" / f"{name}.md").is_file(), f"{name} has no help page"
 
 
+def test_every_title_has_a_chinese_one(comfy_server: Any) -> None:
+    told = comfy_server.get("/i18n")["zh"]["nodeDefs"]
+    assert {name for name in told if name.startswith("OneStep")} == IDS
+    assert all(told[name]["display_name"] for name in IDS)
+
+
 def inputs_of(server: Any, node: str) -> dict[str, Any]:
     told = server.get(f"/object_info/{node}")[node]["input"]
     return {**told.get("required", {}), **told.get("optional", {})}
