@@ -98,6 +98,7 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "layers": len(file.state),
         "ranks": ranks,
         "unused": len(file.unused),
+        "left_out": file.left_out,
         "recipe": None if recipe is None else json.loads(recipe.to_json()),
         "comfyui": None if recipe is None else in_comfyui(recipe),
         "diffusers": None if recipe is None else in_diffusers(recipe, path),
@@ -141,7 +142,7 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
 def told(facts: dict[str, Any]) -> str:
     """The same for a person."""
     ranks = ", ".join(map(str, facts["ranks"]))
-    unused = f"; {facts['unused']} keys of text encoders are left alone" if facts["unused"] else ""
+    unused = f"; {facts['left_out']}" if facts["left_out"] else ""
     lines = [
         f"{facts['path']}: a LoRA for {facts['model']}",
         f"  {facts['layers']} layers, rank {ranks}, {facts['bytes'] / 2**20:.1f} MiB{unused}",

@@ -33,6 +33,7 @@ def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
     targets = list(host.denoiser.roles.targets.values())
     loaded = load_lora(file, [target.name for target in targets], host.family)
+    loaded.say_left_out(file)
     chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)
     if chosen.family != host.family:
         raise OneStepError(

@@ -6,9 +6,8 @@ of these keys; of peft's names for U-Nets ComfyUI loses the attention. May impor
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,25 @@ from torch import Tensor
 from .adapter_file import refuse_adapter
 from .errors import OneStepError
 from .families import FAMILIES
-from .lora_keys import KEY, TEXT_ENCODER, KeyMap, Place, alpha_key_of, family_of_keys, key_of, refuse_kinds
+from .lora_keys import (
+    GUESTS,
+    TEXT_ENCODER,
+    KeyMap,
+    Place,
+    alpha_key_of,
+    family_of_keys,
+    key_of,
+    parse,
+    refuse_adapters,
+    refuse_families,
+    refuse_kinds,
+)
+from .lora_scales import PeftScales, alpha_of
 from .targets import Target
 from .tensor_file import Entry, digest, read_header, read_tensors, write_tensors
 
 MAX_RANK = 4096
-MAX_BYTES = 16 * 2**30
+MAX_BYTES = 4 * 2**30
 
 State = dict[str, tuple[Tensor, Tensor]]
 
@@ -44,7 +56,7 @@ class LoraFile:
     """state: (A, B) by canonical target name, float32, alpha == rank; A [r, in, ...], B [out, r, ...].
 
     recipe: the JSON text under onestep.recipe, or None. metadata: all other strings of the header.
-    unused: keys that are no part of the denoiser (text encoders).
+    unused: keys that are no part of the denoiser: text encoders, and the embeddings of trigger words.
     """
 
     state: State
@@ -52,6 +64,19 @@ class LoraFile:
     recipe: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """What of the file does not act, in words; "" where all of it does."""
+        texts = sum(TEXT_ENCODER.match(key) is not None for key in self.unused)
+        kinds = {"of text encoders": texts, "of embeddings and marks": len(self.unused) - texts}
+        told = " and ".join(f"{count} keys {kind}" for kind, count in kinds.items() if count)
+        return f"{told} are left out: the denoiser's layers alone act" if told else ""
+
+    def say_left_out(self, path: str | os.PathLike[str]) -> None:
+        """Warn of what does not act, where the file is put to use."""
+        if self.left_out:
+            logging.warning("OneStep: %s: %s", Path(path).name[:80], self.left_out)
 
 
 def save_lora(
@@ -69,9 +94,9 @@ def save_lora(
     _check_state(state)
     rank = max(len(a) for a, _ in state.values())
     tensors: dict[str, Tensor] = {}
-    for name, (a, b) in state.items():
+    for name, (a, b) in of_one_rank(state).items():
         down, up = key_of(family, name)
-        tensors[down], tensors[up] = _filled(a, 0, rank), _filled(b, 1, rank)
+        tensors[down], tensors[up] = a, b
         alpha = alpha_key_of(family, name)
         if alpha is not None:
             tensors[alpha] = torch.tensor(float(rank))
@@ -91,9 +116,11 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     names = None if names is None else set(names)
     header = read_header(path)
     refuse_adapter(path, header.metadata)
-    refuse_kinds(header.tensors)
-    unused = tuple(sorted(key for key in header.tensors if TEXT_ENCODER.match(key)))
+    unused = {key for key in header.tensors if TEXT_ENCODER.match(key) or GUESTS.match(key)}
     keys = [key for key in header.tensors if key not in unused]
+    refuse_kinds(keys)
+    refuse_adapters(keys)
+    refuse_families(keys)
     family = _family(path, keys, header.metadata, family)
     _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)
@@ -101,7 +128,13 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     _refuse_foreign(state, names, family)
     metadata = dict(header.metadata)
     recipe = metadata.pop("onestep.recipe", None)
-    return LoraFile(state, family, recipe, metadata, unused)
+    return LoraFile(state, family, recipe, metadata, tuple(sorted(unused)))
+
+
+def of_one_rank(state: Mapping[str, tuple[Tensor, Tensor]]) -> State:
+    """The same products in float32 on the CPU, all of the largest rank: filled up with zeros."""
+    rank = max(len(a) for a, _ in state.values())
+    return {name: (_filled(a, 0, rank), _filled(b, 1, rank)) for name, (a, b) in state.items()}
 
 
 def fit(state: Mapping[str, tuple[Tensor, Tensor]], targets: Sequence[Target]) -> State:
@@ -147,11 +180,12 @@ def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str
 def _check_entries(path: Any, entries: Mapping[str, Entry]) -> None:
     """Before anything large is read: a checkpoint in a LoRA's place is found by its names alone."""
     for key in entries:
-        _parse(key)
+        parse(key)
     total = sum(entry.stop - entry.start for entry in entries.values())
     if total > MAX_BYTES:
         raise OneStepError(
-            f"{Path(path).name[:80]} holds {total / 2**30:.0f} GiB, too much for a LoRA: choose another."
+            f"{Path(path).name[:80]} holds {total / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:.0f}: "
+            "too much for a LoRA, choose another."
         )
 
 
@@ -159,9 +193,9 @@ def _assemble(tensors: Mapping[str, Tensor], keys: KeyMap, metadata: Mapping[str
     """Pair up A, B and alpha of each layer, fold alpha, take fused layers apart."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        path, part = _parse(key)
+        path, part = parse(key)
         layers.setdefault(path, {})[part] = tensor
-    scales = _PeftScales(metadata)
+    scales = PeftScales(metadata)
     state: State = {}
     for path, parts in sorted(layers.items()):
         place = keys.find(path)
@@ -174,25 +208,22 @@ def _assemble(tensors: Mapping[str, Tensor], keys: KeyMap, metadata: Mapping[str
     return state
 
 
-def _parse(key: str) -> tuple[str, str]:
-    found = KEY.fullmatch(key)
-    if found is None:
-        raise OneStepError(f"The file holds {key[:120]!r}, which is no part of a LoRA: choose a LoRA's file.")
-    return found["path"], next(part for part in ("a", "b", "alpha") if found[part])
-
-
-def _factors(path: str, parts: Mapping[str, Tensor], scales: _PeftScales) -> tuple[Tensor, Tensor]:
+def _factors(path: str, parts: Mapping[str, Tensor], scales: PeftScales) -> tuple[Tensor, Tensor]:
     """A and B in float32 with alpha / rank folded into B: untouched where alpha is the rank."""
     if "a" not in parts or "b" not in parts:
         raise OneStepError(f"The LoRA lacks one of the two factors of {path[:120]!r}: download or export it again.")
-    a, b = parts["a"].float(), parts["b"].float()
-    if a.ndim not in (2, 4) or b.ndim not in (2, 4) or b.shape[1] != len(a) or not 1 <= len(a) <= MAX_RANK:
+    a, b = parts["a"], parts["b"]
+    if not a.is_floating_point() or not b.is_floating_point():
+        raise OneStepError(f"The LoRA's factors of {path[:120]!r} are whole numbers (quantised): use the plain LoRA.")
+    a, b = a.float(), b.float()
+    right = a.ndim in (2, 4) and b.ndim in (2, 4) and b.shape[1] == len(a) and 1 <= len(a) <= MAX_RANK
+    if not right or not a.numel() or not b.numel():
         raise OneStepError(
             f"The LoRA's factors of {path[:120]!r} have shapes {list(a.shape)} and {list(b.shape)}, "
             f"which are no A and B of one rank up to {MAX_RANK}: choose another LoRA."
         )
     b = b.reshape(*b.shape[:2], *(1 for _ in a.shape[2:])) if b.shape[2:].numel() == 1 else b
-    scale = float(parts["alpha"].flatten()[0]) / len(a) if "alpha" in parts else scales.of(path, len(a))
+    scale = alpha_of(parts["alpha"], path) / len(a) if "alpha" in parts else scales.of(path, len(a))
     return a, b if scale == 1.0 else (b.double() * scale).float()
 
 
@@ -204,28 +235,6 @@ def _apart(place: Place, a: Tensor, b: Tensor) -> State:
     b = b if permutation is None else b[permutation]
     slices = place.row.slices(a.shape[1], len(b))
     return {name: (a.clone(), b[rows or slice(None)].clone()) for name, rows in zip(place.names, slices, strict=True)}
-
-
-class _PeftScales:
-    """alpha / rank as diffusers reads it from peft's settings in the header; 1 where there are none."""
-
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            told = {}
-        # The keys are "transformer.r", "unet.lora_alpha" ...; those of text encoders do not concern us.
-        told = told if isinstance(told, dict) else {}
-        pattern = re.compile(r"(?:unet|transformer)\.(\w+)")
-        self._told = {found[1]: value for key, value in told.items() if (found := pattern.fullmatch(key))}
-
-    def of(self, path: str, rank: int) -> float:
-        patterns = self._told.get("alpha_pattern") or {}
-        alphas = [value for name, value in patterns.items() if path.endswith("." + name)]
-        alpha = alphas[0] if alphas else self._told.get("lora_alpha")
-        if not isinstance(alpha, int | float):
-            return 1.0
-        return float(alpha / rank**0.5 if self._told.get("use_rslora") else alpha / rank)
 
 
 # Checks and header

@@ -11,8 +11,10 @@ from .families import FAMILIES
 from .families_table import Row
 
 # What is behind the path of the layer, in the dialects that exist.
-DOWN = r"\.lora_down\.weight|\.lora_A(?:\.default)?(?:\.weight)?|[._]lora(?:_linear_layer)?\.down\.weight"
-UP = r"\.lora_up\.weight|\.lora_B(?:\.default)?(?:\.weight)?|[._]lora(?:_linear_layer)?\.up\.weight"
+# peft's own state has the adapter's name behind lora_A.
+PEFT = r"\.lora_{0}(?:\.(?!weight$)(?P<name_{0}>[^.]+))?(?:\.weight)?"
+DOWN = rf"\.lora_down\.weight|{PEFT.format('A')}|[._]lora(?:_linear_layer)?\.down\.weight"
+UP = rf"\.lora_up\.weight|{PEFT.format('B')}|[._]lora(?:_linear_layer)?\.up\.weight"
 KEY = re.compile(rf"(?P<path>.+?)(?:(?P<a>{DOWN})|(?P<b>{UP})|(?P<alpha>\.alpha))")
 
 # Other kinds of adapters, by what gives them away in a key.
@@ -24,11 +26,32 @@ REFUSED = {
     r"\.lora_mid\.": "LoCon with a Tucker core",
     r"\.[ab][12]\.weight$": "GLoRA",
     r"\.on_input$": "IA3",
-    r"\.lora_B(\.default)?\.bias$|\.lora_bias": "LoRA with biases",
+    r"\.lora_[AB](\.[^.]+)?\.bias$|\.lora_bias": "LoRA with biases",
+    r"(double|single)_blocks\.\d+\.processor\.\w+_lora\d?\.(down|up)\.": "LoRA of Flux in XLabs' own names",
+    r"\blllite_|^lora_controlnet$|control_model\.": "control adapter",
     r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$|\.reshape_weight$": "adapter with full weight differences",
 }
 
-TEXT_ENCODER = re.compile(r"lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.")
+TEXT_ENCODER = re.compile(
+    r"lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
+    r"conditioner\.embedders\.|(base_model\.model\.)?text_model\."
+)
+# Not of the denoiser's LoRA either, and legal beside it: the trigger words' embeddings (bundles of kohya's and
+# OneTrainer's) and the marks of a v-predicting base.
+GUESTS = re.compile(r"bundle_emb\.|emb_params$|(v_pred|ztsnr)$")
+
+# Other families' blocks, by what gives them away in a key.
+FOREIGN = {
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
+    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
+    r"(noise|context)_refiner[._]|(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": "Z-Image or Lumina 2",
+    r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
+    r"distilled_guidance_layer": "Chroma",
+    r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",
+    r"double_stream_blocks[._]\d": "HiDream",
+    r"joint_transformer_blocks[._]\d": "AuraFlow",
+    r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",
+}
 
 PREFIXES = (
     "diffusion_model.",
@@ -105,6 +128,37 @@ def refuse_kinds(keys: Iterable[str]) -> None:
         kind = next((kind for pattern, kind in REFUSED.items() if re.search(pattern, key)), None)
         if kind is not None:
             raise OneStepError(f"This file holds a {kind} ({key[:120]!r}), which cannot be read: use a plain LoRA.")
+
+
+def parse(key: str) -> tuple[str, str]:
+    """The path of the layer and the part, "a", "b" or "alpha". Raises OneStepError for a key that is none."""
+    found = KEY.fullmatch(key)
+    if found is not None:
+        return found["path"], next(part for part in ("a", "b", "alpha") if found[part])
+    if re.search(r"(^|[._])lora|\.(down|up)\.weight$", key):
+        raise OneStepError(
+            f"The file holds {key[:120]!r}, a LoRA in names that are not known here: export it in the names of kohya, "
+            "peft, diffusers or ComfyUI."
+        )
+    raise OneStepError(f"The file holds {key[:120]!r}, which is no part of a LoRA: choose a LoRA's file.")
+
+
+def refuse_adapters(keys: Iterable[str]) -> None:
+    """Raise for peft's keys of several adapters, which are one file's but not one LoRA."""
+    parsed = [found for key in keys if (found := KEY.fullmatch(key)) is not None]
+    names = sorted({found["name_A"] or found["name_B"] or "" for found in parsed if found["alpha"] is None})
+    if len(names) > 1:
+        told = ", ".join(repr(name[:40]) for name in names[:5])
+        raise OneStepError(f"This file holds {len(names)} adapters ({told}): save the one that is wanted alone.")
+
+
+def refuse_families(keys: Iterable[str]) -> None:
+    """Raise for the LoRAs of known families that are not served."""
+    for key in keys:
+        family = next((family for pattern, family in FOREIGN.items() if re.search(pattern, key)), None)
+        if family is not None:
+            served = ", ".join(spec.title for spec in FAMILIES.values())
+            raise OneStepError(f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {served}.")
 
 
 def _kohya(name: str) -> str:

@@ -128,9 +128,11 @@ def _bytes(tensor: Tensor) -> bytes:
 def _tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
     entry = header.tensors[name]
     file.seek(header.data_start + entry.start)
-    buffer = bytearray(file.read(entry.stop - entry.start))
+    buffer = bytearray(entry.stop - entry.start)
     if not buffer:
         return torch.empty(entry.shape, dtype=entry.dtype)
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise OneStepError(f"{name[:60]!r} could not be read to its end: the file was cut off meanwhile. Try again.")
     return torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
 
 
@@ -147,6 +149,8 @@ def _header(path: Path, file: BinaryIO) -> Header:
         content = _parsed(file.read(length))
     except (ValueError, RecursionError):
         _refuse(path, "its header is not valid JSON")
+    except _TooMany:
+        _refuse(path, f"it promises more than {MAX_TENSORS} tensors")
     if not isinstance(content, dict):
         _refuse(path, "its header is not a table of tensors")
     metadata = _metadata(path, content.pop("__metadata__", {}))
@@ -156,7 +160,7 @@ def _header(path: Path, file: BinaryIO) -> Header:
 
 
 def _parsed(raw: bytes) -> Any:
-    content = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    content = json.loads(raw.decode(), object_pairs_hook=_Unique(), parse_constant=_no_constant)
     if b"\\u" in raw:
         # Half a surrogate pair is legal JSON, but no text: it could neither be printed nor written again.
         json.dumps(content, ensure_ascii=False).encode()
@@ -183,8 +187,6 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], size: int) -> None:
     """The tensors lie behind each other without gaps, from the header to the file's end."""
-    if len(entries) > MAX_TENSORS:
-        _refuse(path, f"it promises {len(entries)} tensors, more than {MAX_TENSORS}")
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != at:
@@ -199,10 +201,24 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
+class _TooMany(Exception):
+    """The header promises more tensors than are read."""
+
+
+class _Unique:
+    """Makes the tables of a header: each key once, and no more tables than MAX_TENSORS and the two about them."""
+
+    def __init__(self) -> None:
+        self.tables = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.tables += 1
+        if self.tables > MAX_TENSORS + 2:
+            raise _TooMany
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return table
 
 
 def _no_constant(name: str) -> NoReturn:

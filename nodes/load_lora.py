@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_sampling as sampling
-import comfy.utils
 import folder_paths
+from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.latest import io, ui
 
 from ..core.adapter_file import refuse_adapter
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
 from ..core.ksampler import core_nodes
-from ..core.lora_file import fit, load_lora
+from ..core.lora_file import State, fit, load_lora
 from ..core.presets import PRESETS
 from ..core.recipe import Recipe
 from ..core.schedule import NoiseSchedule
+from ..core.targets import Target
 from ..core.tensor_file import read_header
 from .denoiser import schedule_of
 from .places import LORAS, stamp
@@ -88,9 +87,10 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             raise OneStepError(
                 f"the recipe is for {found.family!r} models, this MODEL is {family!r}: choose the base it was made for"
             )
-        patched = merged(model, path, family, found.lora_scale) if path else model.clone()
+        patched, left_out = merged(model, path, family, found.lora_scale) if path else (model.clone(), "")
         patched = with_prediction(patched, found)
         said = how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
+        said += f"\nOf {lora_name[-80:]}, {left_out}." if left_out else ""
         return io.NodeOutput(patched, found, said, ui=ui.PreviewText(said))
 
 
@@ -105,28 +105,37 @@ def recipe_of(path: Path | None, name: str) -> Recipe:
     return Recipe.from_json(told)
 
 
-def merged(model: Any, path: Path, family: str, strength: float) -> Any:
-    """A clone of ``model`` with the file's patches, as LoraLoader adds them. OneStepError where they do not fit."""
-    metadata = read_header(path).metadata
-    if "onestep.recipe" in metadata:  # ours are checked to the last shape; others only by ComfyUI
-        targets = bind_comfy(family, model.model.diffusion_model, model.model.model_config.unet_config)
-        fit(load_lora(path, [target.name for target in targets], family).state, targets)
-    file = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path), safe_load=True))
-    patches = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+def merged(model: Any, path: Path, family: str, strength: float) -> tuple[Any, str]:
+    """A clone of ``model`` with every layer of the file as a patch of its own rows, and in words what of the file is
+    left out. OneStepError where a layer has no place in this model."""
+    targets = bind_comfy(family, model.model.diffusion_model, model.model.model_config.unet_config)
+    file = load_lora(path, [target.name for target in targets], family)
+    patches = patches_of(model.model, targets, fit(file.state, targets))
     clone = model.clone()
-    taken = clone.add_patches(patches, strength)
-    if not taken:
-        raise OneStepError(
-            f"none of the layers in {path.name[:80]} are in this model: choose the base that the LoRA was made for"
-        )
+    taken = set(clone.add_patches(patches, strength))
     if len(taken) < len(patches):
-        logging.warning(
-            "OneStep: %d of the %d layers in %s are not in this model",
-            len(patches) - len(taken),
-            len(patches),
-            path.name,
+        lost = sorted(key if isinstance(key, str) else key[0] for key in patches.keys() - taken)
+        raise OneStepError(
+            f"{len(lost)} of the {len(patches)} layers in {path.name[:80]} have no weight in this MODEL: "
+            f"{', '.join(lost[:3])}. Load it into the base itself, before other nodes change it"
         )
-    return clone
+    file.say_left_out(path)
+    return clone, file.left_out
+
+
+def patches_of(model: Any, targets: Sequence[Target], state: State) -> dict[Any, Any]:
+    """What `ModelPatcher.add_patches` takes: B A of each target, exact, for its rows of the host's weight."""
+    keys = {module: f"diffusion_model.{name}.weight" for name, module in model.diffusion_model.named_modules()}
+    patches: dict[Any, Any] = {}
+    for target in targets:
+        if target.name in state:
+            a, b = state[target.name]
+            start, stop = target.row_range
+            key = keys[target.module]
+            place = key if target.rows is None else (key, (0, start, stop - start))
+            # no alpha: it is folded into B
+            patches[place] = LoRAAdapter(set(), (target.host_order(b), a, None, None, None, None))
+    return patches
 
 
 def with_prediction(model: Any, recipe: Recipe) -> Any:

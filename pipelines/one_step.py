@@ -37,10 +37,11 @@ from .kinds import kept_settings, own_parts, passed_on, pipeline_of
 from .networks import Extras
 from .noise import Generator as Generator
 from .noise import Noise
-from .one_step_lora import check_family, load_lora_into
+from .one_step_lora import check_family, keep_on, load_lora_into
 from .pictures import finished
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
+from .saved import merged_in_writing
 from .steps import Callback, Called, Steps, StepState
 from .switches import Switches
 from .text import PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
@@ -116,6 +117,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         self._optional_components = list(absent)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._lora: str | None = None
         self._control: ControlAdapter | None = None
         self._guidance: tuple[Any, float] | None = None
 
@@ -172,6 +174,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         return_dict: bool = True,
     ) -> Any:
         """Pictures of ``prompt``, or of its embeddings; the class' own text says what each argument is."""
+        keep_on(network_of(self), self._lora)
         chosen, embedded = self.begin(recipe, guidance_scale, num_inference_steps)
         positive = PromptInput("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts, each = positive.count, num_images_per_prompt
@@ -218,11 +221,14 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     def load_one_step_lora(
         self, path: str | Path, recipe: Recipe | str | None = None, adapter_name: str = "onestep"
     ) -> Recipe:
-        """Load a LoRA by the family's own `load_lora_weights` and draw by its recipe, which is returned.
+        """Load a LoRA and draw by its recipe, which is returned: all layers of the file act, or OneStepError is raised.
 
+        It acts beside the LoRAs that are active, and replaces the one-step LoRA that was loaded before it. What the
+        file holds for text encoders is left out, with a warning.
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
-        found, embedded = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name)
+        found, embedded = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, self._lora)
+        self._lora = adapter_name
         self.register_to_config(recipe=found.to_json(), embedded_guidance=embedded)
         return found
 
@@ -237,7 +243,14 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
 
     def unload_lora_weights(self) -> None:
         """Take all LoRAs off again."""
+        self._lora = None
         self.plain().unload_lora_weights()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does. The LoRAs that act on the denoiser are merged into the weights that are written, not
+        into those in use; OneStepError where a text encoder has one."""
+        with merged_in_writing(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def diffusers_settings(self, recipe: Recipe | str | None = None) -> DiffusersSettings:
         """What the family's own pipeline needs to draw the same; print its ``script()``."""

@@ -1,49 +1,166 @@
-"""A few-step LoRA's file on a pipeline of diffusers."""
+"""A few-step LoRA's file on a pipeline of diffusers: read once, by our reader, and handed over as it was read."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..core.errors import OneStepError
-from ..core.families import detect
-from ..core.lora_file import load_lora
+from ..core.families import FAMILIES, bind_diffusers, detect
+from ..core.lora_file import State, fit, load_lora, of_one_rank
 from ..core.presets import PRESETS, recipe_of
 from ..core.recipe import Recipe
-from .adapt import network_of, target_names
-from .quiet import quiet
+from ..core.targets import Target, is_adaptable
+from .adapt import network_of
+from .check import compare
+from .quiet import attempt
+
+INSIDE = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
+"""Of a module's path: what peft has put into a layer that it adapts."""
 
 
 def load_lora_into(
-    pipe: Any, path: Path, recipe: Recipe | str | None, adapter_name: str
+    pipe: Any, path: Path, recipe: Recipe | str | None, adapter_name: str, former: str | None = None
 ) -> tuple[Recipe, float | None]:
-    """Load a file into a family's own pipeline; its recipe, and the embedded guidance that it was trained at."""
+    """Load a file into a family's own pipeline; its recipe, and the embedded guidance that it was trained at.
+
+    Every layer of the file acts at its own alpha / rank, or OneStepError is raised. What was active stays so;
+    ``former`` and an adapter of the same name are taken off. Text encoders' keys are left out, with a warning.
+    """
     network = network_of(pipe)
-    names = [name.replace(".base_layer", "") for name in target_names(network)]
-    file = load_lora(path, names, detect(network))
+    family, targets = detect(network), base_targets(network)
+    file = load_lora(path, [target.name for target in targets], family)
     if recipe is None and file.recipe is None:
         raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
     found = recipe_of(recipe if recipe is not None else file.recipe)
     check_family(found, network)
-    with quiet():
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
-    for module in network.modules():
-        if adapter_name in getattr(module, "lora_A", {}):
-            module.set_scale(adapter_name, found.lora_scale)
-    return found, _trained_at(file.metadata)
-
-
-def _trained_at(metadata: Mapping[str, str]) -> float | None:
-    """The guidance in the settings of our own file's run; None for others' files."""
+    state = fit(file.state, targets)
+    embedded = _trained_at(file.metadata)
+    take_off(pipe, {adapter_name, former} - {None})
+    active = _active(network)
+    attempt(path, lambda: pipe.load_lora_weights(_in_pefts_names(state, family), adapter_name=adapter_name))
     try:
-        return float(json.loads(metadata.get("onestep.settings", "{}"))["guidance"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        compare(*_as_loaded(state, network, adapter_name), path.name)
+    except OneStepError:
+        take_off(pipe, {adapter_name})
+        raise
+    finally:
+        _activate(network, active, adapter_name)
+    for layer in adapted(network, adapter_name).values():
+        layer.set_scale(adapter_name, found.lora_scale)
+    file.say_left_out(path)
+    return found, embedded
+
+
+def base_targets(network: Any) -> list[Target]:
+    """The network's targets, also where peft has attached LoRAs to some of its layers."""
+    if not any(hasattr(module, "base_layer") for module in network.modules()):
+        return bind_diffusers(network)
+    family = FAMILIES[detect(network)]
+    own = {path: module for path, module in network.named_modules() if not INSIDE.search(path)}
+    layers: dict[str, nn.Module] = {path: getattr(module, "base_layer", module) for path, module in own.items()}
+    layers = {path: module for path, module in layers.items() if is_adaptable(module)}
+    known = family.canonical_names(family.layout_of_canonical(layers))
+    return [Target(path, module) for path, module in layers.items() if path in known]
+
+
+def adapted(network: Any, adapter_name: str) -> dict[str, Any]:
+    """The layers, by their path, that a LoRA of this name is on."""
+    return {path: layer for path, layer in network.named_modules() if adapter_name in getattr(layer, "lora_A", {})}
+
+
+def take_off(pipe: Any, names: set[Any]) -> None:
+    """Drop the LoRAs of these names, wherever they are on."""
+    network = network_of(pipe)
+    for name in names:
+        if adapted(network, name):
+            pipe.delete_adapters(name)
+
+
+def keep_on(network: Any, adapter_name: str | None) -> None:
+    """The LoRA of this name acts beside what is active: a LoRA that is loaded after it switches it off."""
+    layers = {} if adapter_name is None else adapted(network, adapter_name)
+    silent = [layer for layer in layers.values() if layer.disable_adapters or adapter_name not in layer.active_adapters]
+    if silent and adapter_name is not None:
+        _activate(network, _active(network), adapter_name)
+        logging.warning(
+            "OneStep: the one-step LoRA %r was switched off when another was loaded: it is on again beside it; "
+            "unload_lora_weights() takes both off",
+            adapter_name,
+        )
 
 
 def check_family(recipe: Recipe, network: Any) -> None:
     family = detect(network)
     if recipe.family != family:
         raise OneStepError(f"the recipe is for the family {recipe.family!r}, this model is {family!r}: choose another")
+
+
+def _in_pefts_names(state: State, family: str) -> dict[str, Tensor]:
+    """What diffusers reads without converting anything; one rank, as its older versions take one alpha for all."""
+    part = "unet" if family == "unet" else "transformer"
+    filled = of_one_rank(state)
+    return {
+        f"{part}.{name}.lora_{letter}.weight": factor
+        for name, factors in filled.items()
+        for letter, factor in zip("AB", factors, strict=True)
+    }
+
+
+def _as_loaded(state: State, network: Any, adapter_name: str) -> tuple[State, State]:
+    """(A, B) as they were read, in the dtype that the network holds them in, and (A, scale B) as they lie there."""
+    ours, theirs, filled = {}, {}, of_one_rank(state)
+    for path, layer in adapted(network, adapter_name).items():
+        a, b = (getattr(layer, part)[adapter_name].weight.detach() for part in ("lora_A", "lora_B"))
+        theirs[path] = a.cpu().float(), b.cpu().float() * layer.scaling[adapter_name]
+        if path in filled:
+            ours[path] = filled[path][0].to(a.dtype).float(), filled[path][1].to(b.dtype).float()
+    return {**filled, **ours}, theirs
+
+
+def _active(network: Any) -> dict[str, list[str]]:
+    """The LoRAs that act, by layer."""
+    layers = {path: layer for path, layer in network.named_modules() if hasattr(layer, "active_adapters")}
+    return {
+        path: [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.scaling]
+        for path, layer in layers.items()
+        if hasattr(layer, "scaling")
+    }
+
+
+def _activate(network: Any, active: Mapping[str, list[str]], adapter_name: str) -> None:
+    """Let act, in each layer, what acted before and this one, at the scales that they have."""
+    for path, layer in network.named_modules():
+        if hasattr(layer, "scaling") and hasattr(layer, "set_adapter"):
+            own = [adapter_name] if adapter_name in layer.scaling else []
+            names = [name for name in active.get(path, []) if name in layer.scaling and name != adapter_name]
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+            layer.set_adapter([*names, *own])
+            for part in (layer.lora_A, layer.lora_B):
+                part.requires_grad_(False)  # set_adapter readies what it lets act for training
+
+
+def _trained_at(metadata: Mapping[str, str]) -> float | None:
+    """The guidance in the settings of our own file's run; None for others' files."""
+    try:
+        told = json.loads(metadata.get("onestep.settings", "{}"))
+        guidance = told.get("guidance") if isinstance(told, dict) else None
+    except (ValueError, RecursionError):
+        guidance = math.nan
+    if guidance is None:
+        return None
+    plain = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    if not plain or not 0 <= guidance <= 100:
+        raise OneStepError(
+            f"the file's settings (onestep.settings) name the guidance {guidance!r:.40}, which is no number from 0 to "
+            "100: the file is damaged, download or export it again"
+        )
+    return float(guidance)

@@ -27,7 +27,7 @@ from .engine.turns import Numbers
 from .host import Host
 from .methods import METHODS
 from .runs.config import config_of, header_of
-from .runs.run import STOP, Run, opened
+from .runs.run import STOP, NotSaved, Run, leave, opened
 from .runs.state import restore, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
@@ -248,11 +248,10 @@ class _Session:
 
     def _leave(self, error: BaseException) -> None:
         """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
-        if isinstance(error, OneStepError) and not isinstance(error, Stopped):
+        if isinstance(error, OneStepError) and not isinstance(error, Stopped | NotSaved):
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
-            self._save()
-            self._write("partial.safetensors", self.monitor.shown)
+            leave(error, self._save, lambda: self._write("partial.safetensors", self.monitor.shown))
 
     # -- the file -----------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ def initial_state(host: Host, settings: Settings) -> State | None:
         return None
     targets = list(host.denoiser.roles.targets.values())
     file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
+    file.say_left_out(settings.initial_lora)
     state = fit(file.state, targets)
     largest = max(len(a) for a, _ in state.values())
     if largest > settings.rank:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,10 @@ KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
 Changes = dict[str, tuple[Any, Any]]
 """(there, now) of settings, by name."""
+
+
+class NotSaved(OneStepError):
+    """A state could not be written; the message says what is intact."""
 
 
 class Run:
@@ -78,9 +82,11 @@ class Run:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
             write_bytes(final / "complete", b"")
-        except OSError as error:
-            raise OneStepError(
-                f"state {update} could not be saved in {self.folder}: {error.strerror}. The last state is intact"
+        except (OSError, OneStepError) as error:
+            why = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+            raise NotSaved(
+                f"state {update} could not be saved in {self.folder}: {why}. The last state is intact: once there is "
+                "room, continue the run"
             ) from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -130,6 +136,19 @@ class Run:
         """Drop the metrics of updates that the state after ``update`` does not know."""
         kept = [line for line in self.metrics() if line["update"] <= update]
         write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def leave(error: BaseException, save: Callable[[], None], write: Callable[[], Any]) -> None:
+    """``save`` the state, if it is not that which failed with ``error``, and ``write`` what was learnt in any case.
+    Raises what went wrong first, and nothing in place of an ``error`` that is a NotSaved already."""
+    failed: OneStepError | None = None
+    for attempt in [write] if isinstance(error, NotSaved) else [save, write]:
+        try:
+            attempt()
+        except OneStepError as found:
+            failed = failed or found
+    if failed is not None and not isinstance(error, NotSaved):
+        raise failed
 
 
 @contextmanager
