@@ -342,6 +342,26 @@ def test_a_full_disk_is_said_and_the_last_state_is_intact(
     assert ours == theirs
 
 
+def test_a_state_without_room_leaves_the_last_and_what_was_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder = os.replace, tmp_path / "run"
+
+    def refuse(there: Any, here: Any) -> None:
+        if Path(here).name == "state.safetensors" and (folder / "state-2").is_dir():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(there, here)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OneStepError, match="The last state is intact"):
+        run(folder)
+    assert newest(folder).name == "state-2" and (newest(folder) / "complete").is_file()
+    assert set(load_lora(folder / "partial.safetensors").state) == set(NAMES.values())
+    monkeypatch.undo()
+    run(folder, existing="continue")
+    assert (folder / "result.safetensors").is_file() and not (folder / "partial.safetensors").exists()
+
+
 def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.open
 
