@@ -8,7 +8,8 @@ dark, or the group that the student mistakes the prompt's for most often. rate: 
 sees that word. agreement: share in which it sees the prompt's group. FD-local: to real pictures. Limits are one-sided
 95% bounds over pairs, on the side that could disprove a claim. CFG takes two forwards, all others one. SUN, the trained
 counterpart, needs its adapter: --sun adapter.safetensors. --blend draws NAG and Perp at other alphas, --weights and
---keep are Perp's, --layers steers fewer layers. --floor N adds what the teacher makes of the negative in N guided
+--keep are Perp's, --layers steers fewer layers, --padded and --prompts-pooled take the negative's text otherwise than
+its mode's authors. --floor N adds what the teacher makes of the negative in N guided
 steps, beside its own pictures without one.
 """
 
@@ -18,7 +19,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -51,36 +52,44 @@ SCALES = {
 SUBJECTS = ("colour", "brightness", "group")
 ROLE = "student"
 BATCH = 64
-ALPHA = Steering().alpha
 W = 3.0
 """The teacher's guidance."""
 
 
 @dataclass(frozen=True)
 class How:
-    """One setting. mode: "" is the plain student. alpha: NAG's and Perp's blend. steps: the teacher's."""
+    """One setting. mode: "" is the plain student. alpha, tau: NAG's and Perp's, None is the family's. steps: the
+    teacher's. padded: None is as the mode's authors have it. pooled: whether the negative's own pooled text is used."""
 
     mode: str = ""
     scale: float = 0.0
-    alpha: float = ALPHA
+    alpha: float | None = None
     steps: int = 0
     layers: str = "all"
     weight: float = Steering.weight
     keep: float = Steering.keep
-    tau: float = Steering.tau
+    tau: float | None = None
+    padded: bool | None = None
+    pooled: bool = True
 
     @property
     def steering(self) -> Steering:
-        own = {"layers": self.layers, "tau": self.tau, "weight": self.weight, "keep": self.keep}
-        return Steering(self.mode, self.scale, alpha=self.alpha, **own)  # type: ignore[arg-type]
+        own = {"layers": self.layers, "weight": self.weight, "keep": self.keep}
+        return Steering(self.mode, self.scale, self.tau, self.alpha, **own)  # type: ignore[arg-type]
+
+    @property
+    def takes_padding(self) -> bool:
+        usual = self.mode not in MODES or self.steering.wants_padding
+        return usual if self.padded is None else self.padded
 
     @property
     def name(self) -> str:
-        blend = "" if self.alpha == ALPHA else f" alpha {self.alpha:g}"
-        where = "" if self.layers == "all" else f" {self.layers}"
-        own = f" weight {self.weight:g} keep {self.keep:g}" if self.mode == "perp" else ""
-        own += "" if self.tau == Steering.tau else f" tau {self.tau:g}"
-        return f"{self.mode} {self.scale:g}{own}{blend}{where}" if self.mode else "plain"
+        own = [f"weight {self.weight:g} keep {self.keep:g}"] if self.mode == "perp" else []
+        own += [f"{name} {getattr(self, name):g}" for name in ("tau", "alpha") if getattr(self, name) is not None]
+        own += [] if self.layers == "all" else [self.layers]
+        own += [] if self.padded is None else ["padded" if self.padded else "unpadded"]
+        own += [] if self.pooled else ["the prompt's pooled text"]
+        return " ".join([f"{self.mode} {self.scale:g}", *own]) if self.mode else "plain"
 
 
 @dataclass
@@ -92,24 +101,24 @@ class World:
     judge: Any
     real: Tensor
 
-    def told(self, texts: list[str]) -> Cond:
+    def told(self, texts: list[str], padded: bool = True) -> Cond:
         """The conditions of ``texts``, each encoded once."""
         once = sorted(set(texts))
         place = {text: index for index, text in enumerate(once)}
-        return self.host.encode(once, native_size(self.host))[torch.tensor([place[text] for text in texts])]
+        return self.host.encode(once, native_size(self.host), padded)[torch.tensor([place[text] for text in texts])]
 
     @torch.no_grad()
     def draw(self, texts: list[str], negatives: list[str], how: How, stream: str) -> Tensor:
         """Pictures [N, 3, H, W] of ``texts``, each under its negative."""
-        cond, null = self.told(texts), self.told(negatives)
+        cond, null = self.told(texts), self.told(negatives, how.takes_padding)
         shape = self.host.latent_shape(native_size(self.host))
         noise = randomness.normal(shape, 0, stream, 0, range(len(texts)))
         part = self._walked if how.mode == "teacher" else self._part
         return torch.cat([part(cond[rows], null[rows], noise[rows], how) for rows in slices(len(texts))])
 
     @cached_property
-    def empty(self) -> Tensor:
-        return self.told([""]).text
+    def empty(self) -> Cond:
+        return self.told([""])
 
     def _walked(self, cond: Cond, null: Cond, noise: Tensor, how: How) -> Tensor:
         """The teacher's, by classifier-free guidance with the negative as its null, in ``how.steps`` steps."""
@@ -122,7 +131,8 @@ class World:
         denoise, recipe = self.host.denoiser, self.student.recipe
         sigma = recipe.levels(denoise.schedule)[:1].expand(len(noise))
         x = initial_latents(denoise.schedule, noise, sigma, recipe.initial_noise_scale)
-        on = steered(self.host.pipe, null.text, how.steering, empty=self.empty) if mode in MODES else None
+        away = replace(null, pooled=null.pooled if how.pooled else None)
+        on = steered(self.host.pipe, away, how.steering, empty=self.empty) if mode in MODES else None
         told = {"negative": null, "scale": scale} if mode == "sun" else {}
         with denoise.roles.use(ROLE, train=False, **told), on or nullcontext():
             x0 = denoise(x, sigma, cond)
@@ -182,8 +192,12 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--modes", nargs="+", choices=list(SCALES), help="all by default; sun where there is --sun")
     parser.add_argument("--scales", nargs="+", type=float, help="instead of each mode's own")
-    parser.add_argument("--blend", nargs="+", type=float, default=[ALPHA], help="alphas of NAG and Perp")
-    parser.add_argument("--tau", type=float, default=Steering.tau, help="of NAG and Perp")
+    parser.add_argument("--blend", nargs="+", type=float, default=[None], help="alphas of NAG and Perp")
+    parser.add_argument("--tau", type=float, help="of NAG and Perp")
+    parser.add_argument(
+        "--padded", choices=("yes", "no"), help="the negative; by default as the mode's authors have it"
+    )
+    parser.add_argument("--prompts-pooled", action="store_true", help="SD3, Flux: the prompt's pooled text for all")
     parser.add_argument("--weights", nargs="+", type=float, default=[Steering.weight], help="of Perp's negative")
     parser.add_argument("--keep", nargs="+", type=float, default=[Steering.keep], help="Perp's care for the prompt")
     parser.add_argument("--layers", default="all", choices=LAYERS, help="which are steered")
@@ -246,12 +260,13 @@ def settings(args: argparse.Namespace) -> Iterator[How]:
     """What is asked for: each mode at its scales, or at --scales; NAG and Perp at each --blend, Perp at each of its
     own."""
     for mode in args.modes:
-        blends = args.blend if mode in ("nag", "perp") else [ALPHA]
+        blends = args.blend if mode in ("nag", "perp") else [None]
         weights, keep = (args.weights, args.keep) if mode == "perp" else ([Steering.weight], [Steering.keep])
-        layers, tau = args.layers if mode in MODES else "all", args.tau if mode in ("nag", "perp") else Steering.tau
+        layers, tau = args.layers if mode in MODES else "all", args.tau if mode in ("nag", "perp") else None
+        text = {"padded": {"yes": True, "no": False}.get(args.padded), "pooled": not args.prompts_pooled}
         for alpha, weight, kept in product(blends, weights, keep):
             for scale in args.scales or SCALES[mode]:
-                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept, tau=tau)
+                yield How(mode, scale, alpha, layers=layers, weight=weight, keep=kept, tau=tau, **text)
 
 
 def others_of(world: World, subject: str, words: Tensor) -> list[str]:
