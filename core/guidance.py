@@ -9,7 +9,7 @@ in the negative text, Z0 what they find in the empty one; all act before the att
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,15 +20,50 @@ from .errors import OneStepError
 
 MODES = ("nasa", "nag", "vsf", "perp")
 LAYERS = ("all", "decoder")
-SAFE = {
-    "unet": {"nasa": 0.25, "nag": 5.0, "vsf": 1.0, "perp": 10.0},
-    "sd3": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5, "perp": 10.0},
-    "flux": {"nasa": 0.25, "nag": 5.0, "vsf": 3.5, "perp": 10.0},
-    "wan": {"nasa": 0.25, "nag": 5.0, "vsf": 1.7, "perp": 10.0},
+
+
+class Numbers(NamedTuple):
+    """What a mode is steered by; each number's meaning is in `Steering`."""
+
+    scale: float
+    tau: float = 2.5
+    alpha: float = 0.25
+    order: float = 1
+    offset: float = 0.1
+
+
+DEFAULTS = {
+    "unet": {
+        "nasa": Numbers(0.25),
+        "nag": Numbers(3.0, alpha=0.5),
+        "vsf": Numbers(1.0),
+        "perp": Numbers(10.0),
+    },
+    "sd3": {
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0, alpha=0.125),
+        "vsf": Numbers(3.5),
+        "perp": Numbers(10.0),
+    },
+    "flux": {
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0, order=2),
+        "vsf": Numbers(3.5, offset=0.0),
+        "perp": Numbers(10.0),
+    },
+    "wan": {
+        "nasa": Numbers(0.25),
+        "nag": Numbers(11.0, tau=3.5, alpha=0.5),
+        "vsf": Numbers(1.7, offset=0.2),
+        "perp": Numbers(10.0),
+    },
 }
-"""By family and mode, a scale that is safe to begin with: NAG's and VSF's are their authors' own (VSF has no U-Net of
-theirs: it takes the tokens' share of attention), NASA's lies inside what its authors call safe for one step, Perp's is
-measured (benchmarks/results/negative-tiny.md)."""
+"""By family and mode, what a Steering without numbers of its own is steered by.
+
+NAG: its authors' pipelines and workflows for few-step SDXL, SD3.5-turbo, Flux and Wan. VSF: its authors' examples, who
+have no U-Net; there it takes the tokens' share of attention. NASA: inside what its authors call safe for one step.
+Perp: measured (benchmarks/results/negative-tiny.md).
+"""
 NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}
 """The scale at which a mode changes nothing, and below which it would steer towards the negative. VSF has none: at 0
 the negative still takes its share of attention."""
@@ -95,20 +130,20 @@ class Streams(NamedTuple):
 class Steering:
     """How a negative text pushes away.
 
-    mode: "nasa", "nag", "vsf" or "perp". scale: NASA's a (0 = off), NAG's and Perp's s (1 = off), VSF's s; the default
-    is NASA's, `SAFE` has every mode's in every family. tau, alpha, order: NAG's and Perp's limit of the norm, blend and
-    the norm's order. offset: what VSF takes from the negative's scores. layers: "all", or "decoder", which leaves a
-    U-Net's encoder as it is: pictures keep their quality better, a word is kept away a little less
-    (benchmarks/results/negative-tiny.md). weight, keep: of Perp's negative, beside the prompt's 1, and how far it
-    spares what it shares with the prompt. OneStepError for a value out of range.
+    mode: "nasa", "nag", "vsf" or "perp". scale: NASA's a (0 = off), NAG's and Perp's s (1 = off), VSF's s. tau, alpha,
+    order: NAG's and Perp's limit of the norm, blend and the norm's order. offset: what VSF takes from the negative's
+    scores. None: the family's own, in `DEFAULTS`. layers: "all", or "decoder", which leaves a U-Net's encoder as it is:
+    pictures keep their quality better, a word is kept away a little less (benchmarks/results/negative-tiny.md). weight,
+    keep: of Perp's negative, beside the prompt's 1, and how far it spares what it shares with the prompt. OneStepError
+    for a value out of range.
     """
 
     mode: str = "nasa"
-    scale: float = SAFE["unet"]["nasa"]
-    tau: float = 2.5
-    alpha: float = 0.25
-    order: float = 1
-    offset: float = 0.1
+    scale: float | None = None
+    tau: float | None = None
+    alpha: float | None = None
+    order: float | None = None
+    offset: float | None = None
     layers: str = "all"
     weight: float = 1.5
     keep: float = 2.0
@@ -120,17 +155,26 @@ class Steering:
             raise OneStepError(f"steering's layers are {self.layers!r:.40}: choose one of {', '.join(LAYERS)}")
         for name, low, high, wanted in LIMITS:
             value = getattr(self, name)
+            if value is None and name in Numbers._fields:
+                continue
             least = NEUTRAL.get(self.mode, low) if name == "scale" else low
             if not (isinstance(value, int | float) and math.isfinite(value) and least <= value <= high):
                 found = f"steering's {name} is {value!r:.40}"
                 raise OneStepError(f"{found}: with {self.mode} it must lie in {least:g} to {high:g}. {wanted}")
 
-    def check_family(self, family: str) -> None:
-        """Raises OneStepError where a network of this family has no such layers."""
+    def of_family(self, family: str) -> Steering:
+        """With every number: this one's own, else the family's. OneStepError where it has no such layers."""
         if self.layers != "all" and family != "unet":
             raise OneStepError(
                 f"steering's layers are {self.layers!r}, which only U-Nets have, and this is {family}: set layers=all"
             )
+        usual = DEFAULTS[family][self.mode]._asdict()
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+    @property
+    def numbers(self) -> Numbers:
+        """Of a steering whose numbers are all there, as `of_family` returns it."""
+        return Numbers(*(getattr(self, name) for name in Numbers._fields))
 
     @property
     def neutral(self) -> bool:
@@ -141,6 +185,18 @@ class Steering:
     def wants_empty(self) -> bool:
         """Whether the empty text's tokens must follow the negative's."""
         return self.mode == "perp"
+
+    @property
+    def wants_padding(self) -> bool:
+        """Whether the negative is padded as the prompt is. VSF's authors encode it without padding, each token of which
+        would take its share of attention with its sign flipped."""
+        return self.mode != "vsf"
+
+    @property
+    def wants_pooled(self) -> bool:
+        """Whether a text's stream in SD3 and Flux is modulated by its own pooled text, as NAG's authors have it in
+        ComfyUI and for Flux, or by the prompt's, as VSF's have it."""
+        return self.mode != "vsf"
 
     def cross(
         self,
@@ -159,8 +215,8 @@ class Steering:
         if self.mode != "vsf":
             away = (attention(q, k, v) for k, v in texts(negative, empty))
             return self.apart(attention(q, k, v) if found is None else found, *away)
-        plain = partial_attention(q, k, v)
-        steered = vsf(plain, partial_attention(q, *negative), self.scale, self.offset)
+        plain, numbers = partial_attention(q, k, v), self.numbers
+        steered = vsf(plain, partial_attention(q, *negative), numbers.scale, numbers.offset)
         # what is found beyond plain attention stays
         return steered if found is None else steered + (found - plain.out)
 
@@ -181,7 +237,7 @@ class Steering:
         to_away, own_away = zip(*(_found(q, k, v, [image, k.shape[2]]) for q, k, v in away), strict=True)
         plain = to_image.joined(to_positive)
         if self.mode == "vsf":
-            steered = vsf(plain, to_away[0], self.scale, self.offset)
+            steered = vsf(plain, to_away[0], self.numbers.scale, self.numbers.offset)
         else:
             steered = self.apart(plain.out, *(merge(to_image, found) for found in to_away))
         if rows is not None:
@@ -191,23 +247,23 @@ class Steering:
 
     def apart(self, positive: Tensor, negative: Tensor, empty: Tensor | None = None) -> Tensor:
         """NASA, NAG or Perp of Z+, Z- and, for Perp, Z0: [B, H, N, D] each."""
+        scale, tau, alpha, order, _ = self.numbers
         if self.mode == "nasa":
-            return nasa(positive, negative, self.scale)
+            return nasa(positive, negative, scale)
         if self.mode == "nag":
-            return nag(positive, negative, self.scale, self.tau, self.alpha, self.order)
+            return nag(positive, negative, scale, tau, alpha, order)
         assert empty is not None  # hosts see to it, by wants_empty
-        limits = self.tau, self.alpha, self.order
-        return perp(positive, negative, empty, self.scale, self.weight, self.keep, *limits)
+        return perp(positive, negative, empty, scale, self.weight, self.keep, tau, alpha, order)
 
 
 LIMITS = (
     ("scale", 0, 100, "NASA acts at 0.1 to 0.5, NAG at 2 to 8, VSF at 0.5 to 4, Perp at 10 to 30."),
-    ("tau", 1, 100, "NAG's and Perp's limit of the norm; 2.5 is usual."),
-    ("alpha", 0, 1, "NAG's and Perp's blend; 0.25 is usual."),
+    ("tau", 1, 100, "NAG's and Perp's limit of the norm; 2.5 to 3.5 is usual."),
+    ("alpha", 0, 1, "NAG's and Perp's blend; 0.125 to 0.5 is usual."),
     ("order", 1, 2, "The order of NAG's and Perp's norm: 1 or 2."),
     ("weight", 0, 100, "Of Perp's negative; 1 to 3 is usual."),
     ("keep", 0, 100, "How much of what it shares with the prompt Perp's negative loses; 0 to 3 is usual."),
-    ("offset", 0, 100, "What VSF takes from the negative's scores; 0.1 is usual."),
+    ("offset", 0, 100, "What VSF takes from the negative's scores; 0 to 0.2 is usual."),
 )
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 MODULES = (
     *("tiny", "prompts", "distil", "train_adapter", "load_lora", "sample"),
-    *("steer", "guidance_adapter", "negative_adapter", "control", "control_picture", "own_control", "diversity"),
+    *(
+        "steer",
+        "steer_text",
+        "guidance_adapter",
+        "negative_adapter",
+        "control",
+        "control_picture",
+        "own_control",
+        "diversity",
+    ),
 )
 
 

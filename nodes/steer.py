@@ -8,15 +8,22 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..core.errors import OneStepError
-from ..core.guidance import LAYERS, MODES, SAFE, Steering
+from ..core.guidance import DEFAULTS, LAYERS, MODES, Steering
 from .steer_networks import check_layers, network_of, served
 from .steer_run import KEY, NegativeSteering
+from .steer_text import own_tokens
 
 MODES_TOLD = (
     "NASA subtracts what the picture finds in the negative. NAG pushes away from it and limits the change. VSF lets it "
     "answer with its sign flipped. PERP is NAG with a weight of the negative's own that can spare the prompt: it needs "
     "the empty text."
 )
+NEGATIVE_TOLD = (
+    "What to keep away from, by the model's own text encoder. VSF needs CLIP Text Encode (Negative), which tells the "
+    "text from padding."
+)
+TAU_TOLD = "NAG, PERP: a token may grow to tau times its length."
+ALPHA_TOLD = "NAG, PERP: how much of the pushed attention is taken."
 LAYERS_TOLD = (
     "U-Nets: decoder leaves the blocks that take the picture in unsteered. Pictures keep their quality better; at the "
     "same scale a word is kept away a little less."
@@ -25,10 +32,20 @@ KEEP_TOLD = (
     "PERP alone: how far the negative spares what it shares with the prompt. 0 for what rivals the prompt, as another "
     "subject; 2 to 3 for what any picture can have, as dark."
 )
-SCALES = "; ".join(
-    f"{mode.upper()} {' or '.join(f'{scale:g}' for scale in sorted({scales[mode] for scales in SAFE.values()}))}"
-    for mode in MODES
-)
+FAMILIES = {"unet": "U-Nets", "sd3": "SD3", "flux": "Flux", "wan": "Wan"}
+
+
+def usual(name: str, *modes: str) -> str:
+    """What a number is by default, in words: for each mode, its value, and where that differs, each family's."""
+    return "; ".join(f"{mode.upper()} {_by_family(name, mode)}" for mode in modes)
+
+
+def _by_family(name: str, mode: str) -> str:
+    found = {FAMILIES[family]: getattr(numbers[mode], name) for family, numbers in DEFAULTS.items()}
+    values = sorted(set(found.values()))
+    if len(values) == 1:
+        return f"{values[0]:g}"
+    return ", ".join(f"{family} {value:g}" for family, value in found.items())
 
 
 def number(name: str, default: float, high: float, step: float, tooltip: str, low: float = 0.0, **more: Any) -> Any:
@@ -51,17 +68,11 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1 or Wan 2.1/2.2."),
-                io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
+                io.Conditioning.Input("negative", tooltip=NEGATIVE_TOLD),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
-                number(
-                    "scale",
-                    0.0,
-                    100.0,
-                    0.05,
-                    f"How hard to push. 0 = safe for the model ({SCALES}); off = bypass the node.",
-                ),
-                number("tau", 2.5, 100.0, 0.1, "NAG, PERP: a token may grow to tau times its length.", low=1.0),
-                number("alpha", 0.25, 1.0, 0.05, "NAG, PERP: how much of the pushed attention is taken. 0 = off."),
+                number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the model's own: {usual('scale', *MODES)}."),
+                number("tau", 0.0, 100.0, 0.1, f"{TAU_TOLD} 0 = the model's own: {usual('tau', 'nag', 'perp')}."),
+                number("alpha", 0.0, 1.0, 0.025, f"{ALPHA_TOLD} 0 = the model's own: {usual('alpha', 'nag', 'perp')}."),
                 number("start_percent", 0.0, 1.0, 0.01, "Share of the schedule where steering begins; 0 = noisiest."),
                 number("end_percent", 1.0, 1.0, 0.01, "Share of the schedule where steering ends; 1 = the last step."),
                 io.Combo.Input("layers", options=list(LAYERS), optional=True, advanced=True, tooltip=LAYERS_TOLD),
@@ -92,9 +103,8 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
         weight: float = Steering.weight,
         keep: float = Steering.keep,
     ) -> io.NodeOutput:
-        name, family = mode.lower(), served(model).family
-        safe = scale if scale != 0 else SAFE[family][name]
-        steering = Steering(name, safe, tau, alpha, layers=layers, weight=weight, keep=keep)
+        own = {"scale": scale or None, "tau": tau or None, "alpha": alpha or None}  # 0 is the model's own
+        steering = Steering(mode.lower(), **own, layers=layers, weight=weight, keep=keep)
         if not 0 <= start_percent < end_percent <= 1:
             raise OneStepError(
                 f"steering from {start_percent:g} to {end_percent:g} of the schedule is no range: start_percent must "
@@ -108,7 +118,7 @@ def steered_model(
 ) -> Any:
     """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
     found = served(model)
-    steering.check_family(found.family)
+    steering = steering.of_family(found.family)
     if found.family == "unet":
         check_layers(steering, network_of(model))
     width, pooled = found.width(network_of(model)), bool(model.model.adm_channels)
@@ -122,6 +132,7 @@ def steered_model(
         )
     clone = model.clone()
     if not steering.neutral:
+        negative = negative if steering.wants_padding else own_tokens(negative)
         ours = NegativeSteering(steering, negative, empty, found, start, end)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, ours.outer_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.guidance import Steering
 from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
+from .steer_modulation import modulated
 
 OVERRIDE = "optimized_attention_override"
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
@@ -29,8 +31,9 @@ class Call:
     """One steered forward of ``network``.
 
     x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative, of which the last
-    ``empty`` are the empty text's. chunks: how many conditions lie behind each other in x. rows: [B] bool, which are
-    steered; None = all. kept: the negative's keys and values, empty until they are made.
+    ``empty`` are the empty text's. parts: tokens of each text that it is made of. pooled: [n, P], by which each of them
+    is modulated; none where the prompt's modulates all. chunks: how many conditions lie behind each other in x. rows:
+    [B] bool, which are steered; None = all. kept: the negative's keys and values, empty until they are made.
     """
 
     steering: Steering
@@ -39,6 +42,8 @@ class Call:
     context: Tensor
     tokens: Tensor
     empty: int
+    parts: list[int]
+    pooled: list[Tensor]
     chunks: int
     rows: Tensor | None
     reached: Reached
@@ -55,6 +60,10 @@ class Call:
         """[B, L + L', C]: the negative's tokens behind the positive's."""
         return torch.cat((self.context, self.spread(self.tokens.to(self.context))), 1)
 
+    def modulated(self) -> AbstractContextManager[None]:
+        """Within, each text's tokens are modulated by its own pooled text."""
+        return modulated(self.network, [self.spread(one) for one in self.pooled], [self.context.shape[1], *self.parts])
+
     @property
     def lengths(self) -> tuple[int, int]:
         return self.context.shape[1], self.tokens.shape[1]
@@ -64,9 +73,9 @@ class Call:
 class Served:
     """A class of networks that can be steered.
 
-    family: in `core.guidance.SAFE`. width: of its text. steer: puts a call's patches into ``options``, returns the
+    family: in `core.guidance.DEFAULTS`. width: of its text. steer: puts a call's patches into ``options``, returns the
     context to run with. variant: why a network of this class is not served after all, or None. keywords: whether its
-    forward hands on those it ignores.
+    forward hands on those it ignores. pooled: whether a pooled text modulates the text's tokens.
     """
 
     family: str
@@ -74,6 +83,7 @@ class Served:
     steer: Callable[[Call, dict[str, Any]], Tensor]
     variant: Callable[[Any], str | None] = lambda network: None
     keywords: bool = True
+    pooled: bool = False
 
 
 def served(model: Any) -> Served:
@@ -162,7 +172,13 @@ def steer_wan(call: Call, options: dict[str, Any]) -> Tensor:
 
 
 def why_not_sd3(network: Any) -> str | None:
-    return "its text tokens see each other" if network.context_processor or network.register_length else None
+    if network.context_processor or network.register_length:
+        return "its text tokens see each other"
+    return "it scales without a shift" if network.joint_blocks[0].context_block.scale_mod_only else None
+
+
+def sd3_width(network: Any) -> int:
+    return int(network.context_embedder.in_features)
 
 
 def steer_sd3(call: Call, options: dict[str, Any]) -> Tensor:
@@ -192,9 +208,7 @@ def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tenso
 
 SERVED: dict[type, Served] = {
     UNetModel: Served("unet", unet_width, steer_unet, why_not_unet),
-    OpenAISignatureMMDITWrapper: Served(
-        "sd3", lambda network: int(network.context_embedder.in_features), steer_sd3, why_not_sd3, keywords=False
-    ),
-    Flux: Served("flux", lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux),
+    OpenAISignatureMMDITWrapper: Served("sd3", sd3_width, steer_sd3, why_not_sd3, keywords=False, pooled=True),
+    Flux: Served("flux", lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux, pooled=True),
     WanModel: Served("wan", lambda network: int(network.text_dim), steer_wan),
 }

@@ -88,7 +88,7 @@ class NegativeSteering:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         call = self._call(executor.class_obj, x, c_crossattn, flags, active, run)
         context = self.served.steer(call, options)
-        with self._compiled_apart(executor.class_obj, call, run, kwargs):
+        with self._compiled_apart(executor.class_obj, call, run, kwargs), call.modulated():
             x0 = executor(x, t, c_concat, context, control, options, **kwargs)
         if not run.reached.once:
             raise OneStepError(
@@ -135,14 +135,27 @@ class NegativeSteering:
         hooked = getattr(model.current_patcher, "hook_patches", None)  # weights that change between calls
         key = (id(network), *(entry["uuid"] for entry in active))
         kept: KeysValues = {} if hooked else run.keys_values.setdefault(key, {})
-        behind = sum(text.shape[1] for text in texts[len(active) :])
-        return Call(self.steering, network, x, context, tokens, behind, len(flags), rows, run.reached, kept)
+        parts, pooled = [text.shape[1] for text in texts], self._pooled(network, (*active, *empty), x)
+        behind, chunks = sum(parts[len(active) :]), len(flags)
+        return Call(self.steering, network, x, context, tokens, behind, parts, pooled, chunks, rows, run.reached, kept)
+
+    def _pooled(self, network: Any, entries: tuple[Entry, ...], x: Tensor) -> list[Tensor]:
+        """[n, P] of each text, zeros where an entry has none, as the network's own forward has it."""
+        if not (self.served.pooled and self.steering.wants_pooled):
+            return []
+        found = [entry["model_conds"].get("y") for entry in entries]
+        widths = [one.cond.shape[1] for one in found if one is not None]
+        nothing = x.new_zeros(1, *widths[:1]) if widths else x.new_zeros(1, network.params.vec_in_dim)
+        return [nothing if one is None else one.cond.to(x.device) for one in found]
 
     def _compiled_apart(self, model: Any, call: Call, run: Run, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Without guards on patches torch would run the plain network's graph, or that of another steering.
 
-        A keyword of its own is guarded; where no keyword gets that far, this forward is not compiled.
+        A keyword of its own is guarded; where no keyword gets that far, this forward is not compiled. Nor is one whose
+        texts have pooled texts of their own: torch does not guard hooks.
         """
+        if call.pooled:
+            return torch.compiler.set_stance("force_eager")
         if not run.unguarded:
             return nullcontext()
         if self.served.keywords and model.diffusion_model is not call.network:

@@ -17,6 +17,7 @@ from .control import control_picture, controlled
 from .guidance_adapter import GuidanceDial
 from .own_guidance import Rows
 from .steer import steered, steering_of
+from .text import PromptInput
 
 
 def prompt_rows(guided: bool) -> Rows:
@@ -25,18 +26,20 @@ def prompt_rows(guided: bool) -> Rows:
 
 
 def steering(
-    pipe: Any, host: DiffusersHost, negative: Cond | None, mode: str | Steering | None, scale: float | None,
-    guided: bool,
+    pipe: Any, host: DiffusersHost, given: PromptInput, negative: Cond | None, mode: str | Steering | None,
+    scale: float | None, guided: bool,
 ) -> AbstractContextManager[None]:  # fmt: skip
-    """The prompt's rows steered away from ``negative``; nothing where no mode is given."""
+    """The prompt's rows steered away from ``negative``, what is made of ``given``; nothing where no mode is given."""
     if mode is None or negative is None:
         if scale is not None:
             raise OneStepError(f"scale is {scale!r:.20}, and nothing is steered: give steering too, {', '.join(MODES)}")
         return nullcontext()
-    measured = steering_of(mode, scale, host.family).wants_empty
-    empty = host.encode([""], host.native_size).text if measured else None
+    chosen = steering_of(mode, scale)
+    if not chosen.wants_padding and given.embeds is None:
+        negative = host.encode(given.listed if given.texts else [""], host.native_size, padded=False)
+    empty = host.encode([""], host.native_size) if chosen.wants_empty else None
     # nothing of the network changes within a call
-    return steered(pipe, negative.text, mode, scale=scale, rows=prompt_rows(guided), cache=True, empty=empty)
+    return steered(pipe, negative, chosen, rows=prompt_rows(guided), cache=True, empty=empty)
 
 
 def dial(

@@ -21,12 +21,17 @@ from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
+from .encode import encode_text
 from .kinds import FLUX, SD, SD3, SDXL
 from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import on_device, place
 from .steer_attention import is_steered
+<<<<<<< HEAD
 from .text import encode, encoders_of
 from .trainable import prepare
+=======
+from .text import encoders_of
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
 
 PROMPTS_AT_ONCE = 16
 FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
@@ -136,15 +141,14 @@ class DiffusersHost:
     # -- text and pictures --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
-        """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt."""
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True) -> Cond:
+        """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt. padded: as in
+        `encode_text`."""
         with self.on_device(*encoders_of(self.pipe)):
             starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-            parts = [self._encode(list(prompts[start : start + PROMPTS_AT_ONCE])) for start in starts]
+            few = (prompts[start : start + PROMPTS_AT_ONCE] for start in starts)
+            parts = [encode_text(self.pipe, texts, padded=padded, device=self.device) for texts in few]
         return self.with_sizes(Cond.concat(parts).to("cpu", torch.float32), size)
-
-    def _encode(self, prompts: list[str]) -> Cond:
-        return encode(self.pipe, self.kind, prompts, self.device)
 
     @property
     def kind(self) -> str:

@@ -67,8 +67,9 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     recipe: a Recipe or a preset's name, for this call. guidance_scale: of classifier-free guidance in the recipe's
     place, 1 none; of Flux, what it embeds. num_inference_steps: the recipe's own number, anything else is refused.
     steering, scale: how the negative prompt acts inside attention, in the same forward: "nasa", "nag", "vsf" or "perp"
-    at a scale (None is a safe one for the family), or a `Steering`. None steers nothing. Under classifier-free guidance
-    both act: the prompt's rows are steered, then guided away from the negative's own rows, which are not.
+    at a scale (None is the family's own), or a `Steering`. None steers nothing. "vsf" encodes the negative prompt
+    without padding; negative_prompt_embeds are taken as they are. Under classifier-free guidance both act: the prompt's
+    rows are steered, then guided away from the negative's own rows, which are not.
     guidance: the scale of guidance that `load_guidance_adapter`'s adapter stands in for, in the same forward, 1 (none)
     to 30; None is what it was loaded at. Under classifier-free guidance the prompt's rows alone are the adapter's.
     ip_adapter_image, ip_adapter_image_embeds: what loaded IP-Adapters draw by, as in the family's own pipeline.
@@ -192,7 +193,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         start = noise.start(latents)
         control = acting.control(self, self._control, control_image, control_strength, size, (prompts, each))
         callback = Called(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        steered = acting.steering(self, host, negative, steering, scale, guided)
+        steered = acting.steering(self, host, away, negative, steering, scale, guided)
         with steered, acting.dial(self, self._guidance, guidance, guided), control:
             steps = Steps(host, chosen, cond, null, callback, halves=steering is not None or self._guidance is not None)
             x0 = steps.run(start, lambda step: noise(packed=True))

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..core.compiled import uncompile
 from ..core.errors import OneStepError
+<<<<<<< HEAD
 from ..core.guidance import SAFE, Steering
 from ..core.schedule import NoiseSchedule, VPSchedule
 from .adapt import called_network, network_of
@@ -24,13 +25,22 @@ from .steer_attention import JOINT, CrossSteered, JointSteered, Run, is_steered,
 from .threads import one_at_a_time, only_here, set_processors
 
 CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+=======
+from ..core.guidance import Steering
+from .adapt import network_of
+from .own_guidance import OwnGuidance, Rows
+from .steer_attention import CrossSteered, JointSteered, Run, repeated, unsteered
+from .steer_modulation import Modulation, install
+from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, width_of
+from .steer_text import Text, away_of
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
 
 
 @one_at_a_time(network_of)
 @contextmanager
 def steered(
     pipe: Any,
-    negative: Tensor,
+    negative: Text,
     steering: str | Steering = "nasa",
     *,
     scale: float | None = None,
@@ -38,16 +48,20 @@ def steered(
     end: float = 1.0,
     rows: Rows = "all",
     cache: bool = False,
-    empty: Tensor | None = None,
+    empty: Text | None = None,
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
     pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux, ControlNet's and the like too.
-    negative: [1 or P, L, C], a text as `encode_prompt` returns it (its first result; not the pooled one), for all
-    pictures or for each of P prompts in order. L may differ from the prompt's.
-    steering, scale: "nasa", "nag", "vsf" or "perp" at a scale (None is one that is safe for the family), or a
-    `Steering`.
-    empty: [1, L', C], the empty text, encoded in the same way; "perp" needs it, the others have no use for it.
+    negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
+    encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
+    of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
+    and Flux the pooled text modulates the negative's tokens, but for VSF; tokens without one are modulated by the
+    prompt's. L may differ from the prompt's. VSF's scales are meant for tokens without padding: `encode_text(...,
+    padded=False)` gives them.
+    steering, scale: "nasa", "nag", "vsf" or "perp" at a scale, or a `Steering`. Numbers that are None are the family's,
+    in `core.guidance.DEFAULTS`.
+    empty: what "perp" measures from, the empty text, where the negative is no text: one, as the negative is given.
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
     that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well. A
@@ -55,18 +69,22 @@ def steered(
     cache: keep a U-Net's keys and values of the negative between forwards; only where no weight and no LoRA's scale
     changes within.
 
-        negative = pipe.encode_prompt("red", "cuda", 1, False)[0]  # StableDiffusionPipeline
-        negative = pipe.encode_prompt("red", do_classifier_free_guidance=False)[0]  # StableDiffusionXLPipeline
-        negative = pipe.encode_prompt("red", None, None)[0]  # StableDiffusion3Pipeline
-        negative = pipe.encode_prompt("red", None)[0]  # FluxPipeline
-        with steered(pipe, negative, "nag", scale=5):  # or "perp", empty=..., where "" is encoded as "red" is
+        with steered(pipe, "red", "nag", scale=5):
             picture = pipe("a flower", num_inference_steps=4, guidance_scale=1).images[0]
 
+<<<<<<< HEAD
     It acts in the thread that entered it; others draw as without it, and wait where they steer the same network.
+=======
+        text, _, pooled, _ = pipe.encode_prompt("red", None, None)  # StableDiffusion3Pipeline
+        with steered(pipe, Cond(text, pooled=pooled), "nag"):
+            ...
+
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
     The network is given back as it was, also after an error. A neutral scale (NASA 0; NAG, Perp 1) changes nothing.
     Raises OneStepError for a network, an attention processor (an IP-Adapter of SD3 or Flux), a negative or a value that
     is not served; from the forward also for a batch that does not fit and under gradient checkpointing.
     """
+<<<<<<< HEAD
     network, plain = called_network(pipe), network_of(pipe)
     family = _family(plain)
     chosen, own = steering_of(steering, scale, family), OwnGuidance(pipe, rows)
@@ -75,26 +93,62 @@ def steered(
     _check_negative(negative, _width(plain, attentions))
     told, length = _with_empty(negative, empty, chosen, _width(plain, attentions))
     latest, earliest = _times(pipe.scheduler, start, end)
+=======
+    network = network_of(pipe)
+    plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
+    family = family_of(plain)
+    chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows)
+    attentions = attentions_of(plain, family, chosen.layers)
+    latest, earliest = times_of(pipe.scheduler, start, end)
+    widths = width_of(plain, attentions), pooled_width_of(plain)
+    away = away_of(pipe, negative, empty, chosen, *widths)
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
     if chosen.neutral:
         yield
         return
-    hooks = _Hooks(Run(chosen, told, rows, cache, length), own, family, plain, latest, earliest)
+    hooks = _Hooks(Run(chosen, away, rows, cache), Modulation(), own, family, plain, latest, earliest)
     with ExitStack() as undo:
+<<<<<<< HEAD
         undo.callback(_restore, plain)
         # hooks within what was compiled in place might not run; those around torch.compile's wrapper do
         undo.callback(uncompile(network, wrapped=False))
         set_processors(plain, _processors(plain, attentions, hooks.run))
         undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
         undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)
+=======
+        _set_processors(plain, attentions, hooks, undo)
+        undo.callback(network.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+        undo.callback(network.register_forward_hook(hooks.after, always_call=True).remove)
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
         yield
 
 
-def steering_of(steering: str | Steering, scale: float | None, family: str) -> Steering:
-    """A mode's name or a Steering, at ``scale``; None is what is safe for the family, or the Steering's own."""
+def steering_of(steering: str | Steering, scale: float | None) -> Steering:
+    """A mode's name or a Steering, at ``scale``; None is the Steering's own, else the family's."""
     if isinstance(steering, Steering):
         return steering if scale is None else replace(steering, scale=scale)
-    mode = str(steering)
-    return Steering(mode, SAFE[family].get(mode, 0.0) if scale is None else scale)
+    return Steering(str(steering), scale)
+
+
+def _set_processors(network: Any, attentions: dict[str, Any], hooks: _Hooks, undo: ExitStack) -> None:
+    """Steers ``attentions``, and modulates each text by its own pooled text where there is one, until ``undo``."""
+    found, run = dict(network.attn_processors), hooks.run
+    chosen: dict[str, Any]
+    if isinstance(network, UNet2DConditionModel):
+        chosen = {name: CrossSteered(found[name], run) for name in attentions}
+    else:
+        for name in attentions:
+            refuse_foreign(found[name])
+        kept = install(network, hooks.modulation, undo) if run.away.pooled else {}
+        chosen = {
+            name: JointSteered(found[name], run, kept.get(name.removesuffix(".processor"))) for name in attentions
+        }
+    undo.callback(_restore, network)
+    network.set_attn_processor({**found, **chosen})
+
+
+def _restore(network: Any) -> None:
+    network.set_attn_processor({name: unsteered(found) for name, found in network.attn_processors.items()})
 
 
 @dataclass
@@ -105,6 +159,7 @@ class _Hooks:
     """
 
     run: Run
+    modulation: Modulation
     own: OwnGuidance
     family: str
     network: Any
@@ -135,6 +190,7 @@ class _Hooks:
     def after(self, *_: Any) -> None:
         """A forward hook: a negative that could not act is not passed over in silence."""
         active, self.run.active = self.run.active, False
+        self.modulation.clear()
         if active and not self.run.reached:
             raise OneStepError(
                 "the negative could not act: other attention processors were set within `steered`, or the network was "
@@ -145,14 +201,14 @@ class _Hooks:
         if self.latest == math.inf and self.earliest == -math.inf:
             return True  # without reading the time from the device
         first = torch.as_tensor(time).reshape(-1)[0]
-        told = float(first) * (1000 if self.family == "flux" else 1)
+        shown = float(first) * (1000 if self.family == "flux" else 1)
         # times come in the latents' dtype
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
-        return self.earliest * (1 - slack) <= told <= self.latest * (1 + slack)
+        return self.earliest * (1 - slack) <= shown <= self.latest * (1 + slack)
 
     def _check_batch(self, batch: int) -> None:
-        count = len(self.run.negative)
+        count = len(self.run.away)
         if (self.run.rows != "all" and batch % 2) or self._count(batch) % count:
             raise OneStepError(
                 f"the network's batch has {batch} rows, of which {self.run.rows} are steered, and there are {count} "
@@ -167,18 +223,24 @@ class _Hooks:
             raise OneStepError(
                 "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
             )
-        count = self._count(len(text))
-        negative = repeated(self.run.negative.to(text.device, text.dtype), count)
-        # rows that are not steered carry the other half's negative, which nothing of theirs reads
-        negative = torch.cat([negative] * (len(text) // count))
-        changed = {"encoder_hidden_states": torch.cat([text, negative], 1)}
+        away, every = self.run.away, self._spread(self.run.away.tokens.to(text.device, text.dtype), len(text))
+        if away.pooled:
+            lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
+            self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
+        changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
         if self.family == "flux":
             # every text lies at the origin of Flux' rotary positions
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
-            changed["txt_ids"] = torch.cat([places, places.new_zeros(negative.shape[1], places.shape[1])])
+            changed["txt_ids"] = torch.cat([places, places.new_zeros(every.shape[1], places.shape[1])])
         return changed
 
+    def _spread(self, negative: Tensor, batch: int) -> Tensor:
+        """[n, ...] -> [batch, ...]. Rows that are not steered carry the other half's negative, which nothing of theirs
+        reads."""
+        count = self._count(batch)
+        return torch.cat([repeated(negative, count)] * (batch // count))
 
+<<<<<<< HEAD
 # -- what is served ---------------------------------------------------------------------------------------------------
 
 
@@ -281,3 +343,13 @@ def _time_at(schedule: NoiseSchedule, share: float) -> float:
     if isinstance(schedule, VPSchedule):
         return share * (schedule.times - 1)
     return float(schedule.time_of_sigma(schedule.sigma_at(torch.tensor(share, dtype=torch.float64))))
+=======
+    def _embedded(self, given: dict[str, Any], pooled: Tensor) -> Tensor:
+        """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
+        own = given["pooled_projections"]
+        told = [given["timestep"]]
+        if self.family == "flux":
+            guidance = [given["guidance"]] if given.get("guidance") is not None else []
+            told = [value.to(given["hidden_states"].dtype) * 1000 for value in (*told, *guidance)]
+        return self.network.time_text_embed(*told, self._spread(pooled.to(own.device, own.dtype), len(own)))
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)

@@ -20,7 +20,12 @@ from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
 from .own_guidance import Rows, part
+<<<<<<< HEAD
 from .threads import is_here
+=======
+from .steer_modulation import Kept
+from .steer_text import Away
+>>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
 
 JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -30,17 +35,15 @@ Projected = tuple[Tensor, Tensor, Tensor]
 class Run:
     """What the processors of one steered network share.
 
-    negative: [n, L, C] of an encoder; its last ``empty`` tokens are the empty text's. rows: which of each batch are
-    steered. cache: whether keys and values of the negative are kept from one forward to the next. The rest is true of
-    the forward under way: whether it is steered, the tokens of the positive text, and whether an attention has steered
-    yet.
+    away: the negative, and the empty text behind it. rows: which of each batch are steered. cache: whether keys and
+    values of the negative are kept from one forward to the next. The rest is true of the forward under way: whether it
+    is steered, the tokens of the positive text, and whether an attention has steered yet.
     """
 
     steering: Steering
-    negative: Tensor
+    away: Away
     rows: Rows
     cache: bool
-    empty: int = 0
     active: bool = False
     positive_tokens: int = 0
     reached: bool = False
@@ -106,16 +109,25 @@ class CrossSteered:
         rows = self.run.steered(len(found))
         q, positive = seen.in_heads("q")[rows], _heads(found[rows], attn)
         negative = self._negative(attn, seen, len(q))
-        steering = self.run.steering
-        if steering.mode != "vsf":
-            steered = steering.apart(positive, *(attention(q, k, v) for k, v in texts(negative, self.run.empty)))
-        elif mask is None:
-            k, v = seen.in_heads("k")[rows], seen.in_heads("v")[rows]
-            steered = steering.cross(q, k, v, negative, positive)
-        else:
+        if self.run.steering.mode == "vsf" and mask is not None:
             raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa, nag or perp")
+        k, v = (seen.in_heads(name)[rows] if self.run.steering.mode == "vsf" else q[:, :, :0] for name in ("k", "v"))
+        if self.run.away.lengths is None:
+            steered = self._away(q, k, v, negative, positive)
+        else:
+            steered = torch.empty_like(positive)
+            for at, length in self.run.away.by_length(len(q)):
+                away = tuple(self.run.away.shortened(part[at], length) for part in negative)
+                steered[at] = self._away(q[at], k[at], v[at], away, positive[at])
         out = _merged(steered).to(found.dtype)
         return out if len(out) == len(found) else torch.cat([found[: rows.start], out, found[rows.stop :]])
+
+    def _away(self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        """[B, H, N, D]. k, v: of the positive text, which VSF alone reads; ``found`` is what it answered."""
+        steering, empty = self.run.steering, self.run.away.empty
+        if steering.mode == "vsf":
+            return steering.cross(q, k, v, (negative[0], negative[1]), found)
+        return steering.apart(found, *(attention(q, *text) for text in texts(negative, empty)))
 
     def _negative(self, attn: Any, seen: Seen, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the negative, [batch, H, L, D]: each of its rows serves as many pictures in a row."""
@@ -127,7 +139,7 @@ class CrossSteered:
 
     def _projected(self, attn: Any, seen: Seen) -> tuple[Tensor, Tensor]:
         like = seen.found["q"]
-        text = self.run.negative.to(like.device, like.dtype)
+        text = self.run.away.tokens.to(like.device, like.dtype)
         text = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
         k, v = attn.to_kv(text).chunk(2, -1) if seen.fused else (attn.to_k(text), attn.to_v(text))
         return _normed(_heads(k, attn), attn.norm_k), _heads(v, attn)
@@ -178,10 +190,13 @@ class Seen:
 
 
 class JointSteered:
-    """Steers one joint attention: the tokens of the text are the positive's, then the negative's."""
+    """Steers one joint attention: the tokens of the text are the positive's, then the negative's.
 
-    def __init__(self, inner: Any, run: Run) -> None:
-        self.inner, self.run = inner, run
+    kept: what gates each text's tokens by its own pooled text, where there is one.
+    """
+
+    def __init__(self, inner: Any, run: Run, kept: Kept | None = None) -> None:
+        self.inner, self.run, self.kept = inner, run, kept
 
     def __call__(
         self,
@@ -201,14 +216,29 @@ class JointSteered:
             q, k, v = (torch.cat([a, b], 2) for a, b in zip(text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
-        rows = self.run.chosen(hidden_states)
-        out = self.run.steering.joint(self._streams(q), self._streams(k), self._streams(v), rows, self.run.empty)
+        out = self._joint(self._streams(q), self._streams(k), self._streams(v), self.run.chosen(hidden_states))
         positive, negative, image = (_merged(part).to(hidden_states.dtype) for part in out)
         if encoder_hidden_states is None:
             # Flux' single blocks hold one sequence and project it themselves
             return torch.cat([positive, negative, image], 1)
         texts = torch.cat([positive, negative], 1)
-        return attn.to_out[1](attn.to_out[0](image)), texts if attn.context_pre_only else attn.to_add_out(texts)
+        texts = texts if attn.context_pre_only else attn.to_add_out(texts)
+        if self.kept is not None and self.kept.gate is not None:
+            texts = self.kept.gate * texts
+        return attn.to_out[1](attn.to_out[0](image)), texts
+
+    def _joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None) -> Streams:
+        """Negatives of different numbers of tokens one number at a time."""
+        steering, away = self.run.steering, self.run.away
+        if away.lengths is None:
+            return steering.joint(q, k, v, rows, away.empty)
+        found, batch = Streams(*(torch.zeros_like(part) for part in q)), len(q.image)
+        for at, length in away.by_length(batch if rows is None else batch // 2, halves=1 if rows is None else 2):
+            few = [Streams(p.positive[at], away.shortened(p.negative[at], length), p.image[at]) for p in (q, k, v)]
+            out = steering.joint(few[0], few[1], few[2], None if rows is None else rows[at], away.empty)
+            found.positive[at], found.image[at] = out.positive, out.image
+            found.negative[at] = away.lengthened(out.negative, length)
+        return found
 
     def _projected(self, attn: Any, states: Tensor, added: str) -> Projected:
         """Queries, keys and values [B, H, N, D] of the picture's tokens, or ("added_") of the texts'."""
@@ -223,7 +253,7 @@ class JointSteered:
         return _normed(q, getattr(attn, f"norm_{added}q")), _normed(k, getattr(attn, f"norm_{added}k")), v
 
     def _streams(self, joined: Tensor) -> Streams:
-        before, negative = self.run.positive_tokens, self.run.negative.shape[1]
+        before, negative = self.run.positive_tokens, self.run.away.tokens.shape[1]
         return Streams(*joined.split([before, negative, joined.shape[2] - before - negative], 2))
 
 

@@ -31,9 +31,9 @@ def t5_tokens(pipe: Any) -> int:
     return 256 if transformer is not None and not transformer.config.guidance_embeds else 512
 
 
-def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
+def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int | None = None) -> Cond:
     """Text and pooled text of ``prompts``, by the encode_prompt of ``pipe``, a pipeline of the ``kind`` in PIPELINES
-    or a relative of it."""
+    or a relative of it. length: tokens that T5 pads a prompt to; None is `t5_tokens`."""
     _check_encoders(pipe, kind)
     # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
     with lock_of(pipe.tokenizer):
@@ -42,12 +42,13 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Co
 
 def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
     more: dict[str, Any] = {"device": device, "num_images_per_prompt": 1}
+    if kind in (FLUX, SD3):
+        more["max_sequence_length"] = t5_tokens(pipe) if length is None else length
     if kind == FLUX:
-        text, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=t5_tokens(pipe), **more)
+        text, pooled, _ = pipe.encode_prompt(prompts, prompts, **more)
         return Cond(text, pooled=pooled)
     more["do_classifier_free_guidance"] = False
     if kind == SD3:
-        more["max_sequence_length"] = t5_tokens(pipe)
         text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **more)
         return Cond(text, pooled=pooled)
     if kind == SDXL:

@@ -113,7 +113,9 @@ WORDS = {
     "dual guider": ("Dual CFG Guider", "Basic Guider"),
     "masked": ("masked",),
     "style": ("style",),
-    "tokens": ("32 tokens", "16"),
+    "tokens": ("16 tokens", "14", "another patch"),
+    "tokens, vsf": ("32 tokens", "16"),
+    "padded": ("padding", "CLIP Text Encode (Negative)", "Conditioning (Combine)"),
     "batch": ("2 pictures of 1",),
     "blind": ("not reached",),
 }

@@ -16,19 +16,24 @@ from onestep.pipelines.steer import steered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 SCHEDULES = {"tiny": VPSchedule.scaled_linear(), "tiny-flow": FlowSchedule(3.0)}
-FIELDS = {"scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
+FIELDS = {"scale": 0.0, "tau": 0.0, "alpha": 0.0, "start_percent": 0.0, "end_percent": 1.0}
 PRESETS = {"tiny": "sd-turbo-1", "tiny-flow": "sd3.5-turbo-4"}
 MODES = ("NASA", "NAG", "VSF", "PERP")
 
 
+def negative_text(words: str) -> dict[str, Any]:
+    """CLIP Text Encode (Negative), which every mode takes."""
+    return {"class_type": "OneStepEncodeNegative", "inputs": {"clip": ["model", 1], "text": words}}
+
+
 def steering(mode: str, **changes: Any) -> dict[str, Any]:
-    plugs = {"model": ["model", 0], "negative": ["negative", 0]}
+    plugs = {"model": ["model", 0], "negative": ["negative" if mode == "NASA" else "own", 0]}
     return {"class_type": "OneStepNegativeSteering", "inputs": {**plugs, "mode": mode, **FIELDS, **changes}}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", *TINY])
 def test_every_layout_is_steered_over_http(server_with_checkpoints: Any, name: str) -> None:
-    nodes: dict[str, Any] = {"plain": ksampler("model", 2), "nothing": text("")}
+    nodes: dict[str, Any] = {"plain": ksampler("model", 2), "nothing": text(""), "own": negative_text(NEGATIVE)}
     for mode in MODES:
         nodes |= {f"steer {mode}": steering(mode, empty=["nothing", 0]), mode: ksampler(f"steer {mode}", 2)}
     drawn = latents(server_with_checkpoints, graph(name, 32 if name in TINY else 64, **nodes))
@@ -45,11 +50,7 @@ def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     no_t5 = {"max_sequence_length": 0} if flow else {}
     noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(SEED))
-    negative, empty = (
-        (pipe.encode_prompt(told, None, None, **no_t5) if flow else pipe.encode_prompt(told, "cpu", 1, False))[0]
-        for told in (NEGATIVE, "")
-    )
-    with steered(pipe, negative, mode, empty=empty):
+    with steered(pipe, NEGATIVE, mode):
         drawn = pipe(
             [PROMPT] * 2,
             num_inference_steps=1,
@@ -66,7 +67,8 @@ def drawn_by_diffusers(folder: Path, mode: str) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", TINY)
 def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], name: str, mode: str) -> None:
-    nodes = {"nothing": text(""), "steer": steering(mode, empty=["nothing", 0]), "steered": ksampler("steer")}
+    nodes = {"nothing": text(""), "own": negative_text(NEGATIVE)}
+    nodes |= {"steer": steering(mode, empty=["nothing", 0]), "steered": ksampler("steer")}
     ours = latents(comfy_server, graph(name, 32, **nodes))["steered"]
     theirs = drawn_by_diffusers(bundled[name], mode.lower())
     assert float((ours - theirs).abs().max()) < between_hosts(SCHEDULES[name]) * float(theirs.abs().max())
@@ -76,6 +78,7 @@ def test_both_hosts_draw_the_same(comfy_server: Any, bundled: dict[str, Path], n
 def test_one_step_sample_draws_a_steered_model(comfy_server: Any, name: str) -> None:
     """Its recipe on a steered MODEL, loaded before or after; one step of it is KSampler's."""
     nodes: dict[str, Any] = {"steer": steering("NAG"), "after": steering("NAG", model=["loaded", 0])}
+    nodes["own"] = negative_text(NEGATIVE)
     for place, model in (("loaded", "model"), ("before", "steer")):
         told = {"lora_name": "none (the model is few-step itself)", "recipe": PRESETS[name], "model": [model, 0]}
         nodes[place] = {"class_type": "OneStepLoadLoRA", "inputs": told}
@@ -104,7 +107,8 @@ def test_distillation_refuses_a_steered_teacher_by_name(comfy_server: Any) -> No
     [
         ({"negative": ["foreign", 0]}, ("4096", "CLIP")),
         ({"start_percent": 0.5, "end_percent": 0.5}, ("start_percent",)),
-        ({"mode": "NAG", "scale": 0.5}, ("scale", "0.5")),
+        ({"mode": "NAG", "scale": 0.5, "negative": ["negative", 0]}, ("scale", "0.5")),
+        ({"mode": "VSF", "negative": ["negative", 0]}, ("VSF", "padding", "CLIP Text Encode (Negative)")),
         ({"model": ["other", 0], "negative": ["foreign", 0], "layers": "decoder"}, ("layers", "U-Nets", "sd3")),
     ],
 )

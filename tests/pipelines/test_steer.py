@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, SD3IPAdapterJ
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from small_networks import CASES, inputs_of
-from steered_networks import JOINT, UNETS, away, pipe_of, run, texts
+from steered_networks import JOINT, STEERINGS, UNETS, away, pipe_of, run, texts
 from tiny_pipelines import make
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def test_a_compiled_network_follows_each_steering(name: str) -> None:
         ("sd35", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
         ("flux", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
         ("sd15", texts(1, 6)[0], {}, r"the negative is \(6, 24\)"),
-        ("sd15", "red", {}, "the negative is str"),
+        ("sd15", 7, {}, "the negative is int"),
         ("sd15", texts(1, 6), {"scale": float("nan")}, "scale is nan"),
         ("sd15", texts(1, 6), {"scale": -1.0}, "scale is -1.0"),
         ("sd15", texts(1, 6), {"steering": "cfg"}, "no steering mode 'cfg'"),
@@ -295,7 +295,7 @@ def test_gradients_pass_without_checkpointing(name: str) -> None:
     pipe, network = pipe_of(name)
     inputs = inputs_of(name)
     direction = inputs["x"].sin()
-    with steered(pipe, texts(1, 6), "nag"):
+    with steered(pipe, texts(1, 6), STEERINGS["nag"]):
         x = inputs["x"].clone().requires_grad_(True)
         CASES[name].run(network, {**inputs, "x": x}).sum().backward()
         ends = [run(name, network, {**inputs, "x": inputs["x"] + h * direction}).sum() for h in (1e-3, -1e-3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,9 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 from small_networks import inputs_of, seeded
-from steered_networks import JOINT, SCALES, UNETS, CrossOracle, away, doubled, pipe_of, replaced, run, texts
+from steered_networks import JOINT, SCALES, STEERINGS, UNETS, CrossOracle, away, doubled, pipe_of, replaced, run, texts
 from tiny_pipelines import randomise
 from torch import Tensor
-
-from onestep.core.guidance import Steering
 
 MODES = list(SCALES)
 
@@ -71,11 +70,11 @@ def test_one_picture_stream_is_the_doubled_form(name: str, mode: str, length: in
     negative = texts(2 if length == 5 else 1, length)
     expected = doubled(name, network, mode, negative)
     plain = run(name, network)
-    with away(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode):
         found = run(name, network)
     close(found, expected, exact(name))
     assert (found - plain).abs().max() > 1e-2 * plain.abs().max()
-    with away(pipe, negative, mode, scale=SCALES[mode]), pytest.raises(AssertionError):
+    with away(pipe, negative, mode), pytest.raises(AssertionError):
         close(run(name, network), doubled_elsewhere(name, mode, negative), exact(name))
 
 
@@ -101,7 +100,7 @@ def test_a_unet_is_its_formula(name: str, mode: str) -> None:
     negative = texts(1, 9)
     plain = run(name, network)
     expected = replaced(network, crossed(mode, negative))(lambda: run(name, network))
-    with away(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode):
         found = run(name, network)
     close(found, expected)
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
@@ -115,10 +114,10 @@ def test_the_decoder_alone_is_its_formula_behind_the_encoder(name: str, mode: st
     chosen = crossed(mode, negative)
     encoder = {id(module) for block in network.down_blocks for module in block.modules()}
     expected = replaced(network, lambda attn: None if id(attn) in encoder else chosen(attn))(lambda: run(name, network))
-    with away(pipe, negative, Steering(mode, SCALES[mode], layers="decoder")):
+    with away(pipe, negative, replace(STEERINGS[mode], layers="decoder")):
         found = run(name, network)
     close(found, expected)
-    with away(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode):
         assert (found - run(name, network)).abs().max() > 1e-3 * found.abs().max()
 
 
@@ -136,7 +135,7 @@ def test_an_ip_adapters_part_stays(mode: str) -> None:
     plain = prompted()
     expected = replaced(network, crossed(mode, negative))(prompted)
     before = dict(network.attn_processors)
-    with away(pipe, negative, mode, scale=SCALES[mode]):
+    with away(pipe, negative, mode):
         found = prompted()
         assert sum("_ip." in key for key in network.state_dict()) > 0, "its weights move with the network"
     close(found, expected)
@@ -228,7 +227,7 @@ def test_the_negative_goes_through_every_norm_of_its_attention(mode: str) -> Non
             setattr(attn, name, torch.nn.LayerNorm(width, dtype=torch.float64))
             randomise(getattr(attn, name))
     text = inputs_of("sd15")["text"]
-    with away(pipe, text, mode, scale=0.3 if mode == "nasa" else 5.0):
+    with away(pipe, text, mode):
         found = run("sd15", network)
     if mode == "nasa":
         for attn in attentions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.flux.math import attention as flux_attention
 from torch import Tensor
 
 UNET = {
@@ -64,9 +66,9 @@ WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048}
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},
-    "nag": {"mode": "nag", "scale": 4.0, "tau": 1.2, "alpha": 0.6},
+    "nag": {"mode": "nag", "scale": 4.0, "tau": 1.2, "alpha": 0.6, "order": 1},
     "vsf": {"mode": "vsf", "scale": 1.5, "offset": 0.1},
-    "perp": {"mode": "perp", "scale": 4.0, "tau": 1.2, "alpha": 0.6, "weight": 1.3, "keep": 1.6},
+    "perp": {"mode": "perp", "scale": 4.0, "tau": 1.2, "alpha": 0.6, "order": 1, "weight": 1.3, "keep": 1.6},
 }
 
 
@@ -97,10 +99,11 @@ def checkpoint(folder: Any, kind: str) -> Any:
 
 
 def condition(kind: str, length: int, seed: int, batch: int = 1) -> list[Any]:
-    """A random CONDITIONING of one text."""
+    """A random CONDITIONING of one text without padding, as CLIP Text Encode (Negative) makes it."""
     draw = torch.Generator().manual_seed(seed)
     text = torch.randn(batch, length, WIDTHS.get(kind, 4096), generator=draw)
-    return [[text, {"pooled_output": torch.randn(batch, POOLED.get(kind, 768), generator=draw)}]]
+    pooled = torch.randn(batch, POOLED.get(kind, 768), generator=draw)
+    return [[text, {"pooled_output": pooled, "onestep_unpadded": (text, text)}]]
 
 
 def empty_for(negative: Any) -> list[Any]:
@@ -183,30 +186,32 @@ def flipped(form: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, k_negative: T
 
 
 def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], share: float = 0.1) -> Tensor:
-    """x0 of the doubled form: one picture, each text as a row, the positive's pooled vector in all; [1, C, H, W].
-
-    The shorter texts are filled up with noise that nothing looks at.
+    """x0 of the doubled form: one picture under the positive's pooled vector, each text as a row under its own, or by
+    VSF under the positive's; [1, C, H, W]. The shorter texts are filled up with noise that nothing looks at.
     """
     base = model.model
     comfy.model_management.load_models_gpu([model])
     noise = noise_of(model)
     sigma = torch.tensor([min(float(base.model_sampling.sigma_max), base.model_sampling.percent_to_sigma(share))])
-    texts = [positive[0][0], negative[0][0], *(empty_for(negative)[0][:1] if form["mode"] == "perp" else ())]
-    longest = max(text.shape[1] for text in texts)
-    filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t in texts]
+    entries = [positive[0], negative[0], *(empty_for(negative) if form["mode"] == "perp" else ())]
+    longest = max(text.shape[1] for text, _ in entries)
+    filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t, _ in entries]
     told = base.extra_conds(**positive[0][1], noise=noise, device=noise.device)
     pictures = [noise, *(told["ref_latents"].cond if "ref_latents" in told else [])]
     image = sum(picture.shape[-1] * picture.shape[-2] // 4 for picture in pictures)
-    told = {name: as_rows(value.cond, len(texts)) for name, value in told.items()}
-    override = Doubled(form, [text.shape[1] for text in texts], longest, image)
+    told = {name: as_rows(value.cond, len(entries)) for name, value in told.items()}
+    if form["mode"] != "vsf":
+        told["y"] = torch.cat([more["pooled_output"][:1] for _, more in entries])
+    override = Doubled(form, [text.shape[1] for text, _ in entries], longest, image)
     options = {"optimized_attention_override": override}
-    x0 = base.apply_model(
-        torch.cat([noise * sigma] * len(texts)),
-        sigma.repeat(len(texts)),
-        c_crossattn=torch.cat(filled),
-        transformer_options=options,
-        **told,
-    )
+    with picture_under_the_positive(base.diffusion_model):
+        x0 = base.apply_model(
+            torch.cat([noise * sigma] * len(entries)),
+            sigma.repeat(len(entries)),
+            c_crossattn=torch.cat(filled),
+            transformer_options=options,
+            **told,
+        )
     assert override.joint and float((x0[:1] - x0).abs().max()) < 1e-5 * float(x0.std()), "all rows hold one picture"
     return x0[:1]
 
@@ -214,6 +219,48 @@ def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], shar
 def as_rows(value: Any, rows: int) -> Any:
     """A condition for each of the rows."""
     return [torch.cat([part] * rows) for part in value] if isinstance(value, list) else torch.cat([value] * rows)
+
+
+@contextmanager
+def picture_under_the_positive(network: Any) -> Iterator[None]:
+    """Within, whatever modulates a picture is the first row's."""
+
+    def of_first(module: Any, given: Any) -> Any:
+        return (given[0][:1].expand(given[0].shape),)
+
+    def last(module: Any, given: Any, told: Any) -> Any:
+        return (given[0], given[1][:1].expand(given[1].shape)), told
+
+    joint, double = getattr(network, "joint_blocks", ()), getattr(network, "double_blocks", ())
+    layers = [*(block.x_block.adaLN_modulation for block in joint), *(block.img_mod for block in double)]
+    handles = [layer.register_forward_pre_hook(of_first) for layer in layers]
+    handles.append(network.final_layer.register_forward_pre_hook(last, with_kwargs=True))
+    singles = list(getattr(network, "single_blocks", ()))
+    for block in singles:
+        block.forward = partial(single_block, block)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in singles:
+            del block.forward
+
+
+def single_block(block: Any, x: Tensor, vec: Tensor, pe: Tensor, transformer_options: Any, **rest: Any) -> Tensor:
+    """x + g (W [attention(n), gelu(m)]), (q, k, v, m) = V n, n = (1 + s) LN(x) + t: s, t and g of a text's tokens by
+    its row's vector, of the picture's by the first's."""
+    length = transformer_options["optimized_attention_override"].longest
+    shift, scale, gate = (
+        torch.cat((part.expand(-1, length, -1), part[:1].expand(len(x), x.shape[1] - length, -1)), 1)
+        for part in block.modulation.lin(torch.nn.functional.silu(vec))[:, None].chunk(3, -1)
+    )
+    n = block.linear1((1 + scale) * block.pre_norm(x) + shift)
+    qkv, m = n[..., : 3 * block.hidden_size], n[..., 3 * block.hidden_size :]
+    q, k, v = qkv.unflatten(2, (3, block.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = block.norm(q, k, v)
+    found = flux_attention(q, k, v, pe=pe, transformer_options=transformer_options)
+    return x + gate * block.linear2(torch.cat((found, torch.nn.functional.gelu(m, approximate="tanh")), 2))
 
 
 class Doubled:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from modulated_networks import picture_under_the_prompt
 from numpy.typing import NDArray
 from small_networks import CASES, inputs_of, network_of, seeded
 from tiny_pipelines import make
 from torch import Tensor
 
+from onestep.core.cond import Cond
 from onestep.core.guidance import Steering
 from onestep.pipelines import steered
 
@@ -25,6 +27,8 @@ PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flu
 UNETS, JOINT = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep
+TAU, ALPHA, OFFSET = 2.5, 0.25, 0.1
+STEERINGS = {mode: Steering(mode, scale, TAU, ALPHA, 1, OFFSET) for mode, scale in SCALES.items()}
 
 
 def pipe_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[DiffusionPipeline, Any]:
@@ -43,9 +47,19 @@ def empty() -> Tensor:
     return texts(1, 6, seed=8)
 
 
-def away(pipe: Any, negative: Tensor, *told: Any, **more: Any) -> Any:
-    """`steered`, which has the empty text too."""
-    return steered(pipe, negative, *told, empty=empty(), **more)
+def empty_with_pooled() -> Cond:
+    return Cond(empty(), pooled=pooled(1, seed=10))
+
+
+def pooled(count: int, seed: int = 9) -> Tensor:
+    return seeded(seed)(count, 16)
+
+
+def away(pipe: Any, negative: Tensor | Cond, steering: str | Steering, **more: Any) -> Any:
+    """`steered` by the oracles' numbers where a mode is given by name; it has the empty text too."""
+    chosen = STEERINGS[steering] if isinstance(steering, str) else steering
+    zero = empty_with_pooled() if isinstance(negative, Cond) else empty()
+    return steered(pipe, negative, chosen, empty=zero, **more)
 
 
 def run(name: str, network: Any, inputs: dict[str, Tensor] | None = None, **more: Any) -> Tensor:
@@ -83,12 +97,12 @@ def mixed(mode: str, positive: Array, negative: Array, empty: Array | None = Non
         b = b - KEEP * np.maximum((a * b).sum(-1, keepdims=True), 0) / (a * a).sum(-1, keepdims=True) * a
         guided = positive + (s - 1) * (a - WEIGHT * b)
     ratio = np.abs(guided).sum((1, 3), keepdims=True) / np.abs(positive).sum((1, 3), keepdims=True)
-    return 0.25 * guided * np.minimum(ratio, 2.5) / ratio + 0.75 * positive
+    return ALPHA * guided * np.minimum(ratio, TAU) / ratio + (1 - ALPHA) * positive
 
 
 def flipped(q: Array, keys: tuple[Array, Array], values: tuple[Array, Array]) -> Array:
-    """VSF: one softmax over both; the second text's scores lose 0.1, its values are multiplied by -s."""
-    bias = np.concatenate([np.zeros(keys[0].shape[2]), np.full(keys[1].shape[2], -0.1)])
+    """VSF: one softmax over both; the second text's scores lose the offset, its values are multiplied by -s."""
+    bias = np.concatenate([np.zeros(keys[0].shape[2]), np.full(keys[1].shape[2], -OFFSET)])
     return attend(q, np.concatenate(keys, 2), np.concatenate([values[0], -SCALES["vsf"] * values[1]], 2), bias)
 
 
@@ -184,19 +198,24 @@ def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
     return np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
 
 
-def doubled(name: str, network: Any, mode: str, negative: Tensor, **more: Tensor | list[Tensor]) -> Tensor:
-    """The doubled form's prediction for the inputs of ``name``; ``more`` are residuals of a ControlNet."""
+def doubled(name: str, network: Any, mode: str, negative: Tensor | Cond, **more: Tensor | list[Tensor]) -> Tensor:
+    """The doubled form's prediction for the inputs of ``name``, each text under its own pooled text where the negative
+    has one; ``more`` are residuals of a ControlNet."""
     inputs = inputs_of(name, next(network.parameters()).dtype)
-    others = (negative, empty().to(negative)) if mode == "perp" else (negative,)
-    every = [other.expand(len(inputs["text"]), -1, -1) for other in (inputs["text"], *others)]
+    negative = negative if isinstance(negative, Cond) else Cond(negative)
+    zero = empty_with_pooled().to(negative.text)
+    count, others = len(inputs["text"]), (negative, zero) if mode == "perp" else (negative,)
+    every = [inputs["text"], *(other.text.expand(count, -1, -1) for other in others)]
     lengths = [text.shape[1] for text in every]
     padded = [torch.nn.functional.pad(text, (0, 0, 0, max(lengths) - text.shape[1]), value=3.0) for text in every]
     rows = {key: torch.cat([value] * len(every)) for key, value in inputs.items()} | {"text": torch.cat(padded)}
+    if negative.pooled is not None:
+        rows["pooled"] = torch.cat([inputs["pooled"], *(other.pooled.expand(count, -1) for other in others)])
     more = {key: [torch.cat([part] * len(every)) for part in parts] for key, parts in more.items()}
     oracle = JointOracle(mode, lengths)
-    answer = replaced(network, lambda attn: None if attn.added_kv_proj_dim is None and name != "flux" else oracle)(
-        lambda: run(name, network, rows, **more)
-    )
+    during = replaced(network, lambda attn: None if attn.added_kv_proj_dim is None and name != "flux" else oracle)
+    with picture_under_the_prompt(network, len(every)):
+        answer = during(lambda: run(name, network, rows, **more))
     one, *same = answer.chunk(len(every))
     for other in same:  # the picture's stream is one and the same
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(one.abs().max()))

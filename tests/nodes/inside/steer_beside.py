@@ -35,7 +35,7 @@ from comfy_steering import (
 )
 
 import nodes as core
-from onestep.core.guidance import SAFE, Steering
+from onestep.core.guidance import DEFAULTS, Steering
 from onestep.nodes.steer import NegativeSteeringNode, steered_model
 
 JOINT = ("sd3", "flux")
@@ -73,20 +73,20 @@ def neutral(kind, model):
     positive, negative, _ = texts(kind)
     plain, fields = x0_of(model, positive), (2.5, 0.25, 0.0, 1.0)
     off = [NegativeSteeringNode.execute(model, negative, "NAG", 1.0, *fields).args[0]]
-    off += [NegativeSteeringNode.execute(model, negative, "NAG", 5.0, 2.5, 0.0, 0.0, 1.0).args[0]]
+    off += [steered_model(model, negative, Steering("nag", 5.0, alpha=0.0))]
     off += [steered_model(model, negative, Steering("nasa", 0.0))]
     return all(torch.equal(x0_of(one, positive), plain) and not any(one.wrappers.values()) for one in off)
 
 
 @case("sd15", *JOINT, "wan")
 def defaults(kind, model):
-    """Scale 0 is what is safe for the model's family."""
+    """0 of the scale, tau and alpha is the model's family's own."""
     positive, negative, _ = texts(kind)
     found = []
-    for mode, scale in SAFE[{"sd15": "unet"}.get(kind, kind)].items():
+    for mode, numbers in DEFAULTS[{"sd15": "unet"}.get(kind, kind)].items():
         more = {"empty": empty_for(negative)}
-        node = NegativeSteeringNode.execute(model, negative, mode.upper(), 0.0, 2.5, 0.25, 0.0, 1.0, **more).args[0]
-        ours = x0_of(steered_model(model, negative, Steering(mode, scale), **more), positive)
+        node = NegativeSteeringNode.execute(model, negative, mode.upper(), 0.0, 0.0, 0.0, 0.0, 1.0, **more).args[0]
+        ours = x0_of(steered_model(model, negative, Steering(mode, *numbers), **more), positive)
         found.append(torch.equal(x0_of(node, positive), ours) and apart(ours, x0_of(model, positive)) > 0.01)
     return all(found)
 
@@ -192,16 +192,18 @@ def ranges(kind, model):
         assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], plain[2:])
     x0 = x0_of(by("perp", model, early + late), positive, shares=SHARES)
     assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], other[2:])
-    joined = [[torch.cat((one[0][0], two[0][0]), 1), one[0][1]]]
-    return apart(x0_of(by("perp", model, one + two), positive), x0_of(by("perp", model, joined), positive))
+    joined, alike = ([[text, one[0][1]]] for text in (torch.cat((one[0][0], two[0][0]), 1), two[0][0]))
+    if kind in JOINT:  # each text under its own pooled vector
+        assert apart(x0_of(by("perp", model, one + two), positive), x0_of(by("perp", model, joined), positive)) > 1e-3
+    return apart(x0_of(by("perp", model, one + alike), positive), x0_of(by("perp", model, joined), positive))
 
 
 @case("sd15", *JOINT)
 def zero_out(kind, model):
-    """ConditioningZeroOut is a negative like any other; against itself nothing breaks."""
+    """ConditioningZeroOut is a negative like any other, but for VSF; against itself nothing breaks."""
     positive, negative, _ = texts(kind)
     zero, found = core.ConditioningZeroOut().zero_out(negative)[0], []
-    for name, form in FORMS.items():
+    for name, form in ((name, form) for name, form in FORMS.items() if name != "vsf"):
         clone = by(name, model, zero)
         if kind in JOINT:
             expected = doubled(model, positive, zero, form)

@@ -36,8 +36,8 @@ def refused(name, act):
         told[name] = ""
 
 
-def drawn(kind, patch=None, positive=None):
-    clone = steered(kind)
+def drawn(kind, patch=None, positive=None, mode="NASA"):
+    clone = steered(kind, mode=mode)
     if patch is not None:
         patch(clone)
     x0_of(clone, condition(kind, 9, 1) if positive is None else positive)
@@ -67,6 +67,7 @@ refused("no empty text", lambda: steered("sd15", mode="PERP"))
 refused("empty text's width", lambda: steered("sd15", mode="PERP", empty=condition("sd2", 5, 2)))
 ranged = node_helpers.conditioning_set_values(condition("sd15", 5, 2), {"start_percent": 0.2, "end_percent": 0.7})
 refused("empty text's range", lambda: steered("sd15", mode="PERP", empty=ranged))
+refused("padded", lambda: steered("sd15", [[condition("sd15", 77, 2)[0][0], {}]], mode="VSF"))
 OUT = {"scale": (NAN, float("inf"), -1.0, 101.0), "tau": (NAN, 0.5), "alpha": (NAN, 2.0)}
 for field, values in {**OUT, "weight": (NAN, -1.0), "keep": (NAN, 101.0)}.items():
     for value in values:
@@ -104,7 +105,10 @@ with torch.inference_mode():
     refused("masked", lambda: drawn("flux", positive=masked))
     refused("style", lambda: drawn("flux", lambda model: model.set_model_patch(lambda told: told, "post_input")))
     longer_block = ("dit", "double_block", 0)
-    refused("tokens", lambda: drawn("sd3", lambda model: model.set_model_patch_replace(longer, *longer_block)))
+    for name, mode in (("tokens", "NASA"), ("tokens, vsf", "VSF")):
+        refused(
+            name, lambda mode=mode: drawn("sd3", lambda m: m.set_model_patch_replace(longer, *longer_block), mode=mode)
+        )
     refused("batch", lambda: drawn("sd15", lambda model: model.set_model_attn2_patch(doubled_inside)))
     blind = lambda executor, x, *args, **kwargs: x  # noqa: E731
     refused("blind", lambda: drawn("flux", lambda model: model.add_wrapper(WrappersMP.DIFFUSION_MODEL, blind)))

@@ -1,0 +1,51 @@
+"""Texts as a pipeline's own encode_prompt gives them to its network, with the encoders' padding or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..core.cond import Cond
+from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
+from .text import encode, t5_tokens
+
+
+@torch.no_grad()
+def encode_text(
+    pipe: Any, texts: Sequence[str], *, padded: bool = True, device: torch.device | str | None = None
+) -> Cond:
+    """The text and, where the network reads it, the pooled text of each of ``texts``, by the encoders of ``pipe``.
+
+    padded: with the tokens that the encoders pad a text by, as diffusers draws a prompt; False gives the text's own
+    tokens, from the first to the last that is none of padding. Texts of several lengths are then padded by zeros under
+    the Cond's mask. device: the encoders'; None is the pipeline's.
+    """
+    kind, place = pipeline_of(pipe.components), torch.device(device or pipe._execution_device)
+    if padded:
+        return encode(pipe, kind, list(texts), place)
+    return Cond.concat([_unpadded(pipe, kind, text, place) for text in texts])
+
+
+def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
+    """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
+    text at the length that it has."""
+    if kind in (SD, SDXL):
+        cond = encode(pipe, kind, [text], device)
+        return Cond(cond.text[:, : length_of(pipe, pipe.tokenizer, text)], pooled=cond.pooled)
+    most, tokenizer = t5_tokens(pipe), pipe.tokenizer_2 if kind == FLUX else pipe.tokenizer_3
+    cond = encode(pipe, kind, [text], device, length_of(pipe, tokenizer, text, most) if most else 0)
+    if kind != SD3:
+        return cond
+    clip, t5 = cond.text[:, : length_of(pipe, pipe.tokenizer, text)], cond.text[:, pipe.tokenizer_max_length :]
+    return Cond(torch.cat([clip, t5], 1), pooled=cond.pooled)
+
+
+def length_of(pipe: Any, tokenizer: Any, text: str, most: int | None = None) -> int:
+    """How many tokens a text has, with those that begin and end it: one at least, and no more than ``most``, or than
+    its encoder takes."""
+    if hasattr(pipe, "maybe_convert_prompt"):  # a textual inversion may have several vectors
+        text = pipe.maybe_convert_prompt(text, tokenizer)
+    most = tokenizer.model_max_length if most is None else most
+    return max(1, len(tokenizer(text, max_length=most, truncation=True).input_ids))

@@ -1,0 +1,81 @@
+"""Which of diffusers' networks can be steered, at which attentions, and between which times."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+from ..core.errors import OneStepError
+from ..core.schedule import NoiseSchedule, VPSchedule
+from .networks import schedule_of
+from .steer_attention import JOINT, is_steered
+
+CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+
+
+def family_of(network: Any) -> str:
+    for family, cls in CLASSES.items():
+        if isinstance(network, cls):
+            if is_steered(network):
+                raise OneStepError("this network is steered already: leave that `steered` first")
+            return family
+    raise OneStepError(
+        f"a {type(network).__name__} is not served by negative steering: use SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
+    )
+
+
+def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
+    """The attentions that see a text and are steered, by their processors' names."""
+    found = {name: network.get_submodule(name.removesuffix(".processor")) for name in network.attn_processors}
+    if family == "flux":
+        return found
+    if family == "sd3":
+        # SD3.5's second attention of a block sees the picture alone
+        return {name: attn for name, attn in found.items() if attn.added_kv_proj_dim is not None}
+    crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
+    if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
+        raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
+    chosen = {name: attn for name, attn in crossed.items() if layers == "all" or not name.startswith("down_blocks.")}
+    if not chosen:
+        raise OneStepError("this U-Net has no cross-attention in its decoder: set steering's layers to all")
+    return chosen
+
+
+def refuse_foreign(processor: Any) -> None:
+    """A joint attention is computed anew, so that what a foreign processor adds would be lost."""
+    if not isinstance(processor, JOINT) or getattr(processor, "_parallel_config", None) is not None:
+        name = type(processor).__name__
+        what = "an IP-Adapter" if "IPAdapter" in name else "another attention, or one over several devices,"
+        raise OneStepError(
+            f"this transformer has {what} ({name}), which steering does not serve there: take it off first"
+        )
+
+
+def width_of(network: Any, attentions: dict[str, Any]) -> int:
+    if isinstance(network, UNet2DConditionModel):
+        return next(iter(attentions.values())).cross_attention_dim
+    return network.config.joint_attention_dim
+
+
+def pooled_width_of(network: Any) -> int:
+    """Of the pooled text that modulates a text's tokens; 0 where none does."""
+    return 0 if isinstance(network, UNet2DConditionModel) else network.config.pooled_projection_dim
+
+
+def times_of(scheduler: Any, start: float, end: float) -> tuple[float, float]:
+    """The network's own times at the shares ``start`` and ``end``, as ComfyUI counts percent: open at 0 and 1."""
+    if not 0 <= start < end <= 1:
+        raise OneStepError(
+            f"steering from {start!r:.20} to {end!r:.20} is no range: 0 <= start < end <= 1, 0 the noisiest"
+        )
+    latest = math.inf if start == 0 else _time_at(schedule_of(scheduler), 1 - start)
+    return latest, -math.inf if end == 1 else _time_at(schedule_of(scheduler), 1 - end)
+
+
+def _time_at(schedule: NoiseSchedule, share: float) -> float:
+    if isinstance(schedule, VPSchedule):
+        return share * (schedule.times - 1)
+    return float(schedule.time_of_sigma(schedule.sigma_at(torch.tensor(share, dtype=torch.float64))))
