@@ -110,7 +110,8 @@ def empty_for(negative: Any) -> list[Any]:
     """What stands for the empty text beside a negative."""
     text, told = negative[0]
     draw = torch.Generator().manual_seed(11)
-    return [[torch.randn(1, 4, text.shape[-1], generator=draw), {"pooled_output": told["pooled_output"][:1]}]]
+    zero = torch.randn(1, 4, text.shape[-1], generator=draw)
+    return [[zero, {"pooled_output": torch.randn(1, told["pooled_output"].shape[-1], generator=draw)}]]
 
 
 def shape_of(model: Any, side: int = 8) -> tuple[int, ...]:
