@@ -26,12 +26,8 @@ from .kinds import FLUX, SD, SD3, SDXL
 from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import on_device, place
 from .steer_attention import is_steered
-<<<<<<< HEAD
-from .text import encode, encoders_of
-from .trainable import prepare
-=======
 from .text import encoders_of
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
+from .trainable import prepare
 
 PROMPTS_AT_ONCE = 16
 FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for

@@ -10,6 +10,7 @@ import torch
 from ..core.cond import Cond
 from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
 from .text import encode, t5_tokens
+from .threads import lock_of
 
 
 @torch.no_grad()
@@ -48,4 +49,5 @@ def length_of(pipe: Any, tokenizer: Any, text: str, most: int | None = None) -> 
     if hasattr(pipe, "maybe_convert_prompt"):  # a textual inversion may have several vectors
         text = pipe.maybe_convert_prompt(text, tokenizer)
     most = tokenizer.model_max_length if most is None else most
-    return max(1, len(tokenizer(text, max_length=most, truncation=True).input_ids))
+    with lock_of(tokenizer):
+        return max(1, len(tokenizer(text, max_length=most, truncation=True).input_ids))

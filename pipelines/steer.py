@@ -15,25 +15,14 @@ from torch import Tensor, nn
 
 from ..core.compiled import uncompile
 from ..core.errors import OneStepError
-<<<<<<< HEAD
-from ..core.guidance import SAFE, Steering
-from ..core.schedule import NoiseSchedule, VPSchedule
-from .adapt import called_network, network_of
-from .networks import schedule_of
-from .own_guidance import OwnGuidance, Rows
-from .steer_attention import JOINT, CrossSteered, JointSteered, Run, is_steered, repeated, unsteered
-from .threads import one_at_a_time, only_here, set_processors
-
-CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
-=======
 from ..core.guidance import Steering
-from .adapt import network_of
+from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows
 from .steer_attention import CrossSteered, JointSteered, Run, repeated, unsteered
 from .steer_modulation import Modulation, install
 from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, width_of
 from .steer_text import Text, away_of
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
+from .threads import one_at_a_time, only_here, set_processors
 
 
 @one_at_a_time(network_of)
@@ -72,54 +61,32 @@ def steered(
         with steered(pipe, "red", "nag", scale=5):
             picture = pipe("a flower", num_inference_steps=4, guidance_scale=1).images[0]
 
-<<<<<<< HEAD
-    It acts in the thread that entered it; others draw as without it, and wait where they steer the same network.
-=======
         text, _, pooled, _ = pipe.encode_prompt("red", None, None)  # StableDiffusion3Pipeline
         with steered(pipe, Cond(text, pooled=pooled), "nag"):
             ...
 
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
+    It acts in the thread that entered it; others draw as without it, and wait where they steer the same network.
     The network is given back as it was, also after an error. A neutral scale (NASA 0; NAG, Perp 1) changes nothing.
     Raises OneStepError for a network, an attention processor (an IP-Adapter of SD3 or Flux), a negative or a value that
     is not served; from the forward also for a batch that does not fit and under gradient checkpointing.
     """
-<<<<<<< HEAD
     network, plain = called_network(pipe), network_of(pipe)
-    family = _family(plain)
-    chosen, own = steering_of(steering, scale, family), OwnGuidance(pipe, rows)
-    chosen.check_family(family)
-    attentions = _attentions(plain, family, chosen.layers)
-    _check_negative(negative, _width(plain, attentions))
-    told, length = _with_empty(negative, empty, chosen, _width(plain, attentions))
-    latest, earliest = _times(pipe.scheduler, start, end)
-=======
-    network = network_of(pipe)
-    plain: Any = getattr(network, "_orig_mod", network)  # of torch.compile
     family = family_of(plain)
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows)
     attentions = attentions_of(plain, family, chosen.layers)
     latest, earliest = times_of(pipe.scheduler, start, end)
     widths = width_of(plain, attentions), pooled_width_of(plain)
     away = away_of(pipe, negative, empty, chosen, *widths)
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
     if chosen.neutral:
         yield
         return
     hooks = _Hooks(Run(chosen, away, rows, cache), Modulation(), own, family, plain, latest, earliest)
     with ExitStack() as undo:
-<<<<<<< HEAD
-        undo.callback(_restore, plain)
         # hooks within what was compiled in place might not run; those around torch.compile's wrapper do
         undo.callback(uncompile(network, wrapped=False))
-        set_processors(plain, _processors(plain, attentions, hooks.run))
+        _set_processors(plain, attentions, hooks, undo)
         undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
         undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)
-=======
-        _set_processors(plain, attentions, hooks, undo)
-        undo.callback(network.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
-        undo.callback(network.register_forward_hook(hooks.after, always_call=True).remove)
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
         yield
 
 
@@ -144,11 +111,11 @@ def _set_processors(network: Any, attentions: dict[str, Any], hooks: _Hooks, und
             name: JointSteered(found[name], run, kept.get(name.removesuffix(".processor"))) for name in attentions
         }
     undo.callback(_restore, network)
-    network.set_attn_processor({**found, **chosen})
+    set_processors(network, {**found, **chosen})
 
 
 def _restore(network: Any) -> None:
-    network.set_attn_processor({name: unsteered(found) for name, found in network.attn_processors.items()})
+    set_processors(network, {name: unsteered(found) for name, found in network.attn_processors.items()})
 
 
 @dataclass
@@ -170,6 +137,7 @@ class _Hooks:
         """A forward pre-hook: the negative's tokens follow the positive's where the two texts share one attention."""
         given = inspect.signature(type(self.network).forward).bind(None, *args, **kwargs).arguments
         del given["self"]
+        self.modulation.clear()  # of a forward that an error ended
         self.run.active, self.run.reached = self._in_range(given["timestep"]), False
         if not self.run.active:
             return None
@@ -240,110 +208,6 @@ class _Hooks:
         count = self._count(batch)
         return torch.cat([repeated(negative, count)] * (batch // count))
 
-<<<<<<< HEAD
-# -- what is served ---------------------------------------------------------------------------------------------------
-
-
-def _family(network: Any) -> str:
-    for family, cls in CLASSES.items():
-        if isinstance(network, cls):
-            if is_steered(network):
-                raise OneStepError("this network is steered already: leave that `steered` first")
-            return family
-    raise OneStepError(
-        f"a {type(network).__name__} is not served by negative steering: use SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
-    )
-
-
-def _attentions(network: Any, family: str, layers: str) -> dict[str, Any]:
-    """The attentions that see a text and are steered, by their processors' names."""
-    found = {name: network.get_submodule(name.removesuffix(".processor")) for name in network.attn_processors}
-    if family == "flux":
-        return found
-    if family == "sd3":
-        # SD3.5's second attention of a block sees the picture alone
-        return {name: attn for name, attn in found.items() if attn.added_kv_proj_dim is not None}
-    crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
-    if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
-        raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
-    chosen = {name: attn for name, attn in crossed.items() if layers == "all" or not name.startswith("down_blocks.")}
-    if not chosen:
-        raise OneStepError("this U-Net has no cross-attention in its decoder: set steering's layers to all")
-    return chosen
-
-
-def _processors(network: Any, attentions: dict[str, Any], run: Run) -> dict[str, Any]:
-    """All processors of the network, those of ``attentions`` steered."""
-    found = dict(network.attn_processors)
-    if isinstance(network, UNet2DConditionModel):
-        return {name: CrossSteered(inner, run) if name in attentions else inner for name, inner in found.items()}
-    for name in attentions:
-        _refuse_foreign(found[name])
-        found[name] = JointSteered(found[name], run)
-    return found
-
-
-def _refuse_foreign(processor: Any) -> None:
-    """A joint attention is computed anew, so that what a foreign processor adds would be lost."""
-    if not isinstance(processor, JOINT) or getattr(processor, "_parallel_config", None) is not None:
-        name = type(processor).__name__
-        what = "an IP-Adapter" if "IPAdapter" in name else "another attention, or one over several devices,"
-        raise OneStepError(
-            f"this transformer has {what} ({name}), which steering does not serve there: take it off first"
-        )
-
-
-def _restore(network: Any) -> None:
-    set_processors(network, {name: unsteered(found) for name, found in network.attn_processors.items()})
-
-
-def _check_negative(negative: Any, width: int, what: str = "negative") -> None:
-    if not isinstance(negative, Tensor) or negative.ndim != 3 or 0 in negative.shape:
-        found = tuple(negative.shape) if isinstance(negative, Tensor) else type(negative).__name__
-        count = "1 or prompts" if what == "negative" else "1"
-        raise OneStepError(
-            f"the {what} is {found}: give the text's tokens [{count}, tokens, width], the first result of encode_prompt"
-        )
-    if negative.shape[2] != width:
-        raise OneStepError(
-            f"the {what}'s tokens are {negative.shape[2]} wide, this network reads {width}: encode it by this "
-            "pipeline's own encode_prompt"
-        )
-
-
-def _with_empty(negative: Tensor, empty: Tensor | None, steering: Steering, width: int) -> tuple[Tensor, int]:
-    """The negative's tokens and behind them the empty text's, where steering wants them; how many those are."""
-    if not steering.wants_empty or steering.neutral:
-        return negative, 0
-    if empty is None:
-        raise OneStepError('perp measures from the empty text: give empty=..., "" encoded as the negative is')
-    _check_negative(empty, width, "empty text")
-    if len(empty) != 1:
-        raise OneStepError(f"there are {len(empty)} empty texts: give one, [1, tokens, width]")
-    return torch.cat([negative, empty.to(negative).expand(len(negative), -1, -1)], 1), empty.shape[1]
-
-
-def _width(network: Any, attentions: dict[str, Any]) -> int:
-    if isinstance(network, UNet2DConditionModel):
-        return next(iter(attentions.values())).cross_attention_dim
-    return network.config.joint_attention_dim
-
-
-def _times(scheduler: Any, start: float, end: float) -> tuple[float, float]:
-    """The network's own times at the shares ``start`` and ``end``, as ComfyUI counts percent: open at 0 and 1."""
-    if not 0 <= start < end <= 1:
-        raise OneStepError(
-            f"steering from {start!r:.20} to {end!r:.20} is no range: 0 <= start < end <= 1, 0 the noisiest"
-        )
-    latest = math.inf if start == 0 else _time_at(schedule_of(scheduler), 1 - start)
-    return latest, -math.inf if end == 1 else _time_at(schedule_of(scheduler), 1 - end)
-
-
-def _time_at(schedule: NoiseSchedule, share: float) -> float:
-    if isinstance(schedule, VPSchedule):
-        return share * (schedule.times - 1)
-    return float(schedule.time_of_sigma(schedule.sigma_at(torch.tensor(share, dtype=torch.float64))))
-=======
     def _embedded(self, given: dict[str, Any], pooled: Tensor) -> Tensor:
         """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
         own = given["pooled_projections"]
@@ -352,4 +216,3 @@ def _time_at(schedule: NoiseSchedule, share: float) -> float:
             guidance = [given["guidance"]] if given.get("guidance") is not None else []
             told = [value.to(given["hidden_states"].dtype) * 1000 for value in (*told, *guidance)]
         return self.network.time_text_embed(*told, self._spread(pooled.to(own.device, own.dtype), len(own)))
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)

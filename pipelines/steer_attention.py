@@ -20,12 +20,9 @@ from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
 from .own_guidance import Rows, part
-<<<<<<< HEAD
-from .threads import is_here
-=======
 from .steer_modulation import Kept
 from .steer_text import Away
->>>>>>> adf0578 (A negative is padded and modulated as each mode's authors do it, by each family's own numbers, in both hosts)
+from .threads import is_here
 
 JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
 Projected = tuple[Tensor, Tensor, Tensor]

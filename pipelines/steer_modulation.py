@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.normalization import AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
 from ..core.errors import OneStepError
+from .threads import is_here
 
 
 @dataclass
@@ -23,12 +25,17 @@ class Modulation:
     """What one network's blocks share within a forward.
 
     embeddings: [B, C] each, of time and pooled text, one for each text behind the positive. lengths: tokens of the
-    positive text and of each behind it. Without embeddings every block is as it was.
+    positive text and of each behind it. Without embeddings, and in other threads, every block is as it was.
     """
 
     embeddings: list[Tensor] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    thread: int = field(default_factory=get_ident)
+
+    @property
+    def acting(self) -> bool:
+        return bool(self.embeddings) and is_here(self.thread)
 
     def set(self, embeddings: list[Tensor], lengths: list[int]) -> None:
         self.embeddings, self.lengths = embeddings, lengths
@@ -51,17 +58,19 @@ class Kept:
     last_gate: Tensor | None = None
 
 
-class TextNorm(nn.Module):
-    """A block's norm of the texts' tokens, or, in Flux' single blocks, of the texts' and the picture's."""
+class TextNorm:
+    """A block's norm of the texts' tokens, or, in Flux' single blocks, of the texts' and the picture's.
+
+    No module, as LastLayer is none: the network's tree, which other threads may be walking through, stays as it is.
+    """
 
     def __init__(self, inner: nn.Module, modulation: Modulation, kept: Kept) -> None:
-        super().__init__()
         self.inner, self.modulation, self.kept = inner, modulation, kept
 
-    def forward(self, states: Tensor, *told: Tensor, **more: Tensor) -> Any:
+    def __call__(self, states: Tensor, *told: Tensor, **more: Tensor) -> Any:
         """states: [B, L, C]. told or emb: [B, C], of time and the positive's pooled text."""
         others = self.modulation.embeddings
-        if not others:
+        if not self.modulation.acting:
             return self.inner(states, *told, **more)
         own = told[0] if told else more["emb"]
         lengths, embeddings = [*self.modulation.lengths], [own, *others]
@@ -84,16 +93,15 @@ class TextNorm(nn.Module):
         return [one, nothing, nothing, one]
 
 
-class LastLayer(nn.Module):
+class LastLayer:
     """A block's last layer of the texts' tokens: its MLP, or, in Flux' single blocks, its output projection."""
 
-    def __init__(self, inner: nn.Module, kept: Kept) -> None:
-        super().__init__()
-        self.inner, self.kept = inner, kept
+    def __init__(self, inner: nn.Module, modulation: Modulation, kept: Kept) -> None:
+        self.inner, self.modulation, self.kept = inner, modulation, kept
 
-    def forward(self, states: Tensor) -> Any:
+    def __call__(self, states: Tensor) -> Any:
         kept = self.kept
-        if kept.last_gate is None:
+        if not self.modulation.acting or kept.last_gate is None:
             return self.inner(states)
         if states.shape[1] != kept.last_gate.shape[1]:
             raise OneStepError(
@@ -121,11 +129,12 @@ def install(network: Any, modulation: Modulation, undo: ExitStack) -> dict[str, 
             kept = found[f"{kind}.{number}.attn"] = Kept()
             _replace(block, norm, TextNorm(getattr(block, norm), modulation, kept), undo)
             if getattr(block, last) is not None:
-                _replace(block, last, LastLayer(getattr(block, last), kept), undo)
+                _replace(block, last, LastLayer(getattr(block, last), modulation, kept), undo)
     modulation.kept = list(found.values())
     return found
 
 
-def _replace(block: nn.Module, name: str, layer: nn.Module, undo: ExitStack) -> None:
-    undo.callback(setattr, block, name, getattr(block, name))
-    setattr(block, name, layer)
+def _replace(block: nn.Module, name: str, layer: Any, undo: ExitStack) -> None:
+    """Covers a block's layer by an attribute, which Python finds before the network's tree."""
+    undo.callback(block.__dict__.pop, name)
+    block.__dict__[name] = layer

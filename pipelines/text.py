@@ -37,19 +37,17 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
     _check_encoders(pipe, kind)
     # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
     with lock_of(pipe.tokenizer):
-        return _encoded(pipe, kind, prompts, device)
+        return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
-def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
+def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int) -> Cond:
     more: dict[str, Any] = {"device": device, "num_images_per_prompt": 1}
-    if kind in (FLUX, SD3):
-        more["max_sequence_length"] = t5_tokens(pipe) if length is None else length
     if kind == FLUX:
-        text, pooled, _ = pipe.encode_prompt(prompts, prompts, **more)
+        text, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=length, **more)
         return Cond(text, pooled=pooled)
     more["do_classifier_free_guidance"] = False
     if kind == SD3:
-        text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **more)
+        text, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, max_sequence_length=length, **more)
         return Cond(text, pooled=pooled)
     if kind == SDXL:
         text, _, pooled, _ = pipe.encode_prompt(prompts, **more)
