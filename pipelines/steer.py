@@ -75,8 +75,7 @@ def steered(
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows)
     attentions = attentions_of(plain, family, chosen.layers)
     latest, earliest = times_of(pipe.scheduler, start, end)
-    widths = width_of(plain, attentions), pooled_width_of(plain)
-    away = away_of(pipe, negative, empty, chosen, *widths)
+    away = away_of(pipe, negative, empty, chosen, width_of(plain, attentions), pooled_width_of(plain))
     if chosen.neutral:
         yield
         return
