@@ -29,6 +29,8 @@ def run(args: Namespace, console: Console) -> None:
         raise OneStepError(
             f"a run is already in {str(folder)[-200:]}: add --resume or --restart, or give another --out"
         )
+    if existing == "continue" and not (folder / "config.json").is_file():
+        console.note(f"no run to continue in {folder.name[:100]}: started anew")
     host = open_host(args.model, settings.targets, args.device)
     settings = at_native_size(settings, given, host)
     result = train(host, prompts, settings, folder, existing, console)

@@ -65,7 +65,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _distill(made: Parser) -> None:
     made.description = "Distil MODEL on prompts into RUN/result.safetensors. Ctrl-C saves the run; --resume goes on."
-    made.epilog = _settings_help()
+    _help_with_settings(made)
     add = made.add_argument
     _model(made)
     add("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line; empty lines are skipped")
@@ -172,6 +172,17 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 
 def _help(name: str) -> str:
     return next(str(entry.metadata["help"]) for entry in described(Settings) if entry.name == name)
+
+
+def _help_with_settings(made: Parser) -> None:
+    """The settings stand at the end of the help; looked up when that is asked for, as the methods need torch."""
+    plain = made.format_help
+
+    def format_help() -> str:
+        made.epilog = _settings_help()
+        return plain()
+
+    made.format_help = format_help  # type: ignore[method-assign]
 
 
 def _settings_help() -> str:
