@@ -12,8 +12,7 @@ from ..core.errors import OneStepError
 from ..core.factors import State
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.lora_file import fit, load_lora
-from ..core.presets import PRESETS
-from ..core.recipe import Recipe
+from ..core.recipe import PRESETS, Recipe
 from ..training.settings import nearest
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .recipe import Recipe
-from .recipe_checks import MOST_STEPS
+from .recipe.checks import MOST_STEPS
 from .schedule import FlowSchedule, NoiseSchedule, VPSchedule, initial_noise_scale, k_sigma
 
 USUAL_STEPS = 20  # KSampler's own default

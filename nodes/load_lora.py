@@ -17,8 +17,7 @@ from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
 from ..core.ksampler import core_nodes
 from ..core.lora_file import State, fit, load_lora
-from ..core.presets import PRESETS
-from ..core.recipe import Recipe
+from ..core.recipe import PRESETS, Recipe
 from ..core.schedule import NoiseSchedule
 from ..core.targets import Target
 from ..core.tensor_file import read_header

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.diversity import base_levels, descend, remaining
 from ..core.errors import OneStepError
-from ..core.presets import recipe_of
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, recipe_of
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .call_values import checked, texts_of
 from .one_step import Generator, OneStepPipeline

@@ -25,8 +25,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 
 from ..core.control import ControlAdapter
 from ..core.guidance import Steering
-from ..core.presets import recipe_of
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, recipe_of
 from . import acting
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .call_values import check_count, checked

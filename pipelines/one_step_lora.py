@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_diffusers, detect
 from ..core.lora_file import State, fit, load_lora, of_one_rank
-from ..core.presets import PRESETS, recipe_of
-from ..core.recipe import Recipe
+from ..core.recipe import PRESETS, Recipe, recipe_of
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.denoiser import guided
 from ..core.errors import OneStepError
-from ..core.presets import recipe_of
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, recipe_of
 from ..core.sampling import Draw, advance, initial_latents, levels_of
 from .adapt import DiffusersHost
 from .kinds import FLUX, SD, SD3, SDXL, pipeline_of

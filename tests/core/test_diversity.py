@@ -11,8 +11,7 @@ from oracles import CASES, Array, World, drawn, posterior_mean, rows, stable_dif
 
 from onestep.core.diversity import base_levels, base_part, descend, remaining
 from onestep.core.errors import OneStepError
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.sampling import sample
 from onestep.core.schedule import FlowSchedule, VESchedule, VPSchedule
 

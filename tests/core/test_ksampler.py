@@ -12,8 +12,7 @@ import torch
 from oracles import stable_diffusion_levels
 
 from onestep.core.ksampler import CoreNodes, KSampler, KSamplerAdvanced, core_nodes, nearest_start, simple_times
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule, initial_noise_scale
 from onestep.training.engine.inputs import automatic_start
 

@@ -15,8 +15,7 @@ from diffusers import (
 )
 
 from onestep.core.errors import OneStepError
-from onestep.core.presets import PRESETS, recipe_of
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe, recipe_of
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -13,8 +13,7 @@ import pytest
 from oracles import stable_diffusion_levels
 
 from onestep.core.errors import OneStepError
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.schedule import FlowSchedule, VPSchedule
 
 SCHEDULE = VPSchedule.scaled_linear()

@@ -11,8 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from oracles import CASES, TAU, Array, Case, World, drawn, posterior_mean, rows, stable_diffusion_levels
 from torch import Tensor
 
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.sampling import diffuse, initial_latents, jump, sample, teacher_sample
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 

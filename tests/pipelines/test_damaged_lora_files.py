@@ -20,7 +20,7 @@ from torch import Tensor
 from onestep.cli import inspect
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora
-from onestep.core.presets import PRESETS
+from onestep.core.recipe import PRESETS
 from onestep.pipelines.one_step import OneStepPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,7 @@ from tiny_pipelines import make, vae
 from torch import Tensor
 
 from onestep.core.errors import OneStepError
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.pipelines import diverse
 from onestep.pipelines.one_step import OneStepPipeline
 

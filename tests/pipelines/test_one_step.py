@@ -15,8 +15,7 @@ from torch import Tensor
 
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import save_lora
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.plain import diffusers_settings

@@ -10,8 +10,7 @@ import comfy.model_sampling
 from comfy_steering import tiny
 
 from onestep.core.errors import OneStepError
-from onestep.core.presets import PRESETS
-from onestep.core.recipe import Recipe
+from onestep.core.recipe import PRESETS, Recipe
 from onestep.nodes.diversity import OneStepDiversitySigmas
 
 

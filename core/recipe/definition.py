@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import OneStepError
-from .recipe_checks import check_recipe, version_1
-from .schedule import NoiseSchedule, initial_noise_scale, k_sigma, log_snr
+from ..errors import OneStepError
+from ..schedule import NoiseSchedule, initial_noise_scale, k_sigma, log_snr
+from .checks import check_recipe, version_1
 
 VERSION = 2
 

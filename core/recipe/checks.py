@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from .errors import OneStepError
+from ..errors import OneStepError
 
 FAMILIES = ("unet", "sd3", "flux")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

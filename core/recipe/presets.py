@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import OneStepError
-from .recipe import Recipe
+from ..errors import OneStepError
+from .definition import Recipe
 
 DDIM_TRAILING = "ByteDance/Hyper-SD, model card: {} LoRA of SD1.5 or SDXL, DDIM, trailing, guidance 0"
 LIGHTNING = "ByteDance/SDXL-Lightning, model card: {} U-Net or LoRA, Euler, trailing, guidance 0"

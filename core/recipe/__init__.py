@@ -1,0 +1,5 @@
+"""How to sample what was trained: the recipe in a file's header, and the public few-step models' by name."""
+
+from .definition import Recipe as Recipe
+from .presets import PRESETS as PRESETS
+from .presets import recipe_of as recipe_of
