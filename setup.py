@@ -24,7 +24,7 @@ class BuildPack(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """(package, module, file) of each module that is shipped."""
         found = super().find_package_modules(package, package_dir)
-        return [entry for entry in found if entry[1] != "setup"]
+        return [entry for entry in found if entry[:2] != ("onestep", "setup")]
 
 
 setup(distclass=PackDistribution, cmdclass={"build_py": BuildPack})
