@@ -27,8 +27,8 @@ from ..core.role_map import RoleMap
 from ..core.roles import Roles
 from ..core.targets import Target, is_linear
 from .adapt import called_network, network_of
+from .heads import repeated
 from .own_guidance import OwnGuidance, Rows, part
-from .steer_attention import repeated
 from .threads import lock_of
 
 ROLE = "away"

@@ -17,8 +17,9 @@ from ..core.compiled import uncompile
 from ..core.errors import OneStepError
 from ..core.guidance import Steering
 from .adapt import called_network, network_of
+from .heads import repeated
 from .own_guidance import OwnGuidance, Rows
-from .steer_attention import CrossSteered, JointSteered, Run, repeated, unsteered
+from .steer_attention import CrossSteered, JointSteered, Run, unsteered
 from .steer_modulation import Modulation, install
 from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, width_of
 from .steer_text import Text, away_of
@@ -101,7 +102,7 @@ def _set_processors(network: Any, attentions: dict[str, Any], hooks: _Hooks, und
     found, run = dict(network.attn_processors), hooks.run
     chosen: dict[str, Any]
     if isinstance(network, UNet2DConditionModel):
-        chosen = {name: CrossSteered(found[name], run) for name in attentions}
+        chosen = {name: CrossSteered.around(found[name], run) for name in attentions}
     else:
         for name in attentions:
             refuse_foreign(found[name])

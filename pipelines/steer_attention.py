@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
+from .heads import heads, merged, normed, repeated
 from .own_guidance import Rows, part
 from .steer_modulation import Kept
 from .steer_text import Away
@@ -76,8 +78,17 @@ class CrossSteered:
     def __init__(self, inner: Any, run: Run) -> None:
         self.inner, self.run = inner, run
         self._kept: tuple[Tensor, Tensor] | None = None
-        # Attention.forward passes on what this signature names: a processor's own arguments must reach it
-        self.__call__ = inner.__call__  # type: ignore[method-assign]
+
+    @classmethod
+    def around(cls, inner: Any, run: Run) -> CrossSteered:
+        """Of a class of its own, as Attention.forward passes on what the signature of its ``__call__`` names: the inner
+        processor's own arguments must reach it."""
+
+        def call(self: CrossSteered, attn: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
+            return cls.__call__(self, attn, hidden_states, *args, **more)
+
+        call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+        return type(cls.__name__, (cls,), {"__call__": call})(inner, run)  # type: ignore[no-any-return]
 
     def __call__(
         self,
@@ -104,7 +115,7 @@ class CrossSteered:
     def _steered(self, attn: Any, seen: Seen, found: Tensor, mask: Tensor | None) -> Tensor:
         """found: [B, N, H D], what the inner processor found in the positive text; its rows are steered."""
         rows = self.run.steered(len(found))
-        q, positive = seen.in_heads("q")[rows], _heads(found[rows], attn)
+        q, positive = seen.in_heads("q")[rows], heads(found[rows], attn)
         negative = self._negative(attn, seen, len(q))
         if self.run.steering.mode == "vsf" and mask is not None:
             raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa, nag or perp")
@@ -116,7 +127,7 @@ class CrossSteered:
             for at, length in self.run.away.by_length(len(q)):
                 away = tuple(self.run.away.shortened(part[at], length) for part in negative)
                 steered[at] = self._away(q[at], k[at], v[at], away, positive[at])
-        out = _merged(steered).to(found.dtype)
+        out = merged(steered).to(found.dtype)
         return out if len(out) == len(found) else torch.cat([found[: rows.start], out, found[rows.stop :]])
 
     def _away(self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, ...], found: Tensor) -> Tensor:
@@ -139,7 +150,7 @@ class CrossSteered:
         text = self.run.away.tokens.to(like.device, like.dtype)
         text = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
         k, v = attn.to_kv(text).chunk(2, -1) if seen.fused else (attn.to_k(text), attn.to_v(text))
-        return _normed(_heads(k, attn), attn.norm_k), _heads(v, attn)
+        return normed(heads(k, attn), attn.norm_k), heads(v, attn)
 
 
 class Seen:
@@ -180,7 +191,7 @@ class Seen:
     def in_heads(self, name: str) -> Tensor:
         """ "q", "k" or "v" as attention sees it, [B, H, N, D]."""
         norm = None if name == "v" else getattr(self.attn, f"norm_{name}")
-        return _normed(_heads(self.found[name], self.attn), norm)
+        return normed(heads(self.found[name], self.attn), norm)
 
 
 # -- SD3 and Flux -----------------------------------------------------------------------------------------------------
@@ -214,7 +225,7 @@ class JointSteered:
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
         out = self._joint(self._streams(q), self._streams(k), self._streams(v), self.run.chosen(hidden_states))
-        positive, negative, image = (_merged(part).to(hidden_states.dtype) for part in out)
+        positive, negative, image = (merged(part).to(hidden_states.dtype) for part in out)
         if encoder_hidden_states is None:
             # Flux' single blocks hold one sequence and project it themselves
             return torch.cat([positive, negative, image], 1)
@@ -246,8 +257,8 @@ class JointSteered:
             parts = attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states)
         else:
             parts = attn.to_q(states), attn.to_k(states), attn.to_v(states)
-        q, k, v = (_heads(part, attn) for part in parts)
-        return _normed(q, getattr(attn, f"norm_{added}q")), _normed(k, getattr(attn, f"norm_{added}k")), v
+        q, k, v = (heads(part, attn) for part in parts)
+        return normed(q, getattr(attn, f"norm_{added}q")), normed(k, getattr(attn, f"norm_{added}k")), v
 
     def _streams(self, joined: Tensor) -> Streams:
         before, negative = self.run.positive_tokens, self.run.away.tokens.shape[1]
@@ -270,24 +281,3 @@ def is_steered(network: Any) -> bool:
 
 def _same(states: Tensor) -> Tensor:
     return states
-
-
-def _heads(states: Tensor, attn: Any) -> Tensor:
-    """[B, N, H D] -> [B, H, N, D]"""
-    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def _merged(states: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H D]"""
-    return states.transpose(1, 2).flatten(2)
-
-
-def _normed(states: Tensor, norm: Any) -> Tensor:
-    return states if norm is None else norm(states)
-
-
-def repeated(states: Tensor, batch: int) -> Tensor:
-    """[n, ...] -> [batch, ...]: each of the n ``batch`` / n times in a row."""
-    if len(states) == 1:
-        return states.expand(batch, *states.shape[1:])
-    return states.repeat_interleave(batch // len(states), 0)

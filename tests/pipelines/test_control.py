@@ -14,6 +14,7 @@ from onestep.core.adapter_file import save_adapter
 from onestep.core.control import ControlAdapter, new_adapter
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
+from onestep.core.sampling import initial_latents
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.control import control_picture, controlled, load_control
 from onestep.pipelines.load import load
@@ -76,7 +77,8 @@ def test_in_one_step_it_is_the_hosts_own_answer(pipe: Any, file: Path) -> None:
     sigma = recipe.levels(host.denoiser.schedule).expand(2)
     host.denoiser.roles.add_module("student", adapter)
     with torch.no_grad(), host.denoiser.roles.use("student", control=control):
-        wanted = host.denoiser(noise, sigma, host.encode(PROMPTS, (32, 32)))
+        start = initial_latents(host.denoiser.schedule, noise, sigma, recipe.initial_noise_scale)
+        wanted = host.denoiser(start, sigma, host.encode(PROMPTS, (32, 32)))
     host.denoiser.roles.remove()
     fast = OneStepPipeline.from_pipe(pipe)
     with controlled(fast, adapter, control):
