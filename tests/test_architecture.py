@@ -25,6 +25,15 @@ MAY_IMPORT = {
     "nodes": {"training", "core", "kernels"},
     "cli": {"pipelines", "training", "core", "kernels"},
 }
+# The rooms of training, and what each knows beside settings.py and host.py. distil.py and presets.py know all.
+ROOMS = {
+    "engine": set(),
+    "data": {"engine"},
+    "runs": {"engine"},
+    "watch": {"engine", "data", "runs"},
+    "methods": {"engine", "data", "watch"},
+    "evaluation": set(),
+}
 DIFFUSERS = {"diffusers", "transformers", "peft", "tokenizers"}
 COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "node_helpers", "aiohttp"}
 COMFY |= {"latent_preview", "comfyui_version", "execution", "nodes"}
@@ -161,6 +170,12 @@ def trouble_with_import(path: PurePosixPath, module: str) -> str | None:
     """Why a shipped file may not import ``module``; None if it may."""
     folder, (top, *rest) = path.parts[0], module.split(".")
     if top == "onestep":
+        room = path.parts[-2] if len(path.parts) > 2 else ""
+        if folder == "training" and rest[:1] == ["training"] and room in ROOMS:
+            known = ROOMS[room] | {room, "settings", "host"}
+            return (
+                None if not rest[1:] or rest[1] in known else f"training/{room} may import {sorted(known)} of training"
+            )
         allowed = MAY_IMPORT.get(folder, set()) | {folder}
         return None if not rest or rest[0] in allowed else f"{folder} may import {sorted(allowed)} of ours"
     if top in FORBIDDEN_MODULES:
@@ -223,6 +238,10 @@ def test_these_checks_find_what_they_look_for():
     assert trouble_with_import(PurePosixPath("nodes/x.py"), "onestep.pipelines")
     assert trouble_with_import(PurePosixPath("training/x.py"), "urllib.request")
     assert trouble_with_import(PurePosixPath("cli/x.py"), "onestep.nodes")
+    assert trouble_with_import(PurePosixPath("training/engine/x.py"), "onestep.training.methods.dmd")
+    assert trouble_with_import(PurePosixPath("training/data/x.py"), "onestep.training.methods")
+    assert trouble_with_import(PurePosixPath("training/methods/x.py"), "onestep.training.data.pairs") is None
+    assert {path.name for path in (ROOT / "training").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
     assert trouble_with_import(inside, "onestep.kernels.low_rank") is None
     reads = {module for module, _ in imported(PurePosixPath("core/factors.py"))}
     assert reads >= {"onestep.kernels.low_rank", "onestep.core.targets", "torch"}
