@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 from ..core.errors import OneStepError
 
 LONGEST = 399
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal for a bar."""
 
 
 class RunFailed(OneStepError):
@@ -49,6 +52,25 @@ class Console:
         shape = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
         return tqdm(total=total, desc=title, file=sys.stderr, disable=None, dynamic_ncols=True, bar_format=shape)
 
+    @contextmanager
+    def counted(self, total: int, title: str) -> Iterator[Callable[[int], None]]:
+        """Within, a function that is told how many more are done, and shows it: a bar, or where there is no terminal a
+        line every half a minute with the time still to go."""
+        began, done, said_at = time.monotonic(), 0, time.monotonic()
+        with self.bar(total, title) as bar:
+
+            def more(count: int) -> None:
+                nonlocal done, said_at
+                done += count
+                bar.update(count)
+                now = time.monotonic()
+                if not self.terminal and now - said_at >= EVERY:
+                    said_at = now
+                    left = (now - began) / done * (total - done) if done else math.nan
+                    self.note(f"{title}: {done} of {total}; {to_go(left)}")
+
+            yield more
+
 
 @contextmanager
 def console(as_json: bool) -> Iterator[Console]:
@@ -62,6 +84,11 @@ def complain(message: str) -> None:
     """One message on standard error, in one line, of less than 400 characters."""
     line = " ".join(f"onestep: {message}".split())
     print(line if len(line) <= LONGEST else line[: LONGEST - 3] + "...", file=sys.stderr, flush=True)
+
+
+def to_go(eta: float) -> str:
+    """ "5 min to go"."""
+    return f"{duration(eta)} to go" if math.isfinite(eta) else "measuring the time to go"
 
 
 def duration(seconds: float) -> str:

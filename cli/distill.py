@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
-from .console import Console, RunFailed, duration
+from .console import EVERY, Console, RunFailed, duration, to_go
 from .model import at_native_size, open_host, read_prompts, read_settings
 
 CURVE = ("distance", "content", "variety", "spread")
-EVERY = 30.0
-"""Seconds between two lines where there is no terminal for a bar."""
 
 
 def run(args: Namespace, console: Console) -> None:
@@ -92,11 +90,6 @@ class Shown:
         if self.bar is not None:
             self.bar.close()
         self.bar = None
-
-
-def to_go(eta: float) -> str:
-    """ "5 min to go"."""
-    return f"{duration(eta)} to go" if math.isfinite(eta) else "measuring the time to go"
 
 
 def curve_line(progress: Any) -> str:

@@ -44,7 +44,7 @@ def measure(
     """`training.evaluation.evaluate` with a progress bar. The guidance is what the first LoRA was trained at."""
     trained = loras[0].settings if loras else {}
     guidance = args.guidance if args.guidance is not None else float(trained.get("guidance", Settings.guidance))
-    with console.bar((3 + len(loras)) * args.samples, "drawing") as bar:
+    with console.counted((3 + len(loras)) * args.samples, "drawing") as more:
         return evaluate(
             host,
             [student_of(lora, host, name, guidance) for lora, name in zip(loras, names_of(loras), strict=True)],
@@ -56,7 +56,7 @@ def measure(
             size=_size(args, loras, host),
             guidance=guidance,
             teacher_steps=args.teacher_steps,
-            report=bar.update,
+            report=more,
         )
 
 

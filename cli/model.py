@@ -43,11 +43,12 @@ def read_prompts(file: str) -> list[str]:
 
 
 def read_settings(args: Namespace) -> tuple[Settings, set[str]]:
-    """Preset, --method, --steps and --set as settings, with the names of those that the person gave."""
+    """Preset, --method, --steps, --size, --seed and --set as settings, with the names of those that the person gave."""
     if args.preset not in PRESETS:
         raise OneStepError(f"no preset {args.preset[:60]!r}{nearest(args.preset, PRESETS)}")
     texts = dict(_pair(text) for text in args.set)
-    texts |= {name: value for name, value in (("method", args.method), ("steps", args.steps)) if value is not None}
+    named = {"method": args.method, "steps": args.steps, "sizes": args.size, "seed": args.seed}
+    texts |= {name: value for name, value in named.items() if value is not None}
     given = set(texts)
     method = {"method": texts.pop("method")} if "method" in texts else {}
     return preset(args.preset, **method).with_texts(texts), given

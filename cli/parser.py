@@ -71,6 +71,8 @@ def _distill(made: Parser) -> None:
     add("--prompts", required=True, metavar="FILE", help="a text file, one prompt a line; empty lines are skipped")
     add("--method", metavar="NAME", help="how the student learns; see: onestep methods")
     add("--steps", metavar="N", help=_help("steps"))
+    add("--size", metavar="WxH", help="in pixels, several with commas (default: the model's own)")
+    add("--seed", metavar="N", help=_help("seed"))
     add("--out", required=True, metavar="RUN", help="folder of the run")
     add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated")

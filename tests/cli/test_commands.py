@@ -288,3 +288,14 @@ def test_headers_broken_anywhere_end_in_one_line(onestep: Command, trained, tmp_
         codes.append(said.code)
         assert said.code in (0, 2) and len(said.message) < 390
     assert codes.count(2) > 30
+
+
+def test_distill_takes_seed_and_size_by_name(onestep: Command, model, prompts, tmp_path):
+    """As generate and evaluate do."""
+    run = tmp_path / "run"
+    said = onestep("distill", model, "--prompts", prompts, "--out", run, *SHORT, "--seed", "7", "--size", "16x16,24x16")
+    assert said.code == 0, said.err
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert (settings["seed"], settings["sizes"]) == (7, "16x16,24x16")
+    said = onestep("distill", model, "--prompts", prompts, "--out", tmp_path / "no", "--seed", "x")
+    assert said.code == 2 and "seed is 'x': it must be a whole number" in said.err
