@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cross_blocks import cross_blocks
 from diffusers import UNet2DConditionModel
 from mutations import must_fail, mutant
 from small_networks import CASES, inputs_of, network_of
@@ -25,7 +26,6 @@ from onestep.core.errors import OneStepError
 from onestep.core.families import bind_diffusers
 from onestep.core.guidance_adapter import MAKERS, check_base, new_adapter, with_guidance
 from onestep.core.roles import Roles
-from onestep.core.targets import Target
 
 W = torch.tensor([3.5, 7.25], dtype=torch.float64)
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -127,22 +127,8 @@ class Cross(nn.Module):
         return x + self.to_out[0](weights @ self.to_v(text))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn2 = Cross()
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        return torch.tanh(self.attn2(x, text))
-
-
 def cross(seed: int = 0) -> tuple[nn.ModuleList, Roles]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        blocks = nn.ModuleList([Block(), Block()]).double().requires_grad_(False)
-    names = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-    targets = [Target(f"mid.{at}.{name}", blocks[at].get_submodule(name)) for at in (0, 1) for name in names]
-    return blocks, Roles(targets)
+    return cross_blocks(Cross, seed)
 
 
 def seen(seed: int = 1, mask: bool = False) -> tuple[Tensor, Cond, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cross_blocks import cross_blocks
 from mutations import must_fail, mutant
 from small_networks import CASES, inputs_of, network_of, random_state
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from onestep.core.negative_adapter import (
     new_adapter,
 )
 from onestep.core.roles import Roles
-from onestep.core.targets import Target
 
 UNETS = ["sd15", "sdxl"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -121,22 +121,8 @@ class Cross(nn.Module):
         return x + self.to_out[0](weights @ self.to_v(text))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn2 = Cross()
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        return torch.tanh(self.attn2(x, text))
-
-
 def cross(seed: int = 0) -> tuple[nn.ModuleList, Roles]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        blocks = nn.ModuleList([Block(), Block()]).double().requires_grad_(False)
-    names = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-    targets = [Target(f"mid.{at}.{name}", blocks[at].get_submodule(name)) for at in (0, 1) for name in names]
-    return blocks, Roles(targets)
+    return cross_blocks(Cross, seed)
 
 
 def seen(mask: bool) -> tuple[Tensor, Tensor, Cond]:
