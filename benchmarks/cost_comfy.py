@@ -88,6 +88,11 @@ def text_of(case: Case, seed: int) -> list[Any]:
     return [[text, {"pooled_output": torch.ones(1, POOLED[case.family])}]]
 
 
+def without_padding(conditioning: list[Any]) -> list[Any]:
+    """The same, said to have no padding, as VSF wants to know."""
+    return [[text, {**more, "attention_mask": torch.ones(text.shape[:2])}] for text, more in conditioning]
+
+
 def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Callable[[], Row]]:
     """What makes each row."""
     if backend:
@@ -109,7 +114,9 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
 
     found: dict[str, Callable[[], Any]] = {PLAIN: model.clone}
     for name, scale in SCALES.items():
-        found[name] = partial(steered_model, model, negative, Steering(name.lower(), scale), empty=text_of(case, 3))
+        found[name] = partial(
+            steered_model, model, without_padding(negative), Steering(name.lower(), scale), empty=text_of(case, 3)
+        )
     found["AGD"] = partial(_guided, model)
     if case.family in ("sd3", "flux"):
         found[DOUBLED[1]] = partial(_doubled, model, case)
@@ -131,7 +138,7 @@ def _guided(model: Any) -> Any:
 
 def _doubled(model: Any, case: Case) -> Any:
     """NAG behind every joint attention: the picture's rows of both texts get the steered answer."""
-    steering = Steering("nag", SCALES["NAG"])
+    steering = Steering("nag", SCALES["NAG"]).of_family(case.family)
 
     def attend(inner: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, **rest: Any) -> Tensor:
         found = inner(q, k, v, heads, **rest)

@@ -153,7 +153,7 @@ def _guided(network: nn.Module) -> GuidanceDial:
 
 def _doubled(network: Any, case: Case) -> None:
     """NAG behind every joint attention: the picture's rows of both texts get the steered answer."""
-    steering = Steering("nag", SCALES["NAG"])
+    steering = Steering("nag", SCALES["NAG"]).of_family(case.family)
 
     def push(z: Tensor) -> None:
         z.copy_(steering.apart(z[:1, None], z[1:, None])[:, 0].expand_as(z))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.errors import OneStepError
 from .methods import METHODS, settings_for
-from .settings import Settings, described, nearest
+from .settings import Settings, described
 
 # The presets are changes to the defaults: Fast is the warm start alone, Best matches for longer with a surer critic.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ def preset(name: str, **changes: Any) -> Settings:
     """The settings of a preset, with changes. For another method than the preset's, its values for settings that this
     method has not are left out. Raises OneStepError for an unknown name."""
     if name not in PRESETS:
-        raise OneStepError(f"no preset {name!r:.60}{nearest(name, PRESETS)}")
+        raise OneStepError(f"no preset {name!r:.60}: the presets are {', '.join(PRESETS)}")
     method = changes.get("method", PRESETS[name]["method"])
     known = {"method", *(entry.name for entry in (*described(Settings), *described(METHODS[method].settings)))}
     values = {key: value for key, value in PRESETS[name].items() if key in known}

@@ -178,7 +178,7 @@ def test_without_latents_it_sees_the_control_alone() -> None:
 
 
 def test_its_start_is_a_function_of_seed_and_names() -> None:
-    first, other = World("sd15").module, World("sd15", seed=1).module
+    first, other = World("sd15").side, World("sd15", seed=1).side
     before = torch.get_rng_state()
     again = ControlAdapter(first.config)
     assert torch.equal(torch.get_rng_state(), before)

@@ -98,10 +98,10 @@ def check_given(module: ModuleType, strength: float | None, flat: bool) -> None:
         if flat:
             x, output, wanted = x.flatten(2).mT, output.flatten(2).mT, feature.reshape(*feature.shape[:2], -1)
             wanted = wanted.transpose(0, 2, 1)
-        assert adapter.take(name, x, call) is x
-        close(adapter.give(name, x, output, call), 1 + (1.0 if strength is None else strength) * wanted)
+        assert adapter.on_input(name, x, call) is x
+        close(adapter.on_output(name, x, output, call), 1 + (1.0 if strength is None else strength) * wanted)
     silent = Call(call.time, call.cond)
-    assert adapter.give("fine", x, output, silent) is output
+    assert adapter.on_output("fine", x, output, silent) is output
 
 
 @torch.no_grad()

@@ -148,7 +148,6 @@ REFUSED = {
     "of another base": ("tiny", "negative-sd15", {}, ("for another base", "768", "128", "Choose its base")),
     "of tiny": ("sd15", "away", {}, ("for another base", "128", "768", "Choose its base")),
     "a guidance adapter": ("sd15", "guidance-sd15", {}, ("kind 'guidance-cross-attention'", "choose another")),
-    "a LoRA": ("tiny", "before-away", {}, ("holds no adapter", "LoRA loader")),
     "of another encoder": ("tiny", "away", {"negative": ["foreign", 0]}, ("4096 wide", "reads 128", "CLIP")),
     "twice": ("tiny", "away", {"model": ["first", 0]}, ("has a negative adapter already",)),
 }

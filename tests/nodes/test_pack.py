@@ -32,6 +32,7 @@ IDS = {
     "OneStepSampler",
     "OneStepSigmas",
     "OneStepNegativeSteering",
+    "OneStepEncodeNegative",
     "OneStepApplyGuidanceAdapter",
     "OneStepApplyNegativeAdapter",
 }

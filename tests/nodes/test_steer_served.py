@@ -23,7 +23,7 @@ MODES = ("NASA", "NAG", "VSF", "PERP")
 
 def negative_text(words: str) -> dict[str, Any]:
     """CLIP Text Encode (Negative), which every mode takes."""
-    return {"class_type": "OneStepEncodeNegative", "inputs": {"clip": ["model", 1], "text": words}}
+    return {"class_type": "OneStepEncodeNegative", "inputs": {"clip": ["texts", 1], "text": words}}
 
 
 def steering(mode: str, **changes: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from onestep.pipelines.adapt import adapt
 from onestep.pipelines.control import controlled, load_control
 from onestep.training.distil import distil
 from onestep.training.methods import settings_for
-from onestep.training.methods.control import control_adapter
+from onestep.training.methods.nct import adapter as control_adapter
 
 WIDTHS = (4, 4, 8, 24)
 """Of the control's encoder beside a first layer of 32 channels."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
+from onestep.pipelines.encode import encode_text
 from onestep.pipelines.one_step import OneStepPipeline
 
 PROMPTS, NEGATIVE = ["a cat", "red dog"], "red"
@@ -33,6 +34,12 @@ def encoded(ours: OneStepPipeline, negative: Any = NEGATIVE) -> dict[str, Tensor
     return dict(zip(NAMES, ours.encode_prompt(PROMPTS, negative), strict=True))
 
 
+def unpadded(ours: OneStepPipeline) -> dict[str, Tensor | None]:
+    """The negative's tokens without padding, as VSF takes them."""
+    found = encode_text(ours.plain(), [NEGATIVE], padded=False)
+    return {"negative_prompt_embeds": found.text, "negative_pooled_prompt_embeds": found.pooled}
+
+
 WAYS = [(kind, way) for kind in KINDS for way in ("plain", "nag", "vsf")]
 # Flux has no trained null condition
 WAYS += [(kind, way) for kind in KINDS[:3] for way in ("guided", "guided and steered")]
@@ -48,6 +55,8 @@ def test_they_draw_what_their_text_draws(kind: str, way: str) -> None:
     call: dict[str, Any] = {"recipe": chosen, "steering": mode, **CALL}
     used = NEGATIVE if way != "plain" else None
     expected = ours(PROMPTS, negative_prompt=used, **call).images
+    if way == "vsf":
+        given |= unpadded(ours)
     if way == "plain":
         given = {name: None if name.startswith("negative") else value for name, value in given.items()}
     parts = {name: None for name in ours.components if name.startswith(("text_encoder", "tokenizer"))}

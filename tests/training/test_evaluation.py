@@ -200,7 +200,7 @@ def test_an_adapter_is_told_the_dial_and_draws_as_guidance_does() -> None:
     host = GaussianHost()
     recipe = guided_recipe(host, settings_for(sizes="8x8", teacher_steps=25))  # type: ignore[arg-type]
     side = ExactGuidance(torch.zeros(1, 8, dtype=torch.float64))
-    adapters = [Student("right", {}, recipe, side=side, dial=3.0), Student("weak", {}, recipe, side=side, dial=1.5)]
+    adapters = [Student("right", {}, recipe, module=side, dial=3.0), Student("weak", {}, recipe, module=side, dial=1.5)]
     table, pictures = evaluate(host, adapters, PROMPTS, 12, size=(8, 8), guidance=3.0)  # type: ignore[arg-type]
     torch.testing.assert_close(pictures["right"], pictures[FLOOR], rtol=1e-5, atol=1e-5)
     assert float((pictures["weak"] - pictures[FLOOR]).abs().max()) > 0.1

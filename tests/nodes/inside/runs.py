@@ -56,6 +56,8 @@ def run(model, clip, vae, name):
         count = sum(weight.untyped_storage().nbytes() for weight in host.network.parameters())
 
         def report(progress):
+            if progress.preparing:
+                return
             found = storages()
             factors = host.denoiser.roles
             adapters = sum(p.untyped_storage().nbytes() for role in factors.names() for p in factors.parameters(role))
