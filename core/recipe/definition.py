@@ -60,6 +60,11 @@ class Recipe:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def told(self) -> tuple[float, ...]:
+        """The timesteps, by the name that they have in version 1's files and in code written against it."""
+        return self.timesteps
+
     def levels(self, schedule: NoiseSchedule) -> Tensor:
         """sigma [steps] of the timesteps on ``schedule``, float64."""
         return schedule.sigma_of_time(torch.tensor(self.timesteps, dtype=torch.float64))
