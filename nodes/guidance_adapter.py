@@ -17,15 +17,16 @@ from ..core.families import detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.schedule import FlowSchedule
 from .adapter_hooks import AdapterHooks, targets_of
+from .applied_adapter import AppliesAdapter, adapter_input, base_input, dial_input
 from .denoiser import schedule_of
-from .places import ADAPTERS, files_of, named_places, path_of, stamp
+from .places import ADAPTERS, named_places, path_of
 
 KEY = "onestep_guidance_adapter"
 ROLE = "guided"
 MOST = 30.0
 
 
-class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
+class ApplyGuidanceAdapter(AppliesAdapter):
     """A MODEL that a guidance adapter guides."""
 
     @classmethod
@@ -38,29 +39,12 @@ class ApplyGuidanceAdapter(io.ComfyNode):  # type: ignore[misc]
             "Train Adapter, method agd, for any checkpoint of the same base.",
             search_aliases=["agd", "guidance distillation", "cfg free", "cfg scale"],
             inputs=[
-                io.Model.Input("model", tooltip="A checkpoint of the base that the adapter was trained on."),
-                io.Combo.Input(
-                    "adapter",
-                    options=files_of(ADAPTERS),
-                    tooltip="A guidance adapter in models/onestep, where Train Adapter puts it; that node's output "
-                    "file can be plugged in here.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=4.0,
-                    min=1.0,
-                    max=MOST,
-                    step=0.1,
-                    round=False,
-                    tooltip="The CFG scale to stand in for. 1 = off. Sample at cfg 1.",
-                ),
+                base_input(),
+                adapter_input("a guidance adapter"),
+                dial_input("guidance", 4.0, 1.0, MOST, 0.1, "The CFG scale to stand in for. 1 = off. Sample at cfg 1."),
             ],
             outputs=[io.Model.Output(tooltip="The guided model: sample it at cfg 1.")],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, adapter: Any = "", **unused: Any) -> Any:
-        return stamp(adapter, ADAPTERS)
 
     @classmethod
     def execute(cls, model: Any, adapter: str, guidance: float) -> io.NodeOutput:

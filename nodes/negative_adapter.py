@@ -18,14 +18,15 @@ from ..core.families import detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
 from ..core.role_map import RoleMap
 from .adapter_hooks import AdapterHooks, targets_of
-from .places import ADAPTERS, files_of, named_places, path_of, stamp
+from .applied_adapter import AppliesAdapter, adapter_input, base_input, dial_input
+from .places import ADAPTERS, named_places, path_of
 from .steer import check_negative
 
 KEY = "onestep_negative_adapter"
 ROLE = "away"
 
 
-class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
+class ApplyNegativeAdapter(AppliesAdapter):
     """A MODEL that a trained adapter keeps away from a negative text."""
 
     @classmethod
@@ -39,30 +40,15 @@ class ApplyNegativeAdapter(io.ComfyNode):  # type: ignore[misc]
             "the same base; Negative Steering needs no training.",
             search_aliases=["sun", "speedupnet", "negative prompt", "cfg free"],
             inputs=[
-                io.Model.Input("model", tooltip="A checkpoint of the base that the adapter was trained on."),
+                base_input(),
                 io.Conditioning.Input("negative", tooltip="What to keep away from, by the model's own text encoder."),
-                io.Combo.Input(
-                    "adapter",
-                    options=files_of(ADAPTERS),
-                    tooltip="A negative adapter in models/onestep, where Train Adapter puts it; that node's output "
-                    "file can be plugged in here.",
-                ),
-                io.Float.Input(
-                    "scale",
-                    default=1.0,
-                    min=0.0,
-                    max=MOST,
-                    step=0.05,
-                    round=False,
-                    tooltip="How hard to push: 1 as it was trained, 0 = off. Sample at cfg 1.",
+                adapter_input("a negative adapter"),
+                dial_input(
+                    "scale", 1.0, 0.0, MOST, 0.05, "How hard to push: 1 as it was trained, 0 = off. Sample at cfg 1."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model under the negative: sample it at cfg 1.")],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, adapter: Any = "", **unused: Any) -> Any:
-        return stamp(adapter, ADAPTERS)
 
     @classmethod
     def execute(cls, model: Any, negative: Any, adapter: str, scale: float) -> io.NodeOutput:
