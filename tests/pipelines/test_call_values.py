@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import between_hosts
 from tiny_pipelines import make
 
 from onestep.core.errors import OneStepError
+from onestep.core.schedule import VPSchedule
 from onestep.pipelines.diversity import diverse
 from onestep.pipelines.one_step import OneStepPipeline
 
@@ -76,4 +78,6 @@ def test_one_generator_for_each_picture() -> None:
     call: dict[str, Any] = {"recipe": "sd-turbo-1", "width": 16, "height": 16, "output_type": "latent"}
     both = ours(("a cat", "red dog"), generator=seeded(3, 4), negative_prompt=None, **call).images
     for row, (prompt, seed) in enumerate([("a cat", 3), ("red dog", 4)]):
-        torch.testing.assert_close(ours(prompt, seed=seed, **call).images[0], both[row], rtol=0, atol=2e-5)
+        alone = ours(prompt, seed=seed, **call).images[0]
+        atol = between_hosts(VPSchedule.scaled_linear()) * float(alone.std())
+        torch.testing.assert_close(alone, both[row], rtol=0, atol=atol)

@@ -11,6 +11,7 @@ import torch
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from narrowed import narrowed
 from peft import LoraConfig
 from small_networks import CASES, inputs_of
 from steered_networks import JOINT, STEERINGS, UNETS, away, pipe_of, run, texts
@@ -155,7 +156,7 @@ def test_half_precision_is_the_same_but_for_its_rounding(name: str, mode: str, d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize("name", narrowed(["sd15", "sd35", "flux"], "sd15"))
 def test_a_compiled_network_follows_each_steering(name: str) -> None:
     """Compiled before: plain, steered, steered by another negative (Flux: at another scale too), and plain again."""
     torch._dynamo.reset()
