@@ -116,6 +116,12 @@ def test_the_lowest_torch_is_the_same_everywhere():
     assert tried is not None and tried[1] == f"{LOWEST_TORCH}.0" and pinned.startswith("torch==")
 
 
+def test_the_least_comfyui_is_the_same_everywhere():
+    least = PROJECT["tool"]["comfy"]["requires-comfyui"].removeprefix(">=").rpartition(".")[0]
+    for name in ("README.md", "docs/install.md"):
+        assert f"ComfyUI {least} or newer" in (ROOT / name).read_text(encoding="utf-8"), name
+
+
 def test_the_registry_can_read_the_project():
     """The rules that comfy-cli checks (comfy_cli/registry/config_parser.py), and its specification's names."""
     project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ CENTRE = """
 const node = window.app.rootGraph._nodes.find(node => node.type === 'OneStepDistil');
 window.app.canvas.ds.scale = 0.8;
 window.app.canvas.centerOnNode(node)"""
+SET_WIDGET = """
+const [name, value] = arguments;
+const node = window.app.rootGraph._nodes.find(node => node.type === 'OneStepDistil');
+const widget = node.widgets.find(widget => widget.name === name), before = widget.value;
+widget.value = value;
+return before"""
 RUNNING = "const b = document.querySelector('.onestep-finish'); return !!b && !b.disabled"
 
 
@@ -226,11 +233,16 @@ def test_the_front_end_loads_both_and_shows_a_run(
             }
             for key, node in twin.items():
                 assert {i: made[key]["inputs"].get(i) for i in node["inputs"]} == node["inputs"], f"{name}: {key}"
-        page.load(flat(made_small(comfy_server, workflow(root, f"api/{DISTIL}"), "in-the-browser", steps=5000)))
+        run = f"in-the-browser-{vue}"
+        graph = flat(made_small(comfy_server, workflow(root, f"api/{DISTIL}"), run, steps=5000))
+        (trainer,) = (node["inputs"] for node in graph.values() if node["class_type"] in TRAINERS)
+        trainer |= {"preview_every": 100_000, "save_every": 100_000}  # so that the buttons alone do it
+        page.load(graph)
         page.script(CENTRE)  # off the screen LiteGraph hides a node's widgets
         page.asynchronous(QUEUE)
         page.until(RUNNING, 120)
         page.until("return !!document.querySelector('.onestep-chart polyline')", 200)
+        press_sample_and_save(page, comfy_server.base / "output" / "onestep" / run)
         page.script("document.querySelector('.onestep-finish').click()")
         page.until(ENDED, 120)
         page.until("return document.querySelector('img.onestep-preview').naturalWidth > 0", 20)
@@ -238,5 +250,34 @@ def test_the_front_end_loads_both_and_shows_a_run(
         page.screenshot(tmp_path / f"run-{vue}.png")
         assert told["idle"] and told["width"] > 100 and told["picture"] > 64, told
         assert told["points"].startswith("36,"), "the curve begins at the untrained model, on the left axis"
-        assert "onestep/in-the-browser.safetensors" in told["status"]
+        assert f"onestep/{run}.safetensors" in told["status"]
         assert page.errors() == []
+        refused_before_it_runs(page)
+
+
+def press_sample_and_save(page: Any, folder: Path) -> None:
+    """New pictures and a saved state come from the buttons, within the updates that follow."""
+    page.script("document.querySelector('.onestep-sample').click()")
+    page.until(r"return /after [1-9][\d,]* updates/.test(document.querySelector('.onestep-caption').textContent)", 60)
+    drawn = sorted(path.stem for path in (folder / "previews").glob("*.png"))
+    assert len(drawn) == 2 and drawn[0] == "000000", drawn
+    before = set(folder.glob("state-*"))
+    page.until(RUNNING, 60)
+    page.script("document.querySelector('.onestep-save').click()")
+    deadline = time.monotonic() + 60
+    while not {path for path in folder.glob("state-*") if path not in before}:
+        assert time.monotonic() < deadline, "no state was saved"
+        time.sleep(0.2)
+
+
+def refused_before_it_runs(page: Any) -> None:
+    """A bad name and a bad size: a sentence in ComfyUI's notices and in the panel, and nothing runs."""
+    for widget, value, words in (("name", "CON", "Windows keeps the name"), ("sizes", "large", "WIDTHxHEIGHT")):
+        before = page.script(SET_WIDGET, widget, value)
+        page.asynchronous(QUEUE)
+        said = page.until(
+            f"return [...document.querySelectorAll('.onestep-notice')].at(-1)?.textContent.includes({words!r})", 30
+        )
+        assert said and words in page.script("return document.querySelector('.onestep-status').textContent")
+        assert page.script("return window.__events") == []
+        page.script(SET_WIDGET, widget, before)

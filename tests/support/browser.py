@@ -11,7 +11,8 @@ from typing import Any
 
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1000", "--no-first-run"),
-    *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking"),
+    # rasterised by the processor itself: an emulated GPU takes several times as long
+    *("--disable-gpu", "--disable-background-networking"),
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
 )
 # What a bare front end logs by itself: absent per-user files, and its own early access to the graph.

@@ -30,10 +30,16 @@ function say(node, text) {
   widget.element.textContent = text;
 }
 
-// ComfyUI's own notice says that a node failed, and hides why two clicks away: the sentence is worth a notice.
+// ComfyUI's own notice says that a node failed, and hides why two clicks away: the sentence is worth a notice, below it.
+const STYLE = `
+  .p-toast:has(.onestep-notice) { margin-top: 136px; }
+  .onestep-notice { background: #3b1a1c !important; backdrop-filter: none !important; }
+  .onestep-notice .p-toast-detail { white-space: pre-line; user-select: text; overflow-wrap: anywhere; }`;
+
 function notice(detail) {
   const summary = app.graph?.getNodeById?.(detail.node_id)?.title || detail.node_type;
-  app.extensionManager?.toast?.add({ severity: "error", summary, detail: detail.exception_message.trim(), life: 30000 });
+  const words = { severity: "error", summary, detail: detail.exception_message.trim(), life: 30000 };
+  app.extensionManager?.toast?.add({ ...words, styleClass: "onestep-notice" });
 }
 
 // The server refuses a graph as it is queued, before anything runs; the page has no event for that.
@@ -64,6 +70,7 @@ function sentences(errors) {
 }
 
 function listen() {
+  document.head.append(element("style", {}, { textContent: STYLE }));
   watchQueue();
   api.addEventListener("execution_start", () => {
     trained = new Set();
@@ -109,9 +116,9 @@ function fold(node) {
 }
 
 function addPanel(node) {
-  const panel = new Panel();
+  const panel = new Panel(() => node.widgets?.find((widget) => widget.name === "method")?.value);
   panels.set(node, panel);
-  const widget = node.addDOMWidget("onestep_watch", "onestep_watch", panel.root, { serialize: false, getMinHeight: () => 330 });
+  const widget = node.addDOMWidget("onestep_watch", "onestep_watch", panel.root, { serialize: false, getMinHeight: () => 420 });
   widget.serialize = false;
   const removed = node.onRemoved;
   node.onRemoved = function () {

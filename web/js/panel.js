@@ -9,6 +9,12 @@ const BUTTONS = [
   ["save", "Save now", "Save the run's state after the current update", "the state is saved after this update ..."],
 ];
 
+// What a preview's rows are, by method; a LoRA's are the same for all.
+const ROWS = {
+  nct: "from above: controls, without them, with them",
+  sun: "from above: without a negative, as it asks, with it",
+};
+
 export function element(tag, style = {}, properties = {}) {
   const made = Object.assign(document.createElement(tag), properties);
   Object.assign(made.style, style);
@@ -24,12 +30,14 @@ export function duration(seconds) {
 const count = (number) => Number(number).toLocaleString("en-US");
 
 export class Panel {
-  constructor() {
+  // method: gives the name of the one that the node trains by
+  constructor(method) {
+    this.method = method;
     this.root = element("div", {
       display: "flex", flexDirection: "column", gap: "4px", width: "100%", height: "100%", boxSizing: "border-box",
       padding: "4px", fontSize: "12px", color: "var(--input-text, #ddd)", overflow: "hidden",
     }, { className: "onestep-panel" });
-    this.status = element("div", { flex: "none", whiteSpace: "pre-line", maxHeight: "110px", overflow: "auto", userSelect: "text" },
+    this.status = element("div", { flex: "none", whiteSpace: "pre-line", maxHeight: "84px", overflow: "auto", userSelect: "text" },
       { className: "onestep-status" });
     this.track = element("div", { flex: "none", height: "6px", background: "rgba(128,128,128,.3)", borderRadius: "3px" });
     this.bar = element("div", { height: "100%", width: "0", background: "#4ea1ff", borderRadius: "3px" }, { className: "onestep-bar" });
@@ -37,12 +45,13 @@ export class Panel {
     this.chart = new Chart();
     this.legend = element("div", { flex: "none", display: "flex", gap: "10px", flexWrap: "wrap", fontSize: "11px" });
     this.picture = element("img", { flex: "1 1 0", minHeight: "60px", width: "100%", objectFit: "contain", display: "none",
-      imageRendering: "pixelated" }, { className: "onestep-preview", alt: "teacher above student" });
-    this.caption = element("div", { flex: "none", fontSize: "11px", opacity: 0.75, display: "none" });
+      imageRendering: "pixelated" }, { className: "onestep-preview", alt: "what is to be learnt, above the student" });
+    this.caption = element("div", { flex: "none", fontSize: "11px", opacity: 0.75, display: "none" }, { className: "onestep-caption" });
     this.buttons = Object.fromEntries(BUTTONS.map((row) => [row[0], this.button(...row)]));
     const line = element("div", { flex: "none", display: "flex", gap: "4px" });
     line.append(...Object.values(this.buttons));
-    this.root.append(this.status, this.track, this.chart.root, this.legend, this.picture, this.caption, line);
+    // the buttons before what grows: a node that is made small cuts its end off
+    this.root.append(this.status, this.track, line, this.chart.root, this.legend, this.picture, this.caption);
     this.rest(IDLE);
     this.begin("");
   }
@@ -99,7 +108,8 @@ export class Panel {
     this.picture.src = api.apiURL(`/view?${new URLSearchParams({ ...file, t: Date.now() })}`);
     this.picture.style.display = "";
     this.caption.style.display = "";
-    this.caption.textContent = `above: what is to be learnt; below: the student${update === undefined ? "" : ` after ${count(update)} updates`}`;
+    const rows = ROWS[this.method()] ?? "above the teacher, below the student";
+    this.caption.textContent = `${rows}${update === undefined ? "" : `, after ${count(update)} updates`}`;
   }
 
   tell() {
