@@ -82,7 +82,8 @@ def drawn(guider: Any, model: Any, latent: dict[str, Any], recipe: Recipe, seed:
         RecipeSampler(recipe),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, recipe.steps),
+        # one step has nothing on the way to preview
+        callback=latent_preview.prepare_callback(model, recipe.steps) if recipe.steps > 1 else None,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

@@ -149,9 +149,9 @@ def main() -> int:
 
 
 def server_with_pack(install: comfy_support.ComfyInstall, base: Path) -> Any:
-    """The pack under the name that a clone gives it: ComfyUI writes it at every node."""
+    """The pack under the name that a clone gives it, which ComfyUI writes at every node; no previews, as by default."""
     comfy_support.place_pack(base / "custom_nodes", "OneStep")
-    return comfy_support.running_server(install, base)
+    return comfy_support.running_server(install, base, "--preview-method", "none")
 
 
 def photograph(camera: Photographer, only: list[str] | None) -> None:

@@ -25,14 +25,15 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 SCHEDULES = {"tiny": VPSchedule.scaled_linear(), "tiny-flow": FlowSchedule(3.0)}
 FAMILY = {"tiny": "unet", "tiny-flow": "sd3"}
 State = dict[str, tuple[Tensor, Tensor]]
-RANK = 3
+RANK, SIZE = 3, 0.1
 
 
 def hosts_rows(name: str, names: list[str]) -> list[Any]:
-    """ComfyUI's layers, but for those whose rows it orders otherwise."""
+    """ComfyUI's layers, but for those whose rows it orders otherwise; the last of two places that one name may have."""
     family = FAMILIES[FAMILY[name]]
     rows = family.rows(family.layout_of_canonical(names))
-    return [row for row in rows if set(row.names) <= set(names) and "norm" not in row.names[0].split(".")[-2:][0]]
+    found = {row.names: row for row in rows if set(row.names) <= set(names)}
+    return [row for row in found.values() if not any("norm" in part for part in row.names)]
 
 
 def comfyui(name: str) -> Callable[[State], dict[str, Tensor]]:
@@ -67,17 +68,14 @@ DIALECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def factors_of(name: str, folder: Path, attention: bool) -> State:
+def factors_of(name: str, targets: dict[str, Any], attention: bool) -> State:
     """Factors large enough to be seen, one A for what ComfyUI fuses."""
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "tiny-flow" else {}
-    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-    targets = {target.name: target for target in bind_diffusers(pipe.unet if name == "tiny" else pipe.transformer)}
     draw, factors = torch.Generator().manual_seed(3), State()
     for row in hosts_rows(name, list(targets)):
         if attention and not all(".attn" in part for part in row.names):
             continue
-        a = 0.3 * torch.randn(targets[row.names[0]].shape_a(RANK), generator=draw)
-        factors |= {n: (a, 0.3 * torch.randn(targets[n].shape_b(RANK), generator=draw)) for n in row.names}
+        a = SIZE * torch.randn(targets[row.names[0]].shape_a(RANK), generator=draw)
+        factors |= {n: (a, SIZE * torch.randn(targets[n].shape_b(RANK), generator=draw)) for n in row.names}
     return factors
 
 
@@ -86,10 +84,12 @@ def case(request: Any, comfy_server: Any, bundled: dict[str, Path]) -> tuple[str
     """A model's name, and by dialect (that file, the same LoRA in our own names), in models/loras/foreign."""
     name, folder, files = request.param, comfy_server.base / "models" / "loras" / "foreign", []
     folder.mkdir(parents=True, exist_ok=True)
-    schedule = SCHEDULES[name]
+    schedule, absent = SCHEDULES[name], {"text_encoder_3": None, "tokenizer_3": None} if name == "tiny-flow" else {}
+    pipe = DiffusionPipeline.from_pretrained(bundled[name], **absent)
+    targets = {target.name: target for target in bind_diffusers(pipe.unet if name == "tiny" else pipe.transformer)}
     recipe = Recipe.for_student(schedule, 1, FAMILY[name], ((32, 32),), automatic_start(schedule, 1)).to_json()
     for number, (dialect, (written, alphas)) in enumerate(DIALECTS[name].items()):
-        factors = factors_of(name, bundled[name], attention=dialect == "old diffusers")
+        factors = factors_of(name, targets, attention=dialect == "old diffusers")
         (tensors, told), scales = alphas(written(factors), factors)
         scaled = {n: (a, b * scales[n]) for n, (a, b) in factors.items()}
         theirs, ours = f"{name}-{number}-theirs.safetensors", f"{name}-{number}-ours.safetensors"
@@ -109,23 +109,39 @@ def drawn_with(file: str) -> dict[str, Any]:
     }
 
 
+def drawn_by_core(file: str) -> dict[str, Any]:
+    """By ComfyUI's own loader, which knows the first dialect as well."""
+    loaded = {"model": ["model", 0], "lora_name": file, "strength_model": 1.0}
+    nodes = drawn_with(file)
+    plugs = nodes[file]["inputs"] | {"model": ["core's lora", 0]}
+    return {
+        "core's lora": {"class_type": "LoraLoaderModelOnly", "inputs": loaded},
+        "core": {"class_type": "OneStepSample", "inputs": plugs},
+    }
+
+
 def test_every_layer_acts_as_in_our_own_names(case: Any, comfy_server: Any) -> None:
     name, files = case
     nodes = {key: node for pair in files for file in pair for key, node in drawn_with(file).items()}
+    nodes |= drawn_by_core(files[0][0])
     drawn = latents(comfy_server, graph(name, 32, **nodes))
     for (theirs, ours), dialect in zip(files, DIALECTS[name], strict=True):
         torch.testing.assert_close(drawn[theirs], drawn[ours], rtol=1e-4, atol=1e-4, msg=dialect)
+    torch.testing.assert_close(drawn["core"], drawn[files[0][1]], rtol=1e-4, atol=1e-4, msg="core's own loader")
     assert len({round(float(drawn[ours].sum()), 3) for _, ours in files}) > 1, "the alphas act"
+
+
+def started_at(file: str, model: str, run: str) -> dict[str, Any]:
+    """A run of one update from this file."""
+    node = distil(model, "regression", steps=1, rank=RANK, initial_lora=file)
+    return node | {"inputs": node["inputs"] | {"name": run}}
 
 
 def test_a_trainer_begins_at_every_layer_of_it(case: Any, comfy_server: Any) -> None:
     """After one update the same student comes out, bit for bit, or to the rounding of its alphas."""
     name, files = case
     for at, (pair, dialect) in enumerate(zip(files[:2], DIALECTS[name], strict=False)):
-        runs = [
-            distil(name, "regression", steps=1, rank=RANK, initial_lora=file, name=f"{name}-{at}-{side}")
-            for side, file in enumerate(pair)
-        ]
+        runs = [started_at(file, name, f"{name}-{at}-{side}") for side, file in enumerate(pair)]
         finished = comfy_server.run(graph(name, 32, **{f"run {side}": run for side, run in enumerate(runs)}))
         assert finished.status == "success", finished.error
         made = [
@@ -160,7 +176,7 @@ def test_what_no_layer_can_take_is_refused_in_words_by_both_nodes(comfy_server: 
     file = f"foreign/{kind}.safetensors"
     loading = drawn_with(file)
     loading[f"lora {file}"]["inputs"]["recipe"] = "sd-turbo-1"
-    run = distil("tiny", "regression", steps=1, rank=RANK, initial_lora=file, name="refused")
+    run = started_at(file, "tiny", "refused")
     for nodes in ({**loading, "save": saved(file)}, {"run": run}):
         refused = comfy_server.run(graph("tiny", 32, **nodes))
         assert refused.status == "error" and words in refused.error, refused.error

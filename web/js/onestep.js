@@ -32,7 +32,7 @@ function say(node, text) {
 
 // ComfyUI's own notice says that a node failed, and hides why two clicks away: the sentence is worth a notice, below it.
 const STYLE = `
-  .p-toast:has(.onestep-notice) { margin-top: 136px; }
+  .p-toast:has(.onestep-notice) { margin-top: 146px; }
   .onestep-notice { background: #3b1a1c !important; backdrop-filter: none !important; }
   .onestep-notice .p-toast-detail { white-space: pre-line; user-select: text; overflow-wrap: anywhere; }`;
 
