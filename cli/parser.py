@@ -133,6 +133,16 @@ def _inspect(made: Parser) -> None:
     _json(made)
 
 
+def _report(made: Parser) -> None:
+    made.description = (
+        "One picture of a run to share: card, versions, settings, seconds an update, the curve, the last preview."
+        " No prompt, no name of a file and no path is in it, but the preview shows what the run drew."
+    )
+    made.add_argument("run", metavar="RUN", help="the folder of a run, finished or not")
+    made.add_argument("--out", metavar="FILE.png", help="(default: report.png in the run's folder)")
+    _json(made)
+
+
 def _methods(made: Parser) -> None:
     made.add_argument("--markdown", action="store_true", help="a page with every setting, as docs/methods.md")
     _json(made)
@@ -166,6 +176,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
     "methods": ("list the methods of distillation", _methods),
     "inspect": ("what a LoRA file holds, and how to sample it in ComfyUI and diffusers", _inspect),
+    "report": ("one picture of a run to share, with its figures", _report),
     "doctor": ("what is installed here, what works, and why something does not", _json),
     "demo": ("distil the bundled tiny model to one step, on any machine, in minutes", _demo),
 }
