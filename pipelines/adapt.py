@@ -172,7 +172,7 @@ class DiffusersHost:
         vae = self.pipe.vae
         latents = latents.to(self.device) / vae.config.scaling_factor + _shift_factor(vae)
         draws = generator if isinstance(generator, list | tuple) else [generator] * len(latents)
-        with self.on_device(vae), _upcast(vae):
+        with self.on_device(vae), upcast(vae):
             pairs = zip(latents.split(1), draws, strict=True)
             pictures = [vae.decode(one.to(vae.dtype), return_dict=False, generator=draw)[0] for one, draw in pairs]
         return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1).cpu()
@@ -183,9 +183,9 @@ class DiffusersHost:
         vae = self.pipe.vae
         if getattr(vae, "encoder", vae) is None:
             raise OneStepError(f"{self.name}'s VAE has no encoder, so no picture can be given to it: use a whole one")
-        with self.on_device(vae), _upcast(vae):
+        with self.on_device(vae), upcast(vae):
             pictures = (2 * pictures - 1).to(self.device, vae.dtype)
-            latents = torch.cat([_mode(vae.encode(one)) for one in pictures.split(1)])
+            latents = torch.cat([mode_of(vae.encode(one)) for one in pictures.split(1)])
         return ((latents.float() - _shift_factor(vae)) * vae.config.scaling_factor).cpu()
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
@@ -271,13 +271,13 @@ def _shift_factor(vae: Any) -> float:
     return float(vae.config.get("shift_factor") or 0.0)
 
 
-def _mode(encoded: Any) -> Tensor:
+def mode_of(encoded: Any) -> Tensor:
     """The latents of an encoder's answer: AutoencoderTiny's are no distribution."""
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
 
 
 @contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
+def upcast(vae: Any) -> Iterator[None]:
     """SDXL's own VAE overflows in float16: within, it computes in float32."""
     dtype = vae.dtype
     widen = dtype == torch.float16 and vae.config.get("force_upcast", False)

@@ -148,8 +148,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """[rows columns, 3] of (0, row, column): where each patch lies."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3).to(device, torch.float32)
+    lines = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
+    row, column = torch.meshgrid(*lines, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
 
 
 BLOCKS = {

@@ -30,6 +30,7 @@ from . import acting
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .call_values import check_count, checked
 from .control import load_control
+from .fast import Fast, Mode
 from .guidance_adapter import check_guidance, read_guidance_adapter
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
@@ -251,6 +252,10 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         into those in use; OneStepError where a text encoder has one."""
         with merged_in_writing(self):
             super().save_pretrained(save_directory, *args, **kwargs)
+
+    def fast(self, mode: Mode = "auto", decoder: Any = None, recipe: Recipe | str | None = None) -> Fast:
+        """A context that draws at the card's limit, `pipelines.fast`: ``with pipe.fast() as draw: draw("a cat")``."""
+        return Fast(self, self.recipe if recipe is None else recipe_of(recipe), mode, decoder)
 
     def diffusers_settings(self, recipe: Recipe | str | None = None) -> DiffusersSettings:
         """What the family's own pipeline needs to draw the same; print its ``script()``."""

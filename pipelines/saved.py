@@ -16,13 +16,13 @@ def merged_in_writing(pipe: Any) -> Iterator[None]:
     """Within, the denoiser's state_dict() is that of a plain network which draws the same: what acts of its LoRAs is
     added to the weights, under the base's own names."""
     network = network_of(pipe)
-    others = [name for name, part in pipe.components.items() if part is not network and _adapted(part)]
+    others = [name for name, part in pipe.components.items() if part is not network and adapted_layers(part)]
     if others:
         raise OneStepError(
             f"{others[0]} has a LoRA on it, which cannot be saved with the pipeline: call plain().fuse_lora() and "
             "unload_lora_weights() first, then it is part of the weights"
         )
-    layers = _adapted(network)
+    layers = adapted_layers(network)
     if not layers:
         yield
         return
@@ -34,7 +34,8 @@ def merged_in_writing(pipe: Any) -> Iterator[None]:
     logging.warning("OneStep: the LoRAs that act were merged into the weights that were saved")
 
 
-def _adapted(part: Any) -> dict[str, Any]:
+def adapted_layers(part: Any) -> dict[str, Any]:
+    """peft's layers with LoRAs in ``part``, by path."""
     named = part.named_modules() if hasattr(part, "named_modules") else ()
     return {path: layer for path, layer in named if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer")}
 
@@ -46,10 +47,10 @@ def _merge(layers: dict[str, Any], state: dict[str, Any], prefix: str) -> None:
             tensor, name = state.pop(key), key.removeprefix(inside)
             if name.startswith("base_layer."):
                 own = name.removeprefix("base_layer.")
-                state[inside + own] = _with_deltas(layer, tensor) if own == "weight" else tensor
+                state[inside + own] = with_deltas(layer, tensor) if own == "weight" else tensor
 
 
-def _with_deltas(layer: Any, weight: Any) -> Any:
+def with_deltas(layer: Any, weight: Any) -> Any:
     """weight + sum of scale B A of what acts and is not merged already."""
     acting = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.scaling]
     total = weight.detach().float()
