@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 MODULES = (
-    *("tiny", "prompts", "distil", "train_adapter", "load_lora", "sample"),
+    *("tiny", "prompts", "distil", "train_adapter", "load_lora", "sample", "fast"),
     *(
         "steer",
         "steer_text",

@@ -29,6 +29,7 @@ IDS = {
     "OneStepOwnControl",
     "OneStepDiversitySigmas",
     "OneStepSample",
+    "OneStepFast",
     "OneStepSampler",
     "OneStepSigmas",
     "OneStepNegativeSteering",
