@@ -15,7 +15,7 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from .denoiser import schedule_of
 from .load_lora import RecipeSocket
-from .sample import drawn
+from .sample import drawn, seed_input
 
 MOST_TEXTS, LARGEST = 64, 16384
 _texts: WeakKeyDictionary[Any, OrderedDict[str, Any]] = WeakKeyDictionary()
@@ -48,14 +48,7 @@ class OneStepFast(io.ComfyNode):  # type: ignore[misc]
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, tooltip="Pictures; of images, how many at once."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the noise; KSampler's is the same.",
-                ),
+                seed_input(),
                 io.Image.Input("images", optional=True, tooltip="Pictures or a video's frames to draw anew."),
                 io.Float.Input(
                     "strength",

@@ -37,14 +37,7 @@ class OneStepSample(io.ComfyNode):  # type: ignore[misc]
                     tooltip="Its size; a picture in it is noised to the recipe's first level and drawn anew.",
                 ),
                 RecipeSocket.Input("recipe", tooltip="From Load One-Step LoRA."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the noise; KSampler's is the same.",
-                ),
+                seed_input(),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Needed only where the recipe has a guidance other than 1."
                 ),
@@ -89,6 +82,11 @@ def drawn(guider: Any, model: Any, latent: dict[str, Any], recipe: Recipe, seed:
     )
     kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio")}
     return {**kept, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def seed_input() -> Any:
+    tooltip = "Of the noise; KSampler's is the same."
+    return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=tooltip)
 
 
 class OneStepSampler(io.ComfyNode):  # type: ignore[misc]

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import math
 from os import PathLike
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter_file import load_adapter
-from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.roles import Roles
-from ..core.targets import Target, is_linear
-from .adapt import called_network, network_of
+from .on_network import OnNetwork, network_in, targets_in
 from .own_guidance import OwnGuidance, Rows, part
 from .threads import lock_of, only_here
 
@@ -53,10 +50,10 @@ def load_guidance_adapter(
 
 def read_guidance_adapter(pipe: Any, file: str | PathLike[str]) -> Any:
     """The adapter of ``file``, an adapter module. Raises OneStepError where it is none of ``pipe``'s base."""
-    network = _network(pipe)
+    network = network_in(pipe)
     family = detect(network)
     module = load_adapter(file, MAKERS, family).module.requires_grad_(False)
-    check_base(module, _targets(network), family)
+    check_base(module, targets_in(network), family)
     return module
 
 
@@ -66,24 +63,21 @@ def check_guidance(value: Any) -> float:
     return float(value)
 
 
-class GuidanceDial:
+class GuidanceDial(OnNetwork):
     """A guidance adapter that hangs on a network. guidance: the scale of classifier-free guidance, 1 (none) to 30."""
 
     def __init__(self, pipe: Any, module: Any, guidance: float, rows: Rows = "all", this_thread: bool = False) -> None:
         """this_thread: acts in the forwards of this thread alone."""
-        network = _network(pipe)
+        network = network_in(pipe)
         self.guidance, self._family, self._module = guidance, detect(network), module
         self._own = OwnGuidance(pipe, rows)
-        self._calls: dict[int, list[Any]] = {}  # of each thread
         own = only_here if this_thread else lambda hook: hook
         with lock_of(network):
-            targets = _targets(network)
+            targets = targets_in(network)
             self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
             self._roles.add_module(ROLE, module)
             self._roles.install()
-            self._compile_again = uncompile(pipe if isinstance(pipe, nn.Module) else called_network(pipe))
-            before = network.register_forward_pre_hook(own(self._before), with_kwargs=True)
-            self._handles = [before, network.register_forward_hook(own(self._after), always_call=True)]
+            self._attach(pipe, network, own)
 
     @property
     def guidance(self) -> float:
@@ -92,19 +86,6 @@ class GuidanceDial:
     @guidance.setter
     def guidance(self, value: float) -> None:
         self._guidance = check_guidance(value)
-
-    def remove(self) -> None:
-        """Take the adapter off: the network is as it was."""
-        self._roles.remove()
-        self._compile_again()
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> GuidanceDial:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.remove()
 
     def _before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call that begins is the guided role's, and is about these times and prompts."""
@@ -121,8 +102,7 @@ class GuidanceDial:
             # Flux is told sigma where all others are told 1000 sigma, or an index
             scale = 1000 if self._family == "flux" else 1
             call = self._roles.capture(len(x), time.float() * scale, cond)
-        self._calls.setdefault(get_ident(), []).append(call)
-        call.__enter__()
+        self._begin(call)
 
     def _scales(self, x: Tensor) -> Tensor | None:
         """[B], 1 for rows that are not guided; None, at which the adapter does not even look, where none is."""
@@ -131,21 +111,3 @@ class GuidanceDial:
         scales = torch.ones(len(x), device=x.device)
         scales[part(self._own.rows, len(x))] = self.guidance
         return scales
-
-    def _after(self, network: nn.Module, args: Any, output: Any) -> None:
-        calls = self._calls.get(get_ident())
-        if calls:
-            calls.pop().__exit__(None, None, None)
-        if not calls:
-            self._calls.pop(get_ident(), None)
-
-
-def _network(pipe: Any) -> Any:
-    """The network of a pipeline, or that network itself."""
-    return unwrapped(pipe) if isinstance(pipe, nn.Module) else network_of(pipe)
-
-
-def _targets(network: Any) -> dict[str, Target]:
-    """By name: peft's own layers stand where the base's stood; what they wrap is theirs."""
-    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
-    return {name: Target(name, layer) for name, layer in layers.items()}

@@ -10,7 +10,6 @@ away.remove()
 from __future__ import annotations
 
 from os import PathLike
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,16 +17,15 @@ from torch import Tensor, nn
 
 from ..core.adapter_file import load_adapter
 from ..core.adapter_module import Call
-from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import detect
 from ..core.negative_adapter import MAKERS, NegativeAttention, check_base, check_negative, checked_scale
 from ..core.role_map import RoleMap
 from ..core.roles import Roles
-from ..core.targets import Target, is_linear
-from .adapt import called_network, network_of
+from ..core.targets import Target
 from .heads import repeated
+from .on_network import OnNetwork, network_in, targets_in
 from .own_guidance import OwnGuidance, Rows, part
 from .threads import lock_of
 
@@ -46,14 +44,14 @@ def load_negative_adapter(
     It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. Raises
     OneStepError for a file that is no adapter, or one of another base, and for a negative that does not fit.
     """
-    network = unwrapped(pipe) if isinstance(pipe, nn.Module) else network_of(pipe)
+    network = network_in(pipe)
     family = detect(network)
     module = load_adapter(file, MAKERS, family).module.requires_grad_(False)
-    check_base(module, _targets(network), family)
+    check_base(module, targets_in(network), family)
     return Away(pipe, network, module, negative, scale, rows)
 
 
-class Away:
+class Away(OnNetwork):
     """A negative adapter that hangs on a network. negative and scale may be set anew between forwards."""
 
     def __init__(
@@ -62,10 +60,7 @@ class Away:
         self._network, self._module, self._own = network, module, OwnGuidance(pipe, rows)
         self.negative, self.scale = negative, scale
         self._roles = Roles([])
-        self._calls: dict[int, list[Any]] = {}  # of each thread
-        self._compile_again = uncompile(pipe if isinstance(pipe, nn.Module) else called_network(pipe))
-        before = network.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._handles = [before, network.register_forward_hook(self._after, always_call=True)]
+        self._attach(pipe, network)
 
     @property
     def negative(self) -> Tensor | None:
@@ -91,19 +86,6 @@ class Away:
     def scale(self, value: float) -> None:
         self._scale = checked_scale(value)
 
-    def remove(self) -> None:
-        """Take the adapter off: the network is as it was."""
-        self._roles.remove()
-        self._compile_again()
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> Away:
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.remove()
-
     def _before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call that begins is the adapter's, under this negative."""
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
@@ -114,8 +96,7 @@ class Away:
         # time and condition are told to adapter modules that ask for them; this one does not
         nothing: Any = None
         call = self._roles.serving(RoleMap(((ROLE, None),), call=Call(nothing, nothing, self._told(x))))
-        self._calls.setdefault(get_ident(), []).append(call)
-        call.__enter__()
+        self._begin(call)
 
     def _hang(self) -> None:
         """Queries are taken behind a LoRA's: one that was loaded since stands where the base's layer stood."""
@@ -153,16 +134,3 @@ class Away:
             )
         text = repeated(self.negative.to(x), count)
         return {"negative": Cond(torch.cat([text] * (len(x) // count))), "scale": scale}
-
-    def _after(self, network: nn.Module, args: Any, output: Any) -> None:
-        calls = self._calls.get(get_ident())
-        if calls:
-            calls.pop().__exit__(None, None, None)
-        if not calls:
-            self._calls.pop(get_ident(), None)
-
-
-def _targets(network: Any) -> dict[str, Target]:
-    """By name: peft's own layers stand where the base's stood; what they wrap is theirs."""
-    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer) and ".base_layer" not in name}
-    return {name: Target(name, layer) for name, layer in layers.items()}
