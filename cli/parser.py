@@ -128,6 +128,24 @@ def _evaluate(made: Parser) -> None:
     _device(made)
 
 
+def _extract(made: Parser) -> None:
+    made.description = (
+        "Write what makes a few-step checkpoint differ from its base as a LoRA, which draws in few steps on the base"
+        " and its fine-tunes, and say how much of the difference it keeps. With prompts each layer keeps what matters"
+        " to its outputs on them, rather than to its weights."
+    )
+    add = made.add_argument
+    _model(made)
+    add("few_step", metavar="FEW_STEP_MODEL", help="the same base's few-step checkpoint: a folder or a single file")
+    add("--out", required=True, metavar="FILE.safetensors", help="the LoRA")
+    add("--rank", type=int, default=64, metavar="N", help=f"of the LoRA {DEFAULT}")
+    add("--recipe", metavar="PRESET", help="how the few-step model is sampled, e.g. dmd2-4: goes into the file")
+    add("--prompts", metavar="FILE", help="a text file, one prompt a line; the first 8 are drawn, by --recipe")
+    add("--size", metavar="WxH", help="in pixels (default: the recipe's, or the model's own)")
+    _device(made)
+    _json(made)
+
+
 def _inspect(made: Parser) -> None:
     made.add_argument("file", metavar="FILE.safetensors")
     _json(made)
@@ -174,6 +192,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
     "generate": ("draw pictures, with or without a LoRA", _generate),
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
+    "extract": ("a few-step checkpoint as a LoRA of its base", _extract),
     "methods": ("list the methods of distillation", _methods),
     "inspect": ("what a LoRA file holds, and how to sample it in ComfyUI and diffusers", _inspect),
     "report": ("one picture of a run to share, with its figures", _report),

@@ -1,0 +1,62 @@
+"""onestep extract: a few-step checkpoint as a LoRA of the base that it came from."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OneStepError
+from .console import Console
+from .lora import preset_recipe
+from .model import open_host, parse_size, read_prompts
+from .parser import existing_parent
+
+MOST_SHOWN = 5
+USUAL_PROMPTS = 8
+"""More than a few tell the layers nothing new."""
+
+
+def run(args: Namespace, console: Console) -> None:
+    path = Path(args.out)
+    existing_parent(path)
+    if path.suffix != ".safetensors":
+        raise OneStepError(f"--out is {path.name[:80]!r}: give a name that ends in .safetensors")
+    prompts = read_prompts(args.prompts)[:USUAL_PROMPTS] if args.prompts else []
+    from ..pipelines.extract import extract_lora
+
+    host = open_host(args.model, device=args.device)
+    recipe = preset_recipe(args.recipe, host) if args.recipe else None
+    size = parse_size(args.size) if args.size else None
+    with console.counted(len(host.denoiser.roles.targets), "layers") as more:
+        seen = [0]
+
+        def tick(done: int, of: int) -> None:
+            more(done - seen[0])
+            seen[0] = done
+
+        found = extract_lora(host, args.few_step, path, args.rank, recipe, prompts, size, tick=tick)
+    facts = {
+        "path": str(path),
+        "whole": asdict(found.whole),
+        "apart": found.apart,
+        "check": found.check,
+        "layers": {name: asdict(kept) for name, kept in found.layers.items()},
+    }
+    console.result("\n".join(lines(path, found, args.recipe)), facts)
+
+
+def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
+    """What the file holds: in all, and of the layers that it holds least of."""
+    whole = found.whole
+    said = [f"{path}: {len(found.layers)} layers", f"  keeps {whole.weights:.1%} of the difference of the weights"]
+    if whole.outputs is not None:
+        said.append(f"  keeps {whole.outputs:.1%} of what it changes in the layers' outputs, on these prompts")
+    if found.apart is not None:
+        said.append(f"  its latents are {found.apart:.2f} as far from the few-step model's as the base's are")
+    least = sorted(found.layers.items(), key=lambda item: item[1].weights)[:MOST_SHOWN]
+    said.append(f"  least: {', '.join(f'{name} {kept.weights:.1%}' for name, kept in least)}")
+    if recipe is None:
+        said.append("  it does not say how it is sampled: name its recipe where you load it, or extract with --recipe")
+    return [*said, f"  {found.check}"]

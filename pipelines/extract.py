@@ -1,0 +1,216 @@
+"""A few-step checkpoint of a base, as a LoRA of that base.
+
+The base is a host; of the few-step model a folder's weights are read a layer at a time. What enters the layers is seen
+by drawing a few prompts with the base, again for each handful of layers, so that their second moments take no more room
+than two of the largest layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.extraction import Kept, extract, in_all, of_all, weight_of
+from ..core.factors import State
+from ..core.lora_file import save_lora
+from ..core.recipe import Recipe
+from ..core.roles import TEACHER
+from ..core.sampling import sample
+from ..core.targets import Target
+from ..core.tensor_file import read_header, read_tensors
+from .adapt import DiffusersHost, denoiser_of, network_of
+from .load import load
+from .weights import STEMS, best_variant, variants
+
+ROLE, SEED = "extracted", 0
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """layers: what is kept of each, by name; whole: of all. apart: the distance of the LoRA's latents to the few-step
+    model's, as a share of the base's; None where nothing was drawn. check: what loading the file back has proven."""
+
+    state: State
+    layers: dict[str, Kept]
+    whole: Kept
+    apart: float | None
+    check: str
+
+
+class FewStep:
+    """The network of a few-step checkpoint, by the base's names: of a diffusers folder read as it is needed, of
+    anything else loaded."""
+
+    def __init__(self, model: str | Path, base: Any) -> None:
+        folder = Path(model).expanduser() / ("unet" if hasattr(base, "unet") else "transformer")
+        self.name, self._places, self._loaded = Path(model).name, dict[str, Path](), dict[str, Tensor]()
+        if folder.is_dir():
+            stem = STEMS["diffusers"]
+            variant = best_variant(folder, stem, network_of(base).dtype)
+            files = [folder / name for name in variants(folder, stem)[variant]]
+            self._places = {name: file for file in files for name in read_header(file).tensors}
+        else:
+            self._loaded = network_of(load(model, dtype=network_of(base).dtype)).state_dict()
+
+    def names(self) -> set[str]:
+        return set(self._places or self._loaded)
+
+    def tensor(self, name: str) -> Tensor:
+        """As it is stored. Raises OneStepError where there is none."""
+        if name in self._places:
+            return read_tensors(self._places[name], [name])[name]
+        if name not in self._loaded:
+            raise OneStepError(f"{self.name[:80]} has no {name}: give a checkpoint of the same base")
+        return self._loaded[name]
+
+    def weight(self, target: Target) -> Tensor:
+        return self.tensor(f"{target.name}.weight").float()
+
+
+def extract_lora(
+    host: DiffusersHost,
+    model: str | Path,
+    path: Path,
+    rank: int,
+    recipe: Recipe | None = None,
+    prompts: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    told: dict[str, str] | None = None,
+    tick: Tick = lambda done, of: None,
+) -> Extracted:
+    """Write the difference of ``model`` to ``host``'s base as a LoRA of ``rank`` to ``path``, and say what it holds.
+
+    recipe: how the few-step model is sampled, for the file's header. prompts: seen by the layers, which whitens, and
+    drawn for the distance; they need a recipe. told: more strings for the header. tick: layers done, of all. Raises
+    OneStepError for two models that are not of one base.
+    """
+    if prompts and recipe is None:
+        raise OneStepError("prompts are drawn by a recipe: name the few-step model's, like --recipe dmd2-4")
+    if recipe is not None and recipe.family != host.family:
+        raise OneStepError(
+            f"the recipe is for {recipe.family!r} models, {host.name} is {host.family!r}: choose another"
+        )
+    few, targets = FewStep(model, host.pipe), list(host.denoiser.roles.targets.values())
+    check_names(few, targets, host)
+    drawn = None if not prompts or recipe is None else Drawn(host, recipe, prompts, size)
+    state, layers = of_all(_each(targets, few, rank, drawn, tick))
+    text = None if recipe is None else recipe.to_json()
+    save_lora(path, state, host.family, text, header(host, few, in_all(layers)) | (told or {}))
+    check = host.check_file(path)
+    apart = None if drawn is None else drawn.apart(state, few)
+    return Extracted(state, layers, in_all(layers), apart, check)
+
+
+def check_names(few: FewStep, targets: list[Target], host: DiffusersHost) -> None:
+    missing = [target.name for target in targets if f"{target.name}.weight" not in few.names()]
+    if missing:
+        raise OneStepError(
+            f"{few.name[:80]} lacks {len(missing)} of the {len(targets)} layers of {host.name}, the first "
+            f"{missing[0]}: give two checkpoints of one base"
+        )
+
+
+def header(host: DiffusersHost, few: FewStep, whole: Kept) -> dict[str, str]:
+    shares = {"weights": whole.weights, "outputs": whole.outputs}
+    told = ", ".join(f"{share:.4f} of its {name}" for name, share in shares.items() if share is not None)
+    return {
+        "modelspec.title": few.name[:100],
+        "onestep.extracted": f"{few.name[:100]} less {host.name[:100]}, {told}",
+        "onestep.base": host.base_hash,
+    }
+
+
+def _each(targets: list[Target], few: FewStep, rank: int, drawn: Drawn | None, tick: Tick) -> Iterator[Any]:
+    done = 0
+    for group in groups(targets) if drawn else [[target] for target in targets]:
+        moments = drawn.moments(group) if drawn else None
+        yield from extract(group, weight_of, few.weight, rank, moments)
+        done += len(group)
+        tick(done, len(targets))
+
+
+def groups(targets: list[Target]) -> list[list[Target]]:
+    """Layers whose second moments together take no more than two of the largest layer, or one layer."""
+    largest = max(weight.numel() for target in targets if isinstance(weight := target.module.weight, Tensor))
+    found: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        needed = target.in_features**2
+        if not found or needed > room:
+            found.append([])
+            room = 2 * largest
+        found[-1].append(target)
+        room -= needed
+    return found
+
+
+class Drawn:
+    """The prompts, as the base, the LoRA and the few-step model draw them from the same noise by the recipe."""
+
+    def __init__(
+        self, host: DiffusersHost, recipe: Recipe, prompts: Sequence[str], size: tuple[int, int] | None
+    ) -> None:
+        self.host, self.recipe = host, recipe
+        size = size or (recipe.sizes[0] if recipe.sizes else host.native_size)
+        self.denoise = denoiser_of(host.pipe, host.denoiser.roles, prediction=recipe.prediction)
+        self.cond = host.encode(list(prompts), size).to(host.device)
+        self.null = host.encode([""], size).to(host.device)
+        self.shape = host.latent_shape(size)
+
+    @torch.no_grad()
+    def latents(self, role: str = TEACHER) -> Tensor:
+        """[N, C, h, w], a picture at a time."""
+        pictures = []
+        for row in range(len(self.cond)):
+            stream = torch.Generator().manual_seed(SEED + row)
+
+            def fresh(step: int, stream: torch.Generator = stream) -> Tensor:
+                return torch.randn(1, *self.shape, generator=stream).to(self.host.device)
+
+            cond = self.cond[row : row + 1]
+            with self.denoise.roles.use(role, train=False):
+                pictures.append(sample(self.denoise, self.recipe, cond, fresh(-1), fresh, cond.null_like(self.null)))
+        return torch.cat(pictures)
+
+    def moments(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """E x x^T [in, in] of what enters each layer while the base draws, float32 on its device."""
+        totals: dict[str, Tensor] = {}
+        counts = dict.fromkeys((target.name for target in targets), 0)
+
+        def watch(target: Target) -> Any:
+            def see(module: Any, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach().float()
+                flat = x.movedim(1, -1).flatten(0, -2) if target.is_conv else x.flatten(0, -2)
+                counts[target.name] += len(flat)
+                # in place: no second matrix of this size
+                totals.setdefault(target.name, flat.new_zeros(flat.shape[1], flat.shape[1])).addmm_(flat.T, flat)
+
+            return target.module.register_forward_pre_hook(see)
+
+        handles = [watch(target) for target in targets]
+        try:
+            self.latents()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: total.div_(counts[name]) for name, total in totals.items()}
+
+    def apart(self, state: State, few: FewStep) -> float:
+        """||LoRA - few-step|| / ||base - few-step|| of the latents. The base's network becomes the few-step model's."""
+        roles, network = self.host.denoiser.roles, self.host.network
+        base = self.latents()
+        roles.load(ROLE, state, self.host.device)
+        lora = self.latents(ROLE)
+        roles.drop(ROLE)
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                value.copy_(few.tensor(name))
+        goal = self.latents()
+        return float((lora - goal).norm() / (base - goal).norm().clamp_min(torch.finfo(torch.float32).tiny))
