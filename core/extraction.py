@@ -43,12 +43,7 @@ def weight_of(target: Target) -> Tensor:
         raise OneStepError(
             f"{target.name} has quantised weights, whose difference cannot be taken: load both in bf16 or fp16"
         )
-    rows = weight.detach()[slice(*target.row_range)].float()
-    if target.permutation is None:
-        return rows
-    canonical = torch.empty_like(rows)
-    canonical[target.permutation.to(rows.device)] = rows
-    return canonical
+    return target.canonical_order(weight.detach()[slice(*target.row_range)].float())
 
 
 def extract(
@@ -82,7 +77,7 @@ def low_rank(difference: Tensor, rank: int, moment: Tensor | None = None) -> tup
     out, inputs, *kernel = difference.shape
     root = None if moment is None else root_of(moment)
     matrix = difference if root is None else torch.einsum("oi...,ij->oj...", difference.double(), root)
-    u, s, v = torch.linalg.svd(matrix.double().flatten(1), full_matrices=False)
+    u, s, v = svd(matrix.double().flatten(1))
     r = min(rank, len(s))
     scale = s[:r].sqrt()
     a = (scale[:, None] * v[:r]).reshape(r, inputs, *kernel)
@@ -92,6 +87,21 @@ def low_rank(difference: Tensor, rank: int, moment: Tensor | None = None) -> tup
         a = torch.linalg.solve_triangular(root.T, flat, upper=True).reshape(inputs, r, *kernel).movedim(0, 1)
     b = (u[:, :r] * scale).reshape(out, r, *(1 for _ in kernel))
     return a.contiguous().float(), b.contiguous().float()
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U [m, k], S [k], V^T [k, n]) of a float64 ``matrix`` [m, n], k the smaller side, largest first.
+
+    From the eigenvectors of the smaller of M M^T and M^T M, many times faster than an SVD of a wide matrix; the other
+    side follows from M itself, so that U S V^T is M to rounding, however small a value.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        v, s, u = svd(matrix.T)
+        return u.T, s, v.T
+    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+    rest = u.T @ matrix
+    s = rest.norm(dim=1)
+    return u, s, rest / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
 
 
 def root_of(moment: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -59,6 +60,14 @@ class Target:
     def host_order(self, rows: Tensor) -> Tensor:
         """[out, ...] in canonical order -> the order in which the host stores these rows."""
         return rows if self.permutation is None else rows[self.permutation.to(rows.device)]
+
+    def canonical_order(self, rows: Tensor) -> Tensor:
+        """[out, ...] in the order in which the host stores these rows -> canonical order."""
+        if self.permutation is None:
+            return rows
+        canonical = torch.empty_like(rows)
+        canonical[self.permutation.to(rows.device)] = rows
+        return canonical
 
 
 def is_linear(module: nn.Module) -> bool:

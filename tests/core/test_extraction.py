@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onestep.core.errors import OneStepError
-from onestep.core.extraction import extract, in_all, kept, low_rank, of_all, root_of, weight_of
+from onestep.core.extraction import extract, in_all, kept, low_rank, of_all, root_of, svd, weight_of
 from onestep.core.targets import Target
 
 SHAPES = {"linear": (7, 5), "wide": (4, 9), "conv": (6, 4, 3, 3)}
@@ -46,6 +46,17 @@ def test_plain_is_numpys_svd() -> None:
     np.testing.assert_allclose(product(low_rank(difference, 2)).numpy(), expected, atol=1e-5)
     share = kept(difference, low_rank(difference, 2))
     assert share.weights == pytest.approx((s[:2] ** 2).sum() / (s**2).sum(), rel=1e-6) and share.outputs is None
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_the_svd_is_one(shape: tuple[int, int]) -> None:
+    matrix = drawn(*shape).double() * torch.logspace(-7, 1, shape[1], dtype=torch.float64)
+    u, s, v = svd(matrix)
+    torch.testing.assert_close(u * s @ v, matrix, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(s.numpy(), np.linalg.svd(matrix.numpy())[1], atol=1e-7)
+    smaller = u if shape[0] <= shape[1] else v.T
+    torch.testing.assert_close(smaller.T @ smaller, torch.eye(min(shape)).double(), rtol=0, atol=1e-12)
+    assert svd(torch.zeros(3, 4, dtype=torch.float64))[2].isfinite().all()
 
 
 def test_whitened_is_numpys() -> None:

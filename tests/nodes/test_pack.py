@@ -22,6 +22,7 @@ IDS = {
     "OneStepPromptList",
     "OneStepDistil",
     "OneStepTrainAdapter",
+    "OneStepExtract",
     "OneStepLoadLoRA",
     "OneStepLoadControl",
     "OneStepControlPicture",
