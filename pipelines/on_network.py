@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,10 +13,8 @@ from ..core.roles import Roles
 from ..core.targets import Target, is_linear
 from .adapt import called_network, network_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Hook = Callable[..., Any]
+Ours = TypeVar("Ours", bound="OnNetwork")
 
 
 def network_in(pipe: Any) -> Any:
@@ -50,7 +48,7 @@ class OnNetwork:
         while self._handles:
             self._handles.pop().remove()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Ours) -> Ours:
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -24,7 +24,7 @@ ROWS = [
 
 def folder_of(folder: Path, rows: list[dict], **config: object) -> Path:
     folder.mkdir()
-    settings = settings_for("dmd", rank=8, negative=SECRET, initial_lora="/home/anna/secret.safetensors").flat()
+    settings = settings_for("dmd", rank=8, negative=SECRET, initial_lora="pictures-of-anna/secret.safetensors").flat()
     told = {"settings": settings, "checkpoint": SECRET, "device": "cpu", "versions": {"torch": "2.13.0"}} | config
     (folder / "config.json").write_text(json.dumps(told))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
