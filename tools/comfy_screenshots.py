@@ -72,10 +72,12 @@ class Photographer:
         size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
-    def shoot(self, name: str, settle: float = 2.0) -> None:
-        """``settle``: seconds, for the page draws when it likes. Meanwhile a run leaves it the processor."""
+    def shoot(self, name: str, settle: float = 2.0, running: bool = False) -> None:
+        """``settle``: seconds, for the page draws when it likes. A run that is ``running`` leaves it the processor
+        meanwhile; otherwise the page may still load its pictures."""
         path = self.out / f"{name} {self.renderer}.png"
-        self.server.process.send_signal(signal.SIGSTOP)
+        if running:
+            self.server.process.send_signal(signal.SIGSTOP)
         try:
             time.sleep(settle)
             told = self.page.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
@@ -100,11 +102,11 @@ class Photographer:
         self.page.script(SET, TRAINERS, SHORT | {"name": f"{path.stem[0]} {self.renderer}"})
         self.page.asynchronous(browser.QUEUE)
         self.until(browser.ENDED.replace("execution_success", "progress"), 120)
-        self.shoot(f"{path.stem} 2 begins", 0.5)
+        self.shoot(f"{path.stem} 2 begins", 0.5, running=True)
         self.until(LEFT, 300)
-        self.shoot(f"{path.stem} 2 trains", 1)
+        self.shoot(f"{path.stem} 2 trains", 1, running=True)
         self.page.script(NEAR, TRAINERS)
-        self.shoot(f"{path.stem} 2 trains near", 1)
+        self.shoot(f"{path.stem} 2 trains near", 1, running=True)
         self.until(browser.ENDED, 600)
         self.shoot(f"{path.stem} 3 after near")
         self.page.asynchronous(
