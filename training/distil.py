@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.adapter_file import check_adapter, save_adapter
-from ..core.checkpoint import checkpoint_blocks, clone_inputs
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
 from ..core.lora_file import save_lora
@@ -20,7 +19,7 @@ from ..core.roles import State
 from .engine.inputs import check_base, initial_state
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
-from .engine.setup import Setup
+from .engine.setup import Setup, hooked
 from .engine.student import STUDENT, add_student
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
@@ -95,7 +94,8 @@ class _Session:
             self.setup = self._setup()
             stack.enter_context(self.host.training())
             self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
-            self._install_hooks(stack)
+            stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
+            stack.enter_context(hooked(self.host, self.settings))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
             if goes_on:
@@ -116,15 +116,6 @@ class _Session:
         place, guidance_input = folder / "embeddings", self.method.guidance_input
         prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
         return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
-
-    def _install_hooks(self, stack: ExitStack) -> None:
-        """Adapters first; then copies of what the host overwrites; then checkpoints around both."""
-        roles = self.host.denoiser.roles
-        stack.enter_context(roles.installed())
-        stack.callback(self._forget_roles, set(roles.names()))
-        stack.enter_context(clone_inputs(self.host.in_place))
-        blocks = checkpoint_blocks(self.host.blocks, roles) if self.settings.checkpointing else nullcontext()
-        stack.enter_context(blocks)
 
     def _forget_roles(self, before: set[str]) -> None:
         """The host is as it was: a second run on it starts from nothing, and frees nothing twice."""

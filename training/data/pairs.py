@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ...core import randomness
 from ...core.roles import TEACHER
@@ -19,6 +20,8 @@ from ..engine.prompts import Prompts, Size
 from ..host import Host
 from ..settings import Settings
 
+MADE = "teacher's data"
+"""What a profile of a run calls the making of it."""
 KEPT_BYTES = 2**29
 """Of each kind in host memory; the others are read from the disk again."""
 
@@ -91,7 +94,8 @@ class Blocks:
             path = self.folder / f"{block:06d}.safetensors"
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, self._make(block, micro))
+                with record_function(MADE):
+                    write_tensors(path, self._make(block, micro))
             self._kept[block] = self._sides(block, read_tensors(path))
         sides = self._kept[block]
         if len(self._kept) * sum(side.nbytes for side in sides) > KEPT_BYTES:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...core.checkpoint import checkpoint_blocks, clone_inputs
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ..host import Host
@@ -26,3 +29,13 @@ class Setup:
     @property
     def denoise(self) -> Denoiser:
         return self.host.denoiser
+
+
+@contextmanager
+def hooked(host: Host, settings: Settings) -> Iterator[None]:
+    """Within, the host's network is as it is trained: adapters first; then copies of what the host overwrites; then
+    checkpoints around both."""
+    roles = host.denoiser.roles
+    blocks = host.blocks if settings.checkpointing else []
+    with roles.installed(), clone_inputs(host.in_place), checkpoint_blocks(blocks, roles):
+        yield

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ...core.cond import Cond
 from ...core.denoiser import Denoiser
@@ -34,6 +35,8 @@ from ..settings import Settings, setting
 from .regression import Regression
 
 CRITIC = "critic"
+ANCHOR = "anchor"
+"""What a profile of a run calls the regression beside the matching."""
 
 
 @dataclass(frozen=True)
@@ -253,10 +256,10 @@ def add_critic(setup: Setup) -> None:
     """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0."""
     settings, roles = setup.settings, setup.denoise.roles
     roles.add(CRITIC, settings.own.critic_rank or settings.rank, settings.seed, setup.host.device)
+    started = roles.state(STUDENT)
     for name, (a, _) in roles.state(CRITIC).items():
-        start = roles.state(STUDENT)[name][0]
-        if start.shape == a.shape:
-            a.copy_(start)
+        if started[name][0].shape == a.shape:
+            a.copy_(started[name][0])
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,8 @@ class Turns:
         cotangent, scores = self.objective.cotangent(self.setup.denoise, batch, x)
         x.backward(cotangent * (share / len(batch)))
         if self.regress is not None:
-            self.regress(batch, share * self.anchor, update)
+            with record_function(ANCHOR):
+                self.regress(batch, share * self.anchor, update)
         return score_metrics(scores)
 
 

@@ -1,0 +1,169 @@
+"""A model without its weights, as a host on the meta device: its configurations, and what its network is told.
+
+What `training.plan` rehearses a run on. A layout is a model whose configurations travel with us.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from ..core.cond import Cond
+from ..core.errors import OneStepError
+from ..core.families import bind_diffusers, select
+from ..core.roles import Roles
+from ..training.plan.meter import Meter
+from .adapt import DiffusersHost, denoiser_of
+from .bundled import path_of
+from .load import BUNDLED
+from .networks import port_of
+from .text import encoders_of, t5_tokens
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """title: for a person. tokens: of a text, as its pipeline pads it. encoders: parameters of the text encoders."""
+
+    title: str
+    tokens: int
+    encoders: int
+
+
+# CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder
+CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
+LAYOUTS = {
+    "sd15": Layout("SD1.5", 77, CLIP_L),
+    "sd2": Layout("SD2", 77, CLIP_H),
+    "sdxl": Layout("SDXL", 77, CLIP_L + CLIP_G),
+    "sd35-medium": Layout("SD3.5-medium", 77 + 256, CLIP_L + CLIP_G + T5),
+    "flux-dev": Layout("Flux-dev", 512, CLIP_L + T5),
+}
+
+
+class Shell(DiffusersHost):
+    """A `DiffusersHost` whose weights are on the meta device. tokens: of a text. encoders: bytes of the text encoders'
+    weights."""
+
+    tokens: int = 77
+    encoders: int = 0
+    encoder_hash = base_hash = "none"
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True) -> Cond:
+        """Zeros in the place of texts, in their shapes; meanwhile the encoders are there."""
+        weights = torch.empty(self.encoders, dtype=torch.uint8, device=META)
+        width, pooled = _widths(self.network.config)
+        told = torch.zeros(len(prompts), pooled) if pooled else None
+        del weights
+        return self.with_sizes(Cond(torch.zeros(len(prompts), self.tokens, width), pooled=told), size)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def on_device(self, *modules: Any) -> Iterator[None]:
+        """Within, as much is alive as their weights take."""
+        weights = [torch.empty_like(weight) for module in modules for weight in module.parameters()]
+        yield
+        del weights
+
+    def shell(self) -> Shell:
+        return self
+
+
+def layout(name: str, *, targets: str = "all", dtype: torch.dtype = torch.bfloat16) -> Shell:
+    """The shell of a layout by its name, of weights of ``dtype``."""
+    if name not in LAYOUTS:
+        raise OneStepError(f"no layout {name[:60]!r}: there are {', '.join(LAYOUTS)}")
+    told = LAYOUTS[name]
+    shell = _shell(told.title, _configs(CONFIGS / name), told.tokens, targets, dtype)
+    shell.encoders = told.encoders * dtype.itemsize
+    return shell
+
+
+def of_folder(folder: Path, *, targets: str = "all", dtype: torch.dtype = torch.bfloat16) -> Shell:
+    """The shell of a diffusers folder: its configurations are read, its weights are not."""
+    configs = _configs(folder)
+    return _shell(folder.name, configs, _tokens(folder, configs), targets, dtype)
+
+
+def of_host(host: DiffusersHost) -> Shell:
+    """The shell of a loaded host, with adapters on the same targets."""
+    pipe, network = host.pipe, host.network
+    part = "unet" if host.family == "unet" else "transformer"
+    parts = {part: dict(network.config), "vae": dict(pipe.vae.config)}
+    classes = {part: type(network), "vae": type(pipe.vae)}
+    with Meter(), META:
+        modules = {name: classes[name].from_config(config) for name, config in parts.items()}
+    shell = _host(host.name, modules, pipe.scheduler, network.dtype, pipe.vae.dtype)
+    shell.tokens = tokens_of(pipe, host.family)
+    shell.encoders = sum(weight.nbytes for module in encoders_of(pipe) for weight in module.parameters())
+    wanted = set(host.denoiser.roles.targets)
+    _bind(shell, [target for target in bind_diffusers(shell.network) if target.name in wanted])
+    return shell
+
+
+def tokens_of(pipe: Any, family: str) -> int:
+    """Tokens of a text as a loaded pipeline pads it."""
+    clip = 0 if family == "flux" else int(pipe.tokenizer.model_max_length)
+    return clip + (0 if family == "unet" else t5_tokens(pipe))
+
+
+def _shell(name: str, configs: Mapping[str, Any], tokens: int, targets: str, dtype: torch.dtype) -> Shell:
+    with Meter(), META:
+        modules = {
+            part: getattr(diffusers, config["_class_name"]).from_config(config)
+            for part, config in configs.items()
+            if part != "scheduler"
+        }
+    scheduler = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
+    shell = _host(name, modules, scheduler, dtype, dtype)
+    shell.tokens = tokens
+    _bind(shell, select(bind_diffusers(shell.network), targets))
+    return shell
+
+
+def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype, of_vae: torch.dtype) -> Shell:
+    for part, module in modules.items():
+        torch.nn.Module.to(module, of_vae if part == "vae" else dtype).requires_grad_(False).eval()
+    nobody = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
+    pipe = SimpleNamespace(**modules, **nobody, scheduler=scheduler, config={"_name_or_path": name})
+    return Shell(pipe, denoiser_of(pipe, Roles([])), META)
+
+
+def _bind(shell: Shell, targets: list[Any]) -> None:
+    shell.denoiser.roles = Roles(targets, port_of(shell.network))
+
+
+def _configs(folder: Path) -> dict[str, Any]:
+    """Of the network, the VAE and the scheduler."""
+    found = {}
+    for part, file in {"unet": "config", "transformer": "config", "vae": "config", "scheduler": "scheduler_config"}.items():
+        path = folder / part / f"{file}.json"
+        if path.is_file():
+            found[part] = json.loads(path.read_text(encoding="utf-8"))
+    missing = {"vae", "scheduler"} - set(found)
+    if missing or not {"unet", "transformer"} & set(found):
+        lacking = sorted(missing) or ["unet or transformer"]
+        raise OneStepError(f"{str(folder)[-150:]} has no configuration of its {lacking[0]}: give a whole diffusers folder")
+    return found
+
+
+def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a text token and of the pooled text, which a network may do without (0)."""
+    if "joint_attention_dim" in config:
+        return config["joint_attention_dim"], config["pooled_projection_dim"]
+    sizes = 6 * (config.get("addition_time_embed_dim") or 0)
+    return config["cross_attention_dim"], (config.get("projection_class_embeddings_input_dim") or sizes) - sizes

@@ -1,0 +1,184 @@
+"""A run's training step on the meta device: the real engine, method and optimiser, on a network without weights."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.prompts import embed
+from ..engine.setup import Setup, hooked
+from ..engine.student import STUDENT, add_student
+from ..engine.trainer import EMA, Trainer
+from ..engine.turns import Numbers, Phase, Plan, Turn
+from ..host import Host
+from ..methods import METHODS
+from ..settings import Settings
+from ..watch.measures import Watch
+from .attention import as_on
+from .meter import Meter
+from .trace import Count
+
+BATCHES = (13, 17, 19, 23)
+RANKS = (61, 67, 71, 73, 79, 83, 89, 97)
+PROMPTS, FORWARD, REFERENCE, WATCH, DECODE, OPTIMIZER = "prompts", "forward", "reference", "watch", "decode", "optimiser"
+WATCHED = 16
+"""Pictures of the watch that are drawn: as many as one slice of it holds."""
+
+
+def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: bool = True) -> Count:
+    """Count one update of each of the run's phases, one slice of its watch and one picture's decoding.
+
+    host: a shell, whose weights are on the meta device. machine: whose attention it is. scaled: at a batch and a rank
+    from which others are reckoned; else at the settings' own. Whatever is made on the way is as good as nothing.
+    """
+    p, r = (_prime(BATCHES, host), _prime(RANKS, host)) if scaled else (settings.batch, settings.rank)
+    few = settings.with_(
+        **{"batch": p, "accumulation": 1 if scaled else settings.accumulation, "rank": r, "pairs": p},
+        **{"teacher_steps": 1, "watch_samples": WATCHED, "initial_lora": ""},
+    )
+    meter = Meter()
+    meter.hold(_tensors(host.network), "base")
+    with (
+        tempfile.TemporaryDirectory(prefix="onestep-plan-") as folder,
+        _uncollected(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        as_on(machine),
+        meter,
+    ):
+        _Rehearsal(host, few, Path(folder), meter).play()
+    return Count.of(meter.trace, p, r)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within, no garbage is collected, which would free bytes at one time or another; and takes its time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _prime(primes: Sequence[int], host: Host) -> int:
+    """The first that divides no size of the network's weights."""
+    sizes = {size for weight in _tensors(host.network) for size in weight.shape}
+    return next(prime for prime in primes if all(size % prime for size in sizes))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+class _Rehearsal:
+    def __init__(self, host: Host, settings: Settings, folder: Path, meter: Meter) -> None:
+        self.host, self.settings, self.folder, self.meter = host, settings, folder, meter
+        self.method = METHODS[settings.method]
+
+    def play(self) -> None:
+        """In a run's own order."""
+        host, settings, method = self.host, self.settings, self.method
+        with self.meter.part(PROMPTS):
+            prompts = embed(host, ["a"], settings, self.folder, guidance_input=method.guidance_input)
+        self.setup = Setup(host, settings, prompts, self.folder, method.recipe(host, settings))
+        with ExitStack() as stack:
+            stack.enter_context(host.training())
+            stack.enter_context(hooked(host, settings))
+            stack.callback(self._forget)
+            trainer = self._trainer()
+            self._watch_and_train(trainer)
+
+    def _watch_and_train(self, trainer: Trainer) -> None:
+        setup, part = self.setup, self.meter.part
+        with part(REFERENCE):
+            watch = Watch.prepare(setup, self.method.reference(setup))
+        for update in range(trainer.plan.updates):
+            self._have_moments(trainer, trainer.plan.at(update)[0])
+            with part(OPTIMIZER):
+                trainer.step(update)
+            self._label_moments(trainer)
+        with part(WATCH):
+            watch(self.host, setup.recipe, EMA if self.settings.ema else STUDENT)
+        with part(DECODE):
+            self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
+        with part(FORWARD):
+            self._forward()
+
+    def _trainer(self) -> Trainer:
+        host, settings = self.host, self.settings
+        add_student(host, settings, None, self.method.adapter)
+        host.denoiser.roles.copy(STUDENT, EMA)
+        trainer = Trainer(host, settings, self.setup.recipe, self.setup.prompts, self._once(self.method.plan(self.setup)))
+        for role in host.denoiser.roles.names():
+            for parameter in host.denoiser.roles.parameters(role):
+                self.meter.hold([parameter], role)
+                if role in trainer.plan.roles and parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._label_gradient(f"{role} gradients"))
+        return trainer
+
+    def _once(self, plan: Plan) -> Plan:
+        """One update of each phase, and each loss once: where it is last learnt from, beside all that is there then."""
+        last = {(turn.role, turn.loss): phase for phase in plan.phases if phase.updates for turn in phase.turns}
+        phases = []
+        for phase in plan.phases:
+            turns = {turn.loss: turn for turn in phase.turns if last.get((turn.role, turn.loss)) is phase}
+            if turns:
+                named = [replace(turn, loss=self._named(turn, phase)) for turn in turns.values()]
+                phases.append(replace(phase, updates=1, turns=named))
+        return Plan(plan.roles, phases)
+
+    def _named(self, turn: Turn, phase: Phase) -> Any:
+        def loss(batch: Any, share: float, update: int) -> Numbers:
+            with self.meter.part(part_of(phase, turn)):
+                return turn.loss(batch, share, update)
+
+        return loss
+
+    def _label_gradient(self, label: str) -> Any:
+        return lambda parameter: self.meter.hold([parameter.grad], label)
+
+    def _have_moments(self, trainer: Trainer, phase: Phase) -> None:
+        """Those that the second update of a phase finds: made by a step on gradients of zeros, that goes nowhere."""
+        for turn in phase.turns:
+            optimizer = trainer.optimizers[turn.role]
+            if optimizer.state:
+                continue
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.param_groups[0]["betas"] = (turn.beta1, 0.99)
+            with self.meter.part("moments"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        self._label_moments(trainer)
+
+    def _label_moments(self, trainer: Trainer) -> None:
+        for role, optimizer in trainer.optimizers.items():
+            for entries in optimizer.state.values():
+                moments = [value for value in entries.values() if isinstance(value, Tensor) and value.is_meta]
+                self.meter.hold(moments, f"{role} moments")
+
+    def _forward(self) -> None:
+        batch = self.setup.prompts.batch(0, range(self.settings.batch))
+        sigma = self.setup.recipe.levels(self.host.denoiser.schedule)[0].expand(len(batch))
+        with torch.no_grad():
+            self.host.denoiser(batch.normal("plan"), sigma, batch.cond)
+
+    def _forget(self) -> None:
+        for role in self.host.denoiser.roles.names():
+            self.host.denoiser.roles.drop(role)
+
+
+def part_of(phase: Phase, turn: Turn) -> str:
+    """What a turn of a phase is called."""
+    return f"{phase.name}, {turn.role}"

@@ -1,0 +1,135 @@
+"""What was counted, and how it scales: one count, at an odd batch and rank, is the count at every other.
+
+The count is made at a batch p and a rank r that are primes and divide no size of the network. A number of bytes or of
+FLOPs that p divides grows with the batch, one that r divides with the rank, and one that neither divides with nothing;
+so the bytes alive at every instant are known for any batch and rank, and their peak with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one operation. flops: its products and sums in matrix products, convolutions and attention. moved: bytes of
+    each operand that it reads and of each result that it writes. width: bytes of a number that it computes in."""
+
+    flops: int
+    moved: tuple[int, ...]
+    width: int
+
+
+@dataclass
+class Trace:
+    """Events in order: at each, ``delta`` bytes come alive (or die, below 0) under ``label`` within a part.
+
+    ran: how often each operation ran in each part.
+    """
+
+    part: str = ""
+    parts: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    deltas: list[int] = field(default_factory=list)
+    counts: Counter[tuple[str, Cost]] = field(default_factory=Counter)
+
+    def begin(self, part: str) -> None:
+        """What is counted from here on belongs to ``part``."""
+        self.part = part
+        self.changed("", 0)
+
+    def changed(self, label: str, bytes: int) -> None:
+        self.parts.append(self.part)
+        self.labels.append(label)
+        self.deltas.append(bytes)
+
+    def ran(self, cost: Cost) -> None:
+        self.counts[self.part, cost] += 1
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From the batch and rank that were counted, (p, r), to others."""
+
+    p: int
+    r: int
+    batch: int
+    rank: int
+
+    def __call__(self, number: int) -> int:
+        """``number`` of bytes or FLOPs, counted at (p, r), at (batch, rank)."""
+        if self.p != self.batch and number % self.p == 0:
+            number = number // self.p * self.batch
+        if self.r != self.rank and number % self.r == 0:
+            number = number // self.r * self.rank
+        return number
+
+    def array(self, numbers: np.ndarray) -> np.ndarray:
+        """The same of many."""
+        by_batch, by_rank = numbers % self.p == 0, numbers % self.r == 0
+        scaled = np.where(by_batch, numbers // self.p * self.batch, numbers)
+        return np.where(by_rank, scaled // self.r * self.rank, scaled)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes alive within a part, and what they were then, by label."""
+
+    bytes: int
+    made_of: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Count:
+    """A trace counted at batch p and rank r, in arrays."""
+
+    p: int
+    r: int
+    names: tuple[str, ...]
+    parts: np.ndarray
+    labels: tuple[str, ...]
+    label: np.ndarray
+    deltas: np.ndarray
+    counts: dict[str, dict[Cost, int]]
+
+    @classmethod
+    def of(cls, trace: Trace, p: int, r: int) -> Count:
+        names, parts = np.unique(np.array(trace.parts), return_inverse=True)
+        labels, label = np.unique(np.array(trace.labels), return_inverse=True)
+        counts: dict[str, dict[Cost, int]] = {}
+        for (part, cost), times in trace.counts.items():
+            counts.setdefault(part, {})[cost] = times
+        deltas = np.array(trace.deltas, dtype=np.int64)
+        return cls(p, r, tuple(map(str, names)), parts, tuple(map(str, labels)), label, deltas, counts)
+
+    def peaks(self, batch: int, rank: int, shares: dict[str, float] | None = None) -> dict[str, Peak]:
+        """The peak of each part at ``batch`` samples a micro-batch and ``rank``. shares: of the bytes of a label that
+        are there, as 0.5 of "ema" in half precision, or 0 on the host; 1 where it is not named."""
+        scaled = Scale(self.p, self.r, batch, rank).array(self.deltas)
+        share = np.array([(shares or {}).get(label, 1.0) for label in self.labels])[self.label]
+        bytes = scaled if shares is None else np.rint(scaled * share).astype(np.int64)
+        alive = np.cumsum(bytes)
+        found = {}
+        for number, name in enumerate(self.names):
+            at = int(np.flatnonzero(self.parts == number)[np.argmax(alive[self.parts == number])])
+            sums = np.bincount(self.label[: at + 1], bytes[: at + 1], len(self.labels))
+            made_of = {label: round(value) for label, value in zip(self.labels, sums, strict=True) if value}
+            found[name] = Peak(int(alive[at]), made_of)
+        return found
+
+    def flops(self, part: str, batch: int, rank: int) -> int:
+        """FLOPs of one micro-batch of ``part``."""
+        scale = Scale(self.p, self.r, batch, rank)
+        return sum(scale(cost.flops) * times for cost, times in self.counts.get(part, {}).items())
+
+    def moved(self, part: str, batch: int, rank: int) -> int:
+        """Bytes read and written."""
+        scale = Scale(self.p, self.r, batch, rank)
+        return sum(sum(map(scale, cost.moved)) * times for cost, times in self.counts.get(part, {}).items())
+
+    def operations(self, part: str) -> int:
+        """Operations that are more than a view."""
+        return sum(self.counts.get(part, {}).values())
