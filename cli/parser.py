@@ -84,6 +84,22 @@ def _distill(made: Parser) -> None:
     _json(made)
 
 
+def _plan(made: Parser) -> None:
+    made.description = (
+        "What a run of MODEL needs of a card, counted on any machine from its configuration alone, and how it can be "
+        "made to fit. A run goes down to smaller micro-batches by itself; what would change its result is proposed."
+    )
+    add = made.add_argument
+    add("model", metavar="MODEL", help="`sd15`, `sd2`, `sdxl`, `sd35-medium`, `flux-dev`, or a model as for distill")
+    add("--card", metavar="CARD", help="a size, like 12GB, or a name, like 'RTX 3060' (default: the card found)")
+    add("--method", metavar="NAME", help="how the student learns; see: onestep methods")
+    add("--size", metavar="WxH", help="in pixels (default: the model's own)")
+    add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of a run; may be repeated")
+    made.set_defaults(steps=None, seed=None)
+    _json(made)
+
+
 def _generate(made: Parser) -> None:
     made.description = (
         "Draw a picture for each prompt: with a LoRA by its recipe, without in the model's own many steps."
@@ -190,6 +206,7 @@ def _json(made: Parser) -> None:
 
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
+    "plan": ("say what a run needs of a card before it starts", _plan),
     "generate": ("draw pictures, with or without a LoRA", _generate),
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
     "extract": ("a few-step checkpoint as a LoRA of its base", _extract),

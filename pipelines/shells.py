@@ -15,16 +15,17 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, select
 from ..core.roles import Roles
+from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from .adapt import DiffusersHost, denoiser_of
-from .bundled import path_of
-from .load import BUNDLED
 from .networks import port_of
+from .single_file import kind_of
 from .text import encoders_of, t5_tokens
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -74,12 +75,18 @@ class Shell(DiffusersHost):
 
     @contextmanager
     def on_device(self, *modules: Any) -> Iterator[None]:
-        """Within, as much is alive as their weights take."""
-        weights = [torch.empty_like(weight) for module in modules for weight in module.parameters()]
         yield
-        del weights
 
-    def shell(self) -> Shell:
+    def decode(self, latents: Tensor, generator: Any = None) -> Tensor:
+        """The decoder's weights are there as long as it works."""
+        weights = [torch.empty_like(weight) for weight in self.pipe.vae.parameters()]
+        pictures = super().decode(latents, generator)
+        del weights
+        return pictures
+
+    def shell(self, targets: str) -> Shell:
+        """Itself, with new adapters on ``targets``."""
+        self.denoiser.roles = Roles(select(bind_diffusers(self.network), targets), port_of(self.network))
         return self
 
 
@@ -96,11 +103,20 @@ def layout(name: str, *, targets: str = "all", dtype: torch.dtype = torch.bfloat
 def of_folder(folder: Path, *, targets: str = "all", dtype: torch.dtype = torch.bfloat16) -> Shell:
     """The shell of a diffusers folder: its configurations are read, its weights are not."""
     configs = _configs(folder)
-    return _shell(folder.name, configs, _tokens(folder, configs), targets, dtype)
+    shell = _shell(folder.name, configs, _tokens(folder, configs), targets, dtype)
+    shell.encoders = sum(file.stat().st_size for file in folder.glob("text_encoder*/*.safetensors"))
+    return shell
 
 
-def of_host(host: DiffusersHost) -> Shell:
-    """The shell of a loaded host, with adapters on the same targets."""
+def of_single_file(path: Path, *, targets: str = "all", dtype: torch.dtype = torch.bfloat16) -> Shell:
+    """The shell of a checkpoint file: its keys are read, its weights are not."""
+    shell = layout(kind_of(path, read_header(path)).config, targets=targets, dtype=dtype)
+    shell.name = path.stem
+    return shell
+
+
+def of_host(host: DiffusersHost, targets: str) -> Shell:
+    """The shell of a loaded host."""
     pipe, network = host.pipe, host.network
     part = "unet" if host.family == "unet" else "transformer"
     parts = {part: dict(network.config), "vae": dict(pipe.vae.config)}
@@ -110,9 +126,7 @@ def of_host(host: DiffusersHost) -> Shell:
     shell = _host(host.name, modules, pipe.scheduler, network.dtype, pipe.vae.dtype)
     shell.tokens = tokens_of(pipe, host.family)
     shell.encoders = sum(weight.nbytes for module in encoders_of(pipe) for weight in module.parameters())
-    wanted = set(host.denoiser.roles.targets)
-    _bind(shell, [target for target in bind_diffusers(shell.network) if target.name in wanted])
-    return shell
+    return shell.shell(targets)
 
 
 def tokens_of(pipe: Any, family: str) -> int:
@@ -131,8 +145,7 @@ def _shell(name: str, configs: Mapping[str, Any], tokens: int, targets: str, dty
     scheduler = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
     shell = _host(name, modules, scheduler, dtype, dtype)
     shell.tokens = tokens
-    _bind(shell, select(bind_diffusers(shell.network), targets))
-    return shell
+    return shell.shell(targets)
 
 
 def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype, of_vae: torch.dtype) -> Shell:
@@ -143,22 +156,36 @@ def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype
     return Shell(pipe, denoiser_of(pipe, Roles([])), META)
 
 
-def _bind(shell: Shell, targets: list[Any]) -> None:
-    shell.denoiser.roles = Roles(targets, port_of(shell.network))
-
-
 def _configs(folder: Path) -> dict[str, Any]:
     """Of the network, the VAE and the scheduler."""
     found = {}
     for part, file in {"unet": "config", "transformer": "config", "vae": "config", "scheduler": "scheduler_config"}.items():
         path = folder / part / f"{file}.json"
         if path.is_file():
-            found[part] = json.loads(path.read_text(encoding="utf-8"))
+            found[part] = _read(path)
     missing = {"vae", "scheduler"} - set(found)
     if missing or not {"unet", "transformer"} & set(found):
         lacking = sorted(missing) or ["unet or transformer"]
         raise OneStepError(f"{str(folder)[-150:]} has no configuration of its {lacking[0]}: give a whole diffusers folder")
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A table of a JSON file; an empty one where there is no file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise OneStepError(f"{str(path)[-150:]} cannot be read ({str(error)[:80]}): save the model again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _tokens(folder: Path, configs: Mapping[str, Any]) -> int:
+    """Of a text, as the folder's pipeline pads it."""
+    if configs.get("transformer", {}).get("_class_name") == "FluxTransformer2DModel":
+        return 512 if configs["transformer"].get("guidance_embeds") else 256
+    told = _read(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    t5 = any((folder / "text_encoder_3").glob("*.safetensors"))
+    return int(told) + (256 if t5 else 0)
 
 
 def _widths(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -61,6 +61,10 @@ class Host(Protocol):
         """Load the LoRA with the host's own loader and compare every delta; one line that says what was proven."""
         ...
 
+    def shell(self, targets: str) -> Host:
+        """The same host without its weights, on the meta device, with adapters on ``targets``: for `training.plan`."""
+        ...
+
     def poll(self) -> None:
         """Called at every micro-step: raises where the person has cancelled."""
         ...

@@ -177,7 +177,7 @@ class Meter(TorchDispatchMode):
         if func.overloadpacket is torch.ops.profiler._record_function_enter_new:
             self._records.append(self.trace.part)
             if not args[0].startswith("Optimizer."):  # torch's own name for a step
-                self.trace.begin(args[0])
+                self.trace.begin(args[0], within=self.trace.part)
         elif self._records:
             self.trace.begin(self._records.pop())
         return func(*args)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.pairs import MADE
 from ..engine.prompts import embed
 from ..engine.setup import Setup, hooked
 from ..engine.student import STUDENT, add_student
@@ -28,12 +30,23 @@ from .trace import Count
 
 BATCHES = (13, 17, 19, 23)
 RANKS = (61, 67, 71, 73, 79, 83, 89, 97)
-PROMPTS, FORWARD, REFERENCE, WATCH, DECODE, OPTIMIZER = "prompts", "forward", "reference", "watch", "decode", "optimiser"
+PROMPTS, REFERENCE, WATCH, DECODE, OPTIMIZER = "prompts", "reference", "watch", "decode", "optimiser"
+FORWARD, MOMENTS = "forward", "moments"
 WATCHED = 16
 """Pictures of the watch that are drawn: as many as one slice of it holds."""
 
 
-def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: bool = True) -> Count:
+@dataclass(frozen=True)
+class Rehearsed:
+    """count: of what was played. phases: of the whole run, (updates, how often each part is done in one). gradients:
+    by part, the label of the gradients that it makes."""
+
+    count: Count
+    phases: tuple[tuple[int, dict[str, int]], ...]
+    gradients: dict[str, str]
+
+
+def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: bool = True) -> Rehearsed:
     """Count one update of each of the run's phases, one slice of its watch and one picture's decoding.
 
     host: a shell, whose weights are on the meta device. machine: whose attention it is. scaled: at a batch and a rank
@@ -43,6 +56,7 @@ def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: b
     few = settings.with_(
         **{"batch": p, "accumulation": 1 if scaled else settings.accumulation, "rank": r, "pairs": p},
         **{"teacher_steps": 1, "watch_samples": WATCHED, "initial_lora": ""},
+        optimizer="auto" if settings.optimizer == "adamw8bit" else settings.optimizer,
     )
     meter = Meter()
     meter.hold(_tensors(host.network), "base")
@@ -54,8 +68,10 @@ def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: b
         as_on(machine),
         meter,
     ):
-        _Rehearsal(host, few, Path(folder), meter).play()
-    return Count.of(meter.trace, p, r)
+        played = _Rehearsal(host, few, Path(folder), meter)
+        played.play()
+    count = Count.of(meter.trace, p, r)
+    return Rehearsed(count, played.phases(count), played.gradients(count))
 
 
 @contextmanager
@@ -133,16 +149,35 @@ class _Rehearsal:
         for phase in plan.phases:
             turns = {turn.loss: turn for turn in phase.turns if last.get((turn.role, turn.loss)) is phase}
             if turns:
-                named = [replace(turn, loss=self._named(turn, phase)) for turn in turns.values()]
+                named = [replace(turn, loss=self._named(turn, part_of(phase, turn))) for turn in turns.values()]
                 phases.append(replace(phase, updates=1, turns=named))
+        self._plan, self._last = plan, {key: part_of(phase, key[0]) for key, phase in last.items()}
         return Plan(plan.roles, phases)
 
-    def _named(self, turn: Turn, phase: Phase) -> Any:
+    def _named(self, turn: Turn, part: str) -> Any:
         def loss(batch: Any, share: float, update: int) -> Numbers:
-            with self.meter.part(part_of(phase, turn)):
+            with self.meter.part(part):
                 return turn.loss(batch, share, update)
 
         return loss
+
+    def phases(self, count: Count) -> tuple[tuple[int, dict[str, int]], ...]:
+        """Of the whole run: updates of each phase, and how often each part is done in one of them."""
+        found = []
+        for phase in self._plan.phases:
+            times: Counter[str] = Counter()
+            for turn in phase.turns if phase.updates else ():
+                part = self._last[turn.role, turn.loss]
+                times.update([part, *(name for name, around in count.within.items() if around == part != name)])
+            times.pop(MADE, None)
+            found.append((phase.updates, dict(times)))
+        return tuple(found)
+
+    def gradients(self, count: Count) -> dict[str, str]:
+        """By part, whose gradients there are."""
+        owners = {part: role for (role, _), part in self._last.items()}
+        found = {name: owners.get(name, owners.get(around)) for name, around in count.within.items() if name != MADE}
+        return {name: f"{role} gradients" for name, role in found.items() if f"{role} gradients" in count.labels}
 
     def _label_gradient(self, label: str) -> Any:
         return lambda parameter: self.meter.hold([parameter.grad], label)
@@ -157,9 +192,11 @@ class _Rehearsal:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.param_groups[0]["betas"] = (turn.beta1, 0.99)
-            with self.meter.part("moments"):
+            with self.meter.part(MOMENTS):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if "fused" in optimizer.param_groups[0]:  # as on a card, where the step is one kernel
+                optimizer.param_groups[0]["fused"] = True
         self._label_moments(trainer)
 
     def _label_moments(self, trainer: Trainer) -> None:
@@ -179,6 +216,6 @@ class _Rehearsal:
             self.host.denoiser.roles.drop(role)
 
 
-def part_of(phase: Phase, turn: Turn) -> str:
-    """What a turn of a phase is called."""
-    return f"{phase.name}, {turn.role}"
+def part_of(phase: Phase, turn: Turn | str) -> str:
+    """What a turn, or a role's turn, of a phase is called."""
+    return f"{phase.name}, {turn if isinstance(turn, str) else turn.role}"

@@ -8,6 +8,7 @@ so the bytes alive at every instant are known for any batch and rank, and their 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,20 +26,22 @@ class Cost:
 
 @dataclass
 class Trace:
-    """Events in order: at each, ``delta`` bytes come alive (or die, below 0) under ``label`` within a part.
+    """Events in order: at each, so many bytes come alive (or die, below 0) under a label within a part.
 
-    ran: how often each operation ran in each part.
+    within: the part around a part, where there is one. counts: how often each operation ran in each part.
     """
 
+    within: dict[str, str] = field(default_factory=dict)
     part: str = ""
     parts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     deltas: list[int] = field(default_factory=list)
     counts: Counter[tuple[str, Cost]] = field(default_factory=Counter)
 
-    def begin(self, part: str) -> None:
+    def begin(self, part: str, within: str = "") -> None:
         """What is counted from here on belongs to ``part``."""
         self.part = part
+        self.within.setdefault(part, within)
         self.changed("", 0)
 
     def changed(self, label: str, bytes: int) -> None:
@@ -84,7 +87,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Count:
-    """A trace counted at batch p and rank r, in arrays."""
+    """A trace counted at batch p and rank r, in arrays. within: as in the trace."""
 
     p: int
     r: int
@@ -94,6 +97,7 @@ class Count:
     label: np.ndarray
     deltas: np.ndarray
     counts: dict[str, dict[Cost, int]]
+    within: dict[str, str]
 
     @classmethod
     def of(cls, trace: Trace, p: int, r: int) -> Count:
@@ -102,26 +106,49 @@ class Count:
         counts: dict[str, dict[Cost, int]] = {}
         for (part, cost), times in trace.counts.items():
             counts.setdefault(part, {})[cost] = times
-        deltas = np.array(trace.deltas, dtype=np.int64)
-        return cls(p, r, tuple(map(str, names)), parts, tuple(map(str, labels)), label, deltas, counts)
+        deltas, within = np.array(trace.deltas, dtype=np.int64), dict(trace.within)
+        return cls(p, r, tuple(map(str, names)), parts, tuple(map(str, labels)), label, deltas, counts, within)
 
-    def peaks(self, batch: int, rank: int, shares: dict[str, float] | None = None) -> dict[str, Peak]:
-        """The peak of each part at ``batch`` samples a micro-batch and ``rank``. shares: of the bytes of a label that
-        are there, as 0.5 of "ema" in half precision, or 0 on the host; 1 where it is not named."""
-        scaled = Scale(self.p, self.r, batch, rank).array(self.deltas)
-        share = np.array([(shares or {}).get(label, 1.0) for label in self.labels])[self.label]
-        bytes = scaled if shares is None else np.rint(scaled * share).astype(np.int64)
+    def peaks(
+        self, batch: int, rank: int, shares: dict[str, float] | None = None, there: dict[str, str] | None = None
+    ) -> dict[str, Peak]:
+        """The peak of each part at ``batch`` samples a micro-batch and ``rank``.
+
+        shares: of the bytes of a label that are there, as 0 of what lies on the host; 1 where it is not named. there:
+        by part, a label of which all that it ever has is there from the part's beginning, as the gradients of earlier
+        micro-batches.
+        """
+        bytes = Scale(self.p, self.r, batch, rank).array(self.deltas)
+        if shares:
+            share = np.array([shares.get(label, 1.0) for label in self.labels])[self.label]
+            bytes = np.rint(bytes * share).astype(np.int64)
         alive = np.cumsum(bytes)
-        found = {}
-        for number, name in enumerate(self.names):
-            at = int(np.flatnonzero(self.parts == number)[np.argmax(alive[self.parts == number])])
-            sums = np.bincount(self.label[: at + 1], bytes[: at + 1], len(self.labels))
-            made_of = {label: round(value) for label, value in zip(self.labels, sums, strict=True) if value}
-            found[name] = Peak(int(alive[at]), made_of)
-        return found
+        running = {label: self._running(bytes, label) for label in set((there or {}).values())}
+        return {
+            name: self._peak(bytes, alive, number, (there or {}).get(name), running)
+            for number, name in enumerate(self.names)
+            if name
+        }
+
+    def _running(self, bytes: np.ndarray, label: str) -> np.ndarray:
+        """Bytes alive under a label at each instant."""
+        return np.cumsum(np.where(self.label == self.labels.index(label), bytes, 0))
+
+    def _peak(
+        self, bytes: np.ndarray, alive: np.ndarray, number: int, there: str | None, running: dict[str, np.ndarray]
+    ) -> Peak:
+        if there is not None:
+            alive = alive - running[there] + running[there].max()
+        where = np.flatnonzero(self.parts == number)
+        at = int(where[np.argmax(alive[where])])
+        sums = np.bincount(self.label[: at + 1], bytes[: at + 1], len(self.labels))
+        made_of = {label: round(value) for label, value in zip(self.labels, sums, strict=True) if value}
+        if there is not None:
+            made_of[there] = int(running[there].max())
+        return Peak(int(alive[at]), made_of)
 
     def flops(self, part: str, batch: int, rank: int) -> int:
-        """FLOPs of one micro-batch of ``part``."""
+        """FLOPs of ``part`` at ``batch`` samples a micro-batch, once."""
         scale = Scale(self.p, self.r, batch, rank)
         return sum(scale(cost.flops) * times for cost, times in self.counts.get(part, {}).items())
 
@@ -129,6 +156,13 @@ class Count:
         """Bytes read and written."""
         scale = Scale(self.p, self.r, batch, rank)
         return sum(sum(map(scale, cost.moved)) * times for cost, times in self.counts.get(part, {}).items())
+
+    def seconds(self, part: str, batch: int, rank: int, of: Callable[[int, int, int], float]) -> float:
+        """of: seconds of an operation by its FLOPs, the bytes that it moves and those of a number."""
+        scale, whole = Scale(self.p, self.r, batch, rank), 0.0
+        for cost, times in self.counts.get(part, {}).items():
+            whole += times * of(scale(cost.flops), sum(map(scale, cost.moved)), cost.width)
+        return whole
 
     def operations(self, part: str) -> int:
         """Operations that are more than a view."""

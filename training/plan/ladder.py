@@ -1,0 +1,156 @@
+"""Rungs for a budget: how a run may be laid out so that it fits, the fastest first; what it takes and what it proposes.
+
+By itself a run takes what leaves its result alone: smaller micro-batches, checkpointing, where the mean lies. What
+changes the result is proposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..host import Host
+from ..settings import Settings
+from .cards import Card
+from .counted import counted
+from .rehearse import FORWARD, MOMENTS, Rehearsed
+from .trace import Peak
+
+UNSEEN = (FORWARD, MOMENTS)
+"""Parts that a run does not have."""
+EIGHT_BIT = 0.25 * (1 + 4 / 256)
+"""Of float32's bytes: a byte a number, and a float32 for each 256 of them."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """micro: samples of a micro-batch. checkpointing: whether blocks are computed again. changes: settings that are
+    not the run's own, as they are given; none where the run takes the rung by itself. part: where the most is alive,
+    which is ``peak``. forwards: of a sample in an update, of work. seconds: of an update, at the least.
+    """
+
+    micro: int
+    checkpointing: bool
+    changes: dict[str, Any]
+    peak: Peak
+    part: str
+    forwards: float
+    seconds: float
+    parts: dict[str, Peak] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """What it is, in words."""
+        kept = "checkpointing" if self.checkpointing else "no checkpointing"
+        return ", ".join([f"micro-batch {self.micro}", kept, *(f"{key}={value}" for key, value in self.changes.items())])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run needs. rungs: tried, in order; those with changes are proposed. taken: the rung that the run goes on;
+    None where none fits that leaves its result alone."""
+
+    name: str
+    settings: Settings
+    card: Card | None
+    rungs: tuple[Rung, ...]
+    taken: Rung | None
+
+    @property
+    def proposed(self) -> Rung | None:
+        """The first that fits where the run cannot take one."""
+        return None if self.taken or not self.card else _first(self.rungs, self.card)
+
+
+def planned(host: Host, settings: Settings, card: Card | None, *, host_mean: bool = False) -> Planned:
+    """The rungs of ``settings`` on ``card``, down to the first that fits. Without a card: the run as it is set.
+
+    host: a shell (`Host.shell`). host_mean: whether the running mean lies in the host's memory.
+    """
+    rungs: list[Rung] = []
+    for rung in _free(host, settings, card, host_mean):
+        rungs.append(rung)
+        if card is None or rung.peak.bytes <= card.usable:
+            return Planned(host.name, settings, card, tuple(rungs), rung)
+    assert card is not None
+    for rung in _proposals(host, settings, card, host_mean):
+        rungs.append(rung)
+        if rung.peak.bytes <= card.usable:
+            break
+    return Planned(host.name, settings, card, tuple(rungs), None)
+
+
+def _first(rungs: tuple[Rung, ...], card: Card) -> Rung | None:
+    return next((rung for rung in rungs if rung.peak.bytes <= card.usable), None)
+
+
+def _free(host: Host, settings: Settings, card: Card | None, host_mean: bool) -> Iterator[Rung]:
+    """Those that leave the result alone, the fastest first: without checkpointing only where the card is so large that
+    it may fit."""
+    micros = _micros(settings)
+    for micro in micros:
+        yield rung_of(host, settings, card, micro, {}, host_mean)
+
+
+def _micros(settings: Settings) -> list[int]:
+    """From the run's own micro-batch down to 1, each half of the one before."""
+    micros = [-(-settings.batch // settings.accumulation)]
+    while micros[-1] > 1:
+        micros.append(-(-micros[-1] // 2))
+    return micros
+
+
+def _proposals(host: Host, settings: Settings, card: Card, host_mean: bool) -> Iterator[Rung]:
+    """One more change at each, at micro-batch 1."""
+    changes: dict[str, Any] = {} if settings.checkpointing else {"checkpointing": "true"}
+    for change in _changes(host, settings):
+        changes = changes | change
+        yield rung_of(host, settings, card, 1, changes, host_mean)
+
+
+def _changes(host: Host, settings: Settings) -> Iterator[dict[str, Any]]:
+    if settings.optimizer in ("auto", "adamw"):
+        yield {"optimizer": "adamw8bit"}
+    for rank in (32, 16):
+        if rank < settings.rank:
+            yield {"rank": rank}
+    for targets in ("attention+mlp", "attention"):
+        if settings.targets in ("all", "attention+mlp") and targets != settings.targets:
+            yield {"targets": targets}
+    width, height = settings.size_list[0]
+    while min(width, height) >= 512:
+        width, height = (side * 3 // 4 // 64 * 64 for side in (width, height))
+        yield {"sizes": f"{width}x{height}"}
+
+
+def rung_of(
+    host: Host, settings: Settings, card: Card | None, micro: int, changes: dict[str, Any], host_mean: bool
+) -> Rung:
+    """What a run of ``settings`` with ``changes`` needs in micro-batches of ``micro``."""
+    chosen = settings.with_texts({name: str(value) for name, value in changes.items()})
+    played = counted(host.shell(chosen.targets), chosen)
+    peaks = peaks_of(played, chosen, micro, host_mean)
+    part = max(peaks, key=lambda name: peaks[name].bytes)
+    turns = next(times for updates, times in reversed(played.phases) if updates)
+    forward = played.count.flops(FORWARD, 1, chosen.rank)
+    flops = sum(times * played.count.flops(name, micro, chosen.rank) for name, times in turns.items())
+    seconds = _seconds(played, turns, chosen, micro, card) if card else 0.0
+    return Rung(micro, chosen.checkpointing, changes, peaks[part], part, flops / micro / forward, seconds, peaks)
+
+
+def peaks_of(played: Rehearsed, settings: Settings, micro: int, host_mean: bool = False) -> dict[str, Peak]:
+    """The peak of each part; where a batch has several micro-batches, with the gradients of those before."""
+    shares = {"ema": 0.0} if host_mean else {}
+    if settings.optimizer == "adamw8bit":
+        shares |= {label: EIGHT_BIT for label in played.count.labels if label.endswith(" moments")}
+    there = played.gradients if micro < settings.batch else None
+    peaks = played.count.peaks(micro, settings.rank, shares, there)
+    return {name: peak for name, peak in peaks.items() if name not in UNSEEN}
+
+
+def _seconds(played: Rehearsed, turns: dict[str, int], settings: Settings, micro: int, card: Card) -> float:
+    """Of an update, at the least: of its micro-batches, and of a step of the optimiser for each turn."""
+    count, rank = played.count, settings.rank
+    once = sum(times * count.seconds(name, micro, rank, card.seconds) for name, times in turns.items())
+    return once * -(-settings.batch // micro)

@@ -1,0 +1,85 @@
+"""What was planned, for a person and for a program."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .cards import GIB
+from .ladder import Planned, Rung
+
+HEAD = ("rung", "GiB", "most in", "forwards", "seconds an update")
+NOTE = "Counted, not measured on a GPU: bytes of tensors; the least seconds, by the card's data sheet."
+
+
+def told(plan: Planned) -> str:
+    """The table of rungs, and in a line what a run does."""
+    rows = [HEAD, *(_row(plan, rung) for rung in plan.rungs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([_title(plan), "", *table, "", line(plan), made_of(plan.taken or plan.rungs[-1]), NOTE])
+
+
+def _title(plan: Planned) -> str:
+    settings = plan.settings
+    run = f"{plan.name}, {settings.method} at {settings.sizes}, batch {settings.batch}, rank {settings.rank} on "
+    where = f"; {plan.card.name}: {_gib(plan.card.usable)} GiB for tensors" if plan.card else "; no card here"
+    return run + f"{settings.targets} layers{where}"
+
+
+def _row(plan: Planned, rung: Rung) -> tuple[str, ...]:
+    fits = "" if plan.card is None else "fits: " if rung.peak.bytes <= plan.card.usable else ""
+    seconds = "-" if plan.card is None else f"{rung.seconds:.3g}"
+    return (fits + rung.words, _gib(rung.peak.bytes), rung.part, f"{rung.forwards:.1f}", seconds)
+
+
+def line(plan: Planned) -> str:
+    """What a run does, in a line."""
+    if plan.card is None:
+        return f"It needs {_gib(plan.rungs[0].peak.bytes)} GiB of tensors as it is set; say --card to have it fitted."
+    if plan.taken is not None:
+        as_set = "as it is set" if plan.taken is plan.rungs[0] else f"by itself with {plan.taken.words}"
+        return f"A run fits {as_set}: {_gib(plan.taken.peak.bytes)} of {_gib(plan.card.usable)} GiB."
+    rung = plan.proposed
+    if rung is None:
+        least = min(rung.peak.bytes for rung in plan.rungs)
+        return f"Nothing tried fits: {_gib(least)} GiB at the least, where there are {_gib(plan.card.usable)}."
+    changes = " ".join(f"--set {name}={value}" for name, value in rung.changes.items())
+    return f"A run does not fit as it is set. It would with: {changes} --set accumulation={plan.settings.batch}"
+
+
+def made_of(rung: Rung) -> str:
+    """What the most is made of."""
+    parts = sorted(rung.peak.made_of.items(), key=lambda entry: -entry[1])
+    return "Then: " + ", ".join(f"{label} {_gib(bytes)}" for label, bytes in parts if bytes >= GIB / 200) + " GiB."
+
+
+def _gib(bytes: float) -> str:
+    return f"{bytes / GIB:.2f}" if bytes < 10 * GIB else f"{bytes / GIB:.1f}"
+
+
+def facts(plan: Planned) -> dict[str, Any]:
+    """The same for a program."""
+    card = plan.card
+    return {
+        "model": plan.name,
+        "settings": plan.settings.flat(),
+        "card": None if card is None else {"name": card.name, "bytes": card.size, "usable_bytes": card.usable},
+        "rungs": [rung_facts(rung) for rung in plan.rungs],
+        "taken": None if plan.taken is None else plan.rungs.index(plan.taken),
+        "line": line(plan),
+    }
+
+
+def rung_facts(rung: Rung) -> dict[str, Any]:
+    return {
+        "micro_batch": rung.micro,
+        "checkpointing": rung.checkpointing,
+        "changes": rung.changes,
+        "bytes": rung.peak.bytes,
+        "part": rung.part,
+        "made_of": rung.peak.made_of,
+        "parts": {name: peak.bytes for name, peak in rung.parts.items()},
+        "forwards_a_sample": round(rung.forwards, 3),
+        "seconds_an_update": None if math.isclose(rung.seconds, 0) else rung.seconds,
+    }
