@@ -23,7 +23,7 @@ def run(args: Namespace, console: Console) -> None:
     if "sizes" not in given:
         settings = replace(settings, sizes="{}x{}".format(*shell.native_size))
     settings = without_null(shell, settings, given)
-    plan = planned(shell, settings, card)
+    plan = planned(shell.name, shell.shell, settings, card)
     console.result(told(plan), facts(plan))
 
 

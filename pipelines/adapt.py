@@ -246,11 +246,6 @@ class DiffusersHost:
 
         return check_file(self.pipe, path)
 
-    def shell(self, targets: str) -> DiffusersHost:
-        from .shells import of_host
-
-        return of_host(self, targets)
-
     def poll(self) -> None:
         if self.on_poll is not None:
             self.on_poll()

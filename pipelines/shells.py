@@ -159,14 +159,21 @@ def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype
 def _configs(folder: Path) -> dict[str, Any]:
     """Of the network, the VAE and the scheduler."""
     found = {}
-    for part, file in {"unet": "config", "transformer": "config", "vae": "config", "scheduler": "scheduler_config"}.items():
+    for part, file in {
+        "unet": "config",
+        "transformer": "config",
+        "vae": "config",
+        "scheduler": "scheduler_config",
+    }.items():
         path = folder / part / f"{file}.json"
         if path.is_file():
             found[part] = _read(path)
     missing = {"vae", "scheduler"} - set(found)
     if missing or not {"unet", "transformer"} & set(found):
         lacking = sorted(missing) or ["unet or transformer"]
-        raise OneStepError(f"{str(folder)[-150:]} has no configuration of its {lacking[0]}: give a whole diffusers folder")
+        raise OneStepError(
+            f"{str(folder)[-150:]} has no configuration of its {lacking[0]}: give a whole diffusers folder"
+        )
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -61,10 +61,11 @@ class Host(Protocol):
         """Load the LoRA with the host's own loader and compare every delta; one line that says what was proven."""
         ...
 
-    def shell(self, targets: str) -> Host:
-        """The same host without its weights, on the meta device, with adapters on ``targets``: for `training.plan`."""
-        ...
-
     def poll(self) -> None:
         """Called at every micro-step: raises where the person has cancelled."""
         ...
+
+
+Shells = Callable[[str], Host]
+"""The same host without its weights, on the meta device, with adapters on the targets of that name, as in the settings:
+what `training.plan` counts a run on."""

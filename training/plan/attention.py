@@ -1,8 +1,8 @@
 """Attention as a machine does it that is not here: the fused kernels that torch would choose there.
 
-On the meta device torch knows no choice and writes the scores out. Within `as_on`, calls of scaled_dot_product_attention
-in this thread go to the operators of a graphics card (or of the CPU), whose shapes are known everywhere. No mode of
-torch serves: a mode for functions is off in backward, where checkpointed blocks are computed again.
+On the meta device torch knows no choice and writes the scores out. Within `as_on`, scaled_dot_product_attention goes,
+in this thread, to the operators of a graphics card (or of the CPU), whose shapes are known everywhere. No mode of torch
+serves: one for functions is off in backward, where checkpointed blocks are computed again.
 """
 
 from __future__ import annotations

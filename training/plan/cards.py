@@ -1,4 +1,4 @@
-"""Graphics cards by name, by size, and as found: what of their memory tensors may take, and how fast they are at most."""
+"""Graphics cards by name, by size, and as found: what tensors may take of their memory, and how fast they can be."""
 
 from __future__ import annotations
 

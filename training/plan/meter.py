@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class _Live(weakref.ref[Any]):
     """A storage that is alive: called when it dies."""
 
     __slots__ = ("bytes", "key", "label")
+    bytes: int
+    key: int
+    label: str
 
 
 class Meter(TorchDispatchMode):
@@ -170,7 +174,10 @@ class Meter(TorchDispatchMode):
     def _mark_host(self, result: Any) -> None:
         for tensor in result if isinstance(result, tuple | list) else (result,):
             key = id(tensor.untyped_storage())
-            self._of_host[key] = weakref.ref(tensor.untyped_storage(), lambda _, key=key: self._of_host.pop(key, None))
+            self._of_host[key] = weakref.ref(tensor.untyped_storage(), partial(self._forget, key))
+
+    def _forget(self, key: int, unused: Any) -> None:
+        self._of_host.pop(key, None)
 
     def _record(self, func: Any, args: Any) -> Any:
         """torch.profiler.record_function, by which training names its parts."""

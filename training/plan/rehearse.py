@@ -134,7 +134,9 @@ class _Rehearsal:
         host, settings = self.host, self.settings
         add_student(host, settings, None, self.method.adapter)
         host.denoiser.roles.copy(STUDENT, EMA)
-        trainer = Trainer(host, settings, self.setup.recipe, self.setup.prompts, self._once(self.method.plan(self.setup)))
+        trainer = Trainer(
+            host, settings, self.setup.recipe, self.setup.prompts, self._once(self.method.plan(self.setup))
+        )
         for role in host.denoiser.roles.names():
             for parameter in host.denoiser.roles.parameters(role):
                 self.meter.hold([parameter], role)
