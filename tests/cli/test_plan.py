@@ -1,0 +1,61 @@
+"""onestep plan: the table, the line of what a run does, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import Command
+
+MATCHED = ("--set", "method=dmd", "--set", "warm_start=0", "--set", "critic_warm_up=0")
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_a_large_card_takes_a_run_as_it_is_set(onestep: Command) -> None:
+    said = onestep("plan", "tiny", "--card", "RTX 3060", "--set", "checkpointing=false")
+    assert said.code == 0
+    assert "rank 64 on all layers; RTX 3060: 10.1 GiB for tensors" in said.out
+    assert "fits: micro-batch 4, no checkpointing" in said.out and "A run fits as it is set" in said.out
+    assert "Counted, not measured on a GPU" in said.out
+
+
+def test_json_holds_every_part_in_bytes(onestep: Command, model: Path) -> None:
+    said = onestep("plan", model, "--card", "8GB", "--method", "regression", "--set", "rank=8", "--json")
+    told = json.loads(said.out)
+    assert said.code == 0 and told["settings"]["rank"] == 8 and told["settings"]["sizes"] == "32x32"
+    rung = told["rungs"][told["taken"]]
+    assert rung["bytes"] == max(rung["parts"].values()) == sum(rung["made_of"].values())
+    assert {"base", "student", "ema", "student moments"} <= rung["made_of"].keys()
+    assert rung["seconds_an_update"] > 0
+
+
+def test_without_a_card_the_run_is_counted_as_it_is_set(onestep: Command) -> None:
+    said = onestep("plan", "tiny", "--method", "regression", "--set", "rank=4")
+    assert said.code == 0 and "no card here" in said.out and "say --card to have it fitted" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("plan", "sdxxl", "--card", "8GB"), "no model 'sdxxl'"),
+        (("plan", "tiny", "--card", "a lot"), "no card 'a lot'"),
+        (("plan", "tiny", "--card", "0GB"), "give its memory"),
+        (("plan", "tiny", "--card", "30"), "no card '30'"),
+        (("plan", "tiny", "--set", "rank"), "has no '='"),
+        (("plan", "tiny", "--set", "rnk=3"), "no setting 'rnk'"),
+        (("plan", "tiny", "--size", "33x32"), "multiples of"),
+    ],
+)
+def test_bad_input_is_one_line(onestep: Command, words: tuple[str, ...], why: str) -> None:
+    said = onestep(*words)
+    assert said.code == 2 and said.out == "" and why in said.message
+
+
+def test_a_folder_without_its_configurations_is_refused(onestep: Command, tmp_path: Path) -> None:
+    said = onestep("plan", tmp_path)
+    assert said.code == 2 and "has no configuration of its" in said.message
