@@ -45,9 +45,8 @@ class Rung:
     def words(self) -> str:
         """What it is, in words."""
         kept = "checkpointing" if self.checkpointing else "no checkpointing"
-        return ", ".join(
-            [f"micro-batch {self.micro}", kept, *(f"{key}={value}" for key, value in self.changes.items())]
-        )
+        changes = [f"{name}={value}" for name, value in self.changes.items() if name != "checkpointing"]
+        return ", ".join([f"micro-batch {self.micro}", kept, *changes])
 
 
 @dataclass(frozen=True)
