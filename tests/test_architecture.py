@@ -40,7 +40,7 @@ COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths"
 COMFY |= {"latent_preview", "comfyui_version", "execution", "nodes"}
 COMMON = {"torch", "numpy", "safetensors"}
 LIBRARIES = {
-    "kernels": {"torch", "xformers"},
+    "kernels": {"torch", "xformers", "triton"},
     "core": COMMON,
     "training": COMMON | {"PIL", "tqdm", "bitsandbytes"},
     "pipelines": COMMON | {"PIL", "tqdm"} | DIFFUSERS,
