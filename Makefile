@@ -8,12 +8,13 @@ VENV := .venv/bin
 PACKAGES := core kernels training pipelines nodes cli
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test test-all lint types unit format clean
+.PHONY: help demo test test-all test-kernels lint types unit format clean
 
 help:
 	@echo "make demo    distil the bundled tiny model to one step and show it beside its teacher"
 	@echo "make test    style, types and the tests, in two processes (JOBS=4 for four)"
 	@echo "make test-all   the same with the broadest matrices, which take long and seldom find anything"
+	@echo "make test-kernels   the kernels' tests with Triton, which is installed for them (a gigabyte)"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove what make made, the runs excepted"
 
@@ -40,6 +41,11 @@ CHOSEN = -m "not broad"
 unit: export OMP_NUM_THREADS ?= 1
 unit: .venv/.ready
 	$(VENV)/python -m pytest -n $(JOBS) --dist loadfile $(CHOSEN) $(PYTEST_ARGS)
+
+# --no-deps: a Triton beside a torch that asks for none.
+test-kernels: .venv/.ready
+	$(VENV)/python -m pip install --quiet --no-deps 'triton>=3.6'
+	$(VENV)/python -m pytest tests/kernels $(PYTEST_ARGS)
 
 format: .venv/.ready
 	$(VENV)/ruff check --fix .

@@ -40,6 +40,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from ..kernels.attention import backends
+    from ..kernels.ops import states
 
     return {
         "onestep": {"version": version("onestep-diffusion") or "not installed by pip", "folder": str(ROOT)},
@@ -52,6 +53,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "attention": backends(),
+        "ops": states(),
         "optimizer_8bit": eight_bit(),
         "bundled": {name: found_bundled(name) for name in ("tiny", "tiny-flow", "judge")},
         "comfyui": comfyui(),
@@ -148,6 +150,8 @@ def told(facts: dict[str, Any]) -> str:
         *(_line(entry["name"], _device(entry, facts["threads"])) for entry in facts["devices"]),
         "attention",
         *(_line(name, state) for name, state in facts["attention"].items()),
+        "ops (ONESTEP_KERNELS=auto, reference, triton or cuda)",
+        *(_line(name, state) for name, state in facts["ops"].items()),
         "optimiser states of 8 bits",
         _line("AdamW", facts["optimizer_8bit"]),
         "bundled models",
@@ -173,4 +177,4 @@ def _device(entry: dict[str, Any], threads: int) -> str:
 
 
 def _line(name: str, text: str) -> str:
-    return f"  {name:<14}{text}"
+    return f"  {name:<14} {text}" if len(name) > 13 else f"  {name:<14}{text}"

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import Partial, attention, merge, partial_attention
+from ..kernels.steered import Steer, steered_attention
+from ..kernels.steering import limited
+from ..kernels.steering import nag as nag
+from ..kernels.steering import nasa as nasa
 from .errors import OneStepError
 
 MODES = ("nasa", "nag", "vsf", "perp")
@@ -69,18 +73,6 @@ NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}
 the negative still takes its share of attention."""
 
 
-def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Z = Z+ - a Z-"""
-    return torch.add(positive, negative, alpha=-scale)
-
-
-def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float, order: float = 1) -> Tensor:
-    """Z+, Z-: [B, H, N, D]; scale >= 1, the paper's phi + 1. A norm is that of a token over all its heads, of order 1
-    (the paper, ComfyUI) or 2 (the authors' code for Flux)."""
-    # Z~ = s Z+ - (s - 1) Z- = s G: of G, no scale makes numbers too large for half precision
-    return _limited(positive, nasa(positive, negative, (scale - 1) / scale), scale, tau, alpha, order)
-
-
 def perp(
     positive: Tensor,
     negative: Tensor,
@@ -102,15 +94,7 @@ def perp(
     b = b - keep * _shared(a, b, least * z) * a
     # Z~ = Z+ + (s - 1) (a - n b') = s G
     g = z / scale + (1 - 1 / scale) * (a - weight * b)
-    return _limited(z, g, scale, tau, alpha, order).to(positive.dtype)
-
-
-def _limited(positive: Tensor, g: Tensor, scale: float, tau: float, alpha: float, order: float) -> Tensor:
-    """NAG's limit of Z~ = s G, and its blend."""
-    # Z^ = min(r, tau) / r Z~ = min(s, tau |Z+| / |G|) G,   r = |Z~| / |Z+|
-    reach = (tau * _norm(positive, order) / _norm(g, order)).clamp_max(scale)
-    # Z = alpha Z^ + (1 - alpha) Z+
-    return torch.lerp(positive, g * reach.to(g.dtype), alpha)
+    return limited(z, g, scale, tau, alpha, order).to(positive.dtype)
 
 
 def vsf(positive: Partial, negative: Partial, scale: float, offset: float) -> Tensor:
@@ -212,6 +196,9 @@ class Steering:
         negative: its keys and values, [B, H, M, D] each; the last ``empty`` of them are the empty text's. found: what a
         host has made of the positive instead, as a picture's prompt beside the text. Returns [B, H, N, D].
         """
+        if self.mode in ("nasa", "nag") and found is None and not empty:
+            scale, tau, alpha, order, _ = self.numbers
+            return steered_attention(q, k, v, *negative, Steer(scale, self.mode == "nag", tau, alpha, order))
         if self.mode != "vsf":
             away = (attention(q, k, v) for k, v in texts(negative, empty))
             return self.apart(attention(q, k, v) if found is None else found, *away)
@@ -284,10 +271,3 @@ def _found(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Partial]
     """What queries find in keys, apart for the streams of these lengths that they are made of."""
     out, lse = partial_attention(q, k, v)
     return [Partial(*rows) for rows in zip(out.split(lengths, 2), lse.split(lengths, 2), strict=True)]
-
-
-def _norm(z: Tensor, order: float) -> Tensor:
-    """[B, 1, N, 1], float32 at least and never 0: a token's norm over its heads and their width."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(z, order, dim=(1, 3), keepdim=True, dtype=wide)
-    return norm.clamp_min(torch.finfo(wide).tiny)

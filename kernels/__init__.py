@@ -2,13 +2,16 @@
 
 from .add_lora import LoRA, Place, add_lora, add_lora_conv, add_lora_conv_reference, add_lora_reference
 from .attention import attention, attention_reference, attention_with_lse, backends
+from .gated import gated, gated_reference
 from .low_rank import low_rank_conv, low_rank_conv_reference, low_rank_linear, low_rank_linear_reference
 from .partial import Partial, merge, partial_attention
+from .steered import Steer, steered_attention, steered_attention_reference
 
 __all__ = [
     "LoRA",
     "Partial",
     "Place",
+    "Steer",
     "add_lora",
     "add_lora_conv",
     "add_lora_conv_reference",
@@ -17,10 +20,14 @@ __all__ = [
     "attention_reference",
     "attention_with_lse",
     "backends",
+    "gated",
+    "gated_reference",
     "low_rank_conv",
     "low_rank_conv_reference",
     "low_rank_linear",
     "low_rank_linear_reference",
     "merge",
     "partial_attention",
+    "steered_attention",
+    "steered_attention_reference",
 ]

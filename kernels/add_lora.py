@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import in_forward_ad
+from .attention import autocast, in_forward_ad
 from .choice import Op, load_triton
 
 Size = int | Sequence[int]
@@ -111,8 +111,9 @@ def _convolved(x: Tensor, lora: LoRA, geometry: tuple[Any, Any, Any]) -> Tensor:
 
 def _may_be_written(out: Tensor) -> bool:
     """Forward mode, a compiler and autocast want plain operations; a leaf is its owner's."""
-    cast = out.device.type != "meta" and torch.is_autocast_enabled(out.device.type)
-    return not (cast or in_forward_ad() or torch.compiler.is_compiling() or (out.is_leaf and out.requires_grad))
+    return not (
+        autocast(out) or in_forward_ad() or torch.compiler.is_compiling() or (out.is_leaf and out.requires_grad)
+    )
 
 
 class _AddLoRA(torch.autograd.Function):

@@ -76,6 +76,11 @@ def in_forward_ad() -> bool:
     return level >= 0
 
 
+def autocast(like: Tensor) -> bool:
+    """Whether autocast is on where ``like`` lies. Of a device that has none, torch would not say."""
+    return like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
+
+
 def _four_axes(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """[B or 1, H or 1, Sq or 1, Sk], bool or in the queries' dtype, as SDPA wants it."""
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)

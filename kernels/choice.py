@@ -132,6 +132,15 @@ def load_triton(module: str) -> Mapping[str, Part]:
     return importlib.import_module(f".{module}", __package__).PARTS
 
 
+@lru_cache
+def load_cuda(op: str) -> Mapping[str, Part]:
+    """The parts of ``op`` in the library that `python -m onestep.kernels build` made. ImportError where there is
+    none."""
+    from .library import load
+
+    return load(op)
+
+
 def _interpreted(name: str) -> bool:
     return name == "triton" and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 

@@ -105,7 +105,10 @@ class _Entry(NamedTuple):
 
 def forward(out: Tensor, x: Tensor, places: Sequence[Place], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """As in add_lora.py."""
-    return out, *_launch(tokens(out), tokens(x), _entries(out, places, factors), x.shape[-1], back=False, add=True)
+    hidden = _launch(tokens(out), tokens(x), _entries(out, places, factors), x.shape[-1], back=False, add=True)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # which torch's own operations do
+    return out, *hidden
 
 
 def backward(

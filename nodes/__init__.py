@@ -17,6 +17,7 @@ MODULES = (
         "control_picture",
         "own_control",
         "diversity",
+        "doctor",
     ),
 )
 

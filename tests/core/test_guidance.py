@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from onestep.core import guidance
 from onestep.core.guidance import Steering, Streams, nag, nasa, perp
-from onestep.kernels import partial
+from onestep.kernels import partial, steered
 
 GIVEN = {
     "nasa": Steering("nasa", 0.3),
@@ -331,13 +333,24 @@ def check_all(module: ModuleType) -> None:
         check_joint(module, steering, torch.tensor([True, False]))
 
 
-def test_a_copy_without_a_mistake_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_all(mutant("onestep.core.guidance", "Z = Z+ - a Z-", "Z = Z+ + (-a) Z-", monkeypatch))
+def mutated(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """core.guidance with a change of its own source, or of the equations that it has from the kernels."""
+    if change[0] in inspect.getsource(guidance):
+        return mutant("onestep.core.guidance", *change, monkeypatch)
+    equations = mutant("onestep.kernels.steering", *change, monkeypatch)
+    for module, name in itertools.product((guidance, steered), ("nasa", "nag", "limited")):
+        monkeypatch.setattr(module, name, getattr(equations, name), raising=False)
+    return guidance
+
+
+@pytest.mark.parametrize("change", [("Z = Z+ - a Z-", "Z = Z+ + (-a) Z-"), ("a = Z+ - Z0,", "a = Z+ + (-Z0),")])
+def test_a_copy_without_a_mistake_passes(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all(mutated(change, monkeypatch))
 
 
 @pytest.mark.parametrize("change", [*EQUATIONS.values(), *JOINS.values()], ids=[*EQUATIONS, *JOINS])
 def test_a_wrong_equation_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    must_fail(check_all, mutant("onestep.core.guidance", *change, monkeypatch))
+    must_fail(check_all, mutated(change, monkeypatch))
 
 
 def test_texts_exchanged_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

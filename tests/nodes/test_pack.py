@@ -29,6 +29,7 @@ IDS = {
     "OneStepGeneratorPictures",
     "OneStepOwnControl",
     "OneStepDiversitySigmas",
+    "OneStepDoctor",
     "OneStepSample",
     "OneStepFast",
     "OneStepSampler",
