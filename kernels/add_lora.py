@@ -132,12 +132,12 @@ class _AddLoRA(torch.autograd.Function):
         gradient, (x, *saved), wanted = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
         factors, hidden = saved[: 2 * len(ctx.places)], saved[2 * len(ctx.places) :]
         if torch.is_grad_enabled():  # somebody differentiates this backward
-            found = _differentiable(gradient, x, ctx.places, factors, wanted)
+            found: list[Tensor | None] = _differentiable(gradient, x, ctx.places, factors, wanted)
         else:
             asked = wanted[1], any(wanted[3:])
-            rest = list(OP.run("backward", gradient, gradient, x, ctx.places, factors, hidden, *asked))
-            of_x = rest.pop(0) if asked[0] else None
-            found = [of_x, *(rest or [None] * len(factors))]
+            given = OP.run("backward", gradient, gradient, x, ctx.places, factors, hidden, *asked)
+            found = list(given) if asked[0] else [None, *given]
+            found += [None for _ in factors] if not asked[1] else []
         return gradient, found[0], None, *found[1:]
 
 

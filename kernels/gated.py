@@ -7,6 +7,8 @@ Written out, autograd keeps h and g, which are the projection, and gelu(g), half
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +30,27 @@ def gated(projected: Tensor, kind: str = "geglu") -> Tensor:
         )
     if in_forward_ad():
         return gated_reference(projected, kind)
-    if torch.compiler.is_compiling() and OP.choice(projected.device, projected.dtype) == REFERENCE:
-        return gated_reference(projected, kind)  # what a compiler fuses by itself
-    return _gated(projected, kind)
+    if not torch.compiler.is_compiling():
+        return _Gated.apply(projected, kind)  # an operator's detours are dear at a small size
+    plain = OP.choice(projected.device, projected.dtype) == REFERENCE
+    return gated_reference(projected, kind) if plain else _gated(projected, kind)  # a compiler fuses the plain form
 
 
 def gated_reference(projected: Tensor, kind: str = "geglu") -> Tensor:
     """What `gated` computes, written out; every derivative of it works."""
     h, g = projected.chunk(2, -1)
     return h * (F.gelu(g) if kind == "geglu" else F.silu(g))
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, kind: str) -> Tensor:
+        _keep(ctx, (projected, kind), None)
+        return OP.run("forward", projected, projected, kind)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _back(ctx, gradients[0], partial(OP.run, "backward", gradients[0]))
 
 
 @torch.library.custom_op("onestep::gated", mutates_args=())
@@ -59,20 +73,21 @@ def _(gradient: Tensor, projected: Tensor, kind: str) -> Tensor:
     return projected.new_empty(projected.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, str], output: Any) -> None:
     projected, ctx.kind = inputs
     ctx.save_for_backward(projected)
 
 
-def _back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+def _back(ctx: Any, gradient: Tensor, backward: Callable[..., Any]) -> tuple[Tensor, None]:
     (projected,) = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody differentiates this backward
         again = gated_reference(projected, ctx.kind)
         return torch.autograd.grad(again, projected, gradient, create_graph=True)[0], None
-    return _gated_backward(gradient, projected, ctx.kind), None
+    found = backward(gradient, projected, ctx.kind)
+    return found if isinstance(found, Tensor) else found[0], None
 
 
-_gated.register_autograd(_back, setup_context=_keep)
+_gated.register_autograd(partial(_back, backward=_gated_backward), setup_context=_keep)
 
 
 # -- plain torch -------------------------------------------------------------------------------------------------------

@@ -85,9 +85,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    leaves = [value.detach().requires_grad_(True) for value in ctx.saved_tensors]
+    q, k, v, k2, v2 = leaves = [value.detach().requires_grad_(True) for value in ctx.saved_tensors]
     with torch.enable_grad():
-        again = steered_attention_reference(*leaves, ctx.steer)
+        again = steered_attention_reference(q, k, v, k2, v2, ctx.steer)
     return *torch.autograd.grad(again, leaves, gradient), *(None for _ in ctx.steer)
 
 
