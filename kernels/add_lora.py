@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import autocast, in_forward_ad
-from .choice import Op, load_triton
+from .choice import REFERENCE, Op, load_triton
 
 Size = int | Sequence[int]
 
@@ -30,13 +30,16 @@ class Place(NamedTuple):
     scale: float = 1.0
 
 
+EVERYWHERE = Place()
+
+
 class LoRA(NamedTuple):
     """a: [r, in] of a linear layer, [r, in, kh, kw] of a convolution. b: [out, r] or [out, r, 1, 1], out being the
     place's features. Float32 masters, or of any dtype and device: they are cast to x's."""
 
     a: Tensor
     b: Tensor
-    place: Place = Place()
+    place: Place = EVERYWHERE
 
 
 def add_lora(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
@@ -45,10 +48,13 @@ def add_lora(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
     out: [N, ..., out], a linear layer's fresh output, which nobody else needs: it is written over where that is
     possible. x: [N, ..., in], the layer's input. Returns [N, ..., out] in out's dtype.
     """
-    if not (_may_be_written(out) and out.is_contiguous() and out.dtype == x.dtype and out.ndim > 1):
+    if out.dtype != x.dtype or out.ndim < 2 or not out.is_contiguous() or not _may_be_written(out):
         return add_lora_reference(out, x, loras)
+    graph = torch.is_grad_enabled()
+    if graph and len(loras) == 1 and loras[0].place is EVERYWHERE and OP.choice(x.device, x.dtype) == REFERENCE:
+        return _AddOne.apply(out, x, *loras[0][:2])
     places, factors = [lora.place for lora in loras], [factor for lora in loras for factor in lora[:2]]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in (out, x, *factors)):
+    if graph:
         return _AddLoRA.apply(out, x, places, *factors)
     OP.run("forward", out, out, x, places, factors)
     return out
@@ -80,6 +86,8 @@ def add_lora_conv(
     if not _may_be_written(out):
         return add_lora_conv_reference(out, x, loras, *geometry)
     products = [_convolved(x, lora, geometry).to(out.dtype) for lora in loras]
+    if len(products) == 1 and products[0].shape == out.shape:
+        return products[0].add_(out)  # which is nobody's yet, and which no derivative needs
     if torch.is_grad_enabled() and any(value.requires_grad for value in (out, *products)):
         return _AddProducts.apply(out, [lora.place for lora in loras], *products)
     for lora, product in zip(loras, products, strict=True):
@@ -129,16 +137,25 @@ class _AddLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gradient, (x, *saved), wanted = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
-        factors, hidden = saved[: 2 * len(ctx.places)], saved[2 * len(ctx.places) :]
-        if torch.is_grad_enabled():  # somebody differentiates this backward
-            found: list[Tensor | None] = _differentiable(gradient, x, ctx.places, factors, wanted)
-        else:
-            asked = wanted[1], any(wanted[3:])
-            given = OP.run("backward", gradient, gradient, x, ctx.places, factors, hidden, *asked)
-            found = list(given) if asked[0] else [None, *given]
-            found += [None for _ in factors] if not asked[1] else []
-        return gradient, found[0], None, *found[1:]
+        wanted = ctx.needs_input_grad
+        found = _went_back(gradients[0], ctx.saved_tensors, ctx.places, (wanted[1], *wanted[3:]))
+        return gradients[0], found[0], None, *found[1:]
+
+
+class _AddOne(torch.autograd.Function):
+    """The same of one adapter everywhere, by plain torch: nearly every call of a run's, without the work of places."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        written = out.detach()
+        h = x.reshape(-1, x.shape[-1]).mm(a.to(x).t())
+        written.view(-1, out.shape[-1]).addmm_(h, b.to(x).t())
+        ctx.save_for_backward(x, a, b, h)
+        return written
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], *_went_back(gradients[0], ctx.saved_tensors, [EVERYWHERE], ctx.needs_input_grad[1:])
 
 
 class _AddProducts(torch.autograd.Function):
@@ -156,16 +173,30 @@ class _AddProducts(torch.autograd.Function):
         return gradients[0], None, *(gradients[0][place.rows, place.features] for place in ctx.places)
 
 
-def _differentiable(
-    gradient: Tensor, x: Tensor, places: list[Place], factors: Sequence[Tensor], wanted: Sequence[bool]
+def _went_back(
+    gradient: Tensor, saved: Sequence[Tensor], places: list[Place], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """What backward gives, as a graph of its own."""
+    """The gradients that are wanted of x and of each factor. saved: x, the factors, and each A x."""
+    x, *rest = saved
+    factors, hidden = rest[: 2 * len(places)], rest[2 * len(places) :]
+    if torch.is_grad_enabled():  # somebody differentiates this backward
+        return _differentiable(gradient, [x, *factors], places, wanted)
+    asked = wanted[0], any(wanted[1:])
+    given = OP.run("backward", gradient, gradient, x, places, factors, hidden, *asked)
+    found = list(given) if asked[0] else [None, *given]
+    return found if asked[1] else [*found, *(None for _ in factors)]
+
+
+def _differentiable(
+    gradient: Tensor, inputs: list[Tensor], places: list[Place], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """What backward gives, as a graph of its own. inputs: x and the factors."""
+    x, *factors = inputs
     loras = [LoRA(a, b, place) for a, b, place in zip(factors[::2], factors[1::2], places, strict=True)]
     product = add_lora_reference(torch.zeros_like(gradient), x, loras)
-    inputs = [x, *factors]
-    asked = [value for value, want in zip(inputs, (wanted[1], *wanted[3:]), strict=True) if want]
+    asked = [value for value, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(product, asked, gradient, create_graph=True, materialize_grads=True))
-    return [next(found) if want else None for want in (wanted[1], *wanted[3:])]
+    return [next(found) if want else None for want in wanted]
 
 
 # -- plain torch -------------------------------------------------------------------------------------------------------
@@ -174,10 +205,10 @@ def _differentiable(
 def forward(out: Tensor, x: Tensor, places: Sequence[Place], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``out``, written over, and each place's A x [tokens, r]."""
     outputs, inputs, hidden = tokens(out), tokens(x), []
-    for (rows, features, scale), a, b in zip(places, factors[::2], factors[1::2], strict=True):
-        rows = in_tokens(rows, out)
-        hidden.append(torch.mm(inputs[rows], a.to(x).t()))
-        outputs[rows, features].addmm_(hidden[-1], b.to(x).t(), alpha=scale)
+    for place, a, b in zip(places, factors[::2], factors[1::2], strict=True):
+        hidden.append(torch.mm(_rows(inputs, place, out), a.to(x).t()))
+        output = _features(_rows(outputs, place, out), place)
+        output.addmm_(hidden[-1], b.to(x).t(), alpha=place.scale)
     return out, *hidden
 
 
@@ -191,18 +222,30 @@ def backward(
     wants_factors: bool = True,
 ) -> tuple[Tensor, ...]:
     """The gradients, as far as they are wanted, of x and of each A and B, in their dtypes."""
-    found = [x.new_zeros(x.shape)] if wants_x else []
+    one = len(places) == 1 and places[0].rows == slice(None)
+    found = [] if one or not wants_x else [x.new_zeros(x.shape)]
     gradients, inputs = tokens(gradient), tokens(x)
-    for (rows, features, scale), a, b, h in zip(places, factors[::2], factors[1::2], hidden, strict=True):
-        rows = in_tokens(rows, gradient)
-        g = gradients[rows, features]
+    for place, a, b, h in zip(places, factors[::2], factors[1::2], hidden, strict=True):
+        g, scale = _features(_rows(gradients, place, gradient), place), place.scale
         # h = A x,  y = s B h:   dh = s B^T dy,  dx = A^T dh,  dA = dh x^T,  dB = s dy h^T
         dh = scaled(torch.mm(g, b.to(x)), scale)
-        if wants_x:
-            tokens(found[0])[rows].addmm_(dh, a.to(x))
+        if wants_x and one:
+            found = [torch.mm(dh, a.to(x)).view(x.shape)]
+        elif wants_x:
+            _rows(tokens(found[0]), place, gradient).addmm_(dh, a.to(x))
         if wants_factors:
-            found += [torch.mm(dh.t(), inputs[rows]).to(a), scaled(torch.mm(g.t(), h), scale).to(b)]
+            of_a = torch.mm(dh.t(), _rows(inputs, place, gradient))
+            found += [of_a.to(a), scaled(torch.mm(g.t(), h), scale).to(b)]
     return tuple(found)
+
+
+def _rows(flat: Tensor, place: Place, value: Tensor) -> Tensor:
+    """Of the tokens of ``value``'s batch, those of a place's rows."""
+    return flat if place.rows == slice(None) else flat[in_tokens(place.rows, value)]
+
+
+def _features(flat: Tensor, place: Place) -> Tensor:
+    return flat if place.features == slice(None) else flat[:, place.features]
 
 
 def scaled(value: Tensor, scale: float) -> Tensor:

@@ -136,9 +136,7 @@ def load_triton(module: str) -> Mapping[str, Part]:
 def load_cuda(op: str) -> Mapping[str, Part]:
     """The parts of ``op`` in the library that `python -m onestep.kernels build` made. ImportError where there is
     none."""
-    from .library import load
-
-    return load(op)
+    return importlib.import_module(".library", __package__).load(op)
 
 
 def _interpreted(name: str) -> bool:

@@ -27,26 +27,10 @@ WIDEST = 128
 
 @triton.jit
 def _product(
-    out,
-    x,
-    hidden,
-    table,
-    scales,
-    count,
-    width,
-    out_stride,
-    x_stride,
-    ALIGNED: tl.constexpr,
-    BACK: tl.constexpr,
-    ADD: tl.constexpr,
-    FACTORS: tl.constexpr,
-    OPERANDS: tl.constexpr,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
+    out, x, hidden, table, scales, count, width, out_stride, x_stride,
+    ALIGNED: tl.constexpr, BACK: tl.constexpr, ADD: tl.constexpr, FACTORS: tl.constexpr, OPERANDS: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
     """hidden = A x, out (+)= s B hidden; BACK: hidden = B^T x, out (+)= s A^T hidden. One tile of one entry's rows, and
     each so many'th tile of the columns. ``table``: an entry's first tile, first row, rows, first and
     last feature, rank, addresses of A and B, first row of hidden."""
