@@ -183,7 +183,7 @@ def _went_back(
         return _differentiable(gradient, [x, *factors], places, wanted)
     asked = wanted[0], any(wanted[1:])
     given = OP.run("backward", gradient, gradient, x, places, factors, hidden, *asked)
-    found = list(given) if asked[0] else [None, *given]
+    found: list[Tensor | None] = [*given] if asked[0] else [None, *given]
     return found if asked[1] else [*found, *(None for _ in factors)]
 
 
