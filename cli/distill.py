@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ def run(args: Namespace, console: Console) -> None:
 
 def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: str, console: Console) -> Any:
     """`training.distil.distil` with a progress bar, a curve in text, and a clean end on Ctrl-C."""
+    from ..pipelines.shells import of_host
     from ..training.distil import distil
 
-    shown = Shown(console)
+    shown, shells = Shown(console), partial(of_host, host)
     try:
         with cancellable(host, console), shown:
-            return distil(host, prompts, settings, folder, existing=existing, report=shown.report)
+            return distil(host, prompts, settings, folder, existing=existing, report=shown.report, shells=shells)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_cancelled(folder, shown.updates)) from None
     except OneStepError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..training.engine.prompts import check_prompts, read_prompts
 from ..training.settings import Settings
 from .adapt import adapt
 from .load import best_device, load
+from .shells import of_host
 
 
 def distill(
@@ -46,7 +48,7 @@ def distill(
     try:
         if "sizes" not in settings:
             chosen = _settings(method, preset, {**settings, "sizes": "{}x{}".format(*host.native_size)})
-        return distil(host, texts, chosen, out, existing=existing, report=report)
+        return distil(host, texts, chosen, out, existing=existing, report=report, shells=partial(of_host, host))
     finally:
         host.release()
 

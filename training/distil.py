@@ -23,8 +23,9 @@ from .engine.setup import Setup, hooked
 from .engine.student import STUDENT, add_student
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
-from .host import Host
+from .host import Host, Shells
 from .methods import METHODS
+from .plan.run import laid_out
 from .runs.config import config_of, header_of
 from .runs.run import STOP, NotSaved, Run, leave, opened
 from .runs.state import restore, snapshot
@@ -48,13 +49,15 @@ def distil(
     *,
     existing: str = STOP,
     report: Report | None = None,
+    shells: Shells | None = None,
 ) -> Result:
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
     other ``steps`` and ``pairs`` than it had (sun: other ``steps``); what changes over a run, the step size and nct's
     noise levels, is then as in a run of so many steps. One that was finished early counts as finished until it is given
-    other steps. Raises OneStepError for bad input, before anything is written, and Stopped for a run that failed. What
+    other steps. shells: of ``host``; on a card the run is then fitted to it, and says how. Raises OneStepError for bad
+    input, before anything is written, and Stopped for a run that failed. What
     ``host.poll`` or ``report`` raises passes through, after the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
@@ -68,7 +71,7 @@ def distil(
     # whatever the caller switched off around us: a run needs gradients
     run_there = opened(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
-        session = _Session(host, prompts, settings, run, report, initial)
+        session = _Session(host, prompts, settings, run, report, initial, shells)
         return session.run_all(goes_on)
 
 
@@ -76,11 +79,18 @@ class _Session:
     """One process's part of a run."""
 
     def __init__(
-        self, host: Host, prompts: list[str], settings: Settings, run: Run, report: Report | None, initial: State | None
+        self,
+        host: Host,
+        prompts: list[str],
+        settings: Settings,
+        run: Run,
+        report: Report | None,
+        initial: State | None,
+        shells: Shells | None,
     ) -> None:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = report or (lambda progress: None)
-        self.texts, self.initial = prompts, initial
+        self.texts, self.initial, self.shells = prompts, initial, shells
         hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
         self.usage = "" if self.method.adapter else hint
         self.notes = [note for note in [self.method.note(settings), self.usage] if note]
@@ -91,11 +101,13 @@ class _Session:
 
     def run_all(self, goes_on: bool) -> Result:
         with ExitStack() as stack:
+            self.layout = laid_out(self.run, self.host, self.settings, self.shells)
+            self.notes = [note for note in [self.layout.note, *self.notes] if note]
             self.setup = self._setup()
             stack.enter_context(self.host.training())
             self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
-            stack.enter_context(hooked(self.host, self.settings))
+            stack.enter_context(hooked(self.host, self.layout.settings))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
             if goes_on:
@@ -126,7 +138,9 @@ class _Session:
         add_student(self.host, self.settings, self.initial, self.method.adapter)
         self.host.denoiser.roles.copy(STUDENT, EMA)
         plan = self.method.plan(self.setup)
-        return Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
+        trainer = Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
+        trainer.accumulation = max(trainer.accumulation, self.layout.accumulation)
+        return trainer
 
     def _train(self) -> None:
         total = self.trainer.plan.updates

@@ -61,6 +61,16 @@ class Planned:
     taken: Rung | None
 
     @property
+    def faster(self) -> Rung | None:
+        """The fastest that fits, where that is not the one taken: without checkpointing, which the run leaves to be
+        set, as it could not go back where memory runs out all the same."""
+        if self.taken is None or self.card is None:
+            return None
+        fitting = [rung for rung in self.rungs if rung.peak.bytes <= self.card.usable]
+        best = min(fitting, key=lambda rung: rung.seconds)
+        return best if best.seconds < self.taken.seconds else None
+
+    @property
     def proposed(self) -> Rung | None:
         """The first that fits where the run cannot take one."""
         return None if self.taken or not self.card else _first(self.rungs, self.card)
@@ -72,16 +82,21 @@ def planned(name: str, shells: Shells, settings: Settings, card: Card | None, *,
     name: of the model. host_mean: whether the running mean lies in the host's memory.
     """
     rungs: list[Rung] = []
-    for micro in _micros(settings):
-        rungs.append(rung_of(shells, settings, card, micro, {}, host_mean))
+    for micro, changes in _safe(settings):
+        rungs.append(rung_of(shells, settings, card, micro, changes, host_mean))
         if card is None or rungs[-1].peak.bytes <= card.usable:
-            break
-    if card is not None and rungs[-1].peak.bytes > card.usable:
-        return Planned(name, settings, card, _proposed(shells, settings, card, host_mean, rungs), None)
-    if card is not None:
-        rungs += _uncheckpointed(shells, settings, card, host_mean, rungs[-1])
-    fitting = [rung for rung in rungs if card is None or rung.peak.bytes <= card.usable]
-    return Planned(name, settings, card, tuple(rungs), min(fitting, key=lambda rung: rung.seconds))
+            taken = rungs[-1]
+            more = _uncheckpointed(shells, settings, card, host_mean, taken) if card else ()
+            return Planned(name, settings, card, (*rungs, *more), taken)
+    assert card is not None
+    return Planned(name, settings, card, _proposed(shells, settings, card, host_mean, rungs), None)
+
+
+def _safe(settings: Settings) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Micro-batches, and changes that leave the result alone, from the run as it is set on."""
+    for changes in ({},) if settings.checkpointing else ({}, {"checkpointing": True}):
+        for micro in _micros(settings):
+            yield micro, changes
 
 
 def _first(rungs: tuple[Rung, ...], card: Card) -> Rung | None:

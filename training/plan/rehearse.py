@@ -115,18 +115,21 @@ class _Rehearsal:
             self._watch_and_train(trainer)
 
     def _watch_and_train(self, trainer: Trainer) -> None:
-        setup, part = self.setup, self.meter.part
+        setup, settings, part = self.setup, self.settings, self.meter.part
+        watched = settings.watch_every or settings.preview_every
         with part(REFERENCE):
-            watch = Watch.prepare(setup, self.method.reference(setup))
+            watch = Watch.prepare(setup, self.method.reference(setup)) if watched else None
         for update in range(trainer.plan.updates):
             self._have_moments(trainer, trainer.plan.at(update)[0])
             with part(OPTIMIZER):
                 trainer.step(update)
             self._label_moments(trainer)
-        with part(WATCH):
-            watch(self.host, setup.recipe, EMA if self.settings.ema else STUDENT)
-        with part(DECODE):
-            self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
+        if watch is not None:
+            with part(WATCH):
+                watch(self.host, setup.recipe, EMA if settings.ema else STUDENT)
+        if settings.preview_every:
+            with part(DECODE):
+                self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
         with part(FORWARD):
             self._forward()
 
