@@ -105,7 +105,7 @@ class Op:
         return max(speeds, key=lambda name: speeds[name]) if max(speeds.values(), default=0) >= 1 else REFERENCE
 
     def _tried(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
-        if device.type == "cpu" and not _interpreted(name):
+        if device.type == "cpu" and not (name == "triton" and interpreted()):
             return "needs a GPU"
         try:
             error = self._error(self.loaders[name](), device, dtype)
@@ -139,8 +139,10 @@ def load_cuda(op: str) -> Mapping[str, Part]:
     return importlib.import_module(".library", __package__).load(op)
 
 
-def _interpreted(name: str) -> bool:
-    return name == "triton" and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on a CPU, as TRITON_INTERPRET=1 asks for before it is
+    imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
 def _gap(mine: Tensor, right: Tensor) -> Tensor:

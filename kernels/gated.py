@@ -2,7 +2,8 @@
 
     GEGLU:  y = h gelu(g),    SwiGLU:  y = h silu(g),    [h, g] = W x        (arXiv:2002.05202, Eq. 6)
 
-Written out, autograd keeps h and g, which are the projection, and gelu(g), half as much again.
+Written out, autograd keeps h and g, which are the projection, and gelu(g), half as much again. Neither host's
+feed-forward has a hook between its projection and its gate, so that this serves networks that call it themselves.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _Gated(torch.autograd.Function):
         return _back(ctx, gradients[0], partial(OP.run, "backward", gradients[0]))
 
 
-@torch.library.custom_op("onestep::gated", mutates_args=())
+@torch.library.custom_op("onestep::gated", mutates_args=(), schema="(Tensor projected, str kind) -> Tensor")
 def _gated(projected: Tensor, kind: str) -> Tensor:
     return OP.run("forward", projected, projected, kind)[0]
 
@@ -63,7 +64,9 @@ def _(projected: Tensor, kind: str) -> Tensor:
     return projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
 
 
-@torch.library.custom_op("onestep::gated_backward", mutates_args=())
+@torch.library.custom_op(
+    "onestep::gated_backward", mutates_args=(), schema="(Tensor gradient, Tensor projected, str kind) -> Tensor"
+)
 def _gated_backward(gradient: Tensor, projected: Tensor, kind: str) -> Tensor:
     return OP.run("backward", projected, gradient, projected, kind)[0]
 

@@ -58,7 +58,12 @@ def _alike(q: Tensor, *others: Tensor) -> bool:
     return fit and short and all(o.shape[2] > 0 and o.device == q.device for o in others) and q.numel() > 0
 
 
-@torch.library.custom_op("onestep::steered_attention", mutates_args=())
+@torch.library.custom_op(
+    "onestep::steered_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor negative_k, Tensor negative_v, float scale, bool nag, float tau, "
+    "float alpha, float order) -> Tensor",
+)
 def _steered(
     q: Tensor,
     k: Tensor,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
+
+from .choice import interpreted
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on a CPU, as TRITON_INTERPRET=1 asks for before they are imported."""
+INTERPRETED = interpreted()
 
 
 def operands(dtype: torch.dtype) -> Any:
