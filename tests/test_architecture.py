@@ -282,7 +282,7 @@ def test_the_development_environment_is_whole():
     """Whatever tests, tools and benchmarks import is there: of the requirements, of the dev extra, or their own."""
     helpers = {path.stem for path in SOURCES} | {parent.name for path in SOURCES for parent in path.parents}
     modules = {module.split(".")[0] for path in SOURCES if path not in SHIPPED for module, _ in imported(path)}
-    foreign = modules - helpers - COMFY - {"onestep", "tomli", "torchvision", "av"} - sys.stdlib_module_names
+    foreign = modules - helpers - COMFY - {"onestep", "tomli", "torchvision", "av", "triton"} - sys.stdlib_module_names
     assert [module for module in sorted(foreign) if importlib.util.find_spec(module) is None] == []
 
 
