@@ -26,7 +26,7 @@ class Trainer:
 
     place: (update, its turns that are done); a state between two turns is as good as one between updates. numbers: what
     these turns gave. accumulation: micro-batches of a batch; doubled where memory runs out. bad: each role's steps
-    dropped in a row. dropped: all of them. whole: not in the middle of a step, where a state would be neither here nor
+    dropped in a row. dropped: all of them. taken: each role's steps that its optimiser has taken. whole: not in the middle of a step, where a state would be neither here nor
     there.
     """
 
@@ -40,6 +40,7 @@ class Trainer:
     accumulation: int = 1
     bad: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    taken: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     whole: bool = True
 
@@ -103,6 +104,7 @@ class Trainer:
         else:
             self.bad[role] = 0
             optimizer.step()
+            self.taken[role] = self.taken.get(role, 0) + 1
             if role == STUDENT:
                 self._average()
             turn.then()
@@ -113,7 +115,7 @@ class Trainer:
         """The running mean moves towards the student."""
         if self.settings.ema:
             # early in a run the mean is short: (1 + n) / (10 + n) after n updates
-            seen = float(next(iter(self.optimizers[STUDENT].state.values()))["step"])
+            seen = float(self.taken[STUDENT])
             self.host.denoiser.roles.lerp(EMA, STUDENT, 1 - min(self.settings.ema, (1 + seen) / (10 + seen)))
 
     def _halve(self, role: str) -> None:

@@ -43,6 +43,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
     moments = {key: value for key, value in tensors.items() if "/" not in key}
     for role, optimizer in trainer.optimizers.items():
         adam.unpack(optimizer, role, moments, notes["numbers"])
+    trainer.taken = {role: adam.steps_of(optimizer) for role, optimizer in trainer.optimizers.items()}
     for name, value in notes["counters"].items():
         setattr(trainer, name, value)
     trainer.notes, trainer.whole = list(notes["notes"]), True
