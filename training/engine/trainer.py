@@ -26,8 +26,8 @@ class Trainer:
 
     place: (update, its turns that are done); a state between two turns is as good as one between updates. numbers: what
     these turns gave. accumulation: micro-batches of a batch; doubled where memory runs out. bad: each role's steps
-    dropped in a row. dropped: all of them. taken: each role's steps that its optimiser has taken. whole: not in the middle of a step, where a state would be neither here nor
-    there.
+    dropped in a row. dropped: all of them. taken: the steps that each role's optimiser has taken. whole: not in the
+    middle of a step, where a state would be neither here nor there.
     """
 
     host: Host
