@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .cond import Cond
 from .errors import OneStepError
+from .factors import lerp
 from .targets import Target
 
 
@@ -109,8 +110,7 @@ class AdapterModules:
     @torch.no_grad()
     def lerp(self, into: str, other: str, weight: float) -> None:
         """``into`` <- (1 - weight) ``into`` + weight ``other``, parameter by parameter, in place."""
-        for mine, theirs in zip(self.parameters(into), self.parameters(other), strict=True):
-            mine.lerp_(theirs.to(mine), weight)
+        lerp(self.parameters(into), self.parameters(other), weight)
 
     def parameters(self, role: str) -> list[Tensor]:
         """In the order of their names."""

@@ -45,11 +45,27 @@ def adapted(here: list[Target], factors: State, x: Tensor, output: Tensor, train
 
 def _product(target: Target, factors: tuple[Tensor, Tensor], x: Tensor, output: Tensor, train: bool) -> Tensor:
     a, b = factors if train else (factors[0].detach(), factors[1].detach())
+    if a.device != x.device:  # a running mean that is kept in the host's memory
+        a, b = a.to(x.device), b.to(x.device)
     b = target.host_order(b)
     if not target.is_conv:
         return low_rank_linear(output, x, a, b)
     conv: Any = target.module
     return low_rank_conv(output, x, a, b, conv.stride, conv.padding, conv.dilation)
+
+
+@torch.no_grad()
+def lerp(mine: list[Tensor], towards: list[Tensor], weight: float) -> None:
+    """Each of ``mine`` <- (1 - weight) mine + weight towards, in place; in as few kernels as its device has, or one
+    tensor after the other where ``towards`` lies on another device."""
+    if not mine:
+        return
+    if all(a.device == b.device and a.dtype == b.dtype for a, b in zip(mine, towards, strict=True)):
+        # torch.optim's own multi-tensor lerp: rounded as Tensor.lerp_
+        torch.ops.aten._foreach_lerp_.Scalar(mine, [b.detach() for b in towards], weight)
+        return
+    for factor, other in zip(mine, towards, strict=True):
+        factor.lerp_(other.detach().to(factor), weight)
 
 
 def blended(

@@ -21,7 +21,7 @@ from .adapter_module import AdapterModules, Call, Port
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
-from .factors import adapted, blended, initial, leaf
+from .factors import adapted, blended, initial, leaf, lerp
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
 from .role_map import Captured, RoleMap
@@ -131,19 +131,25 @@ class Roles:
     def _in_order(self, role: str) -> list[Tensor]:
         return [factor for name in sorted(self._factors[role]) for factor in self._factors[role][name]]
 
+    def learns(self, role: str) -> bool:
+        """Whether its factors, not those of its adapter module, may take a gradient."""
+        return any(factor.requires_grad for factor in self._in_order(role))
+
     def names(self) -> list[str]:
         return list(self._factors)
 
-    def copy(self, source: str, into: str) -> None:
-        """``into`` becomes a copy of ``source``. Live tensors of its shapes are written in place, so an optimiser keeps
-        them."""
+    def copy(self, source: str, into: str, device: torch.device | str | None = None) -> None:
+        """``into`` becomes a copy of ``source``, on ``device`` where it is new. Live tensors of its shapes are written
+        in place, so an optimiser keeps them; factors that do not learn are shared."""
         self.modules.copy(source, into)
-        if self._alike(into, source):
+        if self._factors[source] and not self.learns(source):
+            self._factors[into], self._lineage[into] = dict(self._factors[source]), self._lineage[source]
+        elif self._alike(into, source):
             for mine, theirs in zip(self._in_order(into), self._in_order(source), strict=True):
                 mine.detach().copy_(theirs.detach())
             self._lineage[into] = self._lineage[source]
         else:
-            self.load(into, self.state(source), self._device(source), self._lineage[source])
+            self.load(into, self.state(source), device or self._device(source), self._lineage[source])
 
     @torch.no_grad()
     def lerp(self, into: str, other: str, weight: float) -> None:
@@ -154,8 +160,7 @@ class Roles:
         """
         self.modules.lerp(into, other, weight)
         if self._lineage[into] == self._lineage[other] >= 0 and self._alike(into, other):
-            for factor, towards in zip(self._in_order(into), self._in_order(other), strict=True):
-                factor.lerp_(towards.to(factor), weight)
+            lerp([factor.detach() for factor in self._in_order(into)], self._in_order(other), weight)
         else:
             mine, theirs = self.state(into), self.state(other)
             products = {name: blended(mine.get(name), theirs.get(name), weight) for name in {**mine, **theirs}}

@@ -20,7 +20,7 @@ from .engine.inputs import check_base, initial_state
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
 from .engine.setup import Setup, hooked
-from .engine.student import STUDENT, add_student
+from .engine.student import STUDENT, add_student, mean_device
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
 from .host import Host, Shells
@@ -28,7 +28,7 @@ from .methods import METHODS
 from .plan.run import laid_out
 from .runs.config import config_of, header_of
 from .runs.run import STOP, NotSaved, Run, leave, opened
-from .runs.state import restore, snapshot
+from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
 from .watch.eta import Pace
@@ -37,6 +37,7 @@ from .watch.progress import Progress, Report, Request, Result, Stopped, requeste
 
 __all__ = ["Progress", "Report", "Request", "Result", "Stopped", "distil"]
 
+SAVE_SECONDS = 600.0
 BEFORE = "before training"
 """The phase of the untrained student."""
 
@@ -110,6 +111,7 @@ class _Session:
             stack.enter_context(hooked(self.host, self.layout.settings))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
+            self.notes += self.run.short_of_room(size_of(self.trainer))
             if goes_on:
                 self._restore()
                 self._adjust()
@@ -136,7 +138,7 @@ class _Session:
 
     def _trainer(self) -> Trainer:
         add_student(self.host, self.settings, self.initial, self.method.adapter)
-        self.host.denoiser.roles.copy(STUDENT, EMA)
+        self.host.denoiser.roles.copy(STUDENT, EMA, mean_device(self.host.device))
         plan = self.method.plan(self.setup)
         trainer = Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
         trainer.accumulation = max(trainer.accumulation, self.layout.accumulation)
@@ -206,10 +208,13 @@ class _Session:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        """Every so often, at the end, and where the watch has just found the best so far."""
-        late = time.monotonic() - self.saved_at > 60
-        best = self.monitor.best is not None and self.monitor.best["update"] == self.update
-        if late or best or self.update % self.settings.save_every == 0 or self.update == self.trainer.plan.updates:
+        """At the end, and every ten minutes; where a number of updates is asked for, after so many, and where the watch
+        has just found the best so far."""
+        due, every = time.monotonic() - self.saved_at > SAVE_SECONDS, self.settings.save_every
+        if every:
+            best = self.monitor.best is not None and self.monitor.best["update"] == self.update
+            due = due or best or self.update % every == 0
+        if due or self.update == self.trainer.plan.updates:
             self._save()
 
     def _save(self) -> None:

@@ -101,7 +101,7 @@ class Settings:
     watch_every: int = setting(50, "Updates between measures of the student; 0 = none.", 0, 1_000_000)
     watch_samples: int = setting(64, "Pictures that each measure compares with the teacher's.", 4, 4096)
     preview_samples: int = setting(6, "Pictures in a preview.", 1, 64)
-    save_every: int = setting(100, "Updates between saved states; also every 60 seconds.", 1, 1_000_000)
+    save_every: int = setting(0, "Updates between saved states; 0 = every 10 minutes.", 0, 1_000_000)
     patience: int = setting(
         5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000
     )

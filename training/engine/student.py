@@ -18,6 +18,8 @@ from ..settings import Settings
 from .batch import Batch
 
 STUDENT = "student"
+LARGE = 16 * 2**30
+"""Bytes of a card from which on the running mean lies on it."""
 NewAdapter = Callable[[Host, Settings], Any]
 """Makes a new adapter module (core.adapter_module) for a host."""
 
@@ -61,3 +63,10 @@ def add_student(host: Host, settings: Settings, initial: State | None, adapter: 
         for factor in roles.parameters(STUDENT):
             factor.requires_grad_(False)
         roles.add_module(STUDENT, adapter(host, settings).to(host.device))
+
+
+def mean_device(device: torch.device) -> torch.device:
+    """Where the student's running mean lies: on a card with less than 16 GiB it would take the room of activations, for
+    what is read once an update; there it is in the host's memory."""
+    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < LARGE
+    return torch.device("cpu") if small else device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,13 @@ def content_of(path: str | Path) -> str:
         while part := file.read(2**20):
             sha.update(part)
     return f"{CONTENT}{sha.hexdigest()[:16]}"
+
+
+def room_at(folder: Path) -> int:
+    """Bytes that are free on the disk that ``folder`` is on."""
+    return shutil.disk_usage(folder).free
+
+
+def in_gb(size: int) -> str:
+    """``size`` in bytes, in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -24,10 +24,12 @@ from torch import Tensor
 from ...core.errors import OneStepError
 from ...core.tensor_file import read_tensors, write_tensors
 from ..settings import nearest
-from .files import CONTENT, content_of, read_json, write_bytes, write_json
+from .files import CONTENT, content_of, in_gb, read_json, room_at, write_bytes, write_json
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
+FREE = ("save_every",)
+"""Settings that change nothing of what is learnt: a run goes on with others."""
 KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
 Changes = dict[str, tuple[Any, Any]]
@@ -76,6 +78,7 @@ class Run:
         final, beside = self.folder / f"state-{update}", self.folder / f".state-{update}.part"
         try:
             shutil.rmtree(beside, ignore_errors=True)
+            self._make_room(update, sum(value.nbytes for value in tensors.values()), best)
             beside.mkdir()
             write_tensors(beside / "state.safetensors", tensors)
             write_json(beside / "state.json", notes)
@@ -92,6 +95,22 @@ class Run:
             shutil.rmtree(beside, ignore_errors=True)
         self._prune(best)
 
+    def short_of_room(self, size: int) -> list[str]:
+        """A note where the disk has no room for the states of ``size`` bytes that a run keeps, and one more that is
+        being written."""
+        free, wanted = room_at(self.folder), (KEPT + 1) * size
+        if free >= wanted:
+            return []
+        return [f"little room on the disk: {in_gb(free)} are free, {in_gb(wanted)} are wanted for its states"]
+
+    def _make_room(self, update: int, size: int, best: int | None) -> None:
+        """For a state of ``size`` bytes: where there is none, all states go but the newest and the best."""
+        if room_at(self.folder) < size:
+            self._prune(best, 1)
+        free = room_at(self.folder)
+        if free < size:
+            raise OneStepError(f"it takes {in_gb(size)}, and {in_gb(free)} are free on the disk")
+
     def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The newest state that can be read; a damaged one is passed over."""
         for update in reversed(self.states()):
@@ -106,8 +125,8 @@ class Run:
         folder = self.folder / f"state-{update}"
         return read_tensors(folder / "state.safetensors"), read_json(folder / "state.json")
 
-    def _prune(self, best: int | None) -> None:
-        for update in self.states()[:-KEPT]:
+    def _prune(self, best: int | None, kept: int = KEPT) -> None:
+        for update in self.states()[:-kept]:
             if update != best:
                 # unmarked first: half a deletion must not look like a state
                 (self.folder / f"state-{update}" / "complete").unlink(missing_ok=True)
@@ -193,7 +212,7 @@ def _check_existing(folder: Path, config: dict[str, Any], existing: str, adjusta
     before = read_json(known)
     keys = [key for key in ("settings", "prompts", "base") if before.get(key) != config[key]]
     there, now = before.get("settings"), config["settings"]
-    there = _as_known_now(there) if isinstance(there, dict) else {}
+    there = _as_known_now(there) | {name: now[name] for name in FREE} if isinstance(there, dict) else {}
     changes = {name: (there.get(name), value) for name, value in now.items() if there.get(name) != value}
     adjusted = {name: pair for name, pair in changes.items() if name in adjustable and isinstance(pair[0], int)}
     if there | {name: new for name, (_, new) in adjusted.items()} == now:

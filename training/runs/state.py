@@ -14,11 +14,14 @@ COUNTERS = ("place", "numbers", "accumulation", "bad", "dropped")
 
 
 def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Roles, their adapter modules and optimisers as tensors; counters and the optimisers' plain numbers as notes."""
+    """Roles, their adapter modules and optimisers as tensors; counters and the optimisers' plain numbers as notes.
+
+    Factors that do not learn, an initial LoRA's under an adapter module, are left out: a run begins with them anew.
+    """
     roles = trainer.host.denoiser.roles
     tensors: dict[str, Tensor] = {}
     for role in roles.names():
-        for name, (a, b) in roles.state(role).items():
+        for name, (a, b) in roles.state(role).items() if roles.learns(role) else ():
             tensors[f"{role}/{name}/a"], tensors[f"{role}/{name}/b"] = a, b
         tensors |= {f"{role}/{name}": value for name, value in roles.modules.state(role).items()}
     numbers: dict[str, float] = {}
@@ -30,12 +33,18 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
 
 
+def size_of(trainer: Trainer) -> int:
+    """Bytes of a state once every optimiser has its moments, about: of AdamW, two of which are kept at most."""
+    learnt = sum(value.nbytes for role in trainer.optimizers for value in trainer.host.denoiser.roles.parameters(role))
+    return sum(value.nbytes for value in snapshot(trainer)[0].values()) + 2 * learnt
+
+
 @torch.no_grad()
 def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Write a snapshot into the live factors and optimisers."""
     roles = trainer.host.denoiser.roles
     for role in roles.names():
-        for name, (a, b) in roles.state(role).items():
+        for name, (a, b) in roles.state(role).items() if roles.learns(role) else ():
             a.copy_(tensors[f"{role}/{name}/a"])
             b.copy_(tensors[f"{role}/{name}/b"])
         for name, value in roles.modules.state(role).items():
