@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.low_rank import low_rank_conv, low_rank_linear
 from .randomness import generator
 from .targets import Target
 
@@ -26,32 +24,6 @@ def initial(target: Target, rank: int, seed: int) -> Tensor:
     shape = target.shape_a(rank)
     uniform = torch.rand(shape, generator=generator(seed, target.name))
     return (2 * uniform - 1) / math.sqrt(math.prod(shape[1:]))
-
-
-def adapted(here: list[Target], factors: State, x: Tensor, output: Tensor, train: bool) -> Tensor:
-    """A layer's ``output`` plus each target's product on its own rows; ``here``: the layer's targets in row order."""
-    axis = 1 if here[0].is_conv else output.ndim - 1
-    pieces, at = [], 0
-    for target in (target for target in here if target.name in factors):
-        start, stop = target.row_range
-        if start > at:
-            pieces.append(output.narrow(axis, at, start - at))
-        pieces.append(_product(target, factors[target.name], x, output.narrow(axis, start, stop - start), train))
-        at = stop
-    if at < output.shape[axis]:
-        pieces.append(output.narrow(axis, at, output.shape[axis] - at))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
-
-
-def _product(target: Target, factors: tuple[Tensor, Tensor], x: Tensor, output: Tensor, train: bool) -> Tensor:
-    a, b = factors if train else (factors[0].detach(), factors[1].detach())
-    if a.device != x.device:  # a running mean that is kept in the host's memory
-        a, b = a.to(x.device), b.to(x.device)
-    b = target.host_order(b)
-    if not target.is_conv:
-        return low_rank_linear(output, x, a, b)
-    conv: Any = target.module
-    return low_rank_conv(output, x, a, b, conv.stride, conv.padding, conv.dilation)
 
 
 @torch.no_grad()

@@ -5,28 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .adapter_module import Call
 from .errors import OneStepError
 
+if TYPE_CHECKING:
+    from .adapted_layer import Table
+    from .factors import State
+
 TEACHER = "teacher"
 Blocks = tuple[tuple[str, int | None], ...]
+
+
+class Served:
+    """Rows of a call that a role's factors serve. rows: which, None for all. table: the factors in the network's dtype,
+    in a call that has asked for them."""
+
+    __slots__ = ("factors", "rows", "table")
+
+    def __init__(self, factors: State, rows: slice | None) -> None:
+        self.factors, self.rows = factors, rows
+        self.table: Table | None = None
 
 
 @dataclass(frozen=True)
 class RoleMap:
     """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
 
-    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules.
+    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules. served: of a running
+    call, the rows that have factors.
     """
 
     blocks: Blocks = ((TEACHER, None),)
     train: bool = True
     inputs: Mapping[str, Any] = field(default_factory=dict)
     call: Call | None = None
+    served: tuple[Served, ...] | None = None
 
     def sizes(self, batch: int) -> list[int]:
         sizes = [batch if rows is None else rows for _, rows in self.blocks]

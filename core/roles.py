@@ -11,20 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapted_layer import AdaptedLayer, Table
 from .adapter_module import AdapterModules, Call, Port
+from .casts import Casts
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
-from .factors import adapted, blended, initial, leaf, lerp
+from .factors import blended, initial, leaf, lerp
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
-from .role_map import Captured, RoleMap
+from .role_map import Captured, RoleMap, Served
 from .targets import Target
 
 
@@ -42,6 +45,7 @@ class Roles:
         self._lineage: dict[str, int] = {}
         self._active, self._chosen = PerThread(RoleMap()), PerThread[RoleMap | None](None)
         self._handles: list[Any] = []
+        self._casts = Casts(self.targets)
 
     # -- which role serves a call -------------------------------------------------------------------------------------
 
@@ -62,9 +66,11 @@ class Roles:
         """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
         cond are what adapter modules are given."""
         chosen = self._chosen.get() or RoleMap()
-        chosen.sizes(batch)
+        sizes = chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
-        role_map = replace(chosen, call=call)
+        role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes))
+        if torch.is_grad_enabled():
+            self._casts.drop()  # its room is the graph's
         here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
         return Captured(role_map, self.serving(role_map), lambda: self._chosen.get(here))
 
@@ -142,7 +148,7 @@ class Roles:
         """``into`` becomes a copy of ``source``, on ``device`` where it is new. Live tensors of its shapes are written
         in place, so an optimiser keeps them; factors that do not learn are shared."""
         self.modules.copy(source, into)
-        if self._factors[source] and not self.learns(source):
+        if self._factors[self._known(source)] and not self.learns(source):
             self._factors[into], self._lineage[into] = dict(self._factors[source]), self._lineage[source]
         elif self._alike(into, source):
             for mine, theirs in zip(self._in_order(into), self._in_order(source), strict=True):
@@ -183,8 +189,7 @@ class Roles:
         for target in self.targets.values():
             bound.setdefault(target.module, []).append(target)
         for module, here in bound.items():
-            here.sort(key=lambda target: target.row_range)
-            self._handles.append(module.register_forward_hook(self._hook(here)))
+            self._handles.append(module.register_forward_hook(self._hook(AdaptedLayer(here))))
         self.modules.install(self)
 
     @contextmanager
@@ -204,28 +209,63 @@ class Roles:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, here: list[Target]) -> Any:
+    def _rows_served(self, chosen: RoleMap, sizes: list[int]) -> tuple[Served, ...]:
+        """The blocks whose role has factors, in order."""
+        ends = list(accumulate(sizes))
+        alone = len(sizes) == 1
+        return tuple(
+            Served(self._factors[role], None if alone else slice(end - size, end))
+            for (role, _), size, end in zip(chosen.blocks, sizes, ends, strict=True)
+            if self._factors.get(role)
+        )
+
+    def _hook(self, layer: AdaptedLayer) -> Any:
+        active_here = self._active.get
+
         def adapt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return self._served(here, args[0], output)
+            active = active_here()
+            if active.served is None:
+                return self._unprepared(layer, active, args[0], output)
+            served = [one for one in active.served if layer.serves(one.factors)]
+            if not served:
+                return None
+            x: Tensor = args[0]
+            if not layer.may_be_written(x, output):
+                return self._new_output(layer, active, x, output)
+            for one in served:
+                table = one.table or self._table(one, x)
+                if one.rows is None:
+                    layer.add_(table, x, output)
+                else:
+                    active.sizes(len(x))
+                    layer.add_(table, x[one.rows], output[one.rows])
+            return None
 
         return adapt
 
-    def _served(self, here: list[Target], x: Tensor, output: Tensor) -> Tensor | None:
-        active = self.active
-        if not any(self._adapts(role, here) for role, _ in active.blocks):
-            return None
+    def _table(self, served: Served, x: Tensor) -> Table:
+        """A call's factors, in x's dtype where that is the network's."""
+        if served.table is None:
+            served.table = self._casts.of(served.factors, x.dtype, x.device)
+        return served.table
+
+    def _unprepared(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor | None:
+        """Within `serving`, which no `capture` has prepared."""
+        serves = any(layer.serves(self._factors.get(role, {})) for role, _ in active.blocks)
+        return self._new_output(layer, active, x, output) if serves else None
+
+    def _new_output(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with each block's products, in a new tensor that autograd may keep."""
+
+        def added(role: str, x: Tensor, output: Tensor) -> Tensor:
+            factors = self._factors.get(role, {})
+            return layer.added(factors, x, output, active.train) if layer.serves(factors) else output
+
         if len(active.blocks) == 1:
-            return self._adapted(active.blocks[0][0], here, x, output)
+            return added(active.blocks[0][0], x, output)
         sizes = active.sizes(len(x))
         pieces = zip(active.blocks, x.split(sizes), output.split(sizes), strict=True)
-        return torch.cat([self._adapted(role, here, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
-
-    def _adapted(self, role: str, here: list[Target], x: Tensor, output: Tensor) -> Tensor:
-        return adapted(here, self._factors.get(role, {}), x, output, self.active.train)
-
-    def _adapts(self, role: str, here: list[Target]) -> bool:
-        factors = self._factors.get(role, {})
-        return any(target.name in factors for target in here)
+        return torch.cat([added(role, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
 
     # -- small checks -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,14 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
         return {name: _tensor(file, header, name) for name in (header.tensors if names is None else names)}
 
 
+def map_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU, read as they are used: only for a file that is never written again. What is
+    written to them stays in memory."""
+    with _opened(Path(path)) as file:
+        header = _header(Path(path), file)
+    return {name: _mapped(Path(path), header.data_start, entry) for name, entry in header.tensors.items()}
+
+
 def each_tensor(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of these names one after another, so that whoever keeps less than all never holds all."""
     with _opened(Path(path)) as file:
@@ -89,8 +98,10 @@ def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a whole file beside its place, sync it, and put it there in one move. Same content, same bytes."""
-    ordered = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
-    write_whole(Path(path), chain([_head(ordered, metadata or {})], map(_bytes, ordered.values())))
+    ordered = {name: tensors[name].detach() for name in sorted(tensors)}
+    # one tensor after the other comes to the host's memory
+    pieces = (_bytes(tensor.to("cpu").contiguous()) for tensor in ordered.values())
+    write_whole(Path(path), chain([_head(ordered, metadata or {})], pieces))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -134,6 +145,15 @@ def _tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
     if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
         raise OneStepError(f"{name[:60]!r} could not be read to its end: the file was cut off meanwhile. Try again.")
     return torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+
+
+def _mapped(path: Path, data_start: int, entry: Entry) -> Tensor:
+    if entry.stop == entry.start:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    place = data_start + entry.start
+    # copies of its pages on write: the file stays as it is
+    raw = np.memmap(path, np.uint8, "c", place, (entry.stop - entry.start,))
+    return torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
 
 
 def _header(path: Path, file: BinaryIO) -> Header:

@@ -62,6 +62,7 @@ class ComfyHost:
     vae: Any
     targets: str
     name: str
+    memory_required: int = 0
 
     def __post_init__(self) -> None:
         self.model = self.patcher.model
@@ -102,9 +103,20 @@ class ComfyHost:
         return isinstance(self.model, comfy.model_base.SDXL)
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
-        cond = encode(self.clip, prompts, self.family, self._pooled)
+        with self.encoding():
+            return self.with_sizes(self.texts(prompts).to("cpu", torch.float32), size)
+
+    def texts(self, prompts: Sequence[str]) -> Cond:
+        return encode(self.clip, prompts, self.family, self._pooled)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """ComfyUI puts the encoder in the network's place where both are too much."""
+        yield
         if self._training:
-            self._load()  # the encoder may have taken its place
+            self._load()
+
+    def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
         if self._sdxl:
             return with_sizes(cond, size)
         embedded = self.denoiser.guidance == "embedded"
@@ -147,7 +159,7 @@ class ComfyHost:
         for loaded in management.current_loaded_models[:]:
             if self.device.type != "cpu" and loaded.model is not None and loaded.model is not self.patcher:
                 management.unload_model_and_clones(loaded.model)
-        management.load_models_gpu([self.patcher])
+        management.load_models_gpu([self.patcher], memory_required=self.memory_required)
         make_ordinary(self.network)
 
     def check_file(self, path: Path) -> str:
@@ -213,11 +225,13 @@ def bake(copy: Any) -> None:
 
 
 def _avoid_half(copy: Any) -> None:
-    """Gradients vanish in float16: compute in bfloat16, or in float32 where the card lacks it."""
-    if copy.model.get_dtype_inference() != torch.float16:
+    """Small gradients vanish in float16: compute in bfloat16 where the device has it. A card that lacks it goes on in
+    float16, under the loss scale of the turns that need one; in float32 it would take four times as long."""
+    half = copy.model.get_dtype_inference() == torch.float16
+    card = torch.device(copy.load_device).type == "cuda"
+    if not half or (card and not management.should_use_bf16(copy.load_device)):
         return
-    wide = torch.bfloat16 if management.should_use_bf16(copy.load_device) else torch.float32
-    copy.model.manual_cast_dtype = wide
+    copy.model.manual_cast_dtype = torch.bfloat16 if management.should_use_bf16(copy.load_device) else torch.float32
     for module in copy.model.diffusion_model.modules():
         if hasattr(module, "comfy_cast_weights"):
             module.comfy_cast_weights = True

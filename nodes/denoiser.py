@@ -130,7 +130,7 @@ def even_lengths(cond: Cond) -> Tensor:
 
 
 def encode(clip: Any, prompts: Any, family: str, pooled: bool) -> Cond:
-    """The CLIP's conditions of ``prompts``, on the CPU, float32, in ordinary tensors."""
+    """The CLIP's conditions of ``prompts``, on the CPU, in its own dtype, in ordinary tensors."""
     with torch.inference_mode():
         made = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in prompts]
     with torch.inference_mode(False):
@@ -141,7 +141,7 @@ def encode(clip: Any, prompts: Any, family: str, pooled: bool) -> Cond:
 
 
 def _own(value: Tensor | None) -> Any:
-    return None if value is None else value.detach().to("cpu", torch.float32, copy=True).clone()
+    return None if value is None else value.detach().to("cpu", copy=True).clone()
 
 
 def _refuse_lengths(lengths: list[int], prompts: Any) -> None:

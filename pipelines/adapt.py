@@ -21,10 +21,11 @@ from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.roles import Roles
+from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
 from .kinds import FLUX, SD, SD3, SDXL
 from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
-from .places import on_device, place
+from .places import channels_last, is_quantized, on_device, place
 from .steer_attention import is_steered
 from .text import encoders_of
 from .trainable import prepare
@@ -117,6 +118,7 @@ class DiffusersHost:
     denoiser: Denoiser
     device: torch.device
     on_poll: Callable[[], None] | None = None
+    memory_required: int = 0
 
     def __post_init__(self) -> None:
         self.network = network_of(self.pipe)
@@ -124,6 +126,7 @@ class DiffusersHost:
         self.name = Path(str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)).name
         self.blocks = blocks_of(self.network)
         self.in_place: list[nn.Module] = []
+        self._decoder: Autoencoder | None = None
         self.compile_again: Callable[[], None] = lambda: None
 
     @cached_property
@@ -136,15 +139,29 @@ class DiffusersHost:
 
     # -- text and pictures --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True) -> Cond:
         """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt. padded: as in
         `encode_text`."""
+        return self.with_sizes(self.texts(prompts, padded).to("cpu", torch.float32), size)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
+        """What ``encode`` gives without what a size adds, in the encoders' own dtype. A few prompts at a time, each
+        part on the CPU at once."""
         with self.on_device(*encoders_of(self.pipe)):
             starts = range(0, len(prompts), PROMPTS_AT_ONCE)
             few = (prompts[start : start + PROMPTS_AT_ONCE] for start in starts)
-            parts = [encode_text(self.pipe, texts, padded=padded, device=self.device) for texts in few]
-        return self.with_sizes(Cond.concat(parts).to("cpu", torch.float32), size)
+            return Cond.concat(
+                [encode_text(self.pipe, texts, padded=padded, device=self.device).to("cpu") for texts in few]
+            )
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Within, the text encoders lie on the device, and the network off it where that is a card: both may be too
+        much for it."""
+        away = [] if self.device.type == "cpu" or is_quantized(self.network) else [self.network]
+        with on_device(torch.device("cpu"), *away), self.on_device(*encoders_of(self.pipe)):
+            yield
 
     @property
     def kind(self) -> str:
@@ -166,27 +183,22 @@ class DiffusersHost:
         """Whether the U-Net is told pooled text and sizes."""
         return self.family == "unet" and self.network.config.addition_embed_type == "text_time"
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, generator: Any = None) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1]. generator: one, or one a picture, for an autoencoder that draws noise."""
-        vae = self.pipe.vae
-        latents = latents.to(self.device) / vae.config.scaling_factor + _shift_factor(vae)
         draws = generator if isinstance(generator, list | tuple) else [generator] * len(latents)
-        with self.on_device(vae), upcast(vae):
-            pairs = zip(latents.split(1), draws, strict=True)
-            pictures = [vae.decode(one.to(vae.dtype), return_dict=False, generator=draw)[0] for one, draw in pairs]
-        return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1).cpu()
+        return self._autoencoder.decode(latents, draws)
 
-    @torch.no_grad()
     def latents_of(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, as in decode."""
-        vae = self.pipe.vae
-        if getattr(vae, "encoder", vae) is None:
-            raise OneStepError(f"{self.name}'s VAE has no encoder, so no picture can be given to it: use a whole one")
-        with self.on_device(vae), upcast(vae):
-            pictures = (2 * pictures - 1).to(self.device, vae.dtype)
-            latents = torch.cat([mode_of(vae.encode(one)) for one in pictures.split(1)])
-        return ((latents.float() - _shift_factor(vae)) * vae.config.scaling_factor).cpu()
+        refuse_decoder_alone(self.pipe.vae, self.name)
+        return self._autoencoder.encode(pictures)
+
+    @property
+    def _autoencoder(self) -> Autoencoder:
+        """Of the VAE that the pipeline has now."""
+        if self._decoder is None or self._decoder.vae is not self.pipe.vae:
+            self._decoder = Autoencoder(self.pipe.vae, self.device)
+        return self._decoder
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -226,7 +238,8 @@ class DiffusersHost:
             self.network.requires_grad_(False).eval()
             # diffusers' own checkpointing would recompute under whatever role is active then
             self.network.disable_gradient_checkpointing()
-            yield
+            with channels_last(self.network, self.family == "unet" and self.device.type == "cuda"):
+                yield
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -264,27 +277,3 @@ def hash_of(modules: Sequence[nn.Module]) -> str:
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _shift_factor(vae: Any) -> float:
-    """Zero where the configuration has none, as AsymmetricAutoencoderKL's."""
-    return float(vae.config.get("shift_factor") or 0.0)
-
-
-def mode_of(encoded: Any) -> Tensor:
-    """The latents of an encoder's answer: AutoencoderTiny's are no distribution."""
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-
-
-@contextmanager
-def upcast(vae: Any) -> Iterator[None]:
-    """SDXL's own VAE overflows in float16: within, it computes in float32."""
-    dtype = vae.dtype
-    widen = dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if widen:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if widen:
-            vae.to(dtype)

@@ -27,7 +27,8 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.schedule import add_noise
 from ..core.step_numbers import StepNumbers, initial_scale, step_numbers
-from .adapt import DiffusersHost, mode_of, upcast
+from .adapt import DiffusersHost
+from .autoencoder import mode_of, upcast
 from .merged import merged
 from .noise import Noise
 

@@ -29,6 +29,29 @@ def place(module: Any, device: torch.device) -> None:
         module.to(device)
 
 
+@contextmanager
+def channels_last(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within, where ``wanted``, the weights of convolutions lie as a card's convolutions read them, channels last;
+    afterwards as they lay."""
+    weights = [w for w in network.parameters() if wanted and w.ndim == 4 and not _is_last(w)]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.contiguous_format)
+
+
+def _is_last(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether a quantiser made its weights, which may not be moved."""
+    return getattr(module, "hf_quantizer", None) is not None
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate's hooks (CPU offload) or diffusers' own (group offload) move this module."""
     if hasattr(module, "_hf_hook"):

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..core.errors import OneStepError
 from ..core.ordinary import make_ordinary
+from ..core.stored import in_float8, serve
 from ..core.targets import Target, is_adaptable, kernel_size
+from .networks import blocks_of
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,6 +21,10 @@ CACHES = ("cache", "fbc_", "pyramid", "taylor")  # in the names of diffusers' ho
 def prepare(pipe: Any, network: nn.Module) -> None:
     """Make ``pipe`` fit to be trained. Raises OneStepError, before anything is changed, where it cannot be."""
     _refuse_absent(pipe)
+    # diffusers' own casts of layers hang in hooks
+    if in_float8(network) and not any(hasattr(layer, "_diffusers_hook") for layer in network.modules()):
+        plain = (value.dtype for value in network.parameters() if value.dtype in PLAIN)
+        serve(network, blocks_of(network), next(plain, torch.bfloat16))
     _refuse_weights(network)
     _refuse_hooks(network)
     for name in PARTS:

@@ -15,6 +15,7 @@ from ..core.adapter_file import check_adapter, save_adapter
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
 from ..core.lora_file import save_lora
+from ..core.memory import OutOfMemory, noticed
 from ..core.roles import State
 from .engine.inputs import check_base, initial_state
 from .engine.optimizer import refuse_missing
@@ -72,7 +73,7 @@ def distil(
     # whatever the caller switched off around us: a run needs gradients
     run_there = opened(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
-        session = _Session(host, prompts, settings, run, report, initial, shells)
+        session = _Session(host, prompts, run.as_begun(settings), run, report, initial, shells)
         return session.run_all(goes_on)
 
 
@@ -97,6 +98,7 @@ class _Session:
         self.notes = [note for note in [self.method.note(settings), self.usage] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at = 0, time.monotonic(), 0
+        self.saved = (-1, 0)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ class _Session:
         with ExitStack() as stack:
             self.layout = laid_out(self.run, self.host, self.settings, self.shells)
             self.notes = [note for note in [self.layout.note, *self.notes] if note]
+            stack.enter_context(noticed(self.notes))
             self.setup = self._setup()
             stack.enter_context(self.host.training())
             self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
@@ -224,7 +227,7 @@ class _Session:
         # nothing is learnt in the untrained state: where that is the best so far, none is kept as the best
         kept = int(best["update"]) if best else 0
         self.run.save(self.update, tensors, notes, kept or None)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), (self.update, self.finished_at)
 
     def _restore(self) -> None:
         tensors, notes = self.run.load_last()
@@ -258,7 +261,7 @@ class _Session:
 
     def _leave(self, error: BaseException) -> None:
         """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
-        if isinstance(error, OneStepError) and not isinstance(error, Stopped | NotSaved):
+        if isinstance(error, OneStepError) and not isinstance(error, Stopped | NotSaved | OutOfMemory):
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
             leave(error, self._save, lambda: self._write("partial.safetensors", self.monitor.shown))
@@ -266,7 +269,8 @@ class _Session:
     # -- the file -----------------------------------------------------------------------------------------------------
 
     def _finish(self) -> Result:
-        self._save()
+        if self.saved != (self.update, self.finished_at):
+            self._save()
         role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
         (self.run.folder / "partial.safetensors").unlink(missing_ok=True)

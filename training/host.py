@@ -29,6 +29,9 @@ class Host(Protocol):
     """The network's blocks, in order: what gradient checkpointing recomputes one by one."""
     in_place: list[nn.Module]
     """Layers whose input the host overwrites afterwards: they are handed a copy in training."""
+    memory_required: int
+    """Bytes that training takes beyond the network's own; a host that shares the device with other models makes so much
+    room. 0 = not known."""
 
     @property
     def encoder_hash(self) -> str:
@@ -42,6 +45,18 @@ class Host(Protocol):
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """The conditions of ``prompts`` at ``size`` (width, height) in pixels, on the CPU, float32."""
+        ...
+
+    def texts(self, prompts: Sequence[str]) -> Cond:
+        """What ``encode`` gives without what a size adds, on the CPU, in the encoders' own dtype."""
+        ...
+
+    def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        """``cond`` of ``texts`` with what this network is told of ``size``."""
+        ...
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Within, many texts are encoded: the text encoder may take the network's place on the training device."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

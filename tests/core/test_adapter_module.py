@@ -254,7 +254,7 @@ MUTANTS = {
     "reordered layers": (" or target.permutation is not None", ""),
     "hooks twice": ("sorted(wanted - set(self._handles))", "sorted(wanted)"),
     "hooks left behind": ("            handle.remove()\n", "            pass\n"),
-    "a mean the other way": ("mine.lerp_(theirs.to(mine), weight)", "mine.lerp_(theirs.to(mine), 1 - weight)"),
+    "a mean the other way": ("self.parameters(other), weight)", "self.parameters(other), 1 - weight)"),
     "a copy that is the same": ("deepcopy(self._of[source])", "self._of[source]"),
     "a copy out of place": ("elif into in self._of:", "elif False:"),
     "a copy of nothing": ("            self.drop(into)\n", "            pass\n"),

@@ -86,7 +86,7 @@ def steps_skipped(pipe: Any) -> None:
 
 def stored_as(dtype: torch.dtype) -> Any:
     def change(pipe: Any) -> None:
-        for layer in pipe.unet.modules():
+        for layer in (getattr(pipe, "unet", None) or pipe.transformer).modules():
             if isinstance(layer, nn.Linear):
                 layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
 
@@ -111,7 +111,6 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         lambda p: setattr(p.transformer.pos_embed.proj, "bias", nn.Parameter(torch.empty(16, device="meta"))),
         "pos_embed.proj.bias .*not in memory",
     ),
-    "fp8": ("sd", stored_as(torch.float8_e4m3fn), "float8_e4m3fn, on which nothing can be trained"),
     "whole numbers": ("sd", stored_as(torch.int8), "int8, on which nothing can be trained"),
     "a layer without backward": ("sd", one_way, "OneWay of Parameter torch.float8_e5m2, on which nothing"),
     "stored in less": (
@@ -140,6 +139,22 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "no text encoder": ("sdxl", lambda p: p.register_modules(text_encoder=None), "has no text_encoder"),
     "no tokenizer": ("flux", lambda p: p.register_modules(tokenizer=None), "has no tokenizer"),
 }
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "linear layers"])
+def test_a_base_in_float8_is_trained_as_it_is(name: str, whole: bool, tmp_path: Path) -> None:
+    """Its blocks stay in float8, half of bfloat16's room; the LoRA is like any other."""
+    pipe = make(name)
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    if whole:
+        network.to(torch.float8_e4m3fn)
+    else:
+        stored_as(torch.float8_e4m3fn)(pipe)
+    result = onestep.distill(pipe, ["a cat"], out=tmp_path / "run", **FEW)
+    assert result.path.is_file() and "loads all" in result.check
+    eights = [w for w in network.parameters() if w.dtype is torch.float8_e4m3fn]
+    assert len(eights) > 10 and all(w.ndim in (2, 4) for w in eights)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -77,6 +77,7 @@ class SmallHost:
     family: str = "unet"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     encoder_hash: str = "words"
+    memory_required: int = 0
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng():
@@ -96,6 +97,16 @@ class SmallHost:
         return hashlib.sha256(weights).hexdigest()
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        return self.with_sizes(self.texts(prompts), size)
+
+    def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        return cond
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        yield
+
+    def texts(self, prompts: Sequence[str]) -> Cond:
         self.encoded += len(prompts)
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little") for prompt in prompts]
         draws = [torch.randn(TOKENS, WORDS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

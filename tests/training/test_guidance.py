@@ -158,7 +158,7 @@ def check_states(made: Trajectories, block: int, row: int, kept: tuple[Tensor, .
     """All answers of a sample, [N, ...]: whole trajectories by `trajectory`, each left where its guidance has fallen
     below its share of the largest."""
     (x, target, sigma, apart, w), denoise = kept, made.host.denoiser
-    _, batch = list(made._slices(block, 4))[0]
+    batch = made._rows_of(block, list(range(4)))
     one, levels = (batch.cond[row : row + 1], batch.nulls()[row : row + 1]), made.settings.teacher_steps
     at, number = 0, 0
     while at < len(x):

@@ -14,6 +14,7 @@ import torch
 from small_host import SmallHost, setup_of, small
 from torch import Tensor
 
+from onestep.core.memory import OutOfMemory
 from onestep.training.engine import optimizer as adam
 from onestep.training.engine.student import add_student, generate
 from onestep.training.engine.trainer import Trainer
@@ -173,7 +174,7 @@ def test_out_of_memory_at_one_sample_is_the_end(tmp_path: Path) -> None:
     host = SmallHost()
     with trainer(tmp_path, small(), host) as made:
         runs_out(host, 0)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(OutOfMemory, match="out of memory in the student's step, with one sample at a time"):
             made.step(0)
         assert made.accumulation == 4 and made.whole
 

@@ -47,12 +47,14 @@ class TriplePool(Blocks):
 
     @torch.no_grad()
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
-        xs, controls, noise = [], [], self._noise(block)
-        for rows, batch in self._slices(block, micro):
+        noise = self._noise(block)
+
+        def triple(rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
             x = self.generate(batch, noise[rows].to(batch.device)).cpu()
             keys = [block * self.settings.batch + row for row in rows]
             # c = C(decode(G(z)))
             control = self.control(self.host.decode(x).cpu(), keys)
-            controls.append((255 * control).round().to(torch.uint8))
-            xs.append(x)
-        return {"x": torch.cat(xs), "control": torch.cat(controls)}
+            return x, (255 * control).round().to(torch.uint8)
+
+        x, control = (torch.cat(parts) for parts in zip(*self._each(block, micro, triple), strict=True))
+        return {"x": x, "control": control}

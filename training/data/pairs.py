@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from ...core import randomness
+from ...core.memory import Slices
 from ...core.roles import TEACHER
-from ...core.sampling import teacher_sample
+from ...core.sampling import fewer, teacher_sample
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine.batch import Batch
 from ..engine.prompts import Prompts, Size
@@ -22,6 +23,9 @@ from ..settings import Settings
 
 MADE = "teacher's data"
 """What a profile of a run calls the making of it."""
+Made = TypeVar("Made")
+FEWEST = 8
+"""Teacher's steps from which on fewer of second order take their place."""
 KEPT_BYTES = 2**29
 """Of each kind in host memory; the others are read from the disk again."""
 
@@ -41,6 +45,7 @@ class Blocks:
         wanted = -(-self.settings.pairs // self.settings.batch)
         self.blocks = max(wanted, len(self.prompts.sizes))
         self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._room = Slices(self.settings.batch, "the teacher's pictures")
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
@@ -54,7 +59,8 @@ class Blocks:
     def solve_cost(self) -> float:
         """Network forwards that one sample's trajectory of the teacher takes."""
         guided = self.host.denoiser.guidance == "cfg" and self.settings.guidance != 1
-        return self.settings.teacher_steps * (2.0 if guided else 1.0)
+        steps = self.settings.teacher_steps
+        return (fewer(steps) if of_second_order(self.settings) else steps) * (2.0 if guided else 1.0)
 
     def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
         """What of each block is handed out, in order; made in slices of ``micro`` samples."""
@@ -106,12 +112,21 @@ class Blocks:
         shape, stream = self.prompts.shapes[self._size(block)], f"{self.stream} noise"
         return randomness.normal(shape, self.settings.seed, stream, block, range(self.settings.batch))
 
-    def _slices(self, block: int, micro: int) -> Iterator[tuple[list[int], Batch]]:
-        """The rows of each slice of a block, and their prompts."""
-        for rows in torch.arange(self.settings.batch).split(micro):
+    def _each(self, block: int, micro: int, make: Callable[[list[int], Batch], Made]) -> list[Made]:
+        """``make`` of the rows of each slice of a block and their prompts: at most ``micro`` samples, and fewer where
+        memory has run out."""
+
+        def polled(rows: list[int]) -> Made:
             self.host.poll()
-            chosen = torch.stack([self._prompt(block, row) for row in rows.tolist()])
-            yield rows.tolist(), self.prompts.of(self._size(block), chosen, block, rows.tolist())
+            return make(rows, self._rows_of(block, rows))
+
+        self._room.size = min(micro, self._room.size)
+        return self._room(range(self.settings.batch), polled)
+
+    def _rows_of(self, block: int, rows: list[int]) -> Batch:
+        """A block's samples at ``rows``."""
+        chosen = torch.stack([self._prompt(block, row) for row in rows])
+        return self.prompts.of(self._size(block), chosen, block, rows)
 
 
 @dataclass
@@ -134,11 +149,11 @@ class Pairs(Blocks):
     def _solve(self, block: int, micro: int) -> Tensor:
         """x_T of a block, in slices of ``micro`` samples."""
         noise = self._noise(block)
-        ends = [
-            teach(self.host, self.settings, batch, noise[rows].to(batch.device)).cpu()
-            for rows, batch in self._slices(block, micro)
-        ]
-        return torch.cat(ends)
+
+        def end(rows: list[int], batch: Batch) -> Tensor:
+            return teach(self.host, self.settings, batch, noise[rows].to(batch.device)).cpu()
+
+        return torch.cat(self._each(block, micro, end))
 
 
 @torch.no_grad()
@@ -147,4 +162,12 @@ def teach(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Tensor
     guidance."""
     guidance = settings.guidance if host.denoiser.guidance == "cfg" else 1.0
     with host.denoiser.roles.use(TEACHER):
-        return teacher_sample(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance)
+        return teacher_sample(
+            *(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance),
+            second_order=of_second_order(settings),
+        )
+
+
+def of_second_order(settings: Settings) -> bool:
+    """Whether the teacher's pictures are drawn so: where there are enough steps for an order to show."""
+    return settings.second_order and settings.teacher_steps >= FEWEST

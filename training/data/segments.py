@@ -59,12 +59,13 @@ class Segments(Blocks):
 
     @torch.no_grad()
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
-        noise, made = self._noise(block), []
-        for rows, batch in self._slices(block, micro):
+        noise = self._noise(block)
+
+        def segment(rows: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
             at = torch.stack([self._prompt(block, row) for row in rows])
             both = self.both[self._size(block)][at].to(batch.device)
-            made.append(
-                [side.cpu() for side in self.move(batch, both, noise[rows].to(batch.device), self._segment(block))]
-            )
-        x, end = (torch.cat(parts) for parts in zip(*made, strict=True))
+            x, end = self.move(batch, both, noise[rows].to(batch.device), self._segment(block))
+            return x.cpu(), end.cpu()
+
+        x, end = (torch.cat(parts) for parts in zip(*self._each(block, micro, segment), strict=True))
         return {"x": x, "end": end}

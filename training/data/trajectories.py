@@ -63,7 +63,7 @@ class Trajectories(Blocks):
         return drawn, States(x, sigma.cpu(), w.cpu(), target, apart)
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
-        parts = [self._walk(block, rows, batch) for rows, batch in self._slices(block, micro)]
+        parts = self._each(block, micro, partial(self._walk, block))
         joined = (torch.cat(sides) for sides in zip(*parts, strict=True))
         return dict(zip(SIDES, joined, strict=True))
 

@@ -34,7 +34,8 @@ class Batch:
 
     def normal(self, stream: str) -> Tensor:
         """[B, C, h, w] standard normal, float32."""
-        return randomness.normal(self.shape, self.seed, stream, self.step, self.samples).to(self.device)
+        drawn = randomness.normal(self.shape, self.seed, stream, self.step, self.samples)
+        return drawn.to(self.device, non_blocking=self.device.type != "cpu")
 
     def uniform(self, stream: str) -> Tensor:
         """[B] in [0, 1), float64, on the CPU, where levels live."""

@@ -14,7 +14,8 @@ import torch
 from ...core import randomness
 from ...core.cond import Cond
 from ...core.errors import OneStepError
-from ...core.tensor_file import read_tensors, write_tensors
+from ...core.memory import Slices
+from ...core.tensor_file import map_tensors, write_tensors
 from ..host import Host
 from ..settings import Settings
 from .batch import Batch
@@ -22,7 +23,7 @@ from .batch import Batch
 LONGEST = 4000
 MOST_BYTES = 64 * 2**20
 MOST = 100_000
-AT_ONCE = 64
+AT_ONCE = 16
 """Prompts that a host is given to encode at once."""
 Size = tuple[int, int]
 Tick = Callable[[str, int, int], None]
@@ -96,7 +97,8 @@ def _text(prompt: Any, number: int) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Conditions of every prompt, and the null condition, for each size; on the CPU. texts: of the prompts."""
+    """Conditions of every prompt, and the null condition, for each size, which share what no size changes; on the CPU,
+    in the encoders' own dtype. A batch has them in float32. texts: of the prompts."""
 
     conds: dict[Size, Cond]
     nulls: dict[Size, Cond | None]
@@ -120,8 +122,10 @@ class Prompts:
     def of(self, size: Size, rows: torch.Tensor, key: int, samples: Sequence[int]) -> Batch:
         """The batch of the prompts at ``rows``, at ``size``."""
         null = self.nulls[size]
-        null = None if null is None else null.to(self.device)
-        cond = self.conds[size][rows].to(self.device)
+        # nobody waits for a card
+        place = self.device, torch.float32, self.device.type != "cpu"
+        null = None if null is None else null.to(*place)
+        cond = self.conds[size][rows].to(*place)
         return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device)
 
 
@@ -140,7 +144,8 @@ def embed(
     shapes = {size: host.latent_shape(size) for size in sizes}
     texts = [*prompts, settings.negative]
     embedded = guidance_input or host.denoiser.guidance == "embedded"
-    every = {size: _with_guidance(_cached(host, texts, size, folder, tick), settings, embedded) for size in sizes}
+    found = _cached(host, texts, folder, tick)
+    every = {size: _with_guidance(host.with_sizes(found, size), settings, embedded) for size in sizes}
     trained_null = host.denoiser.guidance == "cfg"
     nulls = {size: cond[len(prompts) :] if trained_null else None for size, cond in every.items()}
     conds = {size: cond[: len(prompts)] for size, cond in every.items()}
@@ -153,25 +158,27 @@ def _with_guidance(cond: Cond, settings: Settings, embedded: bool) -> Cond:
     return cond.with_(guidance=torch.full((len(cond),), settings.guidance)) if embedded else cond
 
 
-def _cached(host: Host, texts: Sequence[str], size: Size, folder: Path, tick: Tick) -> Cond:
-    key = hashlib.sha256("\0".join([host.encoder_hash, f"{size}", *texts]).encode()).hexdigest()[:32]
+def _cached(host: Host, texts: Sequence[str], folder: Path, tick: Tick) -> Cond:
+    """What no size changes, mapped from its file: the parts of a long list are read as a batch asks for them."""
+    key = hashlib.sha256("\0".join([host.encoder_hash, *texts]).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"
     if not path.is_file():
-        cond = _encoded(host, texts, size, tick)
+        cond = _encoded(host, texts, tick)
         values = {entry.name: getattr(cond, entry.name) for entry in fields(cond)}
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {name: value for name, value in values.items() if value is not None})
-    tensors = read_tensors(path)
-    mask = tensors.pop("mask", None)
-    return Cond(**tensors, mask=None if mask is None else mask.bool())
+    return Cond(**map_tensors(path))
 
 
-def _encoded(host: Host, texts: Sequence[str], size: Size, tick: Tick) -> Cond:
+def _encoded(host: Host, texts: Sequence[str], tick: Tick) -> Cond:
     """In parts, so that a person sees it go on and may cancel it."""
-    parts = []
-    for first in range(0, len(texts), AT_ONCE):
+
+    def encoded(rows: list[int]) -> Cond:
         host.poll()
-        tick("encoding prompts", first, len(texts))
-        parts.append(host.encode(texts[first : first + AT_ONCE], size))
+        tick("encoding prompts", rows[0], len(texts))
+        return host.texts([texts[row] for row in rows])
+
+    with host.encoding():
+        parts = Slices(AT_ONCE, "the texts")(range(len(texts)), encoded)
     tick("encoding prompts", len(texts), len(texts))
     return Cond.concat(parts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...core.memory import OutOfMemory, attempt, exhausted, release
 from ...core.recipe import Recipe
 from ..host import Host
 from ..settings import Settings
@@ -15,7 +16,7 @@ from . import optimizer as adam
 from .batch import Batch
 from .prompts import Prompts
 from .student import STUDENT
-from .turns import Numbers, Plan, Turn
+from .turns import Numbers, Plan, Turn, read
 
 EMA = "ema"
 
@@ -48,6 +49,7 @@ class Trainer:
         roles = self.host.denoiser.roles
         self.accumulation = self.settings.accumulation
         learnt = {role: [p for p in roles.parameters(role) if p.requires_grad] for role in self.plan.roles}
+        self.in_half = any(p.dtype == torch.float16 for p in self.host.network.parameters())
         self.optimizers = {role: adam.make(parameters, self.settings) for role, parameters in learnt.items()}
 
     # -- one update ---------------------------------------------------------------------------------------------------
@@ -74,23 +76,25 @@ class Trainer:
     def accumulate(self, turn: Turn, update: int, number: int = 0) -> Numbers:
         """Gradients and numbers of a turn's loss over its batch, in the micro-batches that fit into memory."""
         while True:
-            try:
-                return self._accumulated(turn, update, number)
-            except torch.OutOfMemoryError:
-                if self.accumulation >= self.settings.batch:
-                    raise
-            # outside of the except clause, whose traceback holds on to the tensors of the step that failed
-            self._halve(turn.role)
+            found, why = attempt(lambda: self._accumulated(turn, update, number))
+            if found is not None:
+                return found
+            self._halve(turn.role, why)
 
     def _accumulated(self, turn: Turn, update: int, number: int) -> Numbers:
         self.optimizers[turn.role].zero_grad(set_to_none=True)
         total: Numbers = {}
+        scale = turn.half_scale if self.in_half else 1.0
         for batch in self.batches(update * self.plan.turns + number):
             self.host.poll()
             share = len(batch) / self.settings.batch
-            for name, value in turn.loss(batch, share, update).items():
+            for name, value in turn.loss(batch, scale * share, update).items():
                 total[name] = total.get(name, 0.0) + share * value
-        return total
+        if scale != 1:
+            for value in self.host.denoiser.roles.parameters(turn.role):
+                if value.grad is not None:
+                    value.grad.div_(scale)
+        return read(total)
 
     def _apply(self, turn: Turn, rate: float, numbers: Numbers) -> float:
         """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before
@@ -103,7 +107,7 @@ class Trainer:
             self.bad[role], self.dropped = self.bad.get(role, 0) + 1, self.dropped + 1
         else:
             self.bad[role] = 0
-            optimizer.step()
+            self._step(optimizer)
             self.taken[role] = self.taken.get(role, 0) + 1
             if role == STUDENT:
                 self._average()
@@ -118,11 +122,22 @@ class Trainer:
             seen = float(self.taken[STUDENT])
             self.host.denoiser.roles.lerp(EMA, STUDENT, 1 - min(self.settings.ema, (1 + seen) / (10 + seen)))
 
-    def _halve(self, role: str) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser's step. Where memory runs out in it, some tensors may have moved and others not."""
+        found, why = attempt(lambda: (optimizer.step(),))
+        if found is None:
+            raise OutOfMemory(
+                f"out of memory in the optimiser's step ({why}): what was learnt is in the last state. Choose a lower "
+                "rank, fewer targets or optimizer=adamw8bit, or close what else uses the card"
+            )
+
+    def _halve(self, role: str, why: str) -> None:
         """Out of memory: half the micro-batch, twice the accumulation; the batch stays what it was."""
         self.optimizers[role].zero_grad(set_to_none=True)
+        release()
+        if self.accumulation >= self.settings.batch:
+            raise exhausted(f"the {role}'s step", why)
         self.accumulation = min(self.settings.batch, self.accumulation * 2)
-        torch.cuda.empty_cache()
         self.notes.append(
             f"out of memory: micro-batches of {-(-self.settings.batch // self.accumulation)} from here on"
         )

@@ -4,21 +4,32 @@ loss."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..settings import Settings
 from .batch import Batch
 
 Numbers = dict[str, float]
-Loss = Callable[[Batch, float, int], Numbers]
-"""(micro-batch, its share of the batch, update) -> numbers for the metrics; runs backward itself."""
+Loss = Callable[[Batch, float, int], Mapping[str, Any]]
+"""(micro-batch, its share of the batch, update) -> numbers for the metrics, also as tensors [] that are still being
+computed; runs backward itself."""
 Draw = Callable[[Batch, int], tuple[Batch, Any]]
 """(batch, update) -> the samples that this update learns from, in place of the batch's (as many, of the same indices),
 and their data: a function of the run's seed, the update and the indices alone."""
+
+
+def read(numbers: Mapping[str, Any]) -> Numbers:
+    """``numbers`` as floats: those that a card computes are waited for once."""
+    tensors = {name: value.detach() for name, value in numbers.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return dict(numbers)
+    values = torch.stack(list(tensors.values())).tolist()
+    return {**numbers, **dict(zip(tensors, values, strict=True))}
 
 
 def nothing() -> None:
@@ -30,7 +41,9 @@ class Turn:
     """One optimiser's step within an update.
 
     role: whose tensors take it. learning_rate: its height. beta1: decay of the first moment. falls: whether the step
-    size falls along the phase's cosine. then: called after a step that was taken.
+    size falls along the phase's cosine. then: called after a step that was taken. half_scale: by what the loss is
+    multiplied where the network computes in float16, and its gradient divided again, a power of 2: float16 ends at
+    6e-8, and a loss that is a mean over many elements has smaller gradients in a network.
     """
 
     role: str
@@ -39,6 +52,7 @@ class Turn:
     beta1: float = 0.9
     falls: bool = True
     then: Callable[[], None] = nothing
+    half_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,11 +122,11 @@ def on_data(draw: Draw, loss: Callable[[Batch, Any], Tensor], name: str = "loss"
     """The turn's loss of a method whose loss, a sum over a sample's elements and a mean over samples, is of the data
     that ``draw`` gives. Its number is the loss for each element."""
 
-    def backward(batch: Batch, share: float, update: int) -> Numbers:
+    def backward(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         batch, data = draw(batch, update)
         value = loss(batch, data)
         (share * value).backward()
-        return {name: float(value.detach()) / math.prod(batch.shape)}
+        return {name: value.detach() / math.prod(batch.shape)}
 
     return backward
 

@@ -11,9 +11,10 @@ A method is a choice of the plug-ins below; `alternating` is its run: a warm sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, generate
-from ..engine.turns import Loss, Numbers, Phase, Plan, Turn, learning, nothing, on_data
+from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..host import Host
 from ..settings import Settings, setting
 from .regression import Regression
@@ -235,7 +236,7 @@ def alternating(setup: Setup, objective: DistributionMatching) -> Plan:
     # IDA (SenseFlow, arXiv:2506.00523)
     follow = partial(roles.lerp, CRITIC, STUDENT, own.follow) if own.follow else nothing
     turns = Turns(setup, objective, regress if own.anchor else None, own.anchor)
-    critic = Turn(CRITIC, turns.teach_critic, own.critic_learning_rate, 0.0)
+    critic = Turn(CRITIC, turns.teach_critic, own.critic_learning_rate, 0.0, half_scale=1024.0)
     warm = Turn(STUDENT, regress, own.warm_start_rate, then=follow)
     student = Turn(STUDENT, turns.match, settings.learning_rate, 0.0, then=follow)
     # forwards of a sample: the student's picture and the loss of each critic; picture, three scores and anchor
@@ -271,15 +272,15 @@ class Turns:
     regress: Loss | None = None
     anchor: float = 0.0
 
-    def teach_critic(self, batch: Batch, share: float, update: int) -> Numbers:
+    def teach_critic(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """The critic's loss on the student's own pictures."""
         with torch.no_grad():
             x = generate(self.setup.denoise, self.setup.recipe, batch)
         loss = self.objective.critic_loss(self.setup.denoise, batch, x)
         (share * loss).backward()
-        return {"critic": float(loss.detach())}
+        return {"critic": loss.detach()}
 
-    def match(self, batch: Batch, share: float, update: int) -> Numbers:
+    def match(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """<x, sg(G)>.backward(): the sum over a sample's elements, the mean over samples."""
         x = generate(self.setup.denoise, self.setup.recipe, batch)
         cotangent, scores = self.objective.cotangent(self.setup.denoise, batch, x)
@@ -290,11 +291,11 @@ class Turns:
         return score_metrics(scores)
 
 
-def score_metrics(scores: Scores) -> Numbers:
+def score_metrics(scores: Scores) -> Mapping[str, Any]:
     """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
-    numbers = {"x_mean": float(scores.x.mean()), "x_std": float(scores.x.std())}
+    numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std()}
     if scores.fake is None:
         return numbers
     delta, pull = scores.fake - scores.real, scores.real - scores.x
     cosine = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
-    return numbers | {"gap": float(delta.norm() / pull.norm().clamp_min(1e-12)), "cos": float(cosine)}
+    return numbers | {"gap": delta.norm() / pull.norm().clamp_min(1e-12), "cos": cosine}

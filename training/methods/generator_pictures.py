@@ -35,7 +35,7 @@ def generator_pictures(host: Host, prompts: Sequence[str], settings: Settings) -
     roles, targets = host.denoiser.roles, list(host.denoiser.roles.targets.values())
     generate, path = partial(controlled, host.denoiser, generator_recipe(host, settings)), settings.initial_lora
     state = fit(load_lora(path, [target.name for target in targets], host.family).state, targets) if path else {}
-    with TemporaryDirectory() as folder, host.training(), roles.installed():
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, host.training(), roles.installed():
         embedded = embed(host, texts, settings, Path(folder) / "embeddings")
         roles.load(STUDENT, state, host.device, lineage=settings.seed)
         try:

@@ -13,6 +13,9 @@ from ..host import Host
 from ..settings import Settings
 from .files import content_of
 
+SECOND_ORDER = True
+"""Of runs that begin now: see `Settings.second_order`."""
+
 
 def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
     """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
@@ -23,6 +26,7 @@ def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, A
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "base": host.base_hash,
         "checkpoint": host.name,
+        "second_order": SECOND_ORDER,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "device": str(host.device),

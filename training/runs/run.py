@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ...core.errors import OneStepError
 from ...core.tensor_file import read_tensors, write_tensors
-from ..settings import nearest
+from ..settings import Settings, nearest
 from .files import CONTENT, content_of, in_gb, read_json, room_at, write_bytes, write_json
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
@@ -54,6 +55,11 @@ class Run:
             path, config | {"settings": config["settings"] | {name: new for name, (_, new) in self.changes.items()}}
         )
         return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.changes.items())
+
+    def as_begun(self, settings: Settings) -> Settings:
+        """``settings`` with what a run keeps from its beginning: one of before it was recorded has steps of first
+        order."""
+        return replace(settings, second_order=self.recorded("second_order") is True)
 
     def recorded(self, name: str) -> Any:
         """What the config tells under ``name``; None where it does not."""
@@ -104,9 +110,9 @@ class Run:
         return [f"little room on the disk: {in_gb(free)} are free, {in_gb(wanted)} are wanted for its states"]
 
     def _make_room(self, update: int, size: int, best: int | None) -> None:
-        """For a state of ``size`` bytes: where there is none, all states go but the newest and the best."""
+        """For a state of ``size`` bytes: where there is none, all others go but the newest and the best."""
         if room_at(self.folder) < size:
-            self._prune(best, 1)
+            self._drop([other for other in self.states() if other != update][:-1], best)
         free = room_at(self.folder)
         if free < size:
             raise OneStepError(f"it takes {in_gb(size)}, and {in_gb(free)} are free on the disk")
@@ -125,8 +131,11 @@ class Run:
         folder = self.folder / f"state-{update}"
         return read_tensors(folder / "state.safetensors"), read_json(folder / "state.json")
 
-    def _prune(self, best: int | None, kept: int = KEPT) -> None:
-        for update in self.states()[:-kept]:
+    def _prune(self, best: int | None) -> None:
+        self._drop(self.states()[:-KEPT], best)
+
+    def _drop(self, states: list[int], best: int | None) -> None:
+        for update in states:
             if update != best:
                 # unmarked first: half a deletion must not look like a state
                 (self.folder / f"state-{update}" / "complete").unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from ...core import randomness
+from ...core.memory import Slices
 from ...core.recipe import Recipe
 from ...core.sampling import sample
 from ..engine.batch import Batch
@@ -24,7 +25,6 @@ from .reference import Latents, Reference
 
 EACH = 4
 """Pictures of one prompt: variety is measured among them."""
-MICRO = 16
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Watch:
     noise: Tensor
     latents: Latents
     reference: Reference
+    slices: Slices
 
     @classmethod
     def prepare(cls, setup: Setup, reference: Reference, latents: Latents | None = None, tick: Tick = silent) -> Watch:
@@ -55,9 +56,11 @@ class Watch:
         if reference.cond is not None:
             batch = replace(batch, cond=reference.cond.to(batch.device))
         noise = randomness.normal(batch.shape, settings.seed, "watch", 0, range(len(rows)))
+        # no more samples at once than a step with gradients takes
+        slices = Slices(-(-settings.batch // settings.accumulation), "the watch's pictures")
         if latents is None:
-            latents = in_slices(setup.host, batch, noise, reference.make, tick)
-        return cls(batch, noise, latents, reference)
+            latents = in_slices(setup.host, batch, noise, reference.make, slices, tick)
+        return cls(batch, noise, latents, reference, slices)
 
     @property
     def teacher(self) -> Tensor:
@@ -82,7 +85,7 @@ class Watch:
             inputs = self.reference.inputs(self.latents, list(part.samples), z)
             return {"x": draw(host, recipe, role, part, z, inputs)}
 
-        return in_slices(host, self.batch, self.noise, drawn)["x"]
+        return in_slices(host, self.batch, self.noise, drawn, self.slices)["x"]
 
 
 def watched(prompts: int, settings: Settings) -> Tensor:
@@ -101,17 +104,25 @@ def draw(host: Host, recipe: Recipe, role: str, batch: Batch, noise: Tensor, inp
 
 
 def in_slices(
-    host: Host, batch: Batch, noise: Tensor, make: Callable[[Batch, Tensor], Latents], tick: Tick = silent
+    host: Host,
+    batch: Batch,
+    noise: Tensor,
+    make: Callable[[Batch, Tensor], Latents],
+    slices: Slices,
+    tick: Tick = silent,
 ) -> Latents:
-    """``make(batch, noise)`` in slices of at most 16 samples, joined on the CPU. tick: told after each slice."""
-    parts = []
-    for rows in torch.arange(len(noise)).split(MICRO):
+    """``make(batch, noise)`` in slices, joined on the CPU. tick: told after each slice."""
+
+    def made(rows: list[int]) -> Latents:
         host.poll()
-        at = rows.to(batch.device)
-        part = Batch(batch.cond[at], batch.null, batch.seed, batch.step, rows.tolist(), batch.shape, batch.device)
-        parts.append(make(part, noise[rows].to(batch.device)))
-        tick("pictures to compare with", int(rows[-1]) + 1, len(noise))
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        at = torch.tensor(rows, device=batch.device)
+        part = Batch(batch.cond[at], batch.null, batch.seed, batch.step, rows, batch.shape, batch.device)
+        found = {name: value.cpu() for name, value in make(part, noise[rows].to(batch.device)).items()}
+        tick("pictures to compare with", rows[-1] + 1, len(noise))
+        return found
+
+    parts = slices(range(len(noise)), made)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def compare(student: Tensor, teacher: Tensor, each: int) -> Numbers:

@@ -1,0 +1,61 @@
+"""Float32 factors in a network's own dtype, cast at once instead of layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapted_layer import Table, entry
+from .factors import State
+from .targets import Target
+
+ALIGNED = 64
+"""Numbers: each factor begins at a multiple of so many, where matrix kernels read fastest."""
+
+
+class Casts:
+    """One role's factors in one flat buffer, for passes without a graph: two kernels where a cast for each use would
+    take two for each layer. It holds those that were asked for last, until they change or `drop`."""
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self._targets = targets
+        self._stamp: Any = None
+        self._table: Table = {}
+
+    @torch.no_grad()
+    def of(self, factors: State, dtype: torch.dtype, device: torch.device) -> Table:
+        """``factors`` in ``dtype`` on ``device``; as they are, where that is theirs."""
+        stamp = (dtype, device, [(id(v), v._version) for pair in factors.values() for v in pair])
+        if stamp != self._stamp:
+            self.drop()
+            first = next(iter(factors.values()))[0]
+            same = first.dtype == dtype and first.device == device
+            pairs = factors if same else self._cast(factors, dtype, device)
+            self._table = {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in pairs.items()}
+            self._stamp = stamp
+        return self._table
+
+    def drop(self) -> None:
+        """Give the buffer's memory back, or have it made anew."""
+        self._stamp, self._table = None, {}
+
+    def _cast(self, factors: State, dtype: torch.dtype, device: torch.device) -> State:
+        every = [value.detach() for pair in factors.values() for value in pair]
+        starts, at = [], 0
+        for value in every:
+            starts.append(at)
+            at += -(-value.numel() // ALIGNED) * ALIGNED
+        # cast where they lie: a mean in the host's memory crosses to the card once, and in the smaller dtype
+        flat = torch.empty(at, dtype=dtype, device=every[0].device)
+        pieces = [_piece(flat, start, value) for start, value in zip(starts, every, strict=True)]
+        torch.ops.aten._foreach_copy_.default(pieces, every)
+        flat = flat.to(device)
+        views = iter([_piece(flat, start, value) for start, value in zip(starts, every, strict=True)])
+        return {name: (next(views), next(views)) for name in factors}
+
+
+def _piece(flat: Tensor, start: int, like: Tensor) -> Tensor:
+    return flat[start : start + like.numel()].view(like.shape)

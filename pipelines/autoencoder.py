@@ -1,0 +1,111 @@
+"""Latents and pictures by a pipeline's own autoencoder, in tiles or on the CPU where a card has no room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.memory import attempt, exhausted, notice
+from .places import on_device
+
+WHAT = "the autoencoder"
+TILED = f"out of memory: {WHAT} draws in tiles from here on"
+ON_CPU = f"out of memory: {WHAT} draws on the CPU from here on, which takes longer"
+
+
+class Autoencoder:
+    """A pipeline's VAE, one picture at a time. Where memory runs out, it goes on in tiles; where it runs out in tiles
+    too, on the CPU; and from there on so."""
+
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        self.vae = vae
+        # the ways that are left, the best first
+        self._ways: list[tuple[str, torch.device, bool]] = [("", device, False)]
+        if hasattr(vae, "enable_tiling") and hasattr(vae, "use_tiling"):
+            self._ways.append((TILED, device, True))
+        if device.type != "cpu":
+            self._ways.append((ON_CPU, torch.device("cpu"), False))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, draws: Sequence[Any]) -> Tensor:
+        """[B, 3, H, W] pictures in [0, 1], on the CPU. draws: a generator or None a picture."""
+        config = self.vae.config
+
+        def decoded(one: Tensor, draw: Any) -> Tensor:
+            found: Tensor = self.vae.decode(one.to(self.vae.dtype), return_dict=False, generator=draw)[0]
+            return (found.float() / 2 + 0.5).clamp(0, 1)
+
+        scaled = latents.float() / config.scaling_factor + _shift_factor(self.vae)
+        pairs = zip(scaled.split(1), draws, strict=True)
+        return torch.cat([self._made(decoded, one, draw) for one, draw in pairs])
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, on the CPU."""
+
+        def encoded(one: Tensor, draw: Any) -> Tensor:
+            return mode_of(self.vae.encode(one.to(self.vae.dtype))).float()
+
+        latents = torch.cat([self._made(encoded, 2 * one - 1, None) for one in pictures.split(1)])
+        return (latents - _shift_factor(self.vae)) * self.vae.config.scaling_factor
+
+    def _made(self, work: Callable[[Tensor, Any], Tensor], one: Tensor, draw: Any) -> Tensor:
+        """``work`` of ``one``, in the first way that has the room."""
+        while True:
+            _, device, tiled = self._ways[0]
+            with on_device(device, self.vae), upcast(self.vae, device.type == "cpu"), _tiles(self.vae, tiled):
+                found, why = attempt(lambda device=device: work(one.to(device), draw).cpu())  # type: ignore[misc]
+            if found is not None:
+                return found
+            if len(self._ways) == 1:
+                raise exhausted(WHAT, why)
+            self._ways.pop(0)
+            notice(self._ways[0][0])
+
+
+def _shift_factor(vae: Any) -> float:
+    """Zero where the configuration has none, as AsymmetricAutoencoderKL's."""
+    return float(vae.config.get("shift_factor") or 0.0)
+
+
+def mode_of(encoded: Any) -> Tensor:
+    """The latents of an encoder's answer: AutoencoderTiny's are no distribution."""
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+
+
+def refuse_decoder_alone(vae: Any, name: str) -> None:
+    """Raises OneStepError for a VAE without its encoder."""
+    if getattr(vae, "encoder", vae) is None:
+        raise OneStepError(f"{name}'s VAE has no encoder, so no picture can be given to it: use a whole one")
+
+
+@contextmanager
+def upcast(vae: Any, on_cpu: bool = False) -> Iterator[None]:
+    """SDXL's own VAE overflows in float16, and the CPU is slow in it: within, they compute in float32."""
+    dtype = vae.dtype
+    widen = dtype == torch.float16 and (vae.config.get("force_upcast", False) or on_cpu)
+    if widen:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if widen:
+            vae.to(dtype)
+
+
+@contextmanager
+def _tiles(vae: Any, tiled: bool) -> Iterator[None]:
+    """Within, in tiles where ``tiled``; otherwise as the pipeline has it."""
+    before = getattr(vae, "use_tiling", False)
+    if tiled:
+        vae.enable_tiling()
+    try:
+        yield
+    finally:
+        if tiled:
+            vae.use_tiling = before

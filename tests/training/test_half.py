@@ -1,0 +1,86 @@
+"""A base in float16: the critic's small gradients are kept by a constant loss scale, and an overflow drops the step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_host import setup_of, small
+from tiny_pipelines import randomise, sd
+from torch import Tensor
+
+from onestep.pipelines.adapt import adapt
+from onestep.training.engine.student import add_student
+from onestep.training.engine.trainer import Trainer
+from onestep.training.engine.turns import Turn, read
+from onestep.training.methods import METHODS
+
+MORE_ELEMENTS = 2.0**14
+
+
+def critic_gradient(folder: Path, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, Trainer, Turn]:
+    """Of one critic's turn on a whole U-Net, flat; with another loss scale than the turn's own."""
+    torch.manual_seed(0)
+    pipe = sd()
+    randomise(pipe.unet)
+    pipe.unet.to(dtype)
+    host: Any = adapt(pipe, device="cpu")
+    settings = small(sizes="64x64", batch=2, accumulation=2, rank=2)
+    setup = setup_of(host, settings, folder, ["a cat", "red"])
+    add_student(host, settings, None)
+    plan = METHODS["dmd"].plan(setup)
+    trainer = Trainer(host, settings, setup.recipe, setup.prompts, plan)
+    turn = next(turn for phase in plan.phases for turn in phase.turns if turn.role == "critic")
+    # a mean over as many elements as large pictures have
+    turn = replace(
+        turn,
+        loss=lambda batch, share, update, loss=turn.loss: loss(batch, share / MORE_ELEMENTS, update),  # type: ignore[misc]
+    )
+    if scale is not None:
+        turn = replace(turn, half_scale=scale)
+    for role in ("student", "critic"):
+        for number, (_, b) in enumerate(host.denoiser.roles.state(role).values()):
+            b.copy_(0.02 * torch.randn(b.shape, generator=torch.Generator().manual_seed(number)))
+    with host.training():
+        trainer.accumulate(turn, 0)
+    values = [p.grad.flatten() for p in host.denoiser.roles.parameters("critic") if p.grad is not None]
+    return torch.cat(values), trainer, turn
+
+
+def lost(found: Tensor, wanted: Tensor) -> float:
+    return float(((found == 0) & (wanted != 0)).float().mean())
+
+
+def test_the_critics_gradient_is_kept(tmp_path: Path) -> None:
+    """Fewer entries are lost than without a scale, and it points where float32's does."""
+    wanted, whole, _ = critic_gradient(tmp_path / "a", torch.float32)
+    scaled, half, turn = critic_gradient(tmp_path / "b", torch.float16)
+    plain, _, _ = critic_gradient(tmp_path / "c", torch.float16, 1.0)
+    assert turn.half_scale == 1024 and half.in_half and not whole.in_half
+    assert lost(scaled, wanted) < 0.3 * lost(plain, wanted), (lost(scaled, wanted), lost(plain, wanted))
+    assert float(torch.cosine_similarity(scaled, wanted, 0)) > 0.99
+    assert float(scaled.norm() / wanted.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_in_other_dtypes_there_is_no_scale(tmp_path: Path) -> None:
+    first, _, _ = critic_gradient(tmp_path / "a", torch.float32)
+    other, _, _ = critic_gradient(tmp_path / "b", torch.float32, 8.0)
+    assert torch.equal(first, other)
+
+
+def test_an_overflow_drops_the_step(tmp_path: Path) -> None:
+    """float16 ends at 65504: the gradient is infinite, nothing moves, and it is counted."""
+    _, trainer, turn = critic_gradient(tmp_path, torch.float16, 2.0**60)
+    before = [p.detach().clone() for p in trainer.host.denoiser.roles.parameters("critic")]
+    trainer._apply(turn, 1e-3, {})
+    assert trainer.dropped == 1 and trainer.bad == {"critic": 1}
+    after = trainer.host.denoiser.roles.parameters("critic")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_numbers_are_read_once_whatever_they_are() -> None:
+    mixed = {"a": 1.5, "b": torch.tensor(2.5), "c": torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)}
+    assert read(mixed) == {"a": 1.5, "b": 2.5, "c": 0.5} and read({}) == {}
