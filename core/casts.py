@@ -22,25 +22,27 @@ class Casts:
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self._targets = targets
-        self._stamp: Any = None
-        self._table: Table = {}
+        # what the table is of, and the table: one value, as several threads may draw
+        self._kept: tuple[Any, Table] = (None, {})
 
     @torch.no_grad()
     def of(self, factors: State, dtype: torch.dtype, device: torch.device) -> Table:
         """``factors`` in ``dtype`` on ``device``; as they are, where that is theirs."""
         stamp = (dtype, device, [(id(v), v._version) for pair in factors.values() for v in pair])
-        if stamp != self._stamp:
-            self.drop()
-            first = next(iter(factors.values()))[0]
-            same = first.dtype == dtype and first.device == device
-            pairs = factors if same else self._cast(factors, dtype, device)
-            self._table = {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in pairs.items()}
-            self._stamp = stamp
-        return self._table
+        known, table = self._kept
+        if stamp == known:
+            return table
+        self.drop()
+        first = next(iter(factors.values()))[0]
+        same = first.dtype == dtype and first.device == device
+        pairs = factors if same else self._cast(factors, dtype, device)
+        table = {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in pairs.items()}
+        self._kept = stamp, table
+        return table
 
     def drop(self) -> None:
         """Give the buffer's memory back, or have it made anew."""
-        self._stamp, self._table = None, {}
+        self._kept = None, {}
 
     def _cast(self, factors: State, dtype: torch.dtype, device: torch.device) -> State:
         every = [value.detach() for pair in factors.values() for value in pair]

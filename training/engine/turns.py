@@ -28,7 +28,7 @@ def read(numbers: Mapping[str, Any]) -> Numbers:
     tensors = {name: value.detach() for name, value in numbers.items() if isinstance(value, Tensor)}
     if not tensors:
         return dict(numbers)
-    values = torch.stack(list(tensors.values())).tolist()
+    values = torch.stack(list(tensors.values())).cpu().tolist()
     return {**numbers, **dict(zip(tensors, values, strict=True))}
 
 
