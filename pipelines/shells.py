@@ -61,13 +61,17 @@ class Shell(DiffusersHost):
     encoder_hash = base_hash = "none"
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True) -> Cond:
+    def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
         """Zeros in the place of texts, in their shapes; meanwhile the encoders are there."""
         weights = torch.empty(self.encoders, dtype=torch.uint8, device=META)
         width, pooled = _widths(self.network.config)
         told = torch.zeros(len(prompts), pooled) if pooled else None
         del weights
-        return self.with_sizes(Cond(torch.zeros(len(prompts), self.tokens, width), pooled=told), size)
+        return Cond(torch.zeros(len(prompts), self.tokens, width), pooled=told)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        yield
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -36,8 +36,7 @@ from ..settings import Settings, setting
 from .regression import Regression
 
 CRITIC = "critic"
-ANCHOR = "anchor"
-"""What a profile of a run calls the regression beside the matching."""
+ANCHOR = "anchor"  # what a profile of a run calls the regression beside the matching
 
 
 @dataclass(frozen=True)
@@ -297,5 +296,5 @@ def score_metrics(scores: Scores) -> Mapping[str, Any]:
     if scores.fake is None:
         return numbers
     delta, pull = scores.fake - scores.real, scores.real - scores.x
-    cosine = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
-    return numbers | {"gap": delta.norm() / pull.norm().clamp_min(1e-12), "cos": cosine}
+    cos = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
+    return numbers | {"gap": delta.norm() / pull.norm().clamp_min(1e-12), "cos": cos}
