@@ -19,7 +19,7 @@ from ..engine.prompts import embed
 from ..engine.setup import Setup, hooked
 from ..engine.student import STUDENT, add_student
 from ..engine.trainer import EMA, Trainer
-from ..engine.turns import Numbers, Phase, Plan, Turn
+from ..engine.turns import Phase, Plan, Turn
 from ..host import Host
 from ..methods import METHODS
 from ..settings import Settings
@@ -160,7 +160,7 @@ class _Rehearsal:
         return Plan(plan.roles, phases)
 
     def _named(self, turn: Turn, part: str) -> Any:
-        def loss(batch: Any, share: float, update: int) -> Numbers:
+        def loss(batch: Any, share: float, update: int) -> Any:
             with self.meter.part(part):
                 return turn.loss(batch, share, update)
 
