@@ -41,7 +41,7 @@ def serve(network: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -
             own = []
         else:
             own = list(layer.parameters(recurse=False))
-        for value in own:
+        for value in (*own, *layer.buffers(recurse=False)):
             value.data = value.data.to(dtype) if value.dtype in FLOAT8 else value.data
 
 
