@@ -17,32 +17,35 @@ ALIGNED = 64
 
 
 class Casts:
-    """One role's factors in one flat buffer, for passes without a graph: two kernels where a cast for each use would
-    take two for each layer. It holds those that were asked for last, until they change or `drop`."""
+    """One role's factors in one flat buffer, for a pass without a graph: two kernels where a cast for each use would
+    take two for each layer. The pass alone holds it: whoever writes to the masters afterwards is heeded."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self._targets = targets
-        # what the table is of, and the table: one value, as several threads may draw
-        self._kept: tuple[Any, Table] = (None, {})
+        # views of factors that need no cast, and the places in memory that they are of: one value, for several threads
+        self._views: tuple[Any, Table] = (None, {})
 
     @torch.no_grad()
     def of(self, factors: State, dtype: torch.dtype, device: torch.device) -> Table:
         """``factors`` in ``dtype`` on ``device``; as they are, where that is theirs."""
-        stamp = (dtype, device, [(id(v), v._version) for pair in factors.values() for v in pair])
-        known, table = self._kept
-        if stamp == known:
-            return table
-        self.drop()
         first = next(iter(factors.values()))[0]
-        same = first.dtype == dtype and first.device == device
-        pairs = factors if same else self._cast(factors, dtype, device)
-        table = {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in pairs.items()}
-        self._kept = stamp, table
+        if first.dtype != dtype or first.device != device:
+            return self._entries(self._cast(factors, dtype, device))
+        if any(self._targets[name].permutation is not None for name in factors):  # which copies
+            return self._entries(factors)
+        places = [value.data_ptr() for pair in factors.values() for value in pair]
+        known, table = self._views
+        if places != known or table.keys() != factors.keys():
+            table = self._entries(factors)
+            self._views = places, table
         return table
 
     def drop(self) -> None:
-        """Give the buffer's memory back, or have it made anew."""
-        self._kept = None, {}
+        """Forget the factors that were asked for last."""
+        self._views = None, {}
+
+    def _entries(self, factors: State) -> Table:
+        return {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in factors.items()}
 
     def _cast(self, factors: State, dtype: torch.dtype, device: torch.device) -> State:
         every = [value.detach() for pair in factors.values() for value in pair]

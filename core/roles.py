@@ -69,8 +69,6 @@ class Roles:
         sizes = chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
         role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes))
-        if torch.is_grad_enabled():
-            self._casts.drop()  # its room is the graph's
         here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
         return Captured(role_map, self.serving(role_map), lambda: self._chosen.get(here))
 
@@ -121,6 +119,7 @@ class Roles:
 
     def drop(self, role: str) -> None:
         """Forget ``role``, its factors and its adapter module, if it is there."""
+        self._casts.drop()
         self._factors.pop(role, None)
         self.modules.drop(role)
         self._lineage.pop(role, None)
