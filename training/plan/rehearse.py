@@ -32,8 +32,8 @@ BATCHES = (13, 17, 19, 23)
 RANKS = (61, 67, 71, 73, 79, 83, 89, 97)
 PROMPTS, REFERENCE, WATCH, DECODE, OPTIMIZER = "prompts", "reference", "watch", "decode", "optimiser"
 FORWARD, MOMENTS = "forward", "moments"
-WATCHED = 16
-"""Pictures of the watch that are drawn: as many as one slice of it holds."""
+WATCHED = 4
+"""Slices of the watch's pictures that are drawn, each of a micro-batch: whole groups of one prompt's pictures."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: b
     p, r = (_prime(BATCHES, host), _prime(RANKS, host)) if scaled else (settings.batch, settings.rank)
     few = settings.with_(
         **{"batch": p, "accumulation": 1 if scaled else settings.accumulation, "rank": r, "pairs": p},
-        **{"teacher_steps": 1, "watch_samples": WATCHED, "initial_lora": ""},
+        **{"teacher_steps": 1, "watch_samples": WATCHED * p, "initial_lora": ""},
         optimizer="auto" if settings.optimizer == "adamw8bit" else settings.optimizer,
     )
     meter = Meter()
