@@ -38,8 +38,7 @@ from .watch.progress import Progress, Report, Request, Result, Stopped, requeste
 
 __all__ = ["Progress", "Report", "Request", "Result", "Stopped", "distil"]
 
-SAVE_SECONDS = 600.0
-BEFORE = "before training"
+SAVE_SECONDS, BEFORE = 600.0, "before training"
 """The phase of the untrained student."""
 
 
@@ -97,8 +96,7 @@ class _Session:
         self.usage = "" if self.method.adapter else hint
         self.notes = [note for note in [self.method.note(settings), self.usage] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
-        self.update, self.saved_at, self.finished_at = 0, time.monotonic(), 0
-        self.saved = (-1, 0)
+        self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -211,13 +209,11 @@ class _Session:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        """At the end, and every ten minutes; where a number of updates is asked for, after so many, and where the watch
-        has just found the best so far."""
-        due, every = time.monotonic() - self.saved_at > SAVE_SECONDS, self.settings.save_every
-        if every:
-            best = self.monitor.best is not None and self.monitor.best["update"] == self.update
-            due = due or best or self.update % every == 0
-        if due or self.update == self.trainer.plan.updates:
+        """At the end, every ten minutes, and where a number of updates is asked for, after these and at the best."""
+        late, every = time.monotonic() - self.saved_at > SAVE_SECONDS, self.settings.save_every
+        best = self.monitor.best is not None and self.monitor.best["update"] == self.update
+        asked = bool(every) and (best or self.update % every == 0)
+        if late or asked or self.update == self.trainer.plan.updates:
             self._save()
 
     def _save(self) -> None:
