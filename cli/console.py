@@ -72,6 +72,16 @@ class Console:
             yield more
 
 
+class Silent(Console):
+    """Of a process that is not the first of several: the first one speaks."""
+
+    def result(self, text: str, value: Any) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
 @contextmanager
 def console(as_json: bool) -> Iterator[Console]:
     """A console; within, what libraries print goes to standard error."""

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
-from .console import EVERY, Console, RunFailed, duration, to_go
+from .console import EVERY, Console, RunFailed, Silent, duration, to_go
 from .model import at_native_size, open_host, read_prompts, read_settings
 
 CURVE = ("distance", "content", "variety", "spread")
 
 
 def run(args: Namespace, console: Console) -> None:
+    from ..training.engine.processes import is_first, joined
+
+    with joined():
+        _run(args, console if is_first() else Silent(console.out))
+
+
+def _run(args: Namespace, console: Console) -> None:
     prompts = read_prompts(args.prompts)
     settings, given = read_settings(args)
     folder, existing = Path(args.out).expanduser(), _existing(args)

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from ..core.adapter_file import check_adapter, save_adapter
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
-from ..core.lora_file import save_lora
 from ..core.memory import OutOfMemory, noticed
 from ..core.roles import State
+from .engine import processes
 from .engine.inputs import check_base, initial_state
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
@@ -28,12 +27,14 @@ from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
 from .runs.config import config_of, header_of
-from .runs.run import STOP, NotSaved, Run, leave, opened
+from .runs.made import write_made
+from .runs.run import STOP, NotSaved, Run, leave
+from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
 from .watch.eta import Pace
-from .watch.monitor import Monitor
+from .watch.monitor import watching
 from .watch.progress import Progress, Report, Request, Result, Stopped, requested
 
 __all__ = ["Progress", "Report", "Request", "Result", "Stopped", "distil"]
@@ -70,7 +71,8 @@ def distil(
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     # whatever the caller switched off around us: a run needs gradients
-    run_there = opened(folder, config, existing, METHODS[settings.method].adjustable)
+    processes.own(settings.batch)
+    run_there = entered(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
         session = _Session(host, prompts, run.as_begun(settings), run, report, initial, shells)
         return session.run_all(goes_on)
@@ -90,7 +92,7 @@ class _Session:
         shells: Shells | None,
     ) -> None:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
-        self.report: Callable[[Progress], Any] = report or (lambda progress: None)
+        self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
         self.texts, self.initial, self.shells = prompts, initial, shells
         hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
         self.usage = "" if self.method.adapter else hint
@@ -107,11 +109,12 @@ class _Session:
             stack.enter_context(noticed(self.notes))
             self.setup = self._setup()
             stack.enter_context(self.host.training())
-            self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
+            with processes.first_alone():
+                self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
             stack.enter_context(hooked(self.host, self.layout.settings))
             self.trainer = self._trainer()
-            self.pace, self.monitor = Pace(self.trainer.plan), Monitor(self.setup)
+            self.pace, self.monitor = Pace(self.trainer.plan), watching(self.setup)
             self.notes += self.run.short_of_room(size_of(self.trainer))
             if goes_on:
                 self._restore()
@@ -129,7 +132,8 @@ class _Session:
     def _setup(self) -> Setup:
         host, settings, folder = self.host, self.settings, self.run.folder
         place, guidance_input = folder / "embeddings", self.method.guidance_input
-        prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
+        with processes.first_alone():
+            prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
         return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
 
     def _forget_roles(self, before: set[str]) -> None:
@@ -167,7 +171,7 @@ class _Session:
 
     def _answer(self, phase: str, numbers: Numbers, preview: Path | None) -> Request:
         """Report an update, and do what is asked for now."""
-        asked = requested(self.report(self._progress(phase, numbers, preview)))
+        asked = Request(processes.same(requested(self.report(self._progress(phase, numbers, preview))).value))
         if Request.SAVE in asked:
             self._save()
             self._write("partial.safetensors", self.monitor.shown)
@@ -270,6 +274,7 @@ class _Session:
         role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
         (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
+        processes.wait()
         return Result(
             path=path,
             recipe=self.trainer.recipe,
@@ -284,14 +289,11 @@ class _Session:
         )
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
-        """The result, the role's adapter module or its factors as a LoRA, and what its load-back proved."""
-        path, roles, family = self.run.folder / name, self.host.denoiser.roles, self.host.family
-        recipe = self.trainer.recipe.to_json()
-        if role in roles.modules:
-            save_adapter(path, roles.modules[role], family, self._header(role) | {"onestep.recipe": recipe})
-            return path, check_adapter(path, roles.modules[role], family)
-        save_lora(path, roles.state(role), family, recipe, self._header(role) | {"modelspec.usage_hint": self.usage})
-        return path, self.host.check_file(path)
+        """The result of ``role``, and what its load-back proved; of several processes the first one writes it."""
+        path, recipe = self.run.folder / name, self.trainer.recipe.to_json()
+        if not processes.is_first():
+            return path, ""
+        return path, write_made(path, role, self.host, recipe, self._header(role), self.usage)
 
     def _header(self, role: str) -> dict[str, str]:
         return header_of(self.host, self.texts, self.settings, self.run.folder.name) | {

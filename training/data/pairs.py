@@ -16,6 +16,7 @@ from ...core.memory import Slices
 from ...core.roles import TEACHER
 from ...core.sampling import fewer, teacher_sample
 from ...core.tensor_file import read_tensors, write_tensors
+from ..engine import processes
 from ..engine.batch import Batch
 from ..engine.prompts import Prompts, Size
 from ..host import Host
@@ -69,6 +70,8 @@ class Blocks:
     def _take(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, ...]]:
         """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size."""
         block = update if update < self.blocks else None
+        if block is not None:
+            self._made_by_all(block, len(batch))
         size = self._size(update if block is not None else batch.choice(self.blocks, f"{self.stream} size"))
         blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
@@ -97,7 +100,7 @@ class Blocks:
 
     def _block(self, block: int, micro: int) -> tuple[Tensor, ...]:
         if block not in self._kept:
-            path = self.folder / f"{block:06d}.safetensors"
+            path = self._path(block)
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with record_function(MADE):
@@ -107,6 +110,18 @@ class Blocks:
         if len(self._kept) * sum(side.nbytes for side in sides) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
         return sides
+
+    def _made_by_all(self, block: int, micro: int) -> None:
+        """Several processes make the blocks from ``block`` on, one each, before they all go on with it."""
+        if processes.count() == 1 or processes.same(self._path(block).is_file()):
+            return
+        own = block + processes.rank()
+        if own < self.blocks:
+            self._block(own, micro)
+        processes.wait()
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block:06d}.safetensors"
 
     def _noise(self, block: int) -> Tensor:
         shape, stream = self.prompts.shapes[self._size(block)], f"{self.stream} noise"

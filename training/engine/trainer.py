@@ -13,6 +13,7 @@ from ...core.recipe import Recipe
 from ..host import Host
 from ..settings import Settings
 from . import optimizer as adam
+from . import processes
 from .batch import Batch
 from .prompts import Prompts
 from .student import STUDENT
@@ -94,7 +95,8 @@ class Trainer:
             for value in self.host.denoiser.roles.parameters(turn.role):
                 if value.grad is not None:
                     value.grad.div_(scale)
-        return read(total)
+        processes.sum_gradients(self.host.denoiser.roles.parameters(turn.role))
+        return processes.sum_numbers(read(total))
 
     def _apply(self, turn: Turn, rate: float, numbers: Numbers) -> float:
         """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before
@@ -145,7 +147,7 @@ class Trainer:
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def batches(self, key: int) -> Iterator[Batch]:
-        """The micro-batches of the batch ``key``."""
-        size = -(-self.settings.batch // self.accumulation)
-        for start in range(0, self.settings.batch, size):
-            yield self.prompts.batch(key, range(start, min(start + size, self.settings.batch)))
+        """The micro-batches of the batch ``key``, of this process's rows."""
+        size, rows = -(-self.settings.batch // self.accumulation), processes.own(self.settings.batch)
+        for start in range(rows.start, rows.stop, size):
+            yield self.prompts.batch(key, range(start, min(start + size, rows.stop)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ...core.tensor_file import read_tensors, write_tensors
+from ..engine import processes
 from ..engine.prompts import Tick, silent
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
@@ -91,3 +92,15 @@ class Monitor:
 
 def _due(every: int, update: int, last: bool) -> bool:
     return bool(every) and (last or update % every == 0)
+
+
+class Unwatched(Monitor):
+    """Of a process that is not the first: the first one watches."""
+
+    def prepare(self, setup: Setup, reference: Callable[[Setup], Reference] = by_teacher, tick: Tick = silent) -> None:
+        pass
+
+
+def watching(setup: Setup) -> Monitor:
+    """What sees the student of this process."""
+    return Monitor(setup) if processes.is_first() else Unwatched(setup)

@@ -1,0 +1,46 @@
+"""A run's folder where several processes train: the first holds and writes it, the others read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..engine import processes
+from .run import Run, opened
+
+
+class Followed(Run):
+    """The folder as the other processes see it: what they have to say is the first one's to write."""
+
+    def adjust(self) -> str:
+        return ""
+
+    def record(self, name: str, value: Any) -> None:
+        pass
+
+    def save(self, update: int, tensors: dict[str, Tensor], notes: dict[str, Any], best: int | None) -> None:
+        pass
+
+    def log(self, line: dict[str, Any]) -> None:
+        pass
+
+    def forget_after(self, update: int) -> None:
+        pass
+
+
+@contextmanager
+def entered(
+    folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
+) -> Iterator[tuple[Run, bool]]:
+    """As `run.opened`, in every process: the first opens the folder, then the others follow it."""
+    if processes.is_first():
+        with opened(folder, config, existing, adjustable) as (run, goes_on):
+            processes.same([run.changes, goes_on])
+            yield run, goes_on
+        return
+    changes, goes_on = processes.same(None)
+    yield Followed(folder, {name: (old, new) for name, (old, new) in changes.items()}), goes_on
