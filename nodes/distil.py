@@ -40,7 +40,7 @@ def first_inputs() -> list[Any]:
             options=list(PRESETS),
             default="Balanced",
             tooltip="Fast: regression on the teacher's pairs. Balanced: that, then distribution matching. Best: "
-            "longer, with a surer critic.",
+            "longer, with a surer critic. Adapt: from a few-step LoRA made for another base, your initial_lora.",
         ),
         io.Combo.Input("student_steps", options=["1", "2", "4"], default="1", tooltip=help_of("student_steps")),
         sizes_input(),

@@ -14,9 +14,9 @@ import torch
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
 from ..core.memory import OutOfMemory, noticed
-from ..core.roles import State
 from .engine import processes
-from .engine.inputs import check_base, initial_state
+from .engine.donor import Initial, initial_state
+from .engine.inputs import check_base
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
 from .engine.setup import Setup, hooked
@@ -88,15 +88,15 @@ class _Session:
         settings: Settings,
         run: Run,
         report: Report | None,
-        initial: State | None,
+        initial: Initial,
         shells: Shells | None,
     ) -> None:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
-        self.texts, self.initial, self.shells = prompts, initial, shells
+        self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
         hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
         self.usage = "" if self.method.adapter else hint
-        self.notes = [note for note in [self.method.note(settings), self.usage] if note]
+        self.notes = [note for note in [self.method.note(settings), taken, self.usage] if note]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
 

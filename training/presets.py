@@ -9,9 +9,11 @@ from .methods import METHODS, settings_for
 from .settings import Settings, described
 
 # The presets are changes to the defaults: Fast is the warm start alone, Best matches for longer with a surer critic.
+# Adapt goes on from a donor, a few-step LoRA made for another base: it needs no warm start, and no pairs of one step.
 PRESETS: dict[str, dict[str, Any]] = {
     "Fast": {"method": "regression", "steps": 600, "learning_rate": 5e-4},
     "Balanced": {"method": "dmd", "steps": 600, "warm_start": 600},
+    "Adapt": {"method": "dmd", "steps": 600, "warm_start": 0, "anchor": 0.0, "critic_start": "donor"},
     "Best": {"method": "dmd", "steps": 3000, "warm_start": 1000, "critic_updates": 5, "pairs": 4096},
 }
 

@@ -1,4 +1,4 @@
-"""What a run starts from: a base that can be trained, the initial LoRA, and how the student will draw."""
+"""What a run starts from: a base that can be trained, and how the student will draw."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from ...core.denoiser import EpsDenoiser
 from ...core.errors import OneStepError
 from ...core.ksampler import nearest_start
-from ...core.lora_file import fit, load_lora
 from ...core.recipe import Recipe
-from ...core.roles import State
 from ...core.schedule import NoiseSchedule, VPSchedule
 from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
+from .donor import student_of_donor
 
 SIGMA_INIT = 2.5
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,30 +45,11 @@ def _is_finite(layer: torch.nn.Module) -> bool:
     return not plain or bool(weight.isfinite().all())
 
 
-def initial_state(host: Host, settings: Settings) -> State | None:
-    """The initial LoRA's factors, filled up with zeros to the run's rank where it has less, in every target."""
-    if not settings.initial_lora:
-        return None
-    targets = list(host.denoiser.roles.targets.values())
-    file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
-    file.say_left_out(settings.initial_lora)
-    state = fit(file.state, targets)
-    largest = max(len(a) for a, _ in state.values())
-    if largest > settings.rank:
-        raise OneStepError(
-            f"the initial LoRA has rank {largest}, the run {settings.rank}: set rank to at least {largest}"
-        )
-    host.denoiser.roles.add("initial", settings.rank, settings.seed)
-    grown = host.denoiser.roles.state("initial")
-    for name, (a, b) in state.items():
-        grown[name][0][: len(a)] = a
-        grown[name][1][:, : len(a)] = b
-    host.denoiser.roles.drop("initial")
-    return grown
-
-
 def recipe_of(host: Host, settings: Settings) -> Recipe:
-    """How the student will draw."""
+    """How the student will draw: as the initial LoRA does, where there is one that says so."""
+    donor = student_of_donor(host, settings)
+    if donor is not None:
+        return donor
     schedule, steps = host.denoiser.schedule, settings.student_steps
     start = settings.start or automatic_start(schedule, steps)
     return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ...core.roles import State
-from ...core.sampling import initial_latents
-from ...core.schedule import add_noise
+from ...core.sampling import advance, initial_latents, levels_of
 from ..host import Host
 from ..settings import Settings
 from .batch import Batch
@@ -30,13 +29,13 @@ def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STU
 
     The steps before it run without a graph. A student of one step is always at its only step.
     """
-    step = batch.choice(recipe.steps, "student step")
+    step, levels = batch.choice(recipe.steps, "student step"), levels_of(denoise.schedule, recipe, len(batch))
     with torch.no_grad(), denoise.roles.use(role):
         x, sigma = _start(denoise, recipe, batch)
         for earlier in range(step):
             x0 = denoise(x, sigma, batch.cond)
-            sigma = level(denoise, recipe, earlier + 1, batch)
-            x = add_noise(denoise.schedule, x0, batch.normal(f"renoise {earlier}"), sigma)
+            x = advance(denoise.schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
+            sigma = levels[earlier + 1]
     with denoise.roles.use(role, train=train):
         return denoise(x, sigma, batch.cond)
 

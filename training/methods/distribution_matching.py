@@ -31,48 +31,12 @@ from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, generate
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
-from ..host import Host
-from ..settings import Settings, setting
+from .matching_settings import MatchingSettings as MatchingSettings
+from .matching_settings import check_matching as check_matching
 from .regression import Regression
 
 CRITIC = "critic"
 ANCHOR = "anchor"  # what a profile of a run calls the regression beside the matching
-
-
-@dataclass(frozen=True)
-class MatchingSettings:
-    """Of the methods with a critic."""
-
-    matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term; 1 = none.", 0, 30)
-    matching_weight: float = setting(
-        1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
-    )
-    warm_start: int = setting(
-        300, "Updates of regression on the teacher's pairs before the matching; 0 = none.", 0, 1_000_000
-    )
-    warm_start_rate: float = setting(5e-4, "Student's step size in the warm start.", 0, 1)
-    anchor: float = setting(
-        0.25, "Weight of regression on the teacher's pairs beside the matching; keeps composition.", 0, 100
-    )
-    critic_rank: int = setting(0, "Rank of the critic's adapters; 0 = the student's.", 0, 512)
-    critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
-    critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
-    critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
-    follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
-    separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
-    level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
-    level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
-
-    def check(self, run: Settings) -> None:
-        if self.level_low >= self.level_high:
-            raise OneStepError(f"level_low {self.level_low} must be below level_high {self.level_high}")
-        if self.follow and self.critic_rank not in (0, run.rank):
-            raise OneStepError(
-                f"follow {self.follow} needs a critic of the student's rank {run.rank}, not {self.critic_rank}: "
-                "set critic_rank to 0"
-            )
-        if run.steps + self.warm_start == 0:
-            raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
 
 
 @dataclass(frozen=True)
@@ -217,15 +181,6 @@ class DistributionMatching:
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-def check_guidance(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where the base has no null condition for the guidance that is asked for."""
-    if host.denoiser.guidance != "cfg" and settings.own.matching_guidance != 1:
-        raise OneStepError(
-            f"{host.name} has no trained null condition, so matching_guidance {settings.own.matching_guidance:g} "
-            "cannot be had: set it to 1"
-        )
-
-
 def alternating(setup: Setup, objective: DistributionMatching) -> Plan:
     """Regression on the teacher's pairs, the critic alone, then critic and student in turn (arXiv:2405.14867)."""
     settings, own, roles = setup.settings, setup.settings.own, setup.denoise.roles
@@ -253,8 +208,12 @@ def alternating(setup: Setup, objective: DistributionMatching) -> Plan:
 
 @torch.no_grad()
 def add_critic(setup: Setup) -> None:
-    """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0."""
+    """A critic of the student's rank starts from the student's A, an initial LoRA's too, and from B = 0; or as the
+    initial LoRA."""
     settings, roles = setup.settings, setup.denoise.roles
+    if settings.own.critic_start == "donor":
+        roles.copy(STUDENT, CRITIC)
+        return
     roles.add(CRITIC, settings.own.critic_rank or settings.rank, settings.seed, setup.host.device)
     started = roles.state(STUDENT)
     for name, (a, _) in roles.state(CRITIC).items():

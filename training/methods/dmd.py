@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..engine.levels import UniformTime
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, MatchingSettings, alternating, check_guidance, dmd_weight
+from .distribution_matching import DistributionMatching, MatchingSettings, alternating, check_matching, dmd_weight
 from .method import Method
 
 
@@ -29,5 +29,5 @@ METHOD = Method(
     forwards="6 + 4 a critic update",
     plan=lambda setup: alternating(setup, dmd(setup.settings)),
     settings=MatchingSettings,
-    check=check_guidance,
+    check=check_matching,
 )

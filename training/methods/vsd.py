@@ -8,7 +8,7 @@ from torch import Tensor
 from ...core.schedule import NoiseSchedule
 from ..engine.levels import UniformTime, at, vsd_weight
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, MatchingSettings, Scores, alternating, check_guidance
+from .distribution_matching import DistributionMatching, MatchingSettings, Scores, alternating, check_matching
 from .method import Method
 
 
@@ -39,5 +39,5 @@ METHOD = Method(
     forwards="7 + 4 a critic update",
     plan=lambda setup: alternating(setup, vsd(setup.settings)),
     settings=MatchingSettings,
-    check=check_guidance,
+    check=check_matching,
 )

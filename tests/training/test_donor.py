@@ -1,0 +1,196 @@
+"""Runs that go on from somebody's few-step LoRA: its factors at the run's rank, its recipe, the critic's beginning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_host import SmallHost, setup_of, small
+from torch import Tensor
+from whole_runs import run
+
+from onestep.core.errors import OneStepError
+from onestep.core.lora_file import load_lora, save_lora
+from onestep.core.recipe import PRESETS, Recipe
+from onestep.core.recipe.by_name import preset_by_name
+from onestep.core.roles import State
+from onestep.core.sampling import sample
+from onestep.training.engine.donor import cut, initial_state
+from onestep.training.engine.inputs import recipe_of
+from onestep.training.engine.student import STUDENT, add_student, generate
+from onestep.training.methods.distribution_matching import CRITIC, add_critic
+from onestep.training.presets import preset
+from onestep.training.settings import Settings
+
+NAMES = {
+    "sdxl_lightning_4step_lora.safetensors": "sdxl-lightning-4",
+    "SDXL-Lightning-8step-LoRA.safetensors": "sdxl-lightning-8",
+    "Hyper-SDXL-8steps-lora.safetensors": "hyper-sd-8-lora",
+    "Hyper-SD15-1step-lora.safetensors": "hyper-sd-1-lora",
+    "dmd2_sdxl_4step_lora_fp16.safetensors": "dmd2-4",
+    "lcm-lora-sdv1-5.safetensors": "lcm-4",
+    "LCM_LoRA_Weights_SD15.safetensors": "lcm-4",
+    "tcd-sdxl.safetensors": "tcd-4",
+    # of other samplers, of other families, of nothing that is known
+    "Hyper-SDXL-8steps-CFG-lora.safetensors": None,
+    "Hyper-SD3-4steps-CFG-lora.safetensors": None,
+    "sdxl_lightning_6step_lora.safetensors": None,
+    "pytorch_lora_weights.safetensors": None,
+    "lightning over a field.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_files_are_known_by_their_names(name: str) -> None:
+    assert preset_by_name(name) == NAMES[name]
+
+
+def drawn(host: SmallHost, rank: int, seed: int = 1) -> State:
+    """Factors of ``rank`` on every target."""
+    host.denoiser.roles.add("made", rank, seed)
+    state = {name: (a.clone(), b.clone()) for name, (a, b) in host.denoiser.roles.state("made").items()}
+    host.denoiser.roles.drop("made")
+    draw = torch.Generator().manual_seed(seed)
+    return {name: (a, 0.2 * torch.randn(b.shape, generator=draw)) for name, (a, b) in state.items()}
+
+
+def product(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[1].flatten(1) @ pair[0].flatten(1)
+
+
+def donor(folder: Path, host: SmallHost, recipe: Recipe | None, rank: int = 2, name: str = "donor") -> str:
+    save_lora(folder / f"{name}.safetensors", drawn(host, rank), host.family, recipe and recipe.to_json())
+    return str(folder / f"{name}.safetensors")
+
+
+def test_a_cut_is_numpys_svd() -> None:
+    state = drawn(SmallHost(), 4)
+    found, kept = cut(state, 2)
+    whole = left = 0.0
+    for name, pair in state.items():
+        u, s, v = np.linalg.svd(product(pair).double().numpy(), full_matrices=False)
+        np.testing.assert_allclose(product(found[name]).numpy(), (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
+        assert found[name][0].shape[1:] == pair[0].shape[1:] and found[name][1].shape[2:] == pair[1].shape[2:]
+        whole, left = whole + (s**2).sum(), left + (s[2:] ** 2).sum()
+    assert kept == pytest.approx(1 - left / whole, rel=1e-5) and 0.2 < kept < 0.999
+    same, all_of_it = cut(state, 4)
+    assert all_of_it == pytest.approx(1)
+    for name, pair in state.items():
+        torch.testing.assert_close(product(same[name]), product(pair), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_at_another_rank_it_is_the_same_lora(rank: int, tmp_path: Path) -> None:
+    """Filled up it is the donor; at the strength that its recipe asks for."""
+    host = SmallHost()
+    recipe = replace(PRESETS["hyper-sd-2-lora"], lora_scale=0.5)
+    path = donor(tmp_path, host, recipe)
+    state, note = initial_state(host, small(rank=rank, initial_lora=path))
+    assert state is not None and "cut" not in note and "draws in 2 steps" in note
+    for name, pair in load_lora(path).state.items():
+        assert len(state[name][0]) == rank
+        torch.testing.assert_close(product(state[name]), 0.5 * product(pair))
+
+
+def recipe_for(host: SmallHost, path: str, **changes: object) -> Recipe:
+    return recipe_of(host, small(initial_lora=path, **changes))
+
+
+def test_the_student_keeps_the_donors_recipe(tmp_path: Path) -> None:
+    """From its header, from its file's name, by name; or the run's own, where that is asked for or nothing is known."""
+    host = SmallHost()
+    told = replace(PRESETS["hyper-sd-2-lora"], sizes=((64, 64),), source="")
+    header, silent = donor(tmp_path, host, told), donor(tmp_path, host, None, name="silent")
+    named = donor(tmp_path, host, None, name="sdxl_lightning_4step_lora")
+    assert recipe_for(host, header) == replace(told, sizes=((32, 32),))
+    assert recipe_for(host, named).timesteps == PRESETS["sdxl-lightning-4"].timesteps
+    assert recipe_for(host, header, initial_recipe="dmd2-4") == replace(PRESETS["dmd2-4"], sizes=((32, 32),), source="")
+    for path, own in ((silent, ""), (header, "own"), (named, "own")):
+        assert recipe_for(host, path, initial_recipe=own, student_steps=4).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("prediction", "recipe", "why"),
+    [
+        ("v_prediction", "lcm-4", "was made for models that predict noise"),
+        ("flow", "dmd2-4", "was made for models that predict noise"),
+        ("epsilon", "sd3.5-turbo-4", "is of 'sd3' models"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(prediction: str, recipe: str, why: str, tmp_path: Path) -> None:
+    host = SmallHost(prediction=prediction)
+    path = donor(tmp_path, host, None)
+    with pytest.raises(OneStepError, match=why):
+        run(tmp_path / "run", small(initial_lora=path, initial_recipe=recipe), host=host)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_donor_with_guidance_is_refused(tmp_path: Path) -> None:
+    host = SmallHost()
+    path = donor(tmp_path, host, Recipe((999.0,), guidance=2.0))
+    with pytest.raises(OneStepError, match="with guidance 2, two forwards a step"):
+        run(tmp_path / "run", small(initial_lora=path), host=host)
+
+
+@pytest.mark.parametrize("name", ["dmd2-4", "sdxl-lightning-4", "tcd-4"])
+@torch.no_grad()
+def test_a_step_of_the_student_is_a_step_of_its_sampler(name: str, tmp_path: Path) -> None:
+    """Fresh noise, DDIM, TCD: the pictures that it learns from are those that its recipe draws."""
+    host = SmallHost()
+    settings = small(initial_lora=donor(tmp_path, host, PRESETS[name]), rank=2)
+    setup = setup_of(host, settings, tmp_path)
+    add_student(host, settings, initial_state(host, settings)[0])
+    seen = set()
+    with host.denoiser.roles.installed():
+        for key in range(12):
+            batch = setup.prompts.batch(key, range(3))
+            step = batch.choice(setup.recipe.steps, "student step")
+            cutoff = replace(setup.recipe, timesteps=setup.recipe.timesteps[: step + 1])
+            with host.denoiser.roles.use(STUDENT):
+                noises = {at: batch.normal(f"renoise {at}") for at in range(4)}
+                wanted = sample(host.denoiser, cutoff, batch.cond, batch.normal("latent"), noises.__getitem__)
+            torch.testing.assert_close(generate(host.denoiser, setup.recipe, batch, train=False), wanted)
+            seen.add(step)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("start", ["base", "donor"])
+def test_where_the_critic_begins(start: str, tmp_path: Path) -> None:
+    host = SmallHost()
+    settings = small(initial_lora=donor(tmp_path, host, PRESETS["dmd2-4"]), critic_start=start)
+    setup = setup_of(host, settings, tmp_path)
+    add_student(host, settings, initial_state(host, settings)[0])
+    add_critic(setup)
+    student, critic = (host.denoiser.roles.state(role) for role in (STUDENT, CRITIC))
+    for name, (a, b) in critic.items():
+        assert torch.equal(a, student[name][0])
+        assert torch.equal(b, student[name][1] if start == "donor" else torch.zeros_like(b))
+        assert b.data_ptr() != student[name][1].data_ptr()
+
+
+def adapt(path: str, **changes: object) -> Settings:
+    few = {"steps": 3, "critic_warm_up": 1, "critic_updates": 1, "batch": 2, "rank": 2, "sizes": "32x32"}
+    more = {"watch_samples": 4, "preview_every": 0, "teacher_steps": 2, "warm_up": 1, "guidance": 2.0}
+    return preset("Adapt", **few, **more, initial_lora=path, **changes)
+
+
+def test_a_run_adapts_a_donor(tmp_path: Path) -> None:
+    host = SmallHost()
+    path = donor(tmp_path, host, None, rank=3, name="dmd2_sdxl_4step_lora")
+    result = run(tmp_path / "run", adapt(path), host=host)
+    assert result.recipe.timesteps == PRESETS["dmd2-4"].timesteps and result.recipe.renoise
+    notes = " ".join(result.notes)
+    assert "cut to 2" in notes and "draws in 4 steps" in notes
+    again = run(tmp_path / "run", adapt(path), host=SmallHost(), existing="continue")
+    assert again.path.read_bytes() == result.path.read_bytes()
+
+
+def test_adapt_without_a_donor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OneStepError, match="there is none: set initial_lora"):
+        run(tmp_path / "run", adapt(""), host=SmallHost())
+    path = donor(tmp_path, SmallHost(), PRESETS["dmd2-4"])
+    with pytest.raises(OneStepError, match="set critic_rank to 0"):
+        run(tmp_path / "run", adapt(path, critic_rank=4), host=SmallHost())
