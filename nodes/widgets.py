@@ -25,7 +25,7 @@ def widget(entry: Any, advanced: bool | None = None) -> Any:
     told: dict[str, Any] = {"optional": True, "advanced": advanced}
     choices = [*CONTROLS] if entry.name == "control" else meta["choices"]
     if choices or entry.type == "bool":
-        options = [BY_PRESET, *([choice for choice in choices if choice] or (YES, NO))]
+        options = [BY_PRESET, *(choices or (YES, NO))]
         return io.Combo.Input(entry.name, options=options, default=BY_PRESET, tooltip=meta["help"], **told)
     if entry.type == "str":
         return io.String.Input(entry.name, default="", dynamic_prompts=False, tooltip=meta["help"], **told)

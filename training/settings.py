@@ -102,10 +102,10 @@ class Settings:
         "A LoRA that the student starts from, or the few-step student that an adapter is for; empty = the base.",
     )
     initial_recipe: str = setting(
-        "",
-        "How the initial LoRA is sampled, which the student keeps: a preset; empty = as its file or its name says; "
+        "auto",
+        "How the initial LoRA is sampled, which the student keeps: a preset; auto = as its file or its name says; "
         "own = in the run's own student_steps.",
-        choices=("", "own", *PRESETS),
+        choices=("auto", "own", *PRESETS),
     )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)

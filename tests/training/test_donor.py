@@ -108,7 +108,7 @@ def test_the_student_keeps_the_donors_recipe(tmp_path: Path) -> None:
     assert recipe_for(host, header) == replace(told, sizes=((32, 32),))
     assert recipe_for(host, named).timesteps == PRESETS["sdxl-lightning-4"].timesteps
     assert recipe_for(host, header, initial_recipe="dmd2-4") == replace(PRESETS["dmd2-4"], sizes=((32, 32),), source="")
-    for path, own in ((silent, ""), (header, "own"), (named, "own")):
+    for path, own in ((silent, "auto"), (header, "own"), (named, "own")):
         assert recipe_for(host, path, initial_recipe=own, student_steps=4).steps == 4
 
 

@@ -23,8 +23,8 @@ from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
 
-OWN = "own"
-"""The setting `initial_recipe` for a student that draws as the run says, whatever its initial LoRA says."""
+AUTO, OWN = "auto", "own"
+"""The setting `initial_recipe`: as the file says, or its name; as the run says, whatever its initial LoRA says."""
 
 
 Initial = tuple[State | None, str]
@@ -85,7 +85,7 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
     """
     if not settings.initial_lora or settings.initial_recipe == OWN:
         return None
-    name, path = settings.initial_recipe, settings.initial_lora
+    path, name = settings.initial_lora, "" if settings.initial_recipe == AUTO else settings.initial_recipe
     told = read_header(path).metadata.get("onestep.recipe")
     if name or not told:
         name = name or preset_by_name(Path(path).name) or ""
