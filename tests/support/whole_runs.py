@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from small_host import PROMPTS, SmallHost, small
 
+from onestep.core.lora_file import load_lora
 from onestep.core.tensor_file import read_tensors
-from onestep.training.distil import Report, Result, distil
+from onestep.training.distil import Progress, Report, Result, distil
 from onestep.training.settings import Settings
 
 CLOCKS = ("seconds", "elapsed")
@@ -62,6 +64,20 @@ def left(folder: Path) -> dict[str, Any]:
 
 def factors(path: Path) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in read_tensors(path).items()}
+
+
+def seen_under(host: SmallHost, file: Path) -> Report:
+    """A report that holds the student's factors against those of ``file``, to the bit, whenever it is called."""
+    wanted = load_lora(file).state
+
+    def compare(progress: Progress) -> None:
+        if progress.preparing:
+            return
+        found = host.denoiser.roles.state("student")
+        for name, (a, b) in wanted.items():
+            assert torch.equal(found[name][0], a) and torch.equal(found[name][1], b), (progress.update, name)
+
+    return compare
 
 
 class Cancelled(Exception):
