@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "pipelines": {"training", "core", "kernels"},
     "nodes": {"training", "core", "kernels"},
     "cli": {"pipelines", "training", "core", "kernels"},
+    "__main__.py": {"cli"},
 }
 # The rooms of training, and what each knows beside settings.py and host.py. distil.py and presets.py know all.
 ROOMS = {
@@ -96,14 +97,14 @@ KNOWN_FILES = {
     "workflows": {".json"} | PICTURES,
     "subgraphs": {".json"},
     "locales": {".json"},
-    "docs": {".md"} | PICTURES,
+    "docs": {".md", ".yaml"} | PICTURES,
     "tests": PYTHON | TEXT | {".safetensors"},
     "tools": PYTHON,
     "benchmarks": PYTHON | TEXT | PICTURES | {".jsonl", ".csv"},
 }
 ROOT_FILES = {
-    *("__init__.py", "setup.py", "py.typed", "pyproject.toml", "requirements.txt", "constraints.txt", "Makefile"),
-    *("README.md", "LICENSE", ".gitignore", ".comfyignore", ".gitattributes", ".ci/run"),
+    *("__init__.py", "__main__.py", "setup.py", "py.typed", "pyproject.toml", "requirements.txt", "constraints.txt"),
+    *("Makefile", "README.md", "LICENSE", ".gitignore", ".comfyignore", ".gitattributes", ".ci/run"),
 }
 MAX_FILE_BYTES = 16 * 2**20
 MAX_FILE_LINES = {"tests": 400}  # elsewhere 300
@@ -131,7 +132,7 @@ def all_files() -> Iterator[PurePosixPath]:
 
 FILES = list(all_files())
 SOURCES = [path for path in FILES if path.suffix == ".py"]
-SHIPPED = [path for path in SOURCES if path.parts[0] in MAY_IMPORT or str(path) == "__init__.py"]
+SHIPPED = [path for path in SOURCES if path.parts[0] in MAY_IMPORT or str(path) in ("__init__.py", "__main__.py")]
 
 
 def parsed(path: PurePosixPath) -> ast.Module:
