@@ -59,8 +59,8 @@ def distil(
     other ``steps`` and ``pairs`` than it had (sun: other ``steps``); what changes over a run, the step size and nct's
     noise levels, is then as in a run of so many steps. One that was finished early counts as finished until it is given
     other steps. shells: of ``host``; on a card the run is then fitted to it, and says how. Raises OneStepError for bad
-    input, before anything is written, and Stopped for a run that failed. What
-    ``host.poll`` or ``report`` raises passes through, after the state and partial.safetensors are saved.
+    input, before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes
+    through, after the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
@@ -71,11 +71,9 @@ def distil(
     refuse_missing(settings)
     config = config_of(host, prompts, settings)
     # whatever the caller switched off around us: a run needs gradients
-    processes.own(settings.batch)
     run_there = entered(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
-        session = _Session(host, prompts, run.as_begun(settings), run, report, initial, shells)
-        return session.run_all(goes_on)
+        return _Session(host, prompts, run.as_begun(settings), run, report, initial, shells).run_all(goes_on)
 
 
 class _Session:

@@ -36,7 +36,9 @@ class Followed(Run):
 def entered(
     folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
 ) -> Iterator[tuple[Run, bool]]:
-    """As `run.opened`, in every process: the first opens the folder, then the others follow it."""
+    """As `run.opened`, in every process: the first opens the folder, then the others follow it. Raises OneStepError too
+    where there are more processes than samples in a batch."""
+    processes.own(config["settings"]["batch"])
     if processes.is_first():
         with opened(folder, config, existing, adjustable) as (run, goes_on):
             processes.same([run.changes, goes_on])
