@@ -198,7 +198,7 @@ def test_the_wheel_holds_what_is_shipped_and_asks_for_no_front_end(wheel):
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     made = {"__pycache__", "build"}
     shipped = {path.relative_to(ROOT).as_posix() for path in files if not made & set(path.parts)}
-    assert {name.removeprefix("onestep/") for name in names} == shipped | {"__init__.py", "py.typed"}
+    assert {name.removeprefix("onestep/") for name in names} == shipped | {"__init__.py", "__main__.py", "py.typed"}
     needs = [need.split(";")[0].strip() for need in header.get_all("Requires-Dist") if "extra ==" not in need]
     assert sorted(need.split(">=")[0] for need in needs) == ["diffusers", "peft"]
 
