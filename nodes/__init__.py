@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 MODULES = (
-    *("tiny", "prompts", "distil", "train_adapter", "extract", "load_lora", "sample", "fast"),
+    *("tiny", "prompts", "distil", "plan", "train_adapter", "extract", "load_lora", "sample", "fast"),
     *(
         "steer",
         "steer_text",

@@ -1,0 +1,125 @@
+"""A MODEL without its weights, as a host on the meta device: what `training.plan` counts a run on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cond import Cond
+from ..core.families import bind_comfy, detect, select
+from ..core.roles import Roles
+from .adapt import BLOCKS, IN_PLACE, differentiable_attention, name_of, refuse_patches, refuse_variant
+from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
+
+META = torch.device("meta")
+TOKENS = {"unet": 77, "sd3": 77 + 256, "flux": 512}
+"""Of a text of usual length."""
+
+
+@torch.inference_mode(False)
+def hollow(module: nn.Module) -> Any:
+    """A copy whose weights are on the meta device, without the hooks that others have put on it."""
+    told: dict[int, Any] = {}
+    for value in (*module.parameters(), *module.buffers()):
+        empty = torch.empty(value.shape, dtype=value.dtype, device=META)
+        told[id(value)] = nn.Parameter(empty, False) if isinstance(value, nn.Parameter) else empty
+    for name in ("model_config", "latent_format"):  # read alone, and made so that they cannot be copied
+        if hasattr(module, name):
+            told[id(getattr(module, name))] = getattr(module, name)
+    if getattr(module, "current_patcher", None) is not None:
+        told[id(module.current_patcher)] = None
+    found = copy.deepcopy(module, told)
+    for part in found.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return found
+
+
+class Shell:
+    """See `training.host.Host`. vae: None where no picture is decoded."""
+
+    encoder_hash = base_hash = "none"
+    memory_required = 0
+
+    def __init__(self, model: Any, vae: Any | None, targets: str) -> None:
+        refuse_patches(model)
+        self.family = detect(model.model.diffusion_model)
+        refuse_variant(self.family, model.model)
+        self.name, self.device = name_of(model), META
+        self.model = hollow(model.model)
+        self.network = self.model.diffusion_model
+        self._decoder = None if vae is None else hollow(vae.first_stage_model)
+        self._config = self.model.model_config.unet_config
+        options = {"optimized_attention_override": differentiable_attention}
+        guidance, schedule = guidance_of(self.model, self.family), schedule_of(model.model.model_sampling)
+        self.denoiser: Any = ComfyDenoiser(self.model, schedule, Roles([]), guidance, options)
+        self.blocks = [module for module in self.network.modules() if type(module).__name__ in BLOCKS]
+        self.in_place = [
+            getattr(block, name) for block in self.blocks for name in IN_PLACE.get(type(block).__name__, ())
+        ]
+        self.shell(targets)
+
+    def shell(self, targets: str) -> Shell:
+        """Itself, with new adapters on ``targets``."""
+        bound = select(bind_comfy(self.family, self.network, self._config), targets)
+        self.denoiser.roles = Roles(bound, port_of(self.network, self.family))
+        return self
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        return self.with_sizes(self.texts(prompts), size)
+
+    def texts(self, prompts: Sequence[str]) -> Cond:
+        """Zeros in the place of texts, in their shapes."""
+        width, pooled = self._widths()
+        told = torch.zeros(len(prompts), pooled) if pooled else None
+        return Cond(torch.zeros(len(prompts), TOKENS[self.family], width), pooled=told)
+
+    def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        if self.family == "unet" and cond.pooled is not None:
+            return with_sizes(cond, size)
+        embedded = self.denoiser.guidance == "embedded"
+        return cond.with_(guidance=torch.full((len(cond),), 3.5)) if embedded else cond
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        yield
+
+    def _widths(self) -> tuple[int, int]:
+        """Of a text token, and of the pooled text."""
+        config = self._config
+        if self.family == "unet":
+            return config["context_dim"], max(0, (config.get("adm_in_channels") or 0) - 6 * 256)
+        if self.family == "sd3":
+            return config["context_embedder_config"]["params"]["in_features"], config["adm_in_channels"]
+        return config["context_in_dim"], config["vec_in_dim"]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self._decoder is None:
+            return torch.zeros(len(latents), 3, 8, 8)
+        weights = [torch.empty_like(weight) for weight in self._decoder.parameters()]
+        dtype = next(self._decoder.parameters()).dtype
+        pictures: Tensor = self._decoder.decode(latents[:1].to(dtype)).float().cpu()
+        del weights
+        return pictures
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        width, height = size
+        latent = self.model.latent_format
+        factor = getattr(latent, "spacial_downscale_ratio", 8)
+        return latent.latent_channels, height // factor, width // factor
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        yield
+
+    def check_file(self, path: Path) -> str:
+        return ""
+
+    def poll(self) -> None:
+        return None

@@ -1,0 +1,33 @@
+"""plan.py OUT.png FOLDER...: what the plan counts of the tiny MODELs in these folders, a line of JSON each; then the
+node's own table and picture of the first."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from onestep.nodes.plan import PlanDistillation
+from onestep.nodes.shell import Shell
+from onestep.nodes.tiny_models.model import load_tiny
+from onestep.training.methods import settings_for
+from onestep.training.plan.cards import card_of
+from onestep.training.plan.ladder import planned
+from onestep.training.plan.text import facts
+
+out, folders = sys.argv[1], list(map(Path, sys.argv[2:]))
+settings = settings_for(method="regression", sizes="32x32", rank=8, batch=2, steps=1, watch_samples=4)
+with torch.inference_mode():
+    for folder in folders:
+        model, _, vae = load_tiny(folder)
+        shell = Shell(model, vae, "all")
+        print(json.dumps(facts(planned(shell.name, shell.shell, settings, card_of("8GB")))))
+        # the plugged model is as it was
+        assert not any(value.is_meta for part in (model.model, vae.first_stage_model) for value in part.parameters())
+    model, _, vae = load_tiny(folders[0])
+    widgets = {"student_steps": "1", "sizes": "32x32", "rank": 4, "batch": 4}
+    answer = PlanDistillation.execute(model, "RTX 3060", "Fast", {"method": "by preset"}, vae=vae, **widgets)
+text, picture = answer.result
+Image.fromarray((picture[0].numpy() * 255).astype("uint8")).save(out)
+print(json.dumps(text))

@@ -1,0 +1,35 @@
+"""Plan Distillation counts a MODEL of ComfyUI as the same model is counted in diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onestep.pipelines.shells import of_folder
+from onestep.training.methods import settings_for
+from onestep.training.plan.ladder import rung_of
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., str], tmp_path: Path) -> None:
+    folders = [root / "pipelines" / "tiny" / name for name in ("tiny", "tiny-flow")]
+    said = run_inside("plan", tmp_path / "bar.png", *folders).strip().splitlines()
+    *plans, text = (json.loads(line) for line in said[-3:])
+    settings = settings_for(method="regression", sizes="32x32", rank=8, batch=2, steps=1, watch_samples=4)
+    for folder, plan in zip(folders, plans, strict=True):
+        rung, shell = plan["rungs"][0], of_folder(folder)
+        shell.tokens = 77 if "flow" not in folder.name else 77 + 256  # as ComfyUI's texts are counted
+        ours = rung_of(shell.shell, settings, None, 2, {}, False)
+        # the same adapters, and about the same work: the hosts' layers differ, their dtypes too (float32, bfloat16)
+        assert rung["made_of"]["student"] == ours.peak.made_of["student"]
+        assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
+        assert rung["parts"].keys() == ours.parts.keys()
+    assert "RTX 3060: 10.1 GiB for tensors" in text and "A run fits as it is set" in text
+    picture = np.asarray(Image.open(tmp_path / "bar.png"))
+    assert picture.shape[1] == 960 and picture.std() > 20
