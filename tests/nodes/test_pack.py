@@ -23,6 +23,7 @@ IDS = {
     "OneStepDistil",
     "OneStepTrainAdapter",
     "OneStepExtract",
+    "OneStepPlan",
     "OneStepLoadLoRA",
     "OneStepLoadControl",
     "OneStepControlPicture",

@@ -14,11 +14,14 @@ from ..host import Shells
 from ..settings import Settings
 from .cards import Card
 from .counted import counted
-from .rehearse import FORWARD, MOMENTS, Rehearsed
+from .rehearse import DECODE, FORWARD, MOMENTS, PROMPTS, Rehearsed
 from .trace import Peak
 
 UNSEEN = (FORWARD, MOMENTS)
 """Parts that a run does not have."""
+YIELDING = (PROMPTS, DECODE)
+"""Parts that do with less where there is less: the network leaves the card for the encoders, and a picture is decoded
+in tiles."""
 WITHOUT = 3
 """Times the activations of a checkpointed sample below which one that is not checkpointed is not tried."""
 EIGHT_BIT = 0.25 * (1 + 4 / 256)
@@ -157,7 +160,7 @@ def rung_of(
     chosen = settings.with_texts({name: str(value) for name, value in changes.items()})
     played = counted(shells(chosen.targets), chosen)
     peaks = peaks_of(played, chosen, micro, host_mean)
-    part = max(peaks, key=lambda name: peaks[name].bytes)
+    part = max((name for name in peaks if name not in YIELDING), key=lambda name: peaks[name].bytes)
     turns = next(times for updates, times in reversed(played.phases) if updates)
     forward = played.count.flops(FORWARD, 1, chosen.rank)
     flops = sum(times * played.count.flops(name, micro, chosen.rank) for name, times in turns.items())

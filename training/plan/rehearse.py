@@ -87,8 +87,8 @@ def _uncollected() -> Iterator[None]:
 
 
 def _prime(primes: Sequence[int], host: Host) -> int:
-    """The first that divides no size of the network's weights."""
-    sizes = {size for weight in _tensors(host.network) for size in weight.shape}
+    """The first that divides no size of the network's weights, nor the bytes of its text encoders."""
+    sizes = {size for weight in _tensors(host.network) for size in weight.shape} | {getattr(host, "encoders", 0) or 1}
     return next(prime for prime in primes if all(size % prime for size in sizes))
 
 
@@ -196,12 +196,15 @@ class _Rehearsal:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.param_groups[0]["betas"] = (turn.beta1, 0.99)
+            group = optimizer.param_groups[0]
+            group["betas"] = (turn.beta1, 0.99)
+            # as on a card, where the step is one kernel; torch's own class asks where its state lies as it makes it
+            whole = "fused" in group and type(optimizer) is not torch.optim.AdamW
+            group |= {"fused": True} if whole else {}
             with self.meter.part(MOMENTS):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            if "fused" in optimizer.param_groups[0]:  # as on a card, where the step is one kernel
-                optimizer.param_groups[0]["fused"] = True
+            group |= {"fused": True} if "fused" in group else {}
         self._label_moments(trainer)
 
     def _label_moments(self, trainer: Trainer) -> None:
