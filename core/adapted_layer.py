@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.add_lora import EVERYWHERE, OP, LoRA, Place, add_lora, add_lora_conv
 from ..kernels.attention import in_forward_ad
-from ..kernels.low_rank import low_rank_conv, low_rank_linear
+from ..kernels.choice import REFERENCE
 from .factors import State
 from .targets import Target
 
@@ -49,9 +50,12 @@ class AdaptedLayer:
         return any(name in factors for name in self._names)
 
     def may_be_written(self, x: Tensor, output: Tensor) -> bool:
-        """Whether its fresh ``output`` may be added to in place: no derivative of it is wanted. Autocast, which makes
-        it another dtype than x, forward mode and a compiler want plain operations."""
+        """Whether `add_` may serve its fresh ``output``: no derivative of it is wanted. Autocast, which makes it
+        another dtype than x, forward mode and a compiler want plain operations, and a kernel serves all rows at
+        once."""
         if torch.is_grad_enabled() or output.dtype != x.dtype or in_forward_ad() or torch.compiler.is_compiling():
+            return False
+        if not self.is_conv and OP.choice(x.device, x.dtype) != REFERENCE:
             return False
         return self.is_conv or output.is_contiguous()
 
@@ -73,35 +77,22 @@ class AdaptedLayer:
                 place = place if span is None else place.narrow(1, *span)
                 place.addmm_(x.reshape(-1, x.shape[-1]).mm(a), b)
 
-    def added(self, factors: State, x: Tensor, output: Tensor, train: bool) -> Tensor:
-        """``output`` plus each target's product on its own rows, in a new tensor. train: whether factors get a
-        gradient."""
-        axis = 1 if self.is_conv else output.ndim - 1
-        pieces, at = [], 0
+    def loras(self, factors: State, rows: slice | None, train: bool) -> list[LoRA]:
+        """What ``factors`` add to some rows of a batch, or None for all. train: whether they get a gradient."""
+        found = []
         for target in (target for target in self.targets if target.name in factors):
-            if target.rows is None:
-                return self._product(target, factors[target.name], x, output, train)
-            start, stop = target.row_range
-            if start > at:
-                pieces.append(output.narrow(axis, at, start - at))
-            piece = output.narrow(axis, start, stop - start)
-            pieces.append(self._product(target, factors[target.name], x, piece, train))
-            at = stop
-        if at < output.shape[axis]:
-            pieces.append(output.narrow(axis, at, output.shape[axis] - at))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+            a, b = factors[target.name] if train else (factor.detach() for factor in factors[target.name])
+            whole = rows is None and target.rows is None
+            place = EVERYWHERE if whole else Place(rows or slice(None), target.rows or slice(None))
+            found.append(LoRA(a, target.host_order(b), place))
+        return found
 
-    def _product(
-        self, target: Target, factors: tuple[Tensor, Tensor], x: Tensor, output: Tensor, train: bool
-    ) -> Tensor:
-        a, b = factors if train else (factors[0].detach(), factors[1].detach())
-        if a.device != x.device:  # a running mean that is kept in the host's memory
-            a, b = a.to(x.device), b.to(x.device)
-        b = target.host_order(b)
+    def added(self, x: Tensor, output: Tensor, loras: list[LoRA]) -> Tensor:
+        """``output`` and ``loras`` of its input x, with a graph; written over where nobody can tell."""
         if not self.is_conv:
-            return low_rank_linear(output, x, a, b)
+            return add_lora(output, x, loras)
         layer: Any = self._module
-        return low_rank_conv(output, x, a, b, layer.stride, layer.padding, layer.dilation)
+        return add_lora_conv(output, x, loras, layer.stride, layer.padding, layer.dilation)
 
 
 def _mix(output: Tensor, hidden: Tensor, b: Tensor) -> None:

@@ -230,7 +230,7 @@ class Roles:
                 return None
             x: Tensor = args[0]
             if not layer.may_be_written(x, output):
-                return self._new_output(layer, active, x, output)
+                return self._added(layer, active, x, output)
             for one in served:
                 table = one.table or self._table(one, x)
                 if one.rows is None:
@@ -251,20 +251,18 @@ class Roles:
     def _unprepared(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor | None:
         """Within `serving`, which no `capture` has prepared."""
         serves = any(layer.serves(self._factors.get(role, {})) for role, _ in active.blocks)
-        return self._new_output(layer, active, x, output) if serves else None
+        return self._added(layer, active, x, output) if serves else None
 
-    def _new_output(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output with each block's products, in a new tensor that autograd may keep."""
-
-        def added(role: str, x: Tensor, output: Tensor) -> Tensor:
-            factors = self._factors.get(role, {})
-            return layer.added(factors, x, output, active.train) if layer.serves(factors) else output
-
+    def _added(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with each block's products."""
         if len(active.blocks) == 1:
-            return added(active.blocks[0][0], x, output)
-        sizes = active.sizes(len(x))
-        pieces = zip(active.blocks, x.split(sizes), output.split(sizes), strict=True)
-        return torch.cat([added(role, x_rows, out_rows) for (role, _), x_rows, out_rows in pieces])
+            loras = layer.loras(self._factors.get(active.blocks[0][0], {}), None, active.train)
+            return layer.added(x, output, loras) if loras else output
+        loras, start = [], 0
+        for (role, _), size in zip(active.blocks, active.sizes(len(x)), strict=True):
+            rows, start = slice(start, start + size), start + size
+            loras += layer.loras(self._factors.get(role, {}), rows, active.train) if size else []
+        return layer.added(x, output, loras) if loras else output
 
     # -- small checks -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from .add_lora import LoRA, Place, add_lora, add_lora_conv, add_lora_conv_reference, add_lora_reference
 from .attention import attention, attention_reference, attention_with_lse, backends
 from .gated import gated, gated_reference
-from .low_rank import low_rank_conv, low_rank_conv_reference, low_rank_linear, low_rank_linear_reference
 from .partial import Partial, merge, partial_attention
 from .steered import Steer, steered_attention, steered_attention_reference
 
@@ -22,10 +21,6 @@ __all__ = [
     "backends",
     "gated",
     "gated_reference",
-    "low_rank_conv",
-    "low_rank_conv_reference",
-    "low_rank_linear",
-    "low_rank_linear_reference",
     "merge",
     "partial_attention",
     "steered_attention",

@@ -257,9 +257,9 @@ def test_these_checks_find_what_they_look_for():
     assert trouble_with_import(PurePosixPath("training/data/x.py"), "onestep.training.methods")
     assert trouble_with_import(PurePosixPath("training/methods/x.py"), "onestep.training.data.pairs") is None
     assert {path.name for path in (ROOT / "training").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
-    assert trouble_with_import(inside, "onestep.kernels.low_rank") is None
+    assert trouble_with_import(inside, "onestep.kernels.add_lora") is None
     reads = {module for module, _ in imported(PurePosixPath("core/adapted_layer.py"))}
-    assert reads >= {"onestep.kernels.low_rank", "onestep.core.targets", "torch"}
+    assert reads >= {"onestep.kernels.add_lora", "onestep.core.targets", "torch"}
     assert dotted(ast.parse("torch.hub.load(1)").body[0].value.func) == "torch.hub.load"
 
 
