@@ -37,7 +37,7 @@ def card(usable: int) -> Card:
 
 
 def test_the_first_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> None:
-    peaks = [rung_of(shell.shell, settings(), None, micro, {}, False).peak.bytes for micro in (4, 2, 1)]
+    peaks = [rung_of(shell.shell, settings(), None, micro, {}, True).peak.bytes for micro in (4, 2, 1)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
     for micro, bytes in zip((4, 2, 1), peaks, strict=True):
         plan = planned("it", shell.shell, settings(), card(bytes + 4))
@@ -47,7 +47,7 @@ def test_the_first_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> Non
 
 
 def test_what_changes_the_result_is_proposed_and_never_taken(shell: Shell) -> None:
-    least = rung_of(shell.shell, settings(), None, 1, {}, False).peak.bytes
+    least = rung_of(shell.shell, settings(), None, 1, {}, True).peak.bytes
     plan = planned("it", shell.shell, settings(), card(least - 1000))
     assert plan.taken is None and plan.proposed is not None
     assert plan.proposed.changes == {"optimizer": "adamw8bit"}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.student import LARGE
 from ..host import Shells
 from ..settings import Settings
 from .cards import Card
@@ -79,11 +80,12 @@ class Planned:
         return None if self.taken or not self.card else _first(self.rungs, self.card)
 
 
-def planned(name: str, shells: Shells, settings: Settings, card: Card | None, *, host_mean: bool = False) -> Planned:
+def planned(name: str, shells: Shells, settings: Settings, card: Card | None) -> Planned:
     """The rungs of ``settings`` on ``card``, down to the first that fits. Without a card: the run as it is set.
 
-    name: of the model. host_mean: whether the running mean lies in the host's memory.
+    name: of the model.
     """
+    host_mean = card is not None and card.size < LARGE
     rungs: list[Rung] = []
     for micro, changes in _safe(settings):
         rungs.append(rung_of(shells, settings, card, micro, changes, host_mean))
