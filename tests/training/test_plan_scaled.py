@@ -53,11 +53,13 @@ def test_a_single_sample_is_counted_within_a_thousandth() -> None:
 
 @pytest.mark.parametrize("name", ["sd15", BROAD[1]])
 def test_gradients_of_earlier_micro_batches_are_there(name: str) -> None:
-    """Each part of a turn, as when two micro-batches are counted one after the other."""
+    """Each part of a turn, as when two micro-batches are counted one after the other; but for the texts and numbers of
+    the first, which are let go only after the second's are there."""
     shell = of_host(adapt(getattr(layouts, name)()), "all")
     settings = settings_of(name, 4, 6, accumulation=2)
     scaled, there = rehearse(shell, settings), rehearse(shell, settings, scaled=False)
     ours = peaks_of(scaled, settings, 2)
     theirs = peaks_of(there, settings.with_(batch=4, accumulation=1), 4)
     for part in scaled.gradients:
-        assert ours[part].bytes == theirs[part].bytes, part
+        assert ours[part].made_of[scaled.gradients[part]] == theirs[part].made_of[scaled.gradients[part]], part
+        assert ours[part].bytes <= theirs[part].bytes <= 1.002 * ours[part].bytes, part
