@@ -60,7 +60,7 @@ class TrainAdapter(TrainerNode):
                 lora_input(),
                 sizes_input(),
                 name_input("my-adapter", "models/onestep"),
-                *run_inputs({"student_steps", "rank"}),
+                *run_inputs({"student_steps", "rank", "initial_recipe"}),
             ],
             outputs=[
                 FileName.Output(

@@ -8,6 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.controls import CONTROLS
+from ..core.recipe import PRESETS as RECIPES
+from ..training.engine.donor import AUTO, OWN
 from ..training.methods import METHODS
 from ..training.settings import described
 
@@ -23,7 +25,7 @@ def widget(entry: Any, advanced: bool | None = None) -> Any:
     """A widget for one setting. Optional: saved graphs outlive settings that are new."""
     meta = entry.metadata
     told: dict[str, Any] = {"optional": True, "advanced": advanced}
-    choices = [*CONTROLS] if entry.name == "control" else meta["choices"]
+    choices = choices_of(entry)
     if choices or entry.type == "bool":
         options = [BY_PRESET, *(choices or (YES, NO))]
         return io.Combo.Input(entry.name, options=options, default=BY_PRESET, tooltip=meta["help"], **told)
@@ -34,6 +36,13 @@ def widget(entry: Any, advanced: bool | None = None) -> Any:
     if entry.type == "int":
         return io.Int.Input(entry.name, max=min(int(meta["high"]), MOST), control_after_generate=False, **told)
     return io.Float.Input(entry.name, max=meta["high"], step=step_of(entry.default), round=False, **told)
+
+
+def choices_of(entry: Any) -> Sequence[str]:
+    """Of a setting; of two that do not hold theirs, what is there now."""
+    if entry.name == "control":
+        return [*CONTROLS]
+    return (AUTO, OWN, *RECIPES) if entry.name == "initial_recipe" else entry.metadata["choices"]
 
 
 def step_of(default: float) -> float:

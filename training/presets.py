@@ -13,8 +13,8 @@ from .settings import Settings, described
 PRESETS: dict[str, dict[str, Any]] = {
     "Fast": {"method": "regression", "steps": 600, "learning_rate": 5e-4},
     "Balanced": {"method": "dmd", "steps": 600, "warm_start": 600},
-    "Adapt": {"method": "dmd", "steps": 600, "warm_start": 0, "anchor": 0.0, "critic_start": "donor"},
     "Best": {"method": "dmd", "steps": 3000, "warm_start": 1000, "critic_updates": 5, "pairs": 4096},
+    "Adapt": {"method": "dmd", "steps": 600, "warm_start": 0, "anchor": 0.0, "critic_start": "donor"},
 }
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..core.errors import OneStepError
-from ..core.recipe import PRESETS
 
 MOST_STEPS = 64
 """That a recipe can hold."""
@@ -101,12 +100,6 @@ class Settings:
         "",
         "A LoRA that the student starts from, or the few-step student that an adapter is for; empty = the base.",
     )
-    initial_recipe: str = setting(
-        "auto",
-        "How the initial LoRA is sampled, which the student keeps: a preset; auto = as its file or its name says; "
-        "own = in the run's own student_steps.",
-        choices=("auto", "own", *PRESETS),
-    )
     checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
     watch_every: int = setting(50, "Updates between measures of the student; 0 = none.", 0, 1_000_000)
@@ -117,6 +110,11 @@ class Settings:
         5, "Bad steps (not a number) in a row before the run stops at its last good state.", 1, 1000
     )
     keep_prompts: bool = setting(False, "Write the prompts into the LoRA's header.")
+    initial_recipe: str = setting(
+        "auto",
+        "How the initial LoRA is sampled, which the student keeps: a preset's name; auto = as its file or its name "
+        "says; own = in the run's own student_steps.",
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""

@@ -25,7 +25,7 @@ def test_a_large_card_takes_a_run_as_it_is_set(onestep: Command) -> None:
 
 
 def test_json_holds_every_part_in_bytes(onestep: Command, model: Path) -> None:
-    said = onestep("plan", model, "--card", "8GB", "--method", "regression", "--set", "rank=8", "--json")
+    said = onestep("plan", model, "--card", "24GB", "--method", "regression", "--set", "rank=8", "--json")
     told = json.loads(said.out)
     assert said.code == 0 and told["settings"]["rank"] == 8 and told["settings"]["sizes"] == "32x32"
     rung = told["rungs"][told["taken"]]

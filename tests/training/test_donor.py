@@ -118,6 +118,7 @@ def test_the_student_keeps_the_donors_recipe(tmp_path: Path) -> None:
         ("v_prediction", "lcm-4", "was made for models that predict noise"),
         ("flow", "dmd2-4", "was made for models that predict noise"),
         ("epsilon", "sd3.5-turbo-4", "is of 'sd3' models"),
+        ("epsilon", "dmd2-5", "did you mean 'dmd2-"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(prediction: str, recipe: str, why: str, tmp_path: Path) -> None:

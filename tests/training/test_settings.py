@@ -184,7 +184,7 @@ def test_presets_are_changes_to_the_defaults() -> None:
     assert preset("Fast", rank=8).rank == 8
     # what another method has not is left out
     assert preset("Best", method="sun").flat() == {**settings_for("sun").flat(), "steps": 3000, "pairs": 4096}
-    with pytest.raises(OneStepError, match="no preset 'Slow': the presets are Fast, Balanced, Adapt, Best"):
+    with pytest.raises(OneStepError, match="no preset 'Slow': the presets are Fast, Balanced, Best, Adapt"):
         preset("Slow")
 
 

@@ -21,7 +21,7 @@ from ...core.recipe.by_name import preset_by_name
 from ...core.roles import State
 from ...core.tensor_file import read_header
 from ..host import Host
-from ..settings import Settings
+from ..settings import Settings, nearest
 
 AUTO, OWN = "auto", "own"
 """The setting `initial_recipe`: as the file says, or its name; as the run says, whatever its initial LoRA says."""
@@ -91,6 +91,8 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
         name = name or preset_by_name(Path(path).name) or ""
         if not name:
             return None
+        if name not in PRESETS:
+            raise OneStepError(f"initial_recipe is {name!r:.60}{nearest(name, (AUTO, OWN, *PRESETS))}")
         recipe = PRESETS[name]
         if recipe.family == "unet" and not isinstance(host.denoiser, EpsDenoiser):
             raise OneStepError(
