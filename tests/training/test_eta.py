@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
+from onestep.training.engine import making
 from onestep.training.engine.turns import Phase, Plan, Turn
 from onestep.training.watch.eta import MEASURED, Pace
 
@@ -27,12 +29,29 @@ def test_the_cost_of_a_plan_is_the_sum_of_its_updates() -> None:
 
 
 @pytest.mark.parametrize("at", [MEASURED, 20, 40])
-def test_the_time_to_go_is_right_where_the_costs_are(at: int) -> None:
-    """A machine of 0.25 s a forward: known only after some updates, then exactly, whatever phase comes."""
-    made = plan()
+def test_the_time_to_go_is_right_where_the_costs_are(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 0.25 s a forward that learns and 0.1 s one that makes data: known only after some updates, then
+    exactly, whatever phase comes."""
+    made, spent = plan(), [7.0]
+    monkeypatch.setattr(making, "seconds", lambda: spent[0])
     pace = Pace(made)
     for update in range(at):
         assert math.isnan(pace.left(update)) == (update < MEASURED)
-        pace.add(update, 0.25 * made.cost(update, update + 1))
-    assert pace.left(at) == pytest.approx(0.25 * made.cost(at, 50))
-    assert pace.left(50) == 0
+        learning, data = made.costs(update, update + 1)
+        spent[0] += 0.1 * data
+        pace.add(update, 0.25 * learning + 0.1 * data)
+    learning, data = made.costs(at, 50)
+    assert pace.left(at) == pytest.approx(0.25 * learning + 0.1 * data) and pace.left(50) == 0
+
+
+def test_data_that_is_still_to_be_made_is_reckoned_in() -> None:
+    """In the midst of it, at its own pace; where none was made yet, at the pace of what learns."""
+    first = Phase("warm start", 40, [TURN], 3.0, fresh=30, fresh_cost=40.0)
+    pace = Pace(Plan(["student"], [first]))
+    for update in range(MEASURED):
+        pace.add(update, 3.0)
+    assert pace.left(MEASURED) == pytest.approx(30 * 3.0 + 20 * 40.0)
+    with making.making():
+        time.sleep(0.05)
+    pace.add(MEASURED, 3.05)
+    assert pace.making.each * 40 == pytest.approx(0.05 / (MEASURED + 1), rel=0.2)

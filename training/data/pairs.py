@@ -18,6 +18,7 @@ from ...core.sampling import fewer, teacher_sample
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine import processes
 from ..engine.batch import Batch
+from ..engine.making import making
 from ..engine.prompts import Prompts, Size
 from ..host import Host
 from ..settings import Settings
@@ -103,7 +104,7 @@ class Blocks:
             path = self._path(block)
             if not path.is_file():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with record_function(MADE):
+                with record_function(MADE), making():
                     write_tensors(path, self._make(block, micro))
             self._kept[block] = self._sides(block, read_tensors(path))
         sides = self._kept[block]

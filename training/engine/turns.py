@@ -99,13 +99,17 @@ class Plan:
 
     def cost(self, first: int, last: int) -> float:
         """Updates ``first`` to ``last`` in forwards of one sample."""
-        at, cost = 0, 0.0
+        return sum(self.costs(first, last))
+
+    def costs(self, first: int, last: int) -> tuple[float, float]:
+        """The same: what learning takes, and what making data takes."""
+        at, learning, making = 0, 0.0, 0.0
         for phase in self.phases:
             end = at + phase.updates
-            cost += phase.cost * _overlap((first, last), (at, end))
-            cost += phase.fresh_cost * _overlap((first, min(last, phase.fresh)), (at, end))
+            learning += phase.cost * _overlap((first, last), (at, end))
+            making += phase.fresh_cost * _overlap((first, min(last, phase.fresh)), (at, end))
             at = end
-        return cost
+        return learning, making
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:

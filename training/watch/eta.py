@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..engine import making
 from ..engine.turns import Plan
 
 MEASURED = 10
@@ -11,18 +12,40 @@ MEASURED = 10
 
 
 class Pace:
-    """Seconds a forward of one sample takes here, from the updates of this process and the plan's costs."""
+    """Seconds a forward of one sample takes here, of those that learn and of those that make data, from the updates of
+    this process and the plan's costs."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.updates, self.seconds, self.cost = plan, 0, 0.0, 0.0
+        self.plan, self.updates, self.made = plan, 0, making.seconds()
+        self.learning, self.making = Rate(), Rate()
 
     def add(self, update: int, seconds: float) -> None:
         """``update`` took so long."""
-        self.updates, self.seconds = self.updates + 1, self.seconds + seconds
-        self.cost += self.plan.cost(update, update + 1)
+        made, before = making.seconds(), self.made
+        learning, making_cost = self.plan.costs(update, update + 1)
+        self.updates, self.made = self.updates + 1, made
+        if making_cost:
+            self.making.add(made - before, making_cost)
+        self.learning.add(max(seconds - (made - before), 0.0), learning)
 
     def left(self, update: int) -> float:
         """Seconds from ``update`` to the end; NaN while too few updates were measured."""
-        if self.updates < MEASURED or not self.cost:
+        if self.updates < MEASURED or not self.learning.cost:
             return math.nan
-        return self.seconds / self.cost * self.plan.cost(update, self.plan.updates)
+        learning, making_cost = self.plan.costs(update, self.plan.updates)
+        known = self.making if self.making.seconds else self.learning
+        return self.learning.each * learning + known.each * making_cost
+
+
+class Rate:
+    """Seconds for each forward."""
+
+    def __init__(self) -> None:
+        self.seconds, self.cost = 0.0, 0.0
+
+    def add(self, seconds: float, cost: float) -> None:
+        self.seconds, self.cost = self.seconds + seconds, self.cost + cost
+
+    @property
+    def each(self) -> float:
+        return self.seconds / self.cost if self.cost else 0.0
