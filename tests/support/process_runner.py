@@ -1,6 +1,6 @@
 """One process of a small run, as torchrun starts it: RANK, WORLD_SIZE and where they meet are in the environment.
 
-    process_runner.py FOLDER METHOD STEPS [KILL_RANK AFTER]
+    process_runner.py FOLDER METHOD STEPS [KILL_RANK AFTER [BATCH ACCUMULATION]]
 
 The process KILL_RANK dies as the kernel would kill it once it has seen AFTER updates.
 """
@@ -16,16 +16,19 @@ from typing import Any
 from kill_runner import _load
 
 
-def settings_of(method: str, steps: int) -> Any:
+def settings_of(method: str, steps: int, batch: int, accumulation: int) -> Any:
     from small_host import small
 
-    quiet = {"watch_every": 2, "preview_every": 0, "warm_up": 1, "batch": 4, "pairs": 8, "save_every": 1}
+    quiet = {"watch_every": 2, "preview_every": 0, "warm_up": 1, "batch": batch, "pairs": 2 * batch}
+    quiet |= {"save_every": 1, "accumulation": accumulation}
     if method == "dmd":
         return small(warm_start=2, critic_warm_up=1, steps=steps, critic_updates=1, **quiet)
     return small(method=method, steps=steps, **quiet)
 
 
-def main(folder: str, method: str, steps: str, dying: str = "-1", after: str = "0") -> None:
+def main(
+    folder: str, method: str, steps: str, dying: str = "-1", after: str = "0", batch: str = "4", parts: str = "1"
+) -> None:
     _load()
     import torch
     from small_host import SmallHost
@@ -45,7 +48,9 @@ def main(folder: str, method: str, steps: str, dying: str = "-1", after: str = "
     Trainer.step = stepped  # type: ignore[method-assign]
     torch.manual_seed(0)
     with processes.joined():
-        run(Path(folder), settings_of(method, int(steps)), host=SmallHost(), existing="continue")
+        run(
+            Path(folder), settings_of(method, int(steps), int(batch), int(parts)), host=SmallHost(), existing="continue"
+        )
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Blocks:
         self.blocks = max(wanted, len(self.prompts.sizes))
         self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._room = Slices(self.settings.batch, "the teacher's pictures")
+        self._agreed = -1
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
@@ -113,8 +114,12 @@ class Blocks:
         return sides
 
     def _made_by_all(self, block: int, micro: int) -> None:
-        """Several processes make the blocks from ``block`` on, one each, before they all go on with it."""
-        if processes.count() == 1 or processes.same(self._path(block).is_file()):
+        """Several processes make the blocks from ``block`` on, one each, before they all go on with it. Once a block,
+        for one process may have more micro-batches of it than another."""
+        if processes.count() == 1 or block == self._agreed:
+            return
+        self._agreed = block
+        if processes.same(self._path(block).is_file()):
             return
         own = block + processes.rank()
         if own < self.blocks:
