@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import OneStepError
-from .schedule import NoiseSchedule, expand, told
+from .schedule import NoiseSchedule, cast_as, expand
 
 if TYPE_CHECKING:
     from .cond import Cond
@@ -45,7 +45,7 @@ class _Wrapped:
     guidance: Guidance = "cfg"
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        time = told(self.schedule.time_of_sigma(sigma), x)
+        time = cast_as(self.schedule.time_of_sigma(sigma), x)
         captured = self.roles.capture(len(x), time, cond)
         with captured:
             prediction = self.network(x, time, cond).to(x.dtype)

@@ -47,10 +47,21 @@ def blended(
     terms = [(pair, share) for pair, share in ((mine, 1 - weight), (theirs, weight)) if pair is not None]
     a = torch.cat([pair[0].double() for pair, _ in terms])
     b = torch.cat([share * pair[1].double() for pair, share in terms], 1)
-    u, s, v = torch.linalg.svd(b.flatten(1) @ a.flatten(1), full_matrices=False)
-    rank = max(1, int((s > s[0] * 1e-12).sum()))
-    rank = min(rank, a.shape[0])
-    root = s[:rank].sqrt()
-    new_a = (root[:, None] * v[:rank]).reshape(rank, *a.shape[1:])
-    new_b = (u[:, :rank] * root).reshape(b.shape[0], rank, *b.shape[2:])
-    return new_a.float(), new_b.float()
+    return truncated(a, b)[0]
+
+
+def truncated(a: Tensor, b: Tensor, rank: int | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The factors of ``rank`` (of all that B A has, where None) whose product is nearest to B A, and B A's singular
+    values, float64 (Eckart and Young, 1936), without ever making B A:
+
+    B A = Q_B R_B (Q_A R_A)^T,  R_B R_A^T = U S V^T,   B' = Q_B U_r S_r^1/2,  A' = S_r^1/2 V_r^T Q_A^T
+    """
+    q_b, r_b = torch.linalg.qr(b.double().flatten(1))
+    q_a, r_a = torch.linalg.qr(a.double().flatten(1).T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    whole = max(1, int((s > s[0] * 1e-12).sum()))
+    r = whole if rank is None else min(rank, len(s))
+    root = s[:r].sqrt()
+    new_a = (root[:, None] * (v[:r] @ q_a.T)).reshape(r, *a.shape[1:])
+    new_b = (q_b @ u[:, :r] * root).reshape(len(b), r, *b.shape[2:])
+    return (new_a.float(), new_b.float()), s

@@ -17,10 +17,10 @@ from torch import Tensor
 
 def expand(level: Tensor, like: Tensor) -> Tensor:
     """``level`` [B], as [B, 1, ..., 1] in the dtype and on the device of ``like`` [B, ...]."""
-    return told(level, like).reshape(-1, *[1] * (like.ndim - 1))
+    return cast_as(level, like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def told(value: Tensor, like: Tensor) -> Tensor:
+def cast_as(value: Tensor, like: Tensor) -> Tensor:
     """``value`` in the dtype and on the device of ``like``. A card is not waited for: what it is sent from the host's
     memory is staged before the call returns."""
     return value.to(like.device, like.dtype, non_blocking=like.device.type != "cpu")

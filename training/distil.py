@@ -39,8 +39,8 @@ from .watch.progress import Progress, Report, Request, Result, Stopped, requeste
 
 __all__ = ["Progress", "Report", "Request", "Result", "Stopped", "distil"]
 
-SAVE_SECONDS, BEFORE = 600.0, "before training"
-"""The phase of the untrained student."""
+SAVE_SECONDS = 600.0
+BEFORE = "before training"  # the phase of the untrained student
 
 
 def distil(

@@ -1,20 +1,15 @@
-"""The initial LoRA of a run: somebody's few-step LoRA, or a student of ours, whose factors and recipe it takes over.
-
-    B A = Q_B R_B (Q_A R_A)^T,  R_B R_A^T = U S V^T:   of rank r, B' = Q_B U_r S_r^1/2,  A' = S_r^1/2 V_r^T Q_A^T
-
-is the nearest product of lower rank (Eckart and Young, 1936) without ever making B A.
-"""
+"""The initial LoRA of a run: somebody's few-step LoRA, or a student of ours, whose factors and recipe it takes over."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ...core.denoiser import EpsDenoiser
 from ...core.errors import OneStepError
+from ...core.factors import truncated
 from ...core.lora_file import fit, load_lora
 from ...core.recipe import PRESETS, Recipe
 from ...core.recipe.by_name import preset_by_name
@@ -61,15 +56,8 @@ def cut(state: State, rank: int) -> tuple[State, float]:
     found: State = {}
     whole = left = 0.0
     for name, (a, b) in state.items():
-        q_b, r_b = torch.linalg.qr(b.double().flatten(1))
-        q_a, r_a = torch.linalg.qr(a.double().flatten(1).T)
-        u, s, v = torch.linalg.svd(r_b @ r_a.T)
-        r = min(rank, len(s))
-        root = s[:r].sqrt()
-        new_a = (root[:, None] * (v[:r] @ q_a.T)).reshape(r, *a.shape[1:])
-        new_b = (q_b @ u[:, :r] * root).reshape(len(b), r, *b.shape[2:])
-        found[name] = new_a.to(a), new_b.to(b)
-        whole, left = whole + _size(s), left + _size(s[r:])
+        found[name], s = truncated(a, b, rank)
+        whole, left = whole + _size(s), left + _size(s[rank:])
     return found, 1 - left / whole if whole else 1.0
 
 

@@ -31,23 +31,17 @@ def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STU
     """
     step, levels = batch.choice(recipe.steps, "student step"), levels_of(denoise.schedule, recipe, len(batch))
     with torch.no_grad(), denoise.roles.use(role):
-        x, sigma = _start(denoise, recipe, batch)
+        x = initial_latents(denoise.schedule, batch.normal("latent"), levels[0], recipe.initial_noise_scale)
         for earlier in range(step):
-            x0 = denoise(x, sigma, batch.cond)
+            x0 = denoise(x, levels[earlier], batch.cond)
             x = advance(denoise.schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
-            sigma = levels[earlier + 1]
     with denoise.roles.use(role, train=train):
-        return denoise(x, sigma, batch.cond)
+        return denoise(x, levels[step], batch.cond)
 
 
 def level(denoise: Denoiser, recipe: Recipe, step: int, batch: Batch) -> Tensor:
     """sigma [B] of the recipe's ``step``."""
     return recipe.levels(denoise.schedule)[step].expand(len(batch))
-
-
-def _start(denoise: Denoiser, recipe: Recipe, batch: Batch) -> tuple[Tensor, Tensor]:
-    sigma = level(denoise, recipe, 0, batch)
-    return initial_latents(denoise.schedule, batch.normal("latent"), sigma, recipe.initial_noise_scale), sigma
 
 
 def add_student(host: Host, settings: Settings, initial: State | None, adapter: NewAdapter | None = None) -> None:

@@ -31,8 +31,6 @@ from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, generate
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
-from .matching_settings import MatchingSettings as MatchingSettings
-from .matching_settings import check_matching as check_matching
 from .regression import Regression
 
 CRITIC = "critic"

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from ..engine.levels import UniformTime
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, MatchingSettings, alternating, check_matching, dmd_weight
+from .distribution_matching import DistributionMatching, alternating, dmd_weight
+from .matching_settings import MatchingSettings, check_matching
 from .method import Method
 
 

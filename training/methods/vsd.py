@@ -8,7 +8,8 @@ from torch import Tensor
 from ...core.schedule import NoiseSchedule
 from ..engine.levels import UniformTime, at, vsd_weight
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, MatchingSettings, Scores, alternating, check_matching
+from .distribution_matching import DistributionMatching, Scores, alternating
+from .matching_settings import MatchingSettings, check_matching
 from .method import Method
 
 
