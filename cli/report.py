@@ -57,7 +57,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "cards": [device["title"] for device in devices()[1:]],
         "method": str(config["settings"].get("method"))[:40],
         "settings": dict(shareable(config["settings"])),
-        "plan": config.get("plan"),
+        "plan": plan.get("line") if isinstance(plan := config.get("plan"), dict) else None,
         "peak_bytes": max((row["peak_bytes"] for row in rows if finite(row.get("peak_bytes"))), default=None),
         "updates": max((int(row["update"]) for row in rows), default=0),
         "seconds_an_update": seconds_an_update(rows),
@@ -133,7 +133,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"an update: {', '.join(phases) or 'none yet'}",
     ]
     if facts["plan"]:
-        said.append(f"planned: {json.dumps(facts['plan'])[:200]}")
+        said.append(f"planned: {facts['plan']}")
     if facts["peak_bytes"]:
         said.append(f"peak: {facts['peak_bytes'] / 2**30:.2f} GiB")
     for name, found in facts["measures"].items():

@@ -90,7 +90,7 @@ class OneStepFast(io.ComfyNode):  # type: ignore[misc]
         if images is None:
             empty = {"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}
             return io.NodeOutput(vae.decode(drawn(guider, model, empty, recipe, seed)["samples"]))
-        one = one_step(model, recipe, strength)
+        one = recipe.at_strength(schedule_of(model.get_model_object("model_sampling")), strength)
         parts = images[..., :3].split(batch_size)
         return io.NodeOutput(torch.cat([anew(guider, model, vae, part, one, seed) for part in parts]))
 
@@ -104,14 +104,6 @@ def encoded(clip: Any, text: str) -> Any:
     while len(known) > MOST_TEXTS:
         known.popitem(last=False)
     return known[text]
-
-
-def one_step(model: Any, recipe: Recipe, strength: float) -> Recipe:
-    """One step from ``strength`` times the recipe's first time, begun as the recipe begins."""
-    schedule = schedule_of(model.get_model_object("model_sampling"))
-    time = strength * recipe.timesteps[0]
-    sigma = schedule.sigma_of_time(torch.tensor([time], dtype=torch.float64))
-    return recipe.retimed((float(schedule.time_of_sigma(sigma)),), recipe.noise_scale_from(schedule, sigma[0]))
 
 
 def anew(guider: Any, model: Any, vae: Any, images: Tensor, recipe: Recipe, seed: int) -> Tensor:

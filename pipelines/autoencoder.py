@@ -34,38 +34,39 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor, draws: Sequence[Any]) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1], on the CPU. draws: a generator or None a picture."""
-        config = self.vae.config
-
-        def decoded(one: Tensor, draw: Any) -> Tensor:
-            found: Tensor = self.vae.decode(one.to(self.vae.dtype), return_dict=False, generator=draw)[0]
-            return (found.float() / 2 + 0.5).clamp(0, 1)
-
-        scaled = latents.float() / config.scaling_factor + _shift_factor(self.vae)
-        pairs = zip(scaled.split(1), draws, strict=True)
-        return torch.cat([self._made(decoded, one, draw) for one, draw in pairs])
+        pairs = zip(latents.split(1), draws, strict=True)
+        return torch.cat([self._made(lambda z, draw=draw: decoded(self.vae, z, draw), one) for one, draw in pairs])  # type: ignore[misc]
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, on the CPU."""
+        return torch.cat([self._made(lambda x: encoded(self.vae, x), one) for one in pictures.split(1)])
 
-        def encoded(one: Tensor, draw: Any) -> Tensor:
-            return mode_of(self.vae.encode(one.to(self.vae.dtype))).float()
-
-        latents = torch.cat([self._made(encoded, 2 * one - 1, None) for one in pictures.split(1)])
-        return (latents - _shift_factor(self.vae)) * self.vae.config.scaling_factor
-
-    def _made(self, work: Callable[[Tensor, Any], Tensor], one: Tensor, draw: Any) -> Tensor:
+    def _made(self, work: Callable[[Tensor], Tensor], one: Tensor) -> Tensor:
         """``work`` of ``one``, in the first way that has the room."""
         while True:
             _, device, tiled = self._ways[0]
             with on_device(device, self.vae), upcast(self.vae, device.type == "cpu"), _tiles(self.vae, tiled):
-                found, why = attempt(lambda device=device: work(one.to(device), draw).cpu())  # type: ignore[misc]
+                found, why = attempt(lambda device=device: work(one.to(device)).cpu())  # type: ignore[misc]
             if found is not None:
                 return found
             if len(self._ways) == 1:
                 raise exhausted(WHAT, why)
             self._ways.pop(0)
             notice(self._ways[0][0])
+
+
+def decoded(vae: Any, latents: Tensor, generator: Any = None) -> Tensor:
+    """[B, 3, H, W] pictures in [0, 1] of [B, C, h, w] latents in the model's own scale, on their device."""
+    scaled = latents.float() / vae.config.scaling_factor + _shift_factor(vae)
+    pictures: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False, generator=generator)[0]
+    return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+
+def encoded(vae: Any, pictures: Tensor) -> Tensor:
+    """The other way: latents (the posterior's mode) of pictures in [0, 1], on their device."""
+    latents: Tensor = mode_of(vae.encode((2 * pictures - 1).to(vae.dtype))).float()
+    return (latents - _shift_factor(vae)) * vae.config.scaling_factor
 
 
 def _shift_factor(vae: Any) -> float:

@@ -27,9 +27,10 @@ from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.schedule import add_noise
 from ..core.step_numbers import StepNumbers, initial_scale, step_numbers
-from .adapt import DiffusersHost
-from .autoencoder import mode_of, upcast
+from .adapt import DiffusersHost, network_of
+from .autoencoder import decoded, encoded, upcast
 from .merged import merged
+from .networks import has_ip_adapter
 from .noise import Noise
 
 Mode = Literal["auto", "eager", "compile", "graph"]
@@ -61,6 +62,8 @@ class Fast:
             raise OneStepError(
                 "a guidance adapter is loaded: take it off with load_guidance_adapter(None) to draw fast"
             )
+        if has_ip_adapter(network_of(pipe)):
+            raise OneStepError("an IP-Adapter is loaded, and this draws texts alone: call unload_ip_adapter()")
         self.pipe, self.recipe = pipe, recipe
         self.host: DiffusersHost = pipe.host(recipe)
         self.host.network.eval()
@@ -117,15 +120,13 @@ class Fast:
     ) -> Iterator[Tensor]:
         """A picture [1, 3, H, W] for each of ``frames`` [3, H, W] in [0, 1], by one noise, so that they hang together.
 
-        strength: the share of the model's time at which the frame is noised, above 0 (the frame) to 1; one step.
+        strength: the share of the recipe's first time at which the frame is noised, above 0 (the frame) to 1; one step.
         """
         if not 0 < strength <= 1:
             raise OneStepError(f"strength is {strength!r:.40}: give a share above 0 to 1; 0.4 to 0.7 are usual")
         schedule = self.host.denoiser.schedule
-        share = torch.tensor([strength * self.recipe.timesteps[0] / schedule.trailing(1)[0]], dtype=torch.float64)
-        sigma = schedule.sigma_at(share.clamp(max=1))
-        own = self.recipe.retimed((float(schedule.time_of_sigma(sigma)),), 1.0)
-        steps = step_numbers(self.host.denoiser, own)
+        own = self.recipe.at_strength(schedule, strength)
+        sigma, steps = own.levels(schedule), step_numbers(self.host.denoiser, own)
         noise: Tensor | None = None
         for frame in frames:
             latents = encoded(self.host.pipe.vae, frame[None].to(self.host.device))
@@ -171,18 +172,13 @@ class Fast:
         def eager(given: dict[str, Tensor]) -> Tensor:
             return self._pictures(given, steps)
 
-        makers: dict[str, Callable[[], Call]] = {
-            "eager": lambda: eager,
-            "compile": lambda: torch.compile(eager),
-            "graph": lambda: Graph(eager, given),
-        }
+        if self.mode == "eager":
+            return eager
         try:
-            made = makers[self.mode]()
+            made: Call = Graph(eager, given) if self.mode == "graph" else torch.compile(eager)
             made(given)
             return made
         except Exception as error:  # whatever a compiler or a driver raises
-            if self.mode == "eager":
-                raise
             why = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
             logging.warning("OneStep: draws without %s (%s)", self.mode, why)
             self.mode = "eager"
@@ -219,19 +215,6 @@ class Graph:
             self.given[name].copy_(value)
         self.graph.replay()
         return self.answer.clone()
-
-
-def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] on the latents' device."""
-    shift = float(vae.config.get("shift_factor") or 0.0)
-    pictures = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
-    return (pictures.float() / 2 + 0.5).clamp(0, 1)
-
-
-def encoded(vae: Any, pictures: Tensor) -> Tensor:
-    """Latents (the posterior's mode) of [B, 3, H, W] in [0, 1], on the pictures' device."""
-    shift = float(vae.config.get("shift_factor") or 0.0)
-    return (mode_of(vae.encode((2 * pictures - 1).to(vae.dtype))).float() - shift) * vae.config.scaling_factor
 
 
 def _in_place(cond: Cond, host: DiffusersHost) -> Cond:

@@ -81,6 +81,12 @@ class Recipe:
         own: dict[str, Any] = {"log_snr": (), "sigmas": (), "files": ()}
         return replace(self, timesteps=timesteps, initial_noise_scale=initial_noise_scale, **own)
 
+    def at_strength(self, schedule: NoiseSchedule, strength: float) -> Recipe:
+        """One step from ``strength`` times the first time, begun as this one begins: of a picture noised to there."""
+        time = torch.tensor([strength * self.timesteps[0]], dtype=torch.float64)
+        sigma = schedule.sigma_of_time(time)
+        return self.retimed((float(schedule.time_of_sigma(sigma)),), self.noise_scale_from(schedule, sigma[0]))
+
     @classmethod
     def at(cls, schedule: NoiseSchedule, timesteps: Tensor, **more: Any) -> Recipe:
         """The recipe of ``timesteps`` [steps] on ``schedule``, begun with the noise that ComfyUI's samplers begin with

@@ -37,6 +37,8 @@ def test_the_figures_are_the_runs(tmp_path):
     assert facts["seconds_an_update"] == {"warm start": 0.2, "dmd": 3.0}  # medians; what is no number does not count
     assert facts["measures"]["first"] == {"update": 0, "distance": 0.7}
     assert facts["measures"]["best"] == {"update": 4, "distance": 0.2}
+    planned = folder_of(tmp_path / "planned", ROWS, plan={"line": "A run fits as it is set.", "rung": None})
+    assert facts_of(planned)["plan"] == "A run fits as it is set." and facts["plan"] is None
     assert facts["measures"]["last"] == {"update": 5, "distance": 0.3}
 
 

@@ -14,7 +14,7 @@ from oracles import stable_diffusion_levels
 
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import PRESETS, Recipe
-from onestep.core.schedule import FlowSchedule, VPSchedule
+from onestep.core.schedule import FlowSchedule, VPSchedule, initial_noise_scale
 
 SCHEDULE = VPSchedule.scaled_linear()
 
@@ -139,3 +139,18 @@ def test_a_student_may_start_below_pure_noise(start: float, told: list[int]) -> 
     assert recipe.initial_noise_scale == pytest.approx(levels[0][1], rel=1e-12)
     np.testing.assert_allclose(recipe.sigmas, [sigma / alpha for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
     np.testing.assert_allclose(recipe.log_snr, [math.log(alpha / sigma) for alpha, sigma in levels], rtol=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
+def test_a_share_of_the_first_time_is_one_step_from_there(strength: float) -> None:
+    """A flow's time itself; of a table the trained one next to it. It begins as the whole recipe does."""
+    flow = Recipe.for_student(FlowSchedule(3.0), 4, "sd3", ((64, 64),))
+    assert flow.at_strength(FlowSchedule(3.0), strength).timesteps == pytest.approx((1000 * strength,))
+    schedule = VPSchedule.scaled_linear()
+    few = Recipe.for_student(schedule, 4, "unet", ((64, 64),))
+    (time,) = few.at_strength(schedule, strength).timesteps
+    assert abs(time - 999 * strength) <= 0.5 and time == round(time)
+    found = few.at_strength(schedule, strength)
+    assert found.steps == 1 and found.initial_noise_scale == pytest.approx(
+        initial_noise_scale(schedule, found.levels(schedule)[0])
+    )

@@ -172,6 +172,18 @@ def test_what_it_cannot_do_is_said(given: dict[str, Any], why: str, tmp_path: Pa
         loaded("sd", RECIPES["one step"], tmp_path).fast(**given)
 
 
+def test_loaded_adapters_that_it_leaves_out_are_refused(tmp_path: Path) -> None:
+    pipe = loaded("sd", RECIPES["one step"], tmp_path)
+    network_of(pipe).encoder_hid_proj = torch.nn.Identity()
+    network_of(pipe).register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(OneStepError, match="unload_ip_adapter"):
+        pipe.fast()
+    network_of(pipe).register_to_config(encoder_hid_dim_type=None)
+    pipe._guidance = (object(), 4.0)
+    with pytest.raises(OneStepError, match=r"load_guidance_adapter\(None\)"):
+        pipe.fast()
+
+
 @pytest.mark.parametrize("strength", [0, -1, 1.5, float("nan")])
 def test_a_strength_out_of_range_is_refused(strength: float, tmp_path: Path) -> None:
     draw = Fast(loaded("sd", RECIPES["one step"], tmp_path), RECIPES["one step"])

@@ -76,7 +76,7 @@ class Monitor:
 
     def _measure(self, watch: Watch, update: int) -> Numbers:
         measured = watch(self.host, self.recipe, self.shown)
-        return measured | {"no_gain": self.gain(update, measured["distance"])}
+        return measured | {"no_gain": self.gain(update, measured["distance"])} | peak(self.host.device)
 
     def _draw(self, watch: Watch, update: int) -> Path:
         rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
@@ -88,6 +88,11 @@ class Monitor:
 
     def _path(self, update: int) -> Path:
         return self.folder / "previews" / f"{update:06d}.png"
+
+
+def peak(device: torch.device) -> Numbers:
+    """Bytes of tensors that a card has held at once in this process; nothing of a CPU."""
+    return {"peak_bytes": float(torch.cuda.max_memory_allocated(device))} if device.type == "cuda" else {}
 
 
 def _due(every: int, update: int, last: bool) -> bool:
