@@ -83,9 +83,10 @@ class Recipe:
 
     def at_strength(self, schedule: NoiseSchedule, strength: float) -> Recipe:
         """One step from ``strength`` times the first time, begun as this one begins: of a picture noised to there."""
-        time = torch.tensor([strength * self.timesteps[0]], dtype=torch.float64)
-        sigma = schedule.sigma_of_time(time)
-        return self.retimed((float(schedule.time_of_sigma(sigma)),), self.noise_scale_from(schedule, sigma[0]))
+        near = schedule.sigma_of_time(torch.tensor([strength * self.timesteps[0]], dtype=torch.float64))
+        # of a table of times the nearest that the network was trained at, and the noise of that
+        time = schedule.time_of_sigma(near)
+        return self.retimed((float(time),), self.noise_scale_from(schedule, schedule.sigma_of_time(time)[0]))
 
     @classmethod
     def at(cls, schedule: NoiseSchedule, timesteps: Tensor, **more: Any) -> Recipe:
