@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from .cards import GIB
 from .ladder import Planned
 
 WIDTH, BAR, ROW, EDGE = 960, 72, 30, 24
-COLOURS = {
-    "base": "#4c72b0",
-    "activations": "#dd8452",
-    "student": "#55a868",
-    "critic": "#c44e52",
-    "ema": "#8172b3",
-    "moments": "#937860",
-    "gradients": "#ccb974",
-}
+COLOURS = {"base": "#4c72b0", "activations": "#dd8452", "student": "#55a868", "critic": "#c44e52", "ema": "#8172b3"}
+PALER = {"moments": 0.35, "gradients": 0.65}
+"""What belongs to a role has its colour, mixed with so much white."""
 OTHER = "#8c8c8c"
 
 
@@ -47,5 +41,7 @@ def bar(plan: Planned) -> Image.Image:
 
 
 def colour(label: str) -> str:
-    """Of what it is, whoever's."""
-    return COLOURS.get(label, COLOURS.get(label.split()[-1], OTHER))
+    """Of its role, paler for what the role's learning takes: no two parts look alike."""
+    owner, _, kind = label.partition(" ")
+    own, white = ImageColor.getrgb(COLOURS.get(owner, OTHER)), PALER.get(kind, 0.0)
+    return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in own[:3])
