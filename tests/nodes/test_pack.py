@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,30 @@ def test_core_nodes_on_a_tiny_model_draw_diffusers_picture(
     theirs = drawn_by_diffusers(bundled[name], 5, name == "tiny-flow")
     assert ours.shape == theirs.shape == (32, 32, 3)
     assert abs(ours - theirs).max() <= 1, "8 bit pictures may differ by one rounding"
+
+
+def test_the_page_shows_what_a_node_says_and_folds_many_settings(comfy_server: Any, root: Path) -> None:
+    """A node's text is drawn by the pack's own script, and so is the button for its advanced settings in LiteGraph."""
+    script = (root / "web" / "js" / "onestep.js").read_text(encoding="utf-8")
+    lists = {
+        name: set(re.findall(r'"(OneStep\w+)"', line)) for name, line in re.findall(r"const (\w+) = (\[.*\]);", script)
+    }
+    lists["TALKERS"] |= lists["TRAINERS"]
+    lists["FOLDED"] |= lists["TRAINERS"]
+    says = re.compile(r"ui\.PreviewText|ui=\{\"text\"|ui=seen")
+    sources = [path.read_text(encoding="utf-8") for path in (root / "nodes").glob("*.py")]
+    talking = {name for text in sources if says.search(text) for name in re.findall(r'node_id="(\w+)"', text)}
+    assert talking <= lists["TALKERS"], talking - lists["TALKERS"]
+    known = comfy_server.get("/object_info")
+    many = {
+        name
+        for name in IDS
+        if sum(
+            bool(value[1].get("advanced"))
+            for kind in known[name]["input"].values()
+            for value in kind.values()
+            if len(value) > 1
+        )
+        > 5
+    }
+    assert many and many <= lists["FOLDED"], many - lists["FOLDED"]

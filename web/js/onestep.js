@@ -5,7 +5,8 @@ import { app } from "../../../scripts/app.js";
 import { Panel, element } from "./panel.js";
 
 const TRAINERS = ["OneStepDistil", "OneStepTrainAdapter"];
-const TALKERS = ["OneStepLoadLoRA", "OneStepPromptList", ...TRAINERS];
+const FOLDED = [...TRAINERS, "OneStepPlan"];
+const TALKERS = ["OneStepLoadLoRA", "OneStepPromptList", "OneStepExtract", "OneStepPlan", "OneStepDoctor", ...TRAINERS];
 const CANCELLED = "cancelled: what was learnt is saved; Run goes on from there";
 const panels = new Map(); // node -> panel
 let trained = new Set(); // panels that the graph under way has reached
@@ -132,9 +133,8 @@ app.registerExtension({
   name: "OneStep",
   setup: listen,
   nodeCreated(node) {
-    if (!TRAINERS.includes(node.comfyClass)) return;
-    fold(node);
-    addPanel(node);
+    if (FOLDED.includes(node.comfyClass)) fold(node);
+    if (TRAINERS.includes(node.comfyClass)) addPanel(node);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!TALKERS.includes(nodeData.name)) return;
