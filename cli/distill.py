@@ -24,18 +24,26 @@ def run(args: Namespace, console: Console) -> None:
     from ..training.engine.processes import is_first, joined
 
     with joined():
-        _run(args, console if is_first() else Silent(console.out))
+        try:
+            _run(args, console if is_first() else Silent(console.out))
+        except KeyboardInterrupt:
+            if not is_first():  # the first one says what has become of the run
+                raise SystemExit(1) from None
+            raise
 
 
 def _run(args: Namespace, console: Console) -> None:
+    from ..training.engine.processes import same
+
     prompts = read_prompts(args.prompts)
     settings, given = read_settings(args)
     folder, existing = Path(args.out).expanduser(), _existing(args)
-    if existing == "stop" and (folder / "config.json").is_file():
+    there = same((folder / "config.json").is_file())  # before the first one makes it
+    if existing == "stop" and there:
         raise OneStepError(
             f"a run is already in {str(folder)[-200:]}: add --resume or --restart, or give another --out"
         )
-    if existing == "continue" and not (folder / "config.json").is_file():
+    if existing == "continue" and not there:
         console.note(f"no run to continue in {folder.name[:100]}: started anew")
     host = open_host(args.model, settings.targets, args.device)
     settings = at_native_size(settings, given, host)
@@ -111,11 +119,15 @@ def curve_line(progress: Any) -> str:
 
 @contextmanager
 def cancellable(host: Any, console: Console) -> Iterator[None]:
-    """Within, Ctrl-C (or a polite kill) ends the run between two of its steps; a second one ends it at once."""
-    asked = threading.Event()
+    """Within, Ctrl-C (or a polite kill) ends the run between two of its steps; a second one ends it at once. Of several
+    processes, each is told twice by one Ctrl-C, by the terminal and by torchrun, which ends them itself where they do
+    not."""
+    from ..training.engine.processes import Alone, count
+
+    asked, several = threading.Event(), count() > 1
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked.is_set() and not several:
             raise KeyboardInterrupt
         asked.set()
 
@@ -128,6 +140,10 @@ def cancellable(host: Any, console: Console) -> Iterator[None]:
     host.on_poll = poll
     try:
         yield
+    except Alone:
+        if not asked.is_set():
+            raise
+        raise KeyboardInterrupt from None  # the others heard of it first
     finally:
         host.on_poll = None
         for number, handler in before.items():

@@ -51,6 +51,10 @@ ARCHITECTURES = {
 }
 
 
+class AnotherBase(OneStepError):
+    """The LoRA adapts layers that are not among those that it is read for."""
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """state: (A, B) by canonical target name, float32, alpha == rank; A [r, in, ...], B [out, r, ...].
@@ -243,7 +247,7 @@ def _apart(place: Place, a: Tensor, b: Tensor) -> State:
 def _refuse_foreign(state: Mapping[str, Any], names: Iterable[str] | None, family: str) -> None:
     foreign = [] if names is None else sorted(set(state) - set(names))
     if foreign:
-        raise OneStepError(
+        raise AnotherBase(
             f"This LoRA was made for another base: {len(foreign)} of its {len(state)} layers are not among those "
             f"adapted in this model, {foreign[0]!r} the first. Choose the base that it was trained on."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from .errors import OneStepError
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """Write ``pieces`` one after the other to ``path``. Raises OneStepError where the disk or the folder refuses."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # two machines may write one folder, from processes of one number
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "wb") as file:
             for piece in pieces:

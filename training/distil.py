@@ -16,7 +16,7 @@ from ..core.ksampler import usage_hint
 from ..core.memory import OutOfMemory, noticed
 from .engine import processes
 from .engine.donor import Initial, initial_state
-from .engine.inputs import check_base
+from .engine.inputs import check_base, recipe_of
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
 from .engine.setup import Setup, hooked
@@ -56,20 +56,20 @@ def distil(
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
-    other ``steps`` and ``pairs`` than it had (sun: other ``steps``); what changes over a run, the step size and nct's
-    noise levels, is then as in a run of so many steps. One that was finished early counts as finished until it is given
-    other steps. shells: of ``host``; on a card the run is then fitted to it, and says how. Raises OneStepError for bad
-    input, before anything is written, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes
-    through, after the state and partial.safetensors are saved.
+    other ``steps`` and ``pairs`` (sun: ``steps``); what changes over a run, the step size and nct's noise levels, is
+    then as in a run of so many. One that was finished early counts as finished until it is given other steps. shells:
+    of ``host``; on a card the run is then fitted to it, and says how. Raises OneStepError for bad input, before it has
+    written anything, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after
+    the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     for size in settings.size_list:
         host.latent_shape(size)
-    initial = initial_state(host, settings)
+    initial = initial_state(host, settings, takes_over=METHODS[settings.method].recipe is recipe_of)
     check_base(host)
     METHODS[settings.method].check(host, settings)
     refuse_missing(settings)
-    config = config_of(host, prompts, settings)
+    config = config_of(host, prompts, settings, METHODS[settings.method].recipe(host, settings))
     # whatever the caller switched off around us: a run needs gradients
     run_there = entered(folder, config, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
@@ -248,18 +248,17 @@ class _Session:
         self._save()
 
     def _roll_back(self) -> None:
-        reason = (
-            f"{self.trainer.stuck} steps in a row were no numbers (loss or gradient), "
-            f"the last in update {self.update + 1}"
-        )
+        bad, update = self.trainer.stuck, self.update + 1
         self._restore()
         raise Stopped(
-            f"{reason}: back at the state after update {self.update}. Lower learning_rate or guidance, then restart"
+            f"{bad} steps in a row were no numbers (loss or gradient), the last in update {update}: back at the state "
+            f"after update {self.update}. Lower learning_rate or guidance, then restart"
         )
 
     def _leave(self, error: BaseException) -> None:
         """Cancelled or failed: the state as it stands between two turns, and what has been learnt, as a file."""
-        if isinstance(error, OneStepError) and not isinstance(error, Stopped | NotSaved | OutOfMemory):
+        given = isinstance(error, OneStepError)
+        if given and not isinstance(error, Stopped | NotSaved | OutOfMemory | processes.Alone):
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
             leave(error, self._save, lambda: self._write("partial.safetensors", self.monitor.shown))

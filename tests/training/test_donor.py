@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.recipe.by_name import preset_by_name
 from onestep.core.roles import State
 from onestep.core.sampling import sample
-from onestep.training.engine.donor import cut, initial_state
+from onestep.core.tensor_file import read_header, read_tensors, write_tensors
+from onestep.training.engine.donor import cut, donor_recipe, initial_state
 from onestep.training.engine.inputs import recipe_of
 from onestep.training.engine.student import STUDENT, add_student, generate
 from onestep.training.methods.distribution_matching import CRITIC, add_critic
@@ -195,3 +197,102 @@ def test_adapt_without_a_donor_is_refused(tmp_path: Path) -> None:
     path = donor(tmp_path, SmallHost(), PRESETS["dmd2-4"])
     with pytest.raises(OneStepError, match="set critic_rank to 0"):
         run(tmp_path / "run", adapt(path, critic_rank=4), host=SmallHost())
+
+
+def rewritten(path: str, name: str, tensors: dict[str, Tensor] | None = None, **header: str) -> str:
+    """A LoRA file with other tensors or words in its header, beside it."""
+    there = Path(path).with_name(f"{name}.safetensors")
+    metadata = read_header(path).metadata | header
+    write_tensors(there, read_tensors(path) | (tensors or {}), metadata)
+    return str(there)
+
+
+@pytest.mark.parametrize(("made", "base"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
+def test_a_donor_of_another_prediction_is_refused(made: str, base: str, tmp_path: Path) -> None:
+    """By the header of our own files and of kohya's, or by the marks of a v-predicting base among the tensors."""
+    result = run(tmp_path / "made", small(steps=1, warm_start=0), host=SmallHost(prediction=made))
+    host = SmallHost(prediction=base)
+    with pytest.raises(OneStepError, match="is for models that predict (epsilon|v), and small predicts"):
+        initial_state(host, small(initial_lora=str(result.path)))
+    initial_state(SmallHost(prediction=made), small(initial_lora=str(result.path)))
+    silent = donor(tmp_path, SmallHost(), None, name="silent")
+    initial_state(host, small(initial_lora=silent))
+    if base == "epsilon":
+        marked = rewritten(silent, "marked", {"v_pred": torch.zeros(0)})
+        with pytest.raises(OneStepError, match="predict v, and small predicts epsilon"):
+            initial_state(host, small(initial_lora=marked))
+
+
+def test_a_donor_that_answers_with_pictures_is_refused(tmp_path: Path) -> None:
+    """SDXL-Lightning's one step: by its recipe, and by its file's name; a student of it would be drawn wrongly."""
+    host = SmallHost()
+    told = donor(tmp_path, host, replace(PRESETS["sdxl-lightning-1"], source=""))
+    for path in (told, donor(tmp_path, host, None, name="sdxl_lightning_1step")):
+        with pytest.raises(OneStepError, match="answer with the picture itself"):
+            initial_state(host, small(initial_lora=path))
+        initial_state(host, small(initial_lora=path, initial_recipe="own"))
+
+
+def test_a_donor_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    host = SmallHost()
+    weak = donor(tmp_path, host, replace(PRESETS["lcm-4"], lora_scale=0.0, source=""))
+    made = donor(tmp_path, host, None, name="made")
+    zero = {name: torch.zeros_like(value) for name, value in read_tensors(made).items() if name.endswith("alpha")}
+    for path in (weak, rewritten(made, "zero", zero)):
+        with pytest.raises(OneStepError, match="changes nothing"):
+            initial_state(host, small(initial_lora=path))
+
+
+def test_a_name_alone_is_of_its_own_family(tmp_path: Path) -> None:
+    """Files of other families are called Lightning or LCM too: their names then say nothing."""
+    host = SmallHost(prediction="flow")
+    host.family = "sd3"
+    path = str(tmp_path / "sd3_lightning_4step_lora.safetensors")
+    save_lora(path, {"transformer_blocks.0.attn.to_q": (torch.ones(1, 4), torch.ones(4, 1))}, "sd3")
+    assert donor_recipe(host, small(initial_lora=path)) is None
+    with pytest.raises(OneStepError, match="is of 'unet' models"):
+        donor_recipe(host, small(initial_lora=path, initial_recipe="sdxl-lightning-4"))
+
+
+def test_a_recipe_for_no_lora_is_refused(tmp_path: Path) -> None:
+    for name, why in (("dmd2-4", "there is no initial LoRA"), ("dmd2-5", "did you mean 'dmd2-4'")):
+        with pytest.raises(OneStepError, match=why):
+            run(tmp_path / "run", small(initial_recipe=name))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_renamed_donor_is_no_other_recipe(tmp_path: Path) -> None:
+    """Where its name alone says how it is drawn, a run does not go on in other steps than it began with."""
+    path = donor(tmp_path, SmallHost(), None, name="sdxl_lightning_4step_lora")
+    shutil.copy(path, tmp_path / "mine.safetensors")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(path, tmp_path / "moved")
+    few = {"warm_start": 0, "watch_every": 0, "preview_every": 0}
+    run(tmp_path / "run", small(initial_lora=path, steps=1, **few))
+    with pytest.raises(OneStepError, match="draws by another recipe: .* Give it the name that it had"):
+        run(
+            tmp_path / "run",
+            small(initial_lora=str(tmp_path / "mine.safetensors"), steps=2, **few),
+            existing="continue",
+        )
+    moved = str(tmp_path / "moved" / Path(path).name)
+    assert run(tmp_path / "run", small(initial_lora=moved, steps=2, **few), existing="continue").recipe.steps == 4
+
+
+def test_what_is_told_of_a_donor_is_so(tmp_path: Path) -> None:
+    """Text encoders' keys are left out with a word; a method with steps of its own does not take over the donor's."""
+    text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
+    path = rewritten(donor(tmp_path, SmallHost(), PRESETS["lcm-4"]), "text", text)
+    few = {"steps": 1, "watch_every": 0, "preview_every": 0}
+    told = run(tmp_path / "dmd", small(initial_lora=path, warm_start=0, **few)).notes
+    assert "draws in 4 steps" in " ".join(told) and "1 keys of text encoders are left out" in " ".join(told)
+    guided = run(tmp_path / "guided", small(method="guidance-lora", initial_lora=path, **few))
+    assert guided.recipe.steps == 3 and "and so does the student" not in " ".join(guided.notes)
+
+
+def test_a_donor_of_more_layers_than_are_adapted_says_so(tmp_path: Path) -> None:
+    path = donor(tmp_path, SmallHost(), None)
+    host = SmallHost()
+    del host.denoiser.roles.targets["conv_in"]
+    with pytest.raises(OneStepError, match="Or set targets=all: this run adapts attention alone"):
+        initial_state(host, small(initial_lora=path, targets="attention"))

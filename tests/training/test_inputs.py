@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from small_host import PROMPTS, SmallHost, small
@@ -33,13 +34,15 @@ def test_several_steps_begin_at_pure_noise() -> None:
     assert recipe_of(SmallHost(), small(start=0.0, student_steps=2)).timesteps == (999.0, 499.0)
 
 
-def test_a_run_is_known_by_settings_prompts_and_base() -> None:
-    config = config_of(SmallHost(), PROMPTS, small())
-    assert config == config_of(SmallHost(), list(PROMPTS), small())
+def test_a_run_is_known_by_settings_prompts_base_and_recipe() -> None:
+    recipe = recipe_of(SmallHost(), small())
+    config = config_of(SmallHost(), PROMPTS, small(), recipe)
+    assert config == config_of(SmallHost(), list(PROMPTS), small(), recipe)
     for key, other in {
-        "settings": config_of(SmallHost(), PROMPTS, small(rank=3)),
-        "prompts": config_of(SmallHost(), PROMPTS[::-1], small()),
-        "base": config_of(SmallHost(seed=1), PROMPTS, small()),
+        "settings": config_of(SmallHost(), PROMPTS, small(rank=3), recipe),
+        "prompts": config_of(SmallHost(), PROMPTS[::-1], small(), recipe),
+        "base": config_of(SmallHost(seed=1), PROMPTS, small(), recipe),
+        "recipe": config_of(SmallHost(), PROMPTS, small(), replace(recipe, renoise=True)),
     }.items():
         assert [name for name in config if config[name] != other[name]] == [key]
     assert {"torch", "python"} <= set(config["versions"]) and config["threads"] >= 1

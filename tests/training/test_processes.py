@@ -1,4 +1,4 @@
-"""Two processes that train one run: as one process with the whole batch, resumed to the bit, and one of them killed."""
+"""Two processes that train one run: as one process with the whole batch, resumed to the bit, and one of them struck."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ RUNNER = Path(__file__).parents[1] / "support" / "process_runner.py"
 SECONDS = 240
 ADDED = ("distance", "regression", "critic", "anchor")
 """Numbers of the metrics that are means over the batch, or of the whole student."""
+Found = dict[str, Any]
 
 
 def free_port() -> int:
@@ -29,45 +30,58 @@ def free_port() -> int:
         return int(there.getsockname()[1])
 
 
-def started(count: int, folder: Path, *arguments: Any) -> list[subprocess.Popen[str]]:
-    """The processes of a run in ``folder``, as torchrun would start them."""
+def a_run(folder: Path, method: str = "dmd", steps: int = 3, **settings: Any) -> Found:
+    return {"folder": str(folder), "method": method, "steps": steps, "settings": settings}
+
+
+def struck(run: Found, rank: int, where: str, after: int = 0) -> Found:
+    """``run``, in which that befalls one process."""
+    return run | {"fault": {"rank": rank, "where": where, "after": after}}
+
+
+def processes_of(count: int, *runs: Found) -> list[tuple[int, list[Found]]]:
+    """Exit code of each process of ``runs``, started as torchrun starts them, and what each run came to in it."""
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    command = [sys.executable, str(RUNNER), str(folder), *map(str, arguments)]
-    return [
-        subprocess.Popen(command, env=os.environ | meet | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
+    command = [sys.executable, str(RUNNER), *map(json.dumps, runs)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=os.environ | meet | {"RANK": str(rank)}, **pipes) for rank in range(count)]
+    ended = []
+    try:
+        for process in started:
+            out, told = process.communicate(timeout=SECONDS)
+            print(told[-2000:])
+            ended.append((process.returncode, [json.loads(line) for line in out.splitlines()]))
+    finally:
+        for process in started:
+            process.kill()
+    return ended
 
 
-def ended(found: list[subprocess.Popen[str]]) -> list[int]:
-    """Their exit codes; where one has failed, the others are ended after a while, as torchrun ends them."""
-    told = [process.communicate(timeout=SECONDS)[1] for process in found]
-    codes = [process.returncode for process in found]
-    print(*(text[-3000:] for text, code in zip(told, codes, strict=True) if code), sep="\n")
-    return codes
+def trained(count: int, run: Found) -> dict[str, torch.Tensor]:
+    assert [code for code, _ in processes_of(count, run)] == [0] * count
+    return load_file(Path(run["folder"]) / "result.safetensors")
 
 
-def trained(count: int, folder: Path, *arguments: Any) -> dict[str, torch.Tensor]:
-    assert ended(started(count, folder, *arguments)) == [0] * count
-    return load_file(folder / "result.safetensors")
+def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """To float32's rounding: the sums of a batch are of parts of it."""
+    assert one.keys() == two.keys()
+    moved = max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name or "lora_up" in name)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3 * moved if value.ndim > 1 else 0)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: Any) -> Path:
     """A folder with a run by two processes in `two`, and the same by one in `one`."""
-    base = tmp_path_factory.mktemp("processes")
-    trained(2, base / "two", "dmd", 3)
-    trained(1, base / "one", "dmd", 3)
+    base: Path = tmp_path_factory.mktemp("processes")
+    trained(2, a_run(base / "two"))
+    trained(1, a_run(base / "one"))
     return base
 
 
 def test_two_learn_what_one_learns(base: Path) -> None:
-    """To float32's rounding: the sums of a batch are of halves. What is written is the same, once."""
-    one, two = (load_file(base / name / "result.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    moved = max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name or "lora_up" in name)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3 * moved if value.ndim > 1 else 0)
+    """What is written is the same, once."""
+    assert_near(*(load_file(base / name / "result.safetensors") for name in ("one", "two")))
     files = [{str(path.relative_to(base / name)) for path in (base / name).rglob("*")} for name in ("one", "two")]
     assert files[0] == files[1]
 
@@ -85,33 +99,89 @@ def test_losses_and_gradients_are_the_whole_batchs(base: Path) -> None:
 
 
 def test_resumed_by_as_many_to_the_bit(base: Path) -> None:
-    """One of the processes is killed: the state is whole, and the run goes on as if nothing had been."""
-    found = started(2, base / "torn", "dmd", 3, 1, 3)
-    assert found[1].wait(SECONDS) != 0
-    try:
-        found[0].wait(30)
-    except subprocess.TimeoutExpired:
-        found[0].kill()
+    """One of the processes is killed: the other says so and ends, the state is whole, and the run goes on as if nothing
+    had been."""
+    (code, found), (killed, _) = processes_of(2, struck(a_run(base / "torn"), 1, "update", 3))
+    assert killed < 0 and code == 0 and found[0]["error"] == "Alone", found
+    assert "another process of this run has ended" in found[0]["says"] and "--resume" in found[0]["says"]
     assert not (base / "torn" / "result.safetensors").exists()
     assert [path for path in (base / "torn").glob("state-*") if (path / "complete").is_file()]
-    again = trained(2, base / "torn", "dmd", 3)
+    again = trained(2, a_run(base / "torn"))
+    for name, value in load_file(base / "two" / "result.safetensors").items():
+        assert torch.equal(again[name], value)
+
+
+@pytest.mark.parametrize(("rank", "where", "after"), [(1, "pairs", 0), (0, "saving", 3), (0, "end", 0)])
+def test_wherever_one_dies_the_other_ends_and_the_run_goes_on(
+    base: Path, tmp_path: Path, rank: int, where: str, after: int
+) -> None:
+    ended = processes_of(2, struck(a_run(tmp_path / "torn"), rank, where, after))
+    assert ended[rank][0] < 0 and ended[1 - rank][1][0]["error"] == "Alone"
+    again = trained(2, a_run(tmp_path / "torn"))
     for name, value in load_file(base / "two" / "result.safetensors").items():
         assert torch.equal(again[name], value)
 
 
 def test_another_number_goes_on(base: Path) -> None:
     before = load_file(base / "one" / "result.safetensors")
-    after = trained(2, base / "one", "dmd", 5)
+    after = trained(2, a_run(base / "one", steps=5))
     assert after.keys() == before.keys() and any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_one_may_have_more_micro_batches_than_the_other(tmp_path: Path) -> None:
     """Five rows, one at a time: two by the first process, three by the second."""
-    one = trained(1, tmp_path / "one", "dmd", 2, -1, 0, 5, 5)
-    two = trained(2, tmp_path / "two", "dmd", 2, -1, 0, 5, 5)
-    moved = max(float(value.abs().max()) for value in one.values())
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-3 * moved if value.ndim > 1 else 0)
+    parts = {"batch": 5, "accumulation": 5}
+    assert_near(*(trained(count, a_run(tmp_path / str(count), steps=2, **parts)) for count in (1, 2)))
+
+
+def test_what_befalls_one_process_is_no_other_run(base: Path, tmp_path: Path) -> None:
+    """Memory runs out in one of them, as it learns and as it makes pairs; one has a gradient that is no number; one
+    stops the run; two are not of one run: they end each together, with the same student, and wait for nobody."""
+    runs = [
+        struck(a_run(tmp_path / "memory"), 1, "memory", 5),
+        struck(a_run(tmp_path / "memory in pairs"), 1, "memory in pairs", 1),
+        struck(a_run(tmp_path / "nan"), 1, "nan", 5),
+        struck(a_run(tmp_path / "stuck", patience=1), 0, "nan", 5),
+        struck(a_run(tmp_path / "finished"), 0, "finish", 3),
+        struck(a_run(tmp_path / "settings"), 1, "settings"),
+        struck(a_run(tmp_path / "base"), 1, "base"),
+        a_run(tmp_path / "vsd", "vsd"),
+        a_run(tmp_path / "guidance", "guidance-lora"),
+    ]
+    (code, first), (other, second) = processes_of(2, *runs)
+    assert code == other == 0 and len(first) == len(second) == len(runs)
+    for run, mine, theirs in zip(runs, first, second, strict=True):
+        assert mine["factors"] == theirs["factors"], run
+        assert mine.get("says") == theirs.get("says") and mine.get("updates") == theirs.get("updates"), run
+    two = load_file(base / "two" / "result.safetensors")
+    for name in ("memory", "memory in pairs"):
+        assert_near(two, load_file(tmp_path / name / "result.safetensors"))
+    metrics = [json.loads(line) for line in (tmp_path / "nan" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(None in line.values() for line in metrics) == 1
+    assert first[3]["error"] == "Stopped" and first[4]["updates"] == 3
+    for found, folder in ((first[5], "settings"), (first[6], "base")):
+        assert f"have not the same {folder}" in found["says"] and not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize(("where", "after", "error"), [("full", 8, "NotSaved"), ("cancel", 6, "KeyboardInterrupt")])
+def test_the_first_leaves_and_nobody_waits(where: str, after: int, error: str, base: Path, tmp_path: Path) -> None:
+    """A full disk; a person who cancels. The run goes on to the bit."""
+    (_, first), (_, second) = processes_of(2, struck(a_run(tmp_path / "left"), 0, where, after))
+    assert first[0]["error"] == error and second[0]["error"] == "Alone"
+    again = trained(2, a_run(tmp_path / "left"))
+    for name, value in load_file(base / "two" / "result.safetensors").items():
+        assert torch.equal(again[name], value)
+
+
+def test_a_start_that_names_no_meeting_place_is_refused(monkeypatch: Any) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(OneStepError, match="WORLD_SIZE is 2, but the processes do not find each other"),
+        processes.joined(),
+    ):
+        pass
 
 
 def test_one_process_alone_is_all(tmp_path: Path) -> None:

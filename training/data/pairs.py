@@ -48,7 +48,7 @@ class Blocks:
         self.blocks = max(wanted, len(self.prompts.sizes))
         self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._room = Slices(self.settings.batch, "the teacher's pictures")
-        self._agreed = -1
+        self._agreed, self._missing = -1, False
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
@@ -114,17 +114,19 @@ class Blocks:
         return sides
 
     def _made_by_all(self, block: int, micro: int) -> None:
-        """Several processes make the blocks from ``block`` on, one each, before they all go on with it. Once a block,
-        for one process may have more micro-batches of it than another."""
-        if processes.count() == 1 or block == self._agreed:
+        """Several processes make the blocks from ``block`` on, one each, before they all go on with it. They meet once
+        a block: one of them may have more micro-batches of it than another, or begin it again where memory ran out."""
+        if processes.count() == 1:
             return
-        self._agreed = block
-        if processes.same(self._path(block).is_file()):
+        if block != self._agreed:
+            self._agreed, self._missing = block, not processes.same(self._path(block).is_file())
+        if not self._missing:
             return
         own = block + processes.rank()
         if own < self.blocks:
             self._block(own, micro)
         processes.wait()
+        self._missing = False
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.safetensors"

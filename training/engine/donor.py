@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...core.denoiser import EpsDenoiser
+from ...core.denoiser import EpsDenoiser, VDenoiser, X0Denoiser
 from ...core.errors import OneStepError
 from ...core.factors import truncated
-from ...core.lora_file import fit, load_lora
+from ...core.lora_file import AnotherBase, LoraFile, fit, load_lora
 from ...core.recipe import PRESETS, Recipe
 from ...core.recipe.by_name import preset_by_name
 from ...core.roles import State
@@ -26,18 +26,22 @@ Initial = tuple[State | None, str]
 """An initial LoRA's factors, and what a run tells of them."""
 
 
-def initial_state(host: Host, settings: Settings) -> Initial:
+def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) -> Initial:
     """The initial LoRA's factors at the run's rank, in every target, and what was lost of them, in words: filled up
-    with zeros where it has less, cut where it has more."""
+    with zeros where it has less, cut where it has more. takes_over: whether the student draws as it does, by
+    `inputs.recipe_of`."""
     if not settings.initial_lora:
         return None, ""
-    targets = list(host.denoiser.roles.targets.values())
-    file = load_lora(settings.initial_lora, [target.name for target in targets], host.family)
-    file.say_left_out(settings.initial_lora)
-    recipe = donor_recipe(host, settings)
+    file, recipe = _read(host, settings), donor_recipe(host, settings)
+    _check_prediction(host, file)
     scale = 1.0 if recipe is None else recipe.lora_scale
+    targets = list(host.denoiser.roles.targets.values())
     state = {name: (a, scale * b) for name, (a, b) in fit(file.state, targets).items()}
-    notes = [donor_note(recipe, settings)]
+    if not any(bool(a.any()) and bool(b.any()) for a, b in state.values()):
+        raise OneStepError(
+            f"the initial LoRA changes nothing: its factors are 0{' at its strength' * (scale != 1)}. Give another one"
+        )
+    notes = [_note(recipe, settings) if takes_over else "", file.left_out and f"of the initial LoRA {file.left_out}"]
     largest = max(len(a) for a, _ in state.values())
     if largest > settings.rank:
         state, kept = cut(state, settings.rank)
@@ -49,6 +53,37 @@ def initial_state(host: Host, settings: Settings) -> Initial:
         grown[name][1][:, : len(a)] = b
     host.denoiser.roles.drop("initial")
     return grown, "; ".join(note for note in notes if note)
+
+
+def _read(host: Host, settings: Settings) -> LoraFile:
+    names = list(host.denoiser.roles.targets)
+    try:
+        return load_lora(settings.initial_lora, names, host.family)
+    except AnotherBase as error:
+        if settings.targets == "all":
+            raise
+        raise OneStepError(f"{error} Or set targets=all: this run adapts {settings.targets} alone") from None
+
+
+PREDICTIONS = {"epsilon": EpsDenoiser, "v": VDenoiser}
+"""What a network predicts, in modelspec's words."""
+MARKS = ("v_pred", "ztsnr")
+
+
+def predicts(host: Host) -> str:
+    """What ``host``'s network predicts, in modelspec's words; "" where they have none for it."""
+    return next((name for name, kind in PREDICTIONS.items() if isinstance(host.denoiser, kind)), "")
+
+
+def _check_prediction(host: Host, file: LoraFile) -> None:
+    """Raises OneStepError where the file says that it is for networks that predict something else."""
+    marked = any(key.endswith(MARKS) for key in file.unused)
+    told, found = "v" if marked else file.metadata.get("modelspec.prediction_type", ""), predicts(host)
+    if told in PREDICTIONS and found and told != found:
+        raise OneStepError(
+            f"the initial LoRA is for models that predict {told}, and {host.name} predicts {found}: take one of its "
+            "own kind"
+        )
 
 
 def cut(state: State, rank: int) -> tuple[State, float]:
@@ -71,23 +106,27 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
 
     Raises OneStepError for a recipe that does not fit the base, or that needs guidance.
     """
+    _check_named(settings)
     if not settings.initial_lora or settings.initial_recipe == OWN:
         return None
     path, name = settings.initial_lora, "" if settings.initial_recipe == AUTO else settings.initial_recipe
     told = read_header(path).metadata.get("onestep.recipe")
     if name or not told:
-        name = name or preset_by_name(Path(path).name) or ""
+        name = name or _guessed(path, host.family)
         if not name:
             return None
-        if name not in PRESETS:
-            raise OneStepError(f"initial_recipe is {name!r:.60}{nearest(name, (AUTO, OWN, *PRESETS))}")
         recipe = PRESETS[name]
-        if recipe.family == "unet" and not isinstance(host.denoiser, EpsDenoiser):
+        if recipe.family == host.family == "unet" and not isinstance(host.denoiser, EpsDenoiser):
             raise OneStepError(
                 f"{name} was made for models that predict noise, and {host.name} does not: take a LoRA of its own kind"
             )
     else:
         recipe = Recipe.from_json(told)
+    if recipe.prediction == "sample" and not isinstance(host.denoiser, X0Denoiser):
+        raise OneStepError(
+            "the initial LoRA makes its network answer with the picture itself, as SDXL-Lightning's one step does, "
+            f"and {host.name} does not: give one of 2, 4 or 8 steps, or initial_recipe={OWN}"
+        )
     if recipe.family != host.family:
         raise OneStepError(f"the initial LoRA is of {recipe.family!r} models, and {host.name} is {host.family!r}")
     if recipe.guidance != 1:
@@ -98,6 +137,23 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
     return recipe
 
 
+def _check_named(settings: Settings) -> None:
+    name = settings.initial_recipe
+    if name not in (AUTO, OWN, *PRESETS):
+        raise OneStepError(f"initial_recipe is {name!r:.60}{nearest(name, (AUTO, OWN, *PRESETS))}")
+    if name in PRESETS and not settings.initial_lora:
+        raise OneStepError(
+            f"initial_recipe is {name}, but there is no initial LoRA that it could be of: give initial_lora, or set "
+            f"initial_recipe={AUTO}"
+        )
+
+
+def _guessed(path: str, family: str) -> str:
+    """The preset that the file's name stands for, in this family; other families' files have like names."""
+    name = preset_by_name(Path(path).name) or ""
+    return name if name and PRESETS[name].family == family else ""
+
+
 def student_of_donor(host: Host, settings: Settings) -> Recipe | None:
     """The recipe of a student that goes on from the initial LoRA: its steps, its times, its noise; at this run's
     sizes, and at full strength, which its factors have taken in."""
@@ -105,7 +161,7 @@ def student_of_donor(host: Host, settings: Settings) -> Recipe | None:
     return None if recipe is None else replace(recipe, sizes=settings.size_list, lora_scale=1.0, source="")
 
 
-def donor_note(recipe: Recipe | None, settings: Settings) -> str:
+def _note(recipe: Recipe | None, settings: Settings) -> str:
     """What a run tells of the recipe that it takes over, where that is not what its settings say."""
     if recipe is None or recipe.steps == settings.student_steps:
         return ""

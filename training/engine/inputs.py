@@ -12,10 +12,9 @@ from ...core.errors import OneStepError
 from ...core.ksampler import nearest_start
 from ...core.recipe import Recipe
 from ...core.schedule import NoiseSchedule, VPSchedule
-from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
-from .donor import student_of_donor
+from .donor import AUTO, donor_recipe, student_of_donor
 
 SIGMA_INIT = 2.5
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,12 +54,16 @@ def recipe_of(host: Host, settings: Settings) -> Recipe:
     return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)
 
 
-def recipe_of_file(path: str) -> Recipe:
-    """How the LoRA in a file is sampled. Raises OneStepError for one that does not say so."""
-    text = read_header(path).metadata.get("onestep.recipe")
-    if text is None:
-        raise OneStepError("the initial LoRA does not say how it is sampled: give one that onestep distill has made")
-    return Recipe.from_json(text)
+def recipe_of_student(host: Host, settings: Settings) -> Recipe:
+    """How the few-step student under an adapter is sampled, the initial LoRA or the base. Raises OneStepError for a
+    LoRA of which nothing says so."""
+    recipe = donor_recipe(host, settings)
+    if recipe is None and settings.initial_lora and settings.initial_recipe == AUTO:
+        raise OneStepError(
+            "the initial LoRA does not say how it is sampled: name a preset in initial_recipe, or give one that "
+            "onestep distill has made"
+        )
+    return recipe or recipe_of(host, settings)
 
 
 def automatic_start(schedule: NoiseSchedule, steps: int) -> float:

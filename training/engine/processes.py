@@ -9,10 +9,13 @@ there is one process, and nothing here does anything. What is told from one to a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +25,15 @@ from torch import Tensor
 from ...core.errors import OneStepError
 
 BACKENDS = "cpu:gloo,cuda:nccl"
+PATIENCE = timedelta(days=1)
+"""For which one process waits for another: the first one alone encodes the prompts, draws what the watch compares with
+and writes, which may take longer than torch's ten minutes. One that has died is noticed at once."""
+MOST = 2**24
+"""Numbers that are summed at once: so much room, not that of all gradients, is taken beside them."""
+
+
+class Alone(OneStepError):
+    """Another process of the run has ended, or cannot be reached."""
 
 
 @contextmanager
@@ -32,12 +44,44 @@ def joined() -> Iterator[None]:
         return
     on_cards = torch.cuda.is_available()
     if on_cards:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group(BACKENDS if on_cards else "gloo")
+        torch.cuda.set_device(_own_card())
+    try:
+        distributed.init_process_group(BACKENDS if on_cards else "gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise OneStepError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']:.20}, but the processes do not find each other ({_why(error)}): "
+            "start them by torchrun or accelerate launch, or unset WORLD_SIZE"
+        ) from None
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _own_card() -> int:
+    """The card of this process. Raises OneStepError where there are fewer cards than processes on this machine."""
+    own, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= cards:
+        raise OneStepError(f"this machine has {cards} GPUs, fewer than its processes: start at most {cards} on it")
+    return own
+
+
+@contextmanager
+def _met() -> Iterator[None]:
+    """Within, processes exchange something. Raises Alone where one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Alone(
+            f"another process of this run has ended or cannot be reached ({_why(error)}): what it has said tells why. "
+            "The last state is intact: start the run again with --resume"
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    """The first line of what torch says, without the place in its own source."""
+    lines = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()
+    return (lines or [type(error).__name__])[0][:120]
 
 
 def count() -> int:
@@ -63,7 +107,8 @@ def own(samples: int) -> range:
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:
-        distributed.barrier()
+        with _met():  # not a barrier, which waits on a card
+            distributed.all_reduce(torch.zeros(1))
 
 
 @contextmanager
@@ -82,21 +127,66 @@ def same(value: Any) -> Any:
         return value
     told = torch.tensor(list(json.dumps(value).encode()) if is_first() else [], dtype=torch.uint8)
     length = torch.tensor([len(told)])
-    distributed.broadcast(length, 0)
-    told = told if is_first() else torch.empty(int(length), dtype=torch.uint8)
-    distributed.broadcast(told, 0)
+    with _met():
+        distributed.broadcast(length, 0)
+        told = told if is_first() else torch.empty(int(length), dtype=torch.uint8)
+        distributed.broadcast(told, 0)
     return json.loads(bytes(told.tolist()))
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raises OneStepError, in every process, where not all have these ``facts``, by name: what JSON can hold."""
+    if count() == 1:
+        return
+    hashes = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in facts.values()]
+    own = torch.tensor([list(digest) for digest in hashes], dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(count())]
+    with _met():
+        distributed.all_gather(every, own)
+    other = [name for at, name in enumerate(facts) if any(not torch.equal(one[at], every[0][at]) for one in every)]
+    if other:
+        raise OneStepError(
+            f"the {count()} processes of this run have not the same {' and '.join(other)}: start all of them with the "
+            "same command, checkpoint and files"
+        )
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Each gradient becomes the sum of all processes', to the same bits in each."""
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if count() == 1 or not found:
+    if count() == 1:
         return
-    flat = torch.cat([grad.flatten() for grad in found])
-    distributed.all_reduce(flat)
-    for grad, summed in zip(found, flat.split([grad.numel() for grad in found]), strict=True):
-        grad.copy_(summed.view_as(grad))
+    for grads in _parts(_gradients(parameters)):
+        flat = torch.cat([grad.flatten() for grad in grads])
+        with _met():
+            distributed.all_reduce(flat)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Of those that have one in any process: 0 where this one's rows gave none."""
+    reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    with _met():
+        distributed.all_reduce(reached)
+    found = [parameter for parameter, somewhere in zip(parameters, reached.tolist(), strict=True) if somewhere]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in found if parameter.grad is not None]
+
+
+def _parts(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """``values`` in order, in parts of at most `MOST` numbers, or of one."""
+    part: list[Tensor] = []
+    held = 0
+    for value in values:
+        if part and held + value.numel() > MOST:
+            yield part
+            part, held = [], 0
+        part.append(value)
+        held += value.numel()
+    if part:
+        yield part
 
 
 def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
@@ -105,5 +195,6 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
         return numbers
     names = sorted(numbers)
     values = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
-    distributed.all_reduce(values)
+    with _met():
+        distributed.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))

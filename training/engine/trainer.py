@@ -79,8 +79,11 @@ class Trainer:
         while True:
             found, why = attempt(lambda: self._accumulated(turn, update, number))
             if found is not None:
-                return found
+                break
             self._halve(turn.role, why)
+        # outside of what is tried again: where memory ran out in one process, the others wait here, once
+        processes.sum_gradients(self.host.denoiser.roles.parameters(turn.role))
+        return processes.sum_numbers(found)
 
     def _accumulated(self, turn: Turn, update: int, number: int) -> Numbers:
         self.optimizers[turn.role].zero_grad(set_to_none=True)
@@ -95,8 +98,7 @@ class Trainer:
             for value in self.host.denoiser.roles.parameters(turn.role):
                 if value.grad is not None:
                     value.grad.div_(scale)
-        processes.sum_gradients(self.host.denoiser.roles.parameters(turn.role))
-        return processes.sum_numbers(read(total))
+        return read(total)
 
     def _apply(self, turn: Turn, rate: float, numbers: Numbers) -> float:
         """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before

@@ -39,7 +39,7 @@ from ...core.sampling import initial_latents
 from ...core.schedule import expand
 from ..data.controlled_pictures import TriplePool, Triples
 from ..engine.batch import Batch
-from ..engine.inputs import recipe_of, recipe_of_file
+from ..engine.inputs import recipe_of_student
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, level
 from ..engine.turns import Plan, on_data, one_phase
@@ -169,7 +169,7 @@ def generator_recipe(host: Host, settings: Settings) -> Recipe:
     """How the generator draws: as the initial LoRA's file says; without one the base itself is the generator. Raises
     OneStepError for one of several steps."""
     what = "the initial LoRA" if settings.initial_lora else "the base"
-    recipe = recipe_of_file(settings.initial_lora) if settings.initial_lora else recipe_of(host, settings)
+    recipe = recipe_of_student(host, settings)
     if recipe.steps != 1 or recipe.guidance != 1 or recipe.lora_scale != 1:
         raise OneStepError(
             f"{what} draws in {recipe.steps} steps at guidance {recipe.guidance:g}, LoRA scale {recipe.lora_scale:g}: "

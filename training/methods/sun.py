@@ -17,7 +17,7 @@ from ...core.schedule import expand
 from ..data.cases import cases, watched_case
 from ..data.segments import Segments
 from ..engine.batch import Batch
-from ..engine.inputs import recipe_of, recipe_of_file
+from ..engine.inputs import recipe_of_student
 from ..engine.prompts import embed
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
@@ -71,9 +71,7 @@ def adapter(host: Host, settings: Settings) -> NegativeAttention:
 
 def student_recipe(host: Host, settings: Settings) -> Recipe:
     """How the student draws: as the initial LoRA's file says; without one, as the settings do."""
-    if not settings.initial_lora:
-        return recipe_of(host, settings)
-    recipe = recipe_of_file(settings.initial_lora)
+    recipe = recipe_of_student(host, settings)
     if recipe.guidance != 1 or recipe.lora_scale != 1:
         raise OneStepError(
             f"the initial LoRA draws at guidance {recipe.guidance:g} and LoRA scale {recipe.lora_scale:g}: sun needs a "

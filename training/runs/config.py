@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ...core.recipe import Recipe
+from ..engine.donor import predicts
 from ..host import Host
 from ..settings import Settings
 from .files import content_of
@@ -17,14 +19,15 @@ SECOND_ORDER = True
 """Of runs that begin now: see `Settings.second_order`."""
 
 
-def config_of(host: Host, prompts: list[str], settings: Settings) -> dict[str, Any]:
-    """By what a run is known again: settings, prompts and base, and the initial LoRA by what is in its file, wherever
-    that lies; and where it was run."""
+def config_of(host: Host, prompts: list[str], settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """By what a run is known again: settings, prompts, base and the student's recipe, and the initial LoRA by what is
+    in its file, wherever that lies; and where it was run. The recipe may hang on the name of that file."""
     initial = {"initial_lora": content_of(settings.initial_lora)} if settings.initial_lora else {}
     return {
         "settings": settings.flat() | initial,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "base": host.base_hash,
+        "recipe": json.loads(recipe.to_json()),
         "checkpoint": host.name,
         "second_order": SECOND_ORDER,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -45,4 +48,6 @@ def header_of(host: Host, prompts: list[str], settings: Settings, title: str) ->
         "modelspec.title": title,
         "modelspec.resolution": settings.sizes.split(",")[0].strip(),
     }
+    predicted = predicts(host)
+    header |= {"modelspec.prediction_type": predicted} if predicted else {}
     return header | ({"onestep.prompts": json.dumps(prompts)} if settings.keep_prompts else {})

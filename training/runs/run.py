@@ -229,6 +229,11 @@ def _check_existing(folder: Path, config: dict[str, Any], existing: str, adjusta
     if keys:
         other = {name: pair for name, pair in changes.items() if there and name not in adjusted}
         raise OneStepError(f"the run in {folder} has other {_in_words(keys, other)}: restart it, or give another name")
+    if before.get("recipe", config.get("recipe")) != config.get("recipe"):
+        raise OneStepError(
+            f"the run in {folder} draws by another recipe: where its initial LoRA has none in its header, the file's "
+            "name decides. Give it the name that it had, restart the run, or give another name"
+        )
     return adjusted
 
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...core.errors import OneStepError
 from ..engine import processes
 from .run import Run, opened
 
 
 class Followed(Run):
     """The folder as the other processes see it: what they have to say is the first one's to write."""
+
+    def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.load(processes.same(None))
 
     def adjust(self) -> str:
         return ""
@@ -32,17 +36,32 @@ class Followed(Run):
         pass
 
 
+class Led(Run):
+    """The folder as the first of several processes sees it: all go on from the state that it could read."""
+
+    def load_last(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, notes = super().load_last()
+        processes.same(notes["update"])
+        return tensors, notes
+
+
 @contextmanager
 def entered(
     folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
 ) -> Iterator[tuple[Run, bool]]:
     """As `run.opened`, in every process: the first opens the folder, then the others follow it. Raises OneStepError too
-    where there are more processes than samples in a batch."""
+    where there are more processes than samples in a batch, where they are not of one run, or do not see one folder."""
+    processes.agree({name: config[name] for name in ("settings", "prompts", "base", "recipe")})
     processes.own(config["settings"]["batch"])
     if processes.is_first():
         with opened(folder, config, existing, adjustable) as (run, goes_on):
             processes.same([run.changes, goes_on])
-            yield run, goes_on
+            yield Led(folder, run.changes), goes_on
         return
     changes, goes_on = processes.same(None)
+    if not (folder / "config.json").is_file():
+        raise OneStepError(
+            f"process {processes.rank()} does not see the run's folder {folder}, which the first one has made: it must "
+            "lie where all machines see it"
+        )
     yield Followed(folder, {name: (old, new) for name, (old, new) in changes.items()}), goes_on

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..engine import processes
 from ..engine.setup import Setup
 from .run import Run
 
@@ -28,10 +29,11 @@ def threads_of(run: Run, setup: Setup, goes_on: bool) -> Iterator[list[str]]:
     what a person should know of it.
 
     A run that goes on keeps its number, for sums are rounded otherwise in another one: resuming is exact to the bit at
-    one number of threads. OMP_NUM_THREADS, where it is set, is a person's choice and kept.
+    one number of threads. Of several processes, all take the first one's. OMP_NUM_THREADS, where it is set, is a
+    person's choice and kept.
     """
     before = torch.get_num_threads()
-    number, notes = _number(run, setup, goes_on, before)
+    number, notes = _number(run, setup, goes_on or not processes.is_first(), before)
     torch.set_num_threads(number)
     run.record("threads", number)
     try:
