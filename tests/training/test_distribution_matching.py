@@ -143,7 +143,7 @@ def test_the_weight_has_a_ceiling() -> None:
     """Where x is the teacher's answer the normaliser is 0: the weight stays at 1e5."""
     x = drawn()
     scores = engine.Scores(x, x, torch.ones(4), real=x + 1e-9, fake=x)
-    weight = engine.dmd_weight(World(CASES[0]).schedule, scores, 1.0)
+    weight = engine.dmd_weight(World(CASES[0]).schedule, scores)
     torch.testing.assert_close(weight, torch.full((4,), 1e5, dtype=torch.float64))
 
 
@@ -261,7 +261,7 @@ def test_the_cotangent_is_the_gradient_of_the_divergence(case: Case) -> None:
     objective = engine.DistributionMatching(
         guidance=1.0,
         levels=At(case.sigma),
-        weight=lambda schedule, scores, k: torch.full((4,), weight, dtype=torch.float64),
+        weight=lambda schedule, scores: torch.full((4,), weight, dtype=torch.float64),
     )
     g, _ = objective.cotangent(world.denoise, batch, x)
     variance = case.alpha**2 * TAU**2 + case.sigma**2
@@ -285,26 +285,32 @@ REAL = 'asked = [(TEACHER, "real", batch.cond)]'
 FAKE = 'asked.append((CRITIC, "fake", batch.cond))'
 COTANGENT_MUTANTS = {
     "the matching term's sign": ("delta = scores.fake - scores.real", "delta = scores.real - scores.fake"),
-    "the guidance term's sign": ("-(self.guidance - 1) *", "(self.guidance - 1) *"),
-    "k for k - 1": ("-(self.guidance - 1) *", "-self.guidance *"),
-    "guidance towards the null": ("(scores.real - scores.null))", "(scores.null - scores.real))"),
+    "the guidance term's sign": ("-added(", "added("),
+    "another scale": (
+        "scale_of(self.guidance, batch)\n        return self",
+        "1 + scale_of(1.0, batch)\n        return self",
+    ),
+    "guidance towards the null": ("-added(scores.real, scores.null", "-added(scores.null, scores.real"),
     "a teacher in the critic's place": (FAKE, FAKE.replace("CRITIC", "TEACHER")),
     "a critic in the teacher's place": (REAL, REAL.replace("TEACHER", "CRITIC")),
     "half the weight": ("return 1 / (scores.x - real)", "return 0.5 / (scores.x - real)"),
-    "the weight of plain guidance": ("scores.null + k * (scores.real - scores.null)", "scores.real"),
+    "the weight of plain guidance": (
+        "real = scores.real if scores.guided is None else scores.guided",
+        "real = scores.real",
+    ),
     "a sum for a mean": (".abs().flatten(1).mean(1).clamp_min", ".abs().flatten(1).sum(1).clamp_min"),
     "the matching weight left out": ("g = self.matching * self._match", "g = 1.0 * self._match"),
     "the null as condition": (FAKE, FAKE.replace("batch.cond", "self._nulls(batch)")),
     "other noise": ('batch.normal(f"{stream} noise")', 'batch.normal("noise")'),
 }
 CRITIC_MUTANTS = {
-    "half the loss": ("return (at(self.critic_weight", "return 0.5 * (at(self.critic_weight"),
+    "half the loss": ("return weighed.mean()", "return 0.5 * weighed.mean()"),
     "no weight": ("at(self.critic_weight, denoise.schedule, sigma).to(error) * error", "error"),
     "a sum for a mean": (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
     "the teacher trained": ("with denoise.roles.use(CRITIC):", "with denoise.roles.use(TEACHER):"),
     "the noised target": ("(denoise(x_s, sigma, batch.cond) - x)", "(denoise(x_s, sigma, batch.cond) - x_s)"),
     "clean input": ("(denoise(x_s, sigma, batch.cond) - x)", "(denoise(x, sigma, batch.cond) - x)"),
-    "a graph into the student": ("x = x.detach()\n        x_s", "x = x * 1\n        x_s"),
+    "a graph into the student": ("x, noise = x.detach(), batch", "x, noise = x * 1, batch"),
 }
 
 

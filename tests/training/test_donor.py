@@ -23,7 +23,8 @@ from onestep.core.tensor_file import read_header, read_tensors, write_tensors
 from onestep.training.engine.donor import cut, donor_recipe, initial_state
 from onestep.training.engine.inputs import recipe_of
 from onestep.training.engine.student import STUDENT, add_student, generate
-from onestep.training.methods.distribution_matching import CRITIC, add_critic
+from onestep.training.methods.alternating import add_critic
+from onestep.training.methods.distribution_matching import CRITIC
 from onestep.training.presets import preset
 from onestep.training.settings import Settings
 

@@ -59,17 +59,16 @@ def test_the_settings_reach_the_objective() -> None:
 
 
 MUTANTS = {
-    "the critic unguided": ("critic_guidance=own.matching_guidance", "critic_guidance=1.0"),
+    "the critic unguided": ("critic_guidance=k", "critic_guidance=1.0"),
     "DMD's weight": ("weight=_weight", "weight=dmd_weight"),
     "another weight": ("at(vsd_weight, schedule, scores.sigma)", "2 * at(vsd_weight, schedule, scores.sigma)"),
-    "other levels": ("UniformTime(own.level_low, own.level_high)", "UniformTime(0.0, 1.0)"),
+    "other levels": ("        levels=levels", "        levels=UniformTime(0.0, 1.0)"),
 }
 
 
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=list(MUTANTS))
 def test_a_wrong_loss_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = mutant("onestep.training.methods.vsd", *change, monkeypatch)
-    vars(module).setdefault(
-        "dmd_weight", lambda schedule, scores, k: 1 / (scores.x - scores.real).abs().mean((1, 2, 3))
-    )
+    vars(module)["UniformTime"] = UniformTime
+    vars(module).setdefault("dmd_weight", lambda schedule, scores: 1 / (scores.x - scores.real).abs().mean((1, 2, 3)))
     must_fail(lambda mutated: check_cotangent(mutated, CASES[4]), module)

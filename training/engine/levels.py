@@ -44,6 +44,37 @@ def v_weight(lam: Tensor) -> Tensor:
     return 1 + torch.exp(2 * lam)
 
 
+def eps_weight(lam: Tensor) -> Tensor:
+    """e^(2 lambda): the squared error of x0, so weighed, is that of the noise eps (arXiv:2202.00512, sec. 4): DMD2's
+    critic, and FastGen's of a network that predicts noise. 0 at pure noise, where x0 tells nothing of eps."""
+    return torch.exp(2 * lam)
+
+
+def flow_weight(lam: Tensor) -> Tensor:
+    """(1 + e^lambda)^2 = 1 / sigma^2 where alpha = 1 - sigma: the squared error of a flow model's v = noise - x0."""
+    return (1 + torch.exp(lam)) ** 2
+
+
+def x0_weight(lam: Tensor) -> Tensor:
+    """1: the squared error of x0 itself."""
+    return torch.ones_like(lam)
+
+
+def min_snr_weight(lam: Tensor) -> Tensor:
+    """min(SNR, 5) in x0, SNR = e^(2 lambda) (arXiv:2303.09556, Eq. 5; TDM's critic)."""
+    return torch.exp(2 * lam).clamp_max(5)
+
+
+WEIGHTS: dict[str, LevelWeight] = {
+    "v": v_weight,
+    "eps": eps_weight,
+    "flow": flow_weight,
+    "x0": x0_weight,
+    "min-snr": min_snr_weight,
+}
+"""Of a squared error in x0, by name."""
+
+
 def vsd_weight(lam: Tensor) -> Tensor:
     """1 / (e^lambda + e^-lambda): VSD's alpha sigma eps-difference (arXiv:2305.16213, Eq. 9) in x0, whatever the
     schedule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ...core.roles import State
 from ...core.sampling import advance, initial_latents, levels_of
+from ...core.schedule import NoiseSchedule
 from ..host import Host
 from ..settings import Settings
 from .batch import Batch
@@ -23,20 +25,58 @@ NewAdapter = Callable[[Host, Settings], Any]
 """Makes a new adapter module (core.adapter_module) for a host."""
 
 
-def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:
-    """x0 [B, ...] of one of the recipe's steps, drawn uniformly for the whole batch (backward simulation,
-    arXiv:2405.14867).
+@dataclass(frozen=True)
+class Drawn:
+    """One of the student's steps: from x [B, ...] at the level sigma [B] to its answer x0 [B, ...]. step: which; lower:
+    the level [B] that it leads to, 0 after the last."""
 
-    The steps before it run without a graph. A student of one step is always at its only step.
+    x0: Tensor
+    x: Tensor
+    sigma: Tensor
+    lower: Tensor
+    step: int
+
+
+Steps = Callable[[NoiseSchedule, Recipe, Batch], list[Tensor]]
+"""(schedule, recipe, batch) -> sigma [B] of each of the student's steps, noisiest first."""
+
+
+def recipe_steps(schedule: NoiseSchedule, recipe: Recipe, batch: Batch) -> list[Tensor]:
+    """The recipe's own."""
+    return levels_of(schedule, recipe, len(batch))
+
+
+@dataclass(frozen=True)
+class BackwardSimulation:
+    """The student as a generator: one of its steps, drawn uniformly for the whole batch; those before it run without a
+    graph (DMD2, arXiv:2405.14867). A student of one step is always at its only step.
+
+    steps: its levels. first: the first step that may be drawn.
     """
-    step, levels = batch.choice(recipe.steps, "student step"), levels_of(denoise.schedule, recipe, len(batch))
-    with torch.no_grad(), denoise.roles.use(role):
-        x = initial_latents(denoise.schedule, batch.normal("latent"), levels[0], recipe.initial_noise_scale)
-        for earlier in range(step):
-            x0 = denoise(x, levels[earlier], batch.cond)
-            x = advance(denoise.schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
-    with denoise.roles.use(role, train=train):
-        return denoise(x, levels[step], batch.cond)
+
+    denoise: Denoiser
+    recipe: Recipe
+    steps: Steps = recipe_steps
+    first: int = 0
+
+    def __call__(self, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Drawn:
+        denoise, recipe, schedule = self.denoise, self.recipe, self.denoise.schedule
+        levels = self.steps(schedule, recipe, batch)
+        step = self.first + batch.choice(len(levels) - self.first, "student step")
+        with torch.no_grad(), denoise.roles.use(role):
+            x = initial_latents(schedule, batch.normal("latent"), levels[0], recipe.initial_noise_scale)
+            for earlier in range(step):
+                x0 = denoise(x, levels[earlier], batch.cond)
+                x = advance(schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
+        with denoise.roles.use(role, train=train):
+            x0 = denoise(x, levels[step], batch.cond)
+        lower = levels[step + 1] if step + 1 < len(levels) else torch.zeros_like(levels[step])
+        return Drawn(x0, x, levels[step], lower, step)
+
+
+def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:
+    """x0 [B, ...] of one of the recipe's steps."""
+    return BackwardSimulation(denoise, recipe)(batch, role=role, train=train).x0
 
 
 def level(denoise: Denoiser, recipe: Recipe, step: int, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class Phase:
 
     cost: network forwards of one sample in an update, backward passes counted as forwards of their work. fresh: updates
     of the whole run, from its first, in which data is made that is used again later, at ``fresh_cost`` more. The time
-    still to go is reckoned by these.
+    still to go is reckoned by these. rare: the share of its role's turns in which a part of them is done, by the name
+    that a profile has for it, where that is not each.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Phase:
     cost: float = 3.0
     fresh: int = 0
     fresh_cost: float = 0.0
+    rare: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,25 @@ discriminator."""
 
 from __future__ import annotations
 
-from ..engine.levels import UniformTime
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, alternating, dmd_weight
-from .matching_settings import MatchingSettings, check_matching
+from .alternating import alternating
+from .distribution_matching import DistributionMatching, DmdWeight
+from .matching_settings import MatchingSettings, check_matching, guidance_at, levels_at
 from .method import Method
 
 
-def dmd(settings: Settings) -> DistributionMatching:
-    """Teacher at guidance k, critic at 1; the weight 1 / mean |x - D_real^k|; t ~ U[0.02, 0.98]."""
+def dmd(settings: Settings, along: float = 0.0) -> DistributionMatching:
+    """Teacher at guidance k, critic at 1; the weight 1 / mean |x - D_real^k|; t ~ U[0.02, 0.98]. along: how far the
+    matching has come, 0 to 1."""
     own = settings.own
-    levels = UniformTime(own.level_low, own.level_high)
+    levels = levels_at(own, along)
     return DistributionMatching(
-        guidance=own.matching_guidance,
+        guidance=guidance_at(own, along),
         matching=own.matching_weight,
         levels=levels,
         guidance_levels=levels if own.separate_levels else None,
-        weight=dmd_weight,
+        weight=DmdWeight(own.normaliser_floor),
+        rescale=own.guidance_rescale,
     )
 
 
@@ -28,7 +30,7 @@ METHOD = Method(
     title="Distribution matching distillation, data-free",
     paper="arXiv:2311.18828, arXiv:2405.14867",
     forwards="6 + 4 a critic update",
-    plan=lambda setup: alternating(setup, dmd(setup.settings)),
+    plan=lambda setup: alternating(setup, dmd),
     settings=MatchingSettings,
     check=check_matching,
 )

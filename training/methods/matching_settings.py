@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...core.errors import OneStepError
+from ..engine.levels import WEIGHTS, UniformTime
+from ..engine.student import STUDENT
 from ..host import Host
 from ..settings import Settings, setting
+from .distribution_matching import CRITIC
+from .guidance_scale import RandomScale, Scale
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,55 @@ class MatchingSettings:
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
 
+    critic_weight: str = setting(
+        "v",
+        "How the critic's error weighs over noise levels: as an error of v, of the noise (eps: DMD2), of a flow "
+        "model's velocity, of the picture (x0), or by min(SNR, 5) (TDM).",
+        choices=tuple(WEIGHTS),
+    )
+    matching_scale: str = setting(
+        "sum",
+        "What max_grad_norm meets: the student's loss as a sum over a picture's elements, larger the larger the "
+        "picture, or as their mean, of one size for all (DMD2, FastGen).",
+        choices=("sum", "mean"),
+    )
+    guidance_schedule: str = setting(
+        "constant",
+        "Whether matching_guidance stays as it is, is drawn for each sample between it and guidance_end, or goes from "
+        "it to guidance_end over the run.",
+        choices=("constant", "random", "falling"),
+    )
+    guidance_end: float = setting(1.0, "The other end of matching_guidance, where it is not constant.", 0, 30)
+    guidance_rescale: float = setting(
+        0.0,
+        "Share of the guided answer brought back to the deviation of the unguided one, against saturation; 0 = none.",
+        0,
+        1,
+    )
+    normaliser_floor: float = setting(
+        1e-5, "Least size of |x - D| that dmd's weight divides by; 0.05 to 0.1 spares what is almost right.", 1e-5, 10
+    )
+    level_high_end: float = setting(
+        0.0, "Greatest noise level at the end of the run, to which level_high goes; 0 = as level_high.", 0, 1
+    )
+    follow_after: str = setting(
+        "student", "After whose updates the critic follows: the student's (IDA) or its own.", choices=(STUDENT, CRITIC)
+    )
+    critic_pictures: str = setting(
+        "fresh",
+        "Whether each update of the critic has new pictures of the student, or those before one student update share "
+        "them, with new noise.",
+        choices=("fresh", "shared"),
+    )
+    anchor_every: int = setting(
+        1, "Updates from one anchor to the next, which then has that many times the weight.", 1, 1000
+    )
+
     def check(self, run: Settings) -> None:
-        if self.level_low >= self.level_high:
-            raise OneStepError(f"level_low {self.level_low} must be below level_high {self.level_high}")
+        for name in ("level_high", "level_high_end"):
+            high = getattr(self, name) or self.level_high
+            if self.level_low >= high:
+                raise OneStepError(f"level_low {self.level_low} must be below {name} {high}")
         if self.follow and self.critic_rank not in (0, run.rank):
             raise OneStepError(
                 f"follow {self.follow} needs a critic of the student's rank {run.rank}, not {self.critic_rank}: "
@@ -48,14 +98,32 @@ class MatchingSettings:
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
 
 
+def guidance_at(own: MatchingSettings, along: float) -> Scale:
+    """k at ``along`` of the matching, 0 to 1."""
+    first, last = own.matching_guidance, own.guidance_end
+    if own.guidance_schedule == "random" and first != last:
+        return RandomScale(min(first, last), max(first, last))
+    # k = k_0 + (k_1 - k_0) t
+    return first + (last - first) * along if own.guidance_schedule == "falling" else first
+
+
+def levels_at(own: MatchingSettings, along: float) -> UniformTime:
+    """The matching's noise levels at ``along`` of it."""
+    end = own.level_high_end or own.level_high
+    return UniformTime(own.level_low, own.level_high + (end - own.level_high) * along)
+
+
 def check_matching(host: Host, settings: Settings) -> None:
     """Raises OneStepError where the base has no null condition for the guidance that is asked for, and where the critic
     has no donor to begin as."""
-    if host.denoiser.guidance != "cfg" and settings.own.matching_guidance != 1:
-        raise OneStepError(
-            f"{host.name} has no trained null condition, so matching_guidance {settings.own.matching_guidance:g} "
-            "cannot be had: set it to 1"
-        )
+    own = settings.own
+    asked = {"matching_guidance": own.matching_guidance}
+    asked |= {} if own.guidance_schedule == "constant" else {"guidance_end": own.guidance_end}
+    for name, scale in asked.items():
+        if host.denoiser.guidance != "cfg" and scale != 1:
+            raise OneStepError(
+                f"{host.name} has no trained null condition, so {name} {scale:g} cannot be had: set it to 1"
+            )
     if settings.own.critic_start == "donor" and not settings.initial_lora:
         raise OneStepError(
             "the critic is to begin as the donor (as preset Adapt has it), and there is none: set initial_lora to a "

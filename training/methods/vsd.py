@@ -6,30 +6,33 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core.schedule import NoiseSchedule
-from ..engine.levels import UniformTime, at, vsd_weight
+from ..engine.levels import at, vsd_weight
 from ..settings import Settings
-from .distribution_matching import DistributionMatching, Scores, alternating
-from .matching_settings import MatchingSettings, check_matching
+from .alternating import alternating
+from .distribution_matching import DistributionMatching, Scores
+from .matching_settings import MatchingSettings, check_matching, guidance_at, levels_at
 from .method import Method
 
 
-def _weight(schedule: NoiseSchedule, scores: Scores, k: float) -> Tensor:
+def _weight(schedule: NoiseSchedule, scores: Scores) -> Tensor:
     return at(vsd_weight, schedule, scores.sigma)
 
 
-def vsd(settings: Settings) -> DistributionMatching:
+def vsd(settings: Settings, along: float = 0.0) -> DistributionMatching:
     """Weight 1 / (e^lambda + e^-lambda), the same k on both sides, the critic taught the null condition one time in
-    ten."""
+    ten. along: how far the matching has come, 0 to 1."""
     own = settings.own
-    levels = UniformTime(own.level_low, own.level_high)
+    levels, k = levels_at(own, along), guidance_at(own, along)
     return DistributionMatching(
-        guidance=own.matching_guidance,
-        critic_guidance=own.matching_guidance,
+        guidance=k,
+        critic_guidance=k,
         matching=own.matching_weight,
         levels=levels,
         guidance_levels=levels if own.separate_levels else None,
         weight=_weight,
-        null_rate=0.1 if own.matching_guidance != 1 else 0.0,
+        # with it also before and after the moment that a falling k is 1
+        null_rate=0.1 if k != 1 or own.guidance_schedule == "falling" else 0.0,
+        rescale=own.guidance_rescale,
     )
 
 
@@ -38,7 +41,7 @@ METHOD = Method(
     title="Variational score distillation of a generator",
     paper="arXiv:2305.16213, arXiv:2312.05239",
     forwards="7 + 4 a critic update",
-    plan=lambda setup: alternating(setup, vsd(setup.settings)),
+    plan=lambda setup: alternating(setup, vsd),
     settings=MatchingSettings,
     check=check_matching,
 )

@@ -180,7 +180,7 @@ def peaks_of(played: Rehearsed, settings: Settings, micro: int, host_mean: bool 
     return {name: peak for name, peak in peaks.items() if name not in UNSEEN}
 
 
-def _seconds(played: Rehearsed, turns: dict[str, int], settings: Settings, micro: int, card: Card) -> float:
+def _seconds(played: Rehearsed, turns: dict[str, float], settings: Settings, micro: int, card: Card) -> float:
     """Of an update, at the least: of its micro-batches, and of a step of the optimiser for each turn."""
     count, rank = played.count, settings.rank
     once = sum(times * count.seconds(name, micro, rank, card.seconds) for name, times in turns.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ class Rehearsed:
     by part, the label of the gradients that it makes."""
 
     count: Count
-    phases: tuple[tuple[int, dict[str, int]], ...]
+    phases: tuple[tuple[int, dict[str, float]], ...]
     gradients: dict[str, str]
 
 
@@ -166,14 +165,15 @@ class _Rehearsal:
 
         return loss
 
-    def phases(self, count: Count) -> tuple[tuple[int, dict[str, int]], ...]:
+    def phases(self, count: Count) -> tuple[tuple[int, dict[str, float]], ...]:
         """Of the whole run: updates of each phase, and how often each part is done in one of them."""
         found = []
         for phase in self._plan.phases:
-            times: Counter[str] = Counter()
+            times: dict[str, float] = {}
             for turn in phase.turns if phase.updates else ():
                 part = self._last[turn.role, turn.loss]
-                times.update([part, *(name for name, around in count.within.items() if around == part != name)])
+                for name in [part, *(name for name, around in count.within.items() if around == part != name)]:
+                    times[name] = times.get(name, 0) + phase.rare.get(name, 1)
             times.pop(MADE, None)
             found.append((phase.updates, dict(times)))
         return tuple(found)
