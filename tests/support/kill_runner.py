@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-POOLS = ("pairs", "trajectories", "triples", "segments")
+POOLS = ("pairs", "anchors", "trajectories", "triples", "segments")
 KILLS = {"dmd": 30, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4}
 SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
 POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))

@@ -47,6 +47,7 @@ def left(folder: Path) -> dict[str, Any]:
             "result.safetensors",
             "previews/*",
             "pairs/*",
+            "anchors/*",
             "trajectories/*",
             "triples/*",
             "segments/*",

@@ -217,6 +217,24 @@ def test_the_plan_counts_the_forwards_that_are_made(
     assert made.plan.phases[-1].rare == {ANCHOR: 1 / every, PICTURE: 1 / 3}
 
 
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_what_is_beside_the_matching_is_counted_too(off: float, tmp_path: Path) -> None:
+    """Of two steps the second alone is matched where the first is anchored: so nothing of it is a mean."""
+    told = {"student_steps": 2, "diversity_anchor": 0.1, "diversity_steps": 2, "pairs": 4, "steps": 4}
+    with ExitStack() as stack:
+        made = Made(stack, tmp_path, method="cdm", student_schedule="fixed", off_trajectory=off, **told)
+        made.trainer.step(0)
+        first = forwards(made, FIRST)  # the block of anchors is made: two guided steps of four samples
+        seen = [one for update in range(FIRST + 1, FIRST + 4) for one in forwards(made, update)]
+        learn = learning(made.trainer.settings)
+    without, graph = (sum(count for count, learnt in seen if learnt is kind) / 4 / 3 for kind in (False, True))
+    phase = made.plan.phases[-1]
+    assert phase.cost == pytest.approx(without + learn * graph)
+    assert (phase.fresh, phase.fresh_cost) == (FIRST + 1, 4.0)
+    made_then = sum(count for count, learnt in first if not learnt) / 4 - without
+    assert made_then == phase.fresh_cost
+
+
 def test_shared_pictures_meet_fresh_noise_and_levels(tmp_path: Path) -> None:
     """Three turns of one update: one picture, and the critic sees it at three levels under three noises."""
     with ExitStack() as stack:

@@ -41,6 +41,10 @@ class Batch:
         """[B] in [0, 1), float64, on the CPU, where levels live."""
         return randomness.uniform(self.seed, stream, self.step, self.samples)
 
+    def shared_uniform(self, count: int, stream: str) -> Tensor:
+        """[count] in [0, 1), float64, of the step: the same for all of its micro-batches."""
+        return randomness.uniform(self.seed, stream, self.step, range(count))
+
     def choice(self, high: int, stream: str) -> int:
         """One whole number in 0 .. high - 1 for the step, the same for all of its micro-batches."""
         return int(randomness.integers(high, self.seed, stream, self.step, [0])[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,13 +37,27 @@ class Drawn:
     step: int
 
 
-Steps = Callable[[NoiseSchedule, Recipe, Batch], list[Tensor]]
-"""(schedule, recipe, batch) -> sigma [B] of each of the student's steps, noisiest first."""
+class Steps(Protocol):
+    """The levels of the student's steps, while it learns."""
+
+    def __call__(self, schedule: NoiseSchedule, recipe: Recipe, batch: Batch) -> list[Tensor]:
+        """sigma [B] of each, noisiest first: the same for the whole batch."""
+        ...
+
+    def mean(self, recipe: Recipe) -> float:
+        """How many they are, in the mean."""
+        ...
 
 
-def recipe_steps(schedule: NoiseSchedule, recipe: Recipe, batch: Batch) -> list[Tensor]:
-    """The recipe's own."""
-    return levels_of(schedule, recipe, len(batch))
+@dataclass(frozen=True)
+class RecipeSteps:
+    """The recipe's own, which the student draws in."""
+
+    def __call__(self, schedule: NoiseSchedule, recipe: Recipe, batch: Batch) -> list[Tensor]:
+        return levels_of(schedule, recipe, len(batch))
+
+    def mean(self, recipe: Recipe) -> float:
+        return recipe.steps
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,13 @@ class BackwardSimulation:
 
     denoise: Denoiser
     recipe: Recipe
-    steps: Steps = recipe_steps
+    steps: Steps = RecipeSteps()
     first: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Forwards of a picture, in the mean: of its step, and of those before."""
+        return 1 + (self.first + self.steps.mean(self.recipe) - 1) / 2
 
     def __call__(self, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Drawn:
         denoise, recipe, schedule = self.denoise, self.recipe, self.denoise.schedule

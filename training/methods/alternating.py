@@ -10,17 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import record_function
 
+from ...core.schedule import NoiseSchedule
+from ..data.anchors import Anchors
 from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS
 from ..engine.setup import Setup
-from ..engine.student import STUDENT, BackwardSimulation
+from ..engine.student import STUDENT, BackwardSimulation, Drawn
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
 from .distribution_matching import CRITIC, DistributionMatching, Scores
+from .diversity_anchor import DiversityAnchor
+from .off_trajectory import OffTrajectory
 from .regression import Regression
 
 ANCHOR, PICTURE = "anchor", "student's picture"
@@ -28,15 +31,30 @@ ANCHOR, PICTURE = "anchor", "student's picture"
 from."""
 Objective = Callable[[Settings, float], DistributionMatching]
 """(settings, how far the matching has come, 0 to 1) -> the method's choice of plug-ins."""
+AtStep = Callable[[DistributionMatching, NoiseSchedule, Drawn], DistributionMatching]
+"""(objective, schedule, a step of the student) -> the objective for that step."""
 
 
-def alternating(setup: Setup, objective: Objective) -> Plan:
+@dataclass(frozen=True)
+class Extras:
+    """What a method for students of several steps has besides. simulate: how a picture of the student comes about."""
+
+    simulate: BackwardSimulation | None = None
+    at_step: AtStep | None = None
+    off: OffTrajectory | None = None
+
+
+def alternating(setup: Setup, objective: Objective, extras: Extras | None = None) -> Plan:
     """The plan of such a run; ``objective`` is the method."""
-    settings, own = setup.settings, setup.settings.own
+    settings, own, extras = setup.settings, setup.settings.own, extras or Extras()
     add_critic(setup)
     pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")
     regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
-    turns = Turns(setup, objective, regress if own.anchor else None)
+    simulate = extras.simulate or BackwardSimulation(setup.denoise, setup.recipe)
+    diversity, anchors = _diversity(setup)
+    if diversity is not None:
+        simulate = replace(simulate, first=1)
+    turns = Turns(setup, objective, extras, simulate, regress, diversity)
     follow = partial(setup.denoise.roles.lerp, CRITIC, STUDENT, own.follow) if own.follow else nothing
     # theta_F <- (1 - share) theta_F + share theta: after the student's update (IDA, SenseFlow, arXiv:2506.00523), or
     # after the critic's (CDM's merge, arXiv:2605.06376)
@@ -52,18 +70,39 @@ def alternating(setup: Setup, objective: Objective) -> Plan:
         [STUDENT, CRITIC],
         [
             Phase("warm start", own.warm_start, [warm], learn, pairs.blocks, pairs.solve_cost),
-            Phase("critic", warm_up, [replace(critic, falls=False)], turns.picture_cost + learn),
+            Phase("critic", warm_up, [replace(critic, falls=False)], simulate.cost + learn),
             Phase(
                 settings.method,
                 settings.steps,
                 [critic] * own.critic_updates + [student],
                 turns.cost,
-                turns.first + own.anchor_every * max(0, pairs.blocks - turns.first),
-                pairs.solve_cost / own.anchor_every if own.anchor else 0.0,
+                *_made(turns, pairs, anchors),
                 turns.rare,
             ),
         ],
     )
+
+
+def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
+    own = setup.settings.own
+    if not own.diversity_anchor:
+        return None, None
+    place, steps = setup.folder / "anchors", own.diversity_steps
+    anchors = Anchors(setup.host, setup.prompts, setup.settings, place, setup.recipe, steps)
+    loss = partial(DiversityAnchor(setup.recipe, steps), setup.denoise)
+    return on_data(anchors.draw, loss, "diversity"), anchors
+
+
+def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, float]:
+    """The updates of the run up to which the matching makes data, and what an update of these makes, in the mean."""
+    own, found = turns.own, []
+    if own.anchor:
+        found.append((own.anchor_every * max(0, pairs.blocks - turns.first), pairs.solve_cost / own.anchor_every))
+    if anchors is not None:
+        found.append((anchors.blocks, anchors.solve_cost))
+    longest = max((updates for updates, _ in found), default=0)
+    whole = sum(updates * cost for updates, cost in found)
+    return turns.first + longest, whole / longest if longest else 0.0
 
 
 SMALL_GRADIENTS = 1024.0
@@ -87,106 +126,110 @@ def add_critic(setup: Setup) -> None:
 
 @dataclass(frozen=True)
 class Turns:
-    """The losses of both roles. regress: of the student on pairs, which stands beside the matching."""
+    """The losses of both roles. regress, diversity: of the student on what the teacher has made, beside the
+    matching."""
 
     setup: Setup
     objective: Objective
-    regress: Loss | None = None
-    _kept: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
-
-    @property
-    def simulate(self) -> BackwardSimulation:
-        """How a picture of the student comes about."""
-        return BackwardSimulation(self.setup.denoise, self.setup.recipe)
+    extras: Extras
+    simulate: BackwardSimulation
+    regress: Loss
+    diversity: Loss | None = None
+    _kept: dict[tuple[int, ...], Drawn] = field(default_factory=dict, compare=False)
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 
     def teach_critic(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """The critic's loss on the student's own pictures."""
-        if self.setup.settings.own.critic_pictures == "shared":
-            of, x = self._shared(batch)
+        if self.own.critic_pictures == "shared":
+            of, drawn = self._shared(batch)
             batch = replace(batch, cond=of.cond, null=of.null, shape=of.shape)
         else:
             with torch.no_grad():
-                x = self.simulate(batch).x0
-        loss = self.at(update).critic_loss(self.setup.denoise, batch, x)
+                drawn = self.simulate(batch)
+        loss = self.at(update, drawn).critic_loss(self.setup.denoise, batch, drawn.x0)
         (share * loss).backward()
         return {"critic": loss.detach()}
 
-    def _shared(self, batch: Batch) -> tuple[Batch, Tensor]:
+    def _shared(self, batch: Batch) -> tuple[Batch, Drawn]:
         """The samples of the update's first turn, and the student's pictures of them. They are a function of these and
         of the student, which stays as it is while the critic learns: a run that goes on between two of its turns makes
         them again."""
-        first = self.setup.prompts.batch(batch.step - batch.step % self.turns, batch.samples)
+        first = self.setup.prompts.batch(batch.step - batch.step % (self.own.critic_updates + 1), batch.samples)
         key = (first.step, *first.samples)
         if key not in self._kept:
             for other in [other for other in self._kept if other[0] != first.step]:
                 del self._kept[other]
             with torch.no_grad(), record_function(PICTURE):
-                self._kept[key] = self.simulate(first).x0
+                self._kept[key] = self.simulate(first)
         return first, self._kept[key]
 
     # -- the student --------------------------------------------------------------------------------------------------
 
     def match(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """<x, sg(G)>.backward(): the sum over a sample's elements, or their mean; the mean over samples."""
-        own = self.setup.settings.own
+        own, denoise = self.own, self.setup.denoise
         if own.matching_scale == "mean":
             share = share / math.prod(batch.shape)
-        x = self.simulate(batch).x0
-        cotangent, scores = self.at(update).cotangent(self.setup.denoise, batch, x)
-        x.backward(cotangent * (share / len(batch)))
-        index = self.index(update)
-        if self.regress is not None and index % own.anchor_every == 0:
+        drawn = self.simulate(batch)
+        objective = self.at(update, drawn)
+        cotangent, scores = objective.cotangent(denoise, batch, drawn.x0)
+        drawn.x0.backward(cotangent * (share / len(batch)))
+        if self.extras.off is not None:
+            self.extras.off(denoise, batch, drawn, objective, share)
+        return {**score_metrics(scores), **self._beside(batch, share, update)}
+
+    def _beside(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        """The anchors of the student, each on its data in the order that they are made in."""
+        own, index = self.own, self.index(update)
+        if own.anchor and index % own.anchor_every == 0:
             with record_function(ANCHOR):
-                # each n-th time with n times the weight, on pairs in the order that they are made in
-                self.regress(batch, share * own.anchor * own.anchor_every, self.first + index // own.anchor_every)
-        return score_metrics(scores)
+                # each n-th time with n times the weight
+                at = self.first + index // own.anchor_every
+                self.regress(batch, share * own.anchor * own.anchor_every, at)
+        if self.diversity is None:
+            return {}
+        return self.diversity(batch, share * own.diversity_anchor, index)
 
     # -- where the run stands -----------------------------------------------------------------------------------------
 
     @property
-    def turns(self) -> int:
-        """`Plan.turns`."""
-        return int(self.setup.settings.own.critic_updates) + 1
+    def own(self) -> Any:
+        """The method's settings."""
+        return self.setup.settings.own
 
     @property
     def first(self) -> int:
         """The first update of the matching."""
-        own = self.setup.settings.own
-        return int(own.warm_start + own.critic_warm_up)
+        return int(self.own.warm_start + self.own.critic_warm_up)
 
     def index(self, update: int) -> int:
         """Of an update among those of the matching; 0 before."""
         return max(0, update - self.first)
 
-    def at(self, update: int) -> DistributionMatching:
-        """The objective as it is at ``update``."""
-        settings = self.setup.settings
+    def at(self, update: int, drawn: Drawn) -> DistributionMatching:
+        """The objective as it is at ``update``, for a step of the student."""
+        settings, at_step = self.setup.settings, self.extras.at_step
         made = self.objective(settings, self.index(update) / max(1, settings.steps))
-        return replace(made, critic_weight=WEIGHTS[settings.own.critic_weight])
+        made = replace(made, critic_weight=WEIGHTS[self.own.critic_weight])
+        return made if at_step is None else at_step(made, self.setup.denoise.schedule, drawn)
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
     @property
-    def picture_cost(self) -> float:
-        """Forwards of a picture that is drawn without a graph: of its step, and of those before."""
-        return (self.setup.recipe.steps + 1) / 2
-
-    @property
     def cost(self) -> float:
         """Forwards of a sample in an update of the matching."""
-        own, learn = self.setup.settings.own, learning(self.setup.settings)
+        own, learn, picture = self.own, learning(self.setup.settings), self.simulate.cost
+        scores = self.objective(self.setup.settings, 0.0).forwards
         pictures = 1 if own.critic_pictures == "shared" else own.critic_updates
-        critic = pictures * self.picture_cost + own.critic_updates * learn
-        student = self.picture_cost - 1 + learn + self.at(0).forwards
-        return critic + student + (learn / own.anchor_every if own.anchor else 0.0)
+        terms = [learn / own.anchor_every if own.anchor else 0.0, learn if self.diversity else 0.0]
+        off = 0.0 if self.extras.off is None else learn + scores
+        return pictures * picture + own.critic_updates * learn + picture - 1 + learn + scores + off + sum(terms)
 
     @property
     def rare(self) -> Mapping[str, float]:
         """`Phase.rare`."""
-        own = self.setup.settings.own
-        return {ANCHOR: 1 / own.anchor_every, PICTURE: 1 / own.critic_updates}
+        return {ANCHOR: 1 / self.own.anchor_every, PICTURE: 1 / self.own.critic_updates}
 
 
 def score_metrics(scores: Scores) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...core.errors import OneStepError
+from ..engine.inputs import recipe_of
 from ..engine.levels import WEIGHTS, UniformTime
 from ..engine.student import STUDENT
 from ..host import Host
@@ -83,6 +84,14 @@ class MatchingSettings:
     anchor_every: int = setting(
         1, "Updates from one anchor to the next, which then has that many times the weight.", 1, 1000
     )
+    diversity_anchor: float = setting(
+        0.0,
+        "Of a student of several steps: weight that holds its first step to the teacher's own way, while the matching "
+        "is left to the later ones; keeps the seeds' pictures apart. 0.05 is usual; 0 = none.",
+        0,
+        100,
+    )
+    diversity_steps: int = setting(6, "Steps of the teacher through the half of its way that this takes.", 1, 1000)
 
     def check(self, run: Settings) -> None:
         for name in ("level_high", "level_high_end"):
@@ -124,6 +133,11 @@ def check_matching(host: Host, settings: Settings) -> None:
             raise OneStepError(
                 f"{host.name} has no trained null condition, so {name} {scale:g} cannot be had: set it to 1"
             )
+    if own.diversity_anchor and recipe_of(host, settings).steps == 1:
+        raise OneStepError(
+            "a diversity anchor holds the first of several steps, and the student has one: set diversity_anchor to 0, "
+            "or student_steps to 2 to 8"
+        )
     if settings.own.critic_start == "donor" and not settings.initial_lora:
         raise OneStepError(
             "the critic is to begin as the donor (as preset Adapt has it), and there is none: set initial_lora to a "
