@@ -189,7 +189,7 @@ def test_bad_prompts_of_generate(prompt, words, onestep: Command, model, place):
         ("rnk=4", "did you mean 'rank'"),
         ("learning_rte=1", "did you mean 'learning_rate'"),
         ("rank", "no '='"),
-        ("method=dmb", "did you mean 'dmd'"),
+        ("method=dmdd", "did you mean 'dmd'"),
         ("targets=everything", "attention"),
         ("batch=-1", "batch is -1"),
     ],
