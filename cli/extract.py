@@ -36,11 +36,14 @@ def run(args: Namespace, console: Console) -> None:
             more(done - seen[0])
             seen[0] = done
 
-        found = extract_lora(host, args.few_step, path, args.rank, recipe, prompts, size, tick=tick)
+        found = extract_lora(
+            host, args.few_step, path, args.rank, recipe, prompts, size, licenses=args.licenses, tick=tick
+        )
     facts = {
         "path": str(path),
         "whole": asdict(found.whole),
         "apart": found.apart,
+        "licences": found.licences,
         "check": found.check,
         "layers": {name: asdict(kept) for name, kept in found.layers.items()},
     }
@@ -59,4 +62,4 @@ def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
     said.append(f"  least: {', '.join(f'{name} {kept.weights:.1%}' for name, kept in least)}")
     if recipe is None:
         said.append("  it does not say how it is sampled: name its recipe where you load it, or extract with --recipe")
-    return [*said, f"  {found.check}"]
+    return [*said, f"  {found.licences}", f"  {found.check}"]

@@ -13,6 +13,7 @@ from ..core.adapter_file import read_told
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.ksampler import by_sigmas, core_nodes, same_sigmas
+from ..core.licences import KEY, Source, license_line, sources_in
 from ..core.lora_file import LoraFile, load_lora
 from ..core.recipe import Recipe
 from ..core.schedule import FlowSchedule, VPSchedule
@@ -76,9 +77,12 @@ def of_adapter(path: Path, told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "family": told["family"],
         "numbers": count,
         "settings": settings_in(header.metadata),
+        "made_of": [asdict(source) for source in sources_in(header.metadata)],
     }
     title = FAMILIES[told["family"]].title if told["family"] in FAMILIES else repr(told["family"])
     lines = [f"{path}: an adapter ({told['kind']}) for {title}", f"  {count} numbers"]
+    if licences := license_line(sources_in(header.metadata)):
+        lines.append(f"  {licences}")
     node, calls = next((use for kind, use in USES.items() if told["kind"].startswith(kind)), ("", ()))
     if node:
         told_calls = (f"    {call.format(path=str(path))}" for call in calls)
@@ -103,7 +107,8 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "comfyui": None if recipe is None else in_comfyui(recipe),
         "diffusers": None if recipe is None else in_diffusers(recipe, path),
         "settings": settings_in(file.metadata),
-        "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS)},
+        "made_of": [asdict(source) for source in sources_in(file.metadata)],
+        "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS, KEY)},
     }
 
 
@@ -158,6 +163,8 @@ def told(facts: dict[str, Any]) -> str:
     }
     if changed:
         lines.append("  trained with " + ", ".join(f"{name} {value}" for name, value in changed.items()))
+    if facts["made_of"]:
+        lines.append("  " + license_line(Source(**source) for source in facts["made_of"]))
     return "\n".join([*lines, "header:", *(f"  {name}: {_short(text)}" for name, text in facts["header"].items())])
 
 

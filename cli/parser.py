@@ -158,6 +158,12 @@ def _extract(made: Parser) -> None:
     add("--recipe", metavar="PRESET", help="how the few-step model is sampled, e.g. dmd2-4: goes into the file")
     add("--prompts", metavar="FILE", help="a text file, one prompt a line; the first 8 are drawn, by --recipe")
     add("--size", metavar="WxH", help="in pixels (default: the recipe's, or the model's own)")
+    add(
+        "--licenses",
+        default="",
+        metavar="TEXT",
+        help="licences that the files do not tell, for the header: base=NAME; few_step_model=NAME",
+    )
     _device(made)
     _json(made)
 

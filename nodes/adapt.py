@@ -22,10 +22,12 @@ from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect, select
+from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
+from .origin import made_of, name_of
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
 BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
@@ -46,7 +48,7 @@ def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterato
     # before gigabytes are read for the copy
     refuse_variant(detect(model.model.diffusion_model), model.model)
     with torch.inference_mode(False), torch.enable_grad():
-        host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model))
+        host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model), made_of=made_of(model))
         try:
             yield host
         finally:
@@ -63,6 +65,7 @@ class ComfyHost:
     targets: str
     name: str
     memory_required: int = 0
+    made_of: Sequence[Part] = ()
 
     def __post_init__(self) -> None:
         self.model = self.patcher.model
@@ -187,13 +190,6 @@ def differentiable_attention(kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 # -- the copy ---------------------------------------------------------------------------------------------------------
-
-
-def name_of(model: Any) -> str:
-    """The checkpoint's file name, where the loader left it."""
-    told = (model.cached_patcher_init or ((), ()))[1]
-    paths = [value for value in told if isinstance(value, str | Path)]
-    return Path(paths[0]).stem if paths else type(model.model).__name__
 
 
 def private_copy(model: Any) -> Any:

@@ -16,12 +16,14 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.extraction import extract, in_all, of_all
 from ..core.families import detect
+from ..core.licences import FEW_STEP, license_header, license_line, sources_of, told_licenses
 from ..core.lora_file import save_lora
 from ..core.recipe import PRESETS
 from ..core.targets import Target
 from ..core.tensor_file import read_tensors
 from .adapter_hooks import targets_of
 from .check import check_file
+from .origin import made_of
 from .places import LORAS, checked_name, named_places, publish
 from .trainer import FileName, name_input
 
@@ -59,6 +61,12 @@ class ExtractFewStepLoRA(io.ComfyNode):  # type: ignore[misc]
                     default=NO_RECIPE,
                     tooltip="How the few-step model is sampled: goes into the file, so that Load One-Step LoRA knows.",
                 ),
+                io.String.Input(
+                    "licenses",
+                    default="",
+                    advanced=True,
+                    tooltip="Licences that the files do not tell, for the header: base=NAME; few_step_model=NAME.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="lora", tooltip="For Load LoRA Model."),
@@ -67,26 +75,28 @@ class ExtractFewStepLoRA(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def validate_inputs(cls, name: Any = None) -> bool | str:
+    def validate_inputs(cls, name: Any = None, licenses: Any = None) -> bool | str:
         try:
             if isinstance(name, str):
                 checked_name(name)
+            if isinstance(licenses, str):
+                told_licenses(licenses)
         except OneStepError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, base: Any, few_step: Any, rank: int, name: str, recipe: str) -> io.NodeOutput:
+    def execute(cls, base: Any, few_step: Any, rank: int, name: str, recipe: str, licenses: str = "") -> io.NodeOutput:
         with named_places():
             path = Path(folder_paths.get_temp_directory()) / "onestep-extracted.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            said = extracted(base, few_step, rank, recipe, path)
+            said = extracted(base, few_step, rank, recipe, path, licenses)
             file, tensors = publish(path, name, LORAS), read_tensors(path)
             path.unlink()
         return io.NodeOutput(tensors, file, ui={"text": ["\n".join([file, *said])]})
 
 
-def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path) -> list[str]:
+def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses: str = "") -> list[str]:
     """Write the LoRA to ``path``; what there is to say of it."""
     family = detect(base.model.diffusion_model)
     if detect(few.model.diffusion_model) != family:
@@ -109,11 +119,13 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path) -> list[s
     state, layers = of_all(extract(targets, before, other, rank))
     text = None if recipe == NO_RECIPE else PRESETS[recipe].to_json()
     whole = in_all(layers)
+    sources = sources_of([*made_of(base), *((FEW_STEP, name, file) for _, name, file in made_of(few)[:1])], licenses)
     told = {"onestep.extracted": f"a difference of two models, {whole.weights:.4f} of its weights"}
-    save_lora(path, state, family, text, told)
+    save_lora(path, state, family, text, told | license_header(sources))
     least, kept = min(layers.items(), key=lambda item: item[1].weights)
     return [
         f"keeps {whole.weights:.1%} of the difference of {len(layers)} layers; least of {least}: {kept.weights:.1%}",
+        license_line(sources),
         check_file(base.model, targets, family, path),
     ]
 

@@ -16,6 +16,7 @@ from ..core.adapter_file import refuse_adapter
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy, detect
 from ..core.ksampler import core_nodes
+from ..core.licences import license_line, sources_in
 from ..core.lora_file import State, fit, load_lora
 from ..core.recipe import PRESETS, Recipe
 from ..core.schedule import NoiseSchedule
@@ -90,6 +91,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         patched = with_prediction(patched, found)
         said = how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
         said += f"\nOf {lora_name[-80:]}, {left_out}." if left_out else ""
+        licences = license_line(sources_in(read_header(path).metadata)) if path else ""
+        said += f"\n{licences[0].upper()}{licences[1:]}." if licences else ""
         return io.NodeOutput(patched, found, said, ui=ui.PreviewText(said))
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..core.cond import Cond
 from ..core.families import bind_comfy, detect, select
+from ..core.licences import Part
 from ..core.roles import Roles
-from .adapt import BLOCKS, IN_PLACE, differentiable_attention, name_of, refuse_patches, refuse_variant
+from .adapt import BLOCKS, IN_PLACE, differentiable_attention, refuse_patches, refuse_variant
 from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
+from .origin import name_of
 
 META = torch.device("meta")
 TOKENS = {"unet": 77, "sd3": 77 + 256, "flux": 512}
@@ -46,6 +48,7 @@ class Shell:
 
     encoder_hash = base_hash = "none"
     memory_required = 0
+    made_of: Sequence[Part] = ()
 
     def __init__(self, model: Any, vae: Any | None, targets: str) -> None:
         refuse_patches(model)

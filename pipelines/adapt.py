@@ -20,6 +20,7 @@ from ..core.cond import Cond
 from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
+from ..core.licences import BASE, BASE_LORA, Part
 from ..core.roles import Roles
 from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
@@ -128,6 +129,12 @@ class DiffusersHost:
         self.in_place: list[nn.Module] = []
         self._decoder: Autoencoder | None = None
         self.compile_again: Callable[[], None] = lambda: None
+
+    @property
+    def made_of(self) -> list[Part]:
+        told = str(self.pipe.config.get("_name_or_path") or "")
+        loras = [(BASE_LORA, str(name), None) for name in getattr(self.network, "peft_config", {})]
+        return [(BASE, self.name, Path(told) if told and Path(told).exists() else None), *loras]
 
     @cached_property
     def base_hash(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.extraction import Kept, extract, in_all, of_all, weight_of
 from ..core.factors import State
+from ..core.licences import FEW_STEP, license_header, license_line, sources_of
 from ..core.lora_file import save_lora
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER
@@ -35,13 +36,15 @@ Tick = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Extracted:
     """layers: what is kept of each, by name; whole: of all. apart: the distance of the LoRA's latents to the few-step
-    model's, as a share of the base's; None where nothing was drawn. check: what loading the file back has proven."""
+    model's, as a share of the base's; None where nothing was drawn. check: what loading the file back has proven.
+    licences: what it was made of, in a line."""
 
     state: State
     layers: dict[str, Kept]
     whole: Kept
     apart: float | None
     check: str
+    licences: str
 
 
 class FewStep:
@@ -83,12 +86,14 @@ def extract_lora(
     prompts: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     told: dict[str, str] | None = None,
+    licenses: str = "",
     tick: Tick = lambda done, of: None,
 ) -> Extracted:
     """Write the difference of ``model`` to ``host``'s base as a LoRA of ``rank`` to ``path``, and say what it holds.
 
     recipe: how the few-step model is sampled, for the file's header. prompts: seen by the layers, which whitens, and
-    drawn for the distance; they need a recipe. told: more strings for the header. tick: layers done, of all. Raises
+    drawn for the distance; they need a recipe. told: more strings for the header. licenses: of the two models, where
+    their files do not tell (core.licences). tick: layers done, of all. Raises
     OneStepError for two models that are not of one base.
     """
     if prompts and recipe is None:
@@ -97,15 +102,18 @@ def extract_lora(
         raise OneStepError(
             f"the recipe is for {recipe.family!r} models, {host.name} is {host.family!r}: choose another"
         )
+    made_of = sources_of([*host.made_of, (FEW_STEP, Path(model).name, Path(model))], licenses)
     few, targets = FewStep(model, host.pipe), list(host.denoiser.roles.targets.values())
     check_names(few, targets, host)
     drawn = None if not prompts or recipe is None else Drawn(host, recipe, prompts, size)
     state, layers = of_all(_each(targets, few, rank, drawn, tick))
     text = None if recipe is None else recipe.to_json()
-    save_lora(path, state, host.family, text, header(host, few, in_all(layers)) | (told or {}))
+    save_lora(
+        path, state, host.family, text, header(host, few, in_all(layers)) | license_header(made_of) | (told or {})
+    )
     check = host.check_file(path)
     apart = None if drawn is None else drawn.apart(state, few)
-    return Extracted(state, layers, in_all(layers), apart, check)
+    return Extracted(state, layers, in_all(layers), apart, check, license_line(made_of))
 
 
 def check_names(few: FewStep, targets: list[Target], host: DiffusersHost) -> None:

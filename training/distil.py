@@ -26,7 +26,7 @@ from .engine.turns import Numbers
 from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
-from .runs.config import config_of, header_of
+from .runs.config import config_of, header_of, license_note
 from .runs.made import write_made
 from .runs.run import STOP, NotSaved, Run, leave
 from .runs.shared_run import entered
@@ -94,7 +94,7 @@ class _Session:
         self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
         hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
         self.usage = "" if self.method.adapter else hint
-        self.notes = [note for note in [self.method.note(settings), taken, self.usage] if note]
+        self.notes = [*filter(None, (self.method.note(settings), taken, self.usage, license_note(host, settings)))]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
+from ..core.licences import Part
 
 
 class Host(Protocol):
@@ -32,6 +33,11 @@ class Host(Protocol):
     memory_required: int
     """Bytes that training takes beyond the network's own; a host that shares the device with other models makes so much
     room. 0 = not known."""
+
+    @property
+    def made_of(self) -> Sequence[Part]:
+        """The network's checkpoint, and each LoRA that is merged into it."""
+        ...
 
     @property
     def encoder_hash(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..core.errors import OneStepError
+from ..core.licences import told_licenses
 
 MOST_STEPS = 64
 """That a recipe can hold."""
@@ -115,6 +116,10 @@ class Settings:
         "How the initial LoRA is sampled, which the student keeps: a preset's name; auto = as its file or its name "
         "says; own = in the run's own student_steps.",
     )
+    licenses: str = setting(
+        "",
+        "Licences that the files do not tell, for the result's header: base=NAME; initial_lora=NAME; base_lora=NAME.",
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""
@@ -126,6 +131,7 @@ class Settings:
         if self.batch % self.accumulation:
             raise OneStepError(f"accumulation {self.accumulation} must divide batch {self.batch}")
         self.size_list  # noqa: B018  (refuses what is no size)
+        told_licenses(self.licenses)
         self.own.check(self)
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from onestep.core.cond import Cond
 from onestep.core.denoiser import PREDICTIONS, Denoiser
 from onestep.core.errors import OneStepError
+from onestep.core.licences import Part
 from onestep.core.lora_file import load_lora
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
@@ -90,6 +91,8 @@ class SmallHost:
         self.blocks: list[nn.Module] = list(self.network.blocks)
         self.in_place: list[nn.Module] = []
         self.encoded = 0
+
+    made_of: Sequence[Part] = ()
 
     @property
     def base_hash(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from whole_runs import run
 
 from onestep.core.errors import OneStepError
+from onestep.core.licences import Source, sources_in
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.recipe.by_name import preset_by_name
@@ -297,3 +298,21 @@ def test_a_donor_of_more_layers_than_are_adapted_says_so(tmp_path: Path) -> None
     del host.denoiser.roles.targets["conv_in"]
     with pytest.raises(OneStepError, match="Or set targets=all: this run adapts attention alone"):
         initial_state(host, small(initial_lora=path, targets="attention"))
+
+
+def test_the_result_names_what_it_was_made_of(tmp_path: Path) -> None:
+    """With the licences that a file tells, that a person tells, or nobody; told anew, a run goes on."""
+    host = SmallHost()
+    host.made_of = [("base", "small", None)]
+    save_lora(tmp_path / "donor.safetensors", drawn(host, 2), host.family, None, {"license": "mit"})
+    settings = small(initial_lora=str(tmp_path / "donor.safetensors"), steps=1)
+    result = run(tmp_path / "run", settings, host=host)
+    assert sources_in(read_header(result.path).metadata) == [
+        Source("base", "small"),
+        Source("initial_lora", "donor.safetensors", "mit", "file"),
+    ]
+    assert any("base small (licence unknown), initial LoRA donor.safetensors (licence mit)" in n for n in result.notes)
+    again = run(tmp_path / "run", settings.with_(steps=2, licenses="base = x"), host=host, existing="continue")
+    assert read_header(again.path).metadata["modelspec.license"] == "x + mit"
+    with pytest.raises(OneStepError, match="licenses has 'bass=x'"):
+        settings.with_(licenses="bass=x")

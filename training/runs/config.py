@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...core.licences import INITIAL, Source, license_header, license_line, sources_of
 from ...core.recipe import Recipe
 from ..engine.donor import predicts
 from ..host import Host
@@ -50,4 +52,18 @@ def header_of(host: Host, prompts: list[str], settings: Settings, title: str) ->
     }
     predicted = predicts(host)
     header |= {"modelspec.prediction_type": predicted} if predicted else {}
+    header |= license_header(sources(host, settings))
     return header | ({"onestep.prompts": json.dumps(prompts)} if settings.keep_prompts else {})
+
+
+def sources(host: Host, settings: Settings) -> list[Source]:
+    """What a run's result is made of, with the licences: the base, its LoRAs, the initial LoRA."""
+    path = Path(settings.initial_lora) if settings.initial_lora else None
+    initial = [] if path is None else [(INITIAL, path.name, path)]
+    return sources_of([*host.made_of, *initial], settings.licenses)
+
+
+def license_note(host: Host, settings: Settings) -> str:
+    """What a run says of it as it begins: nothing of a base alone whose licence nobody tells."""
+    found = sources(host, settings)
+    return license_line(found) if len(found) > 1 or any(each.found for each in found) else ""

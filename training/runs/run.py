@@ -29,7 +29,7 @@ from .files import CONTENT, content_of, in_gb, read_json, room_at, write_bytes, 
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
-FREE = ("save_every",)
+FREE = ("save_every", "licenses")
 """Settings that change nothing of what is learnt: a run goes on with others."""
 KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
