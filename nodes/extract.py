@@ -64,6 +64,7 @@ class ExtractFewStepLoRA(io.ComfyNode):  # type: ignore[misc]
                 io.String.Input(
                     "licenses",
                     default="",
+                    optional=True,
                     advanced=True,
                     tooltip="Licences that the files do not tell, for the header: base=NAME; few_step_model=NAME.",
                 ),
