@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.add_lora import EVERYWHERE, OP, LoRA, Place, add_lora, add_lora_conv
-from ..kernels.attention import in_forward_ad
-from ..kernels.choice import REFERENCE
+from ..kernels.add_lora import EVERYWHERE, LoRA, Place, add_lora
+from ..kernels.add_lora_conv import add_lora_conv, mixed
+from ..kernels.attention import autocast, in_forward_ad
 from .factors import State
 from .targets import Target
 
@@ -42,6 +42,10 @@ class AdaptedLayer:
         ]
         self._names = [target.name for target in self.targets]
         self._name = self._names[0] if len(self._names) == 1 else None
+        whole = self._name is not None and first.rows is None and first.permutation is None
+        # the one target of a linear layer, the host's as it is ours
+        self.alone = self._name if whole and not self.is_conv else None
+        self._in, self._out = first.in_features, first.out_rows
 
     def serves(self, factors: Table) -> bool:
         """Whether ``factors`` hold one of its targets."""
@@ -49,13 +53,25 @@ class AdaptedLayer:
             return self._name in factors
         return any(name in factors for name in self._names)
 
+    def is_plain(self, x: Tensor, output: Tensor) -> bool:
+        """Whether `add_alone_` or `add_one` may serve its fresh ``output``. Autocast, forward mode and a compiler want
+        plain operations."""
+        return (
+            output.dtype is x.dtype
+            and output.is_contiguous()
+            and not in_forward_ad()
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and (autocast(output) or (output.requires_grad and output.is_leaf)))
+        )
+
+    def add_alone_(self, a: Tensor, b: Tensor, x: Tensor, output: Tensor) -> None:
+        """`add_` of a layer's one target."""
+        output.view(-1, self._out).addmm_(x.reshape(-1, self._in).mm(a), b)
+
     def may_be_written(self, x: Tensor, output: Tensor) -> bool:
         """Whether `add_` may serve its fresh ``output``: no derivative of it is wanted. Autocast, which makes it
-        another dtype than x, forward mode and a compiler want plain operations, and a kernel serves all rows at
-        once."""
+        another dtype than x, forward mode and a compiler want plain operations."""
         if torch.is_grad_enabled() or output.dtype != x.dtype or in_forward_ad() or torch.compiler.is_compiling():
-            return False
-        if not self.is_conv and OP.choice(x.device, x.dtype) != REFERENCE:
             return False
         return self.is_conv or output.is_contiguous()
 
@@ -66,8 +82,6 @@ class AdaptedLayer:
             if pair is None:
                 continue
             a, b = pair
-            if a.dtype != x.dtype:  # a layer that computes in another dtype than the call's first
-                a, b = a.to(x.dtype), b.to(x.dtype)
             if self.is_conv:
                 layer: Any = self._module
                 hidden = F.conv2d(x, a, None, layer.stride, layer.padding, layer.dilation)
@@ -104,4 +118,4 @@ def _mix(output: Tensor, hidden: Tensor, b: Tensor) -> None:
         rows = hidden.permute(0, 2, 3, 1).reshape(-1, hidden.shape[1])
         output.permute(0, 2, 3, 1).view(-1, output.shape[1]).addmm_(rows, b.flatten(1).t())
     else:
-        output.add_(F.conv2d(hidden, b))
+        output.add_(mixed(hidden, b))

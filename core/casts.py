@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +13,18 @@ from .targets import Target
 
 ALIGNED = 64
 """Numbers: each factor begins at a multiple of so many, where matrix kernels read fastest."""
+KEPT = 3
 
 
 class Casts:
-    """One role's factors in one flat buffer, for a pass without a graph: two kernels where a cast for each use would
-    take two for each layer. The pass alone holds it: whoever writes to the masters afterwards is heeded."""
+    """A role's factors in one flat buffer for a pass: two kernels where a cast for each use would take two for each
+    layer, and again where a block is recomputed. The pass alone holds it, and its graph: whoever writes to the masters
+    afterwards, in whatever way, is heeded by the next."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self._targets = targets
-        # views of factors that need no cast, and the places in memory that they are of: one value, for several threads
-        self._views: tuple[Any, Table] = (None, {})
+        # views of factors that need no cast, with the places in memory that they are of, of the last few asked for
+        self._views: dict[int, tuple[list[int], Table]] = {}
 
     @torch.no_grad()
     def of(self, factors: State, dtype: torch.dtype, device: torch.device) -> Table:
@@ -34,33 +35,32 @@ class Casts:
         if any(self._targets[name].permutation is not None for name in factors):  # which copies
             return self._entries(factors)
         places = [value.data_ptr() for pair in factors.values() for value in pair]
-        known, table = self._views
+        known, table = self._views.get(id(factors), (None, {}))
         if places != known or table.keys() != factors.keys():
             table = self._entries(factors)
-            self._views = places, table
+            others = list(self._views.items())[-KEPT:]  # written as a whole: threads share it
+            self._views = {**dict(others), id(factors): (places, table)}
         return table
 
     def drop(self) -> None:
-        """Forget the factors that were asked for last."""
-        self._views = None, {}
+        """Forget the factors that were asked for."""
+        self._views = {}
 
     def _entries(self, factors: State) -> Table:
         return {name: entry(self._targets[name], a.detach(), b.detach()) for name, (a, b) in factors.items()}
 
     def _cast(self, factors: State, dtype: torch.dtype, device: torch.device) -> State:
-        every = [value.detach() for pair in factors.values() for value in pair]
-        starts, at = [], 0
-        for value in every:
-            starts.append(at)
-            at += -(-value.numel() // ALIGNED) * ALIGNED
+        every = [value for pair in factors.values() for value in pair]
+        sizes = [-(-value.numel() // ALIGNED) * ALIGNED for value in every]
         # cast where they lie: a mean in the host's memory crosses to the card once, and in the smaller dtype
-        flat = torch.empty(at, dtype=dtype, device=every[0].device)
-        pieces = [_piece(flat, start, value) for start, value in zip(starts, every, strict=True)]
-        torch.ops.aten._foreach_copy_.default(pieces, every)
-        flat = flat.to(device)
-        views = iter([_piece(flat, start, value) for start, value in zip(starts, every, strict=True)])
+        flat = torch.empty(sum(sizes), dtype=dtype, device=every[0].device)
+        torch.ops.aten._foreach_copy_.default(_pieces(flat, sizes, every), every)
+        views = iter(_pieces(flat.to(device), sizes, every))
         return {name: (next(views), next(views)) for name in factors}
 
 
-def _piece(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    return flat[start : start + like.numel()].view(like.shape)
+def _pieces(flat: Tensor, sizes: list[int], like: list[Tensor]) -> list[Tensor]:
+    return [
+        piece[: value.numel()].view(value.shape) if piece.numel() > value.numel() else piece.view(value.shape)
+        for piece, value in zip(flat.split(sizes), like, strict=True)
+    ]

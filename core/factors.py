@@ -14,8 +14,9 @@ State = dict[str, tuple[Tensor, Tensor]]
 """(A, B) by target name; A [r, in, ...], B [out, r, ...]."""
 
 
+@torch.inference_mode(False)
 def leaf(value: Tensor, device: torch.device | str) -> Tensor:
-    """A float32 copy of ``value`` on ``device`` that an optimiser may own."""
+    """A float32 copy of ``value`` on ``device`` that an optimiser may own, wherever it is made."""
     return value.detach().to(device, torch.float32, copy=True).contiguous().requires_grad_(True)
 
 

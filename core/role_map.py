@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .adapter_module import Call
@@ -21,22 +22,23 @@ Blocks = tuple[tuple[str, int | None], ...]
 
 
 class Served:
-    """Rows of a call that a role's factors serve. rows: which, None for all. table: the factors in the network's dtype,
-    in a call that has asked for them."""
+    """Rows of a call that a role's factors serve. rows: which, None for all. tables: the factors by the dtype that they
+    are needed in; plain: whether plain torch adds them there. Both are filled as the call goes on."""
 
-    __slots__ = ("factors", "rows", "table")
+    __slots__ = ("factors", "plain", "rows", "tables")
 
     def __init__(self, factors: State, rows: slice | None) -> None:
         self.factors, self.rows = factors, rows
-        self.table: Table | None = None
+        self.tables: dict[torch.dtype, Table] = {}
+        self.plain: dict[torch.dtype, bool] = {}
 
 
 @dataclass(frozen=True)
 class RoleMap:
     """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
 
-    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules. served: of a running
-    call, the rows that have factors.
+    call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules. Of a running call,
+    batch: its rows, served: those that have factors.
     """
 
     blocks: Blocks = ((TEACHER, None),)
@@ -44,6 +46,7 @@ class RoleMap:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     call: Call | None = None
     served: tuple[Served, ...] | None = None
+    batch: int | None = None
 
     def sizes(self, batch: int) -> list[int]:
         sizes = [batch if rows is None else rows for _, rows in self.blocks]

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted_layer import AdaptedLayer, Table
+from .adapted_layer import AdaptedLayer
 from .adapter_module import AdapterModules, Call, Port
 from .casts import Casts
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
 from .factors import blended, initial, leaf, lerp
+from .hook import hook
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
 from .role_map import Captured, RoleMap, Served
@@ -44,8 +45,9 @@ class Roles:
         self.modules = AdapterModules(self.targets, port)
         self._lineage: dict[str, int] = {}
         self._active, self._chosen = PerThread(RoleMap()), PerThread[RoleMap | None](None)
+        self.active_here = self._active.get
         self._handles: list[Any] = []
-        self._casts = Casts(self.targets)
+        self.casts = Casts(self.targets)
 
     # -- which role serves a call -------------------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ class Roles:
         chosen = self._chosen.get() or RoleMap()
         sizes = chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
-        role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes))
+        role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes), batch=batch)
         here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
         return Captured(role_map, self.serving(role_map), lambda: self._chosen.get(here))
 
@@ -79,7 +81,7 @@ class Roles:
     @property
     def active(self) -> RoleMap:
         """The role map that this thread's running forward obeys."""
-        return self._active.get()
+        return self.active_here()
 
     # -- the adapters -------------------------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class Roles:
 
     def drop(self, role: str) -> None:
         """Forget ``role``, its factors and its adapter module, if it is there."""
-        self._casts.drop()
+        self.casts.drop()
         self._factors.pop(role, None)
         self.modules.drop(role)
         self._lineage.pop(role, None)
@@ -188,7 +190,7 @@ class Roles:
         for target in self.targets.values():
             bound.setdefault(target.module, []).append(target)
         for module, here in bound.items():
-            self._handles.append(module.register_forward_hook(self._hook(AdaptedLayer(here))))
+            self._handles.append(module.register_forward_hook(hook(AdaptedLayer(here), self)))
         self.modules.install(self)
 
     @contextmanager
@@ -218,43 +220,13 @@ class Roles:
             if self._factors.get(role)
         )
 
-    def _hook(self, layer: AdaptedLayer) -> Any:
-        active_here = self._active.get
-
-        def adapt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            active = active_here()
-            if active.served is None:
-                return self._unprepared(layer, active, args[0], output)
-            served = [one for one in active.served if layer.serves(one.factors)]
-            if not served:
-                return None
-            x: Tensor = args[0]
-            if not layer.may_be_written(x, output):
-                return self._added(layer, active, x, output)
-            for one in served:
-                table = one.table or self._table(one, x)
-                if one.rows is None:
-                    layer.add_(table, x, output)
-                else:
-                    active.sizes(len(x))
-                    layer.add_(table, x[one.rows], output[one.rows])
-            return None
-
-        return adapt
-
-    def _table(self, served: Served, x: Tensor) -> Table:
-        """A call's factors, in x's dtype where that is the network's."""
-        if served.table is None:
-            served.table = self._casts.of(served.factors, x.dtype, x.device)
-        return served.table
-
-    def _unprepared(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor | None:
-        """Within `serving`, which no `capture` has prepared."""
+    def unprepared(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor | None:
+        """For `hook`: the layer's output within `serving`, which no `capture` has prepared, or None where it stays."""
         serves = any(layer.serves(self._factors.get(role, {})) for role, _ in active.blocks)
-        return self._added(layer, active, x, output) if serves else None
+        return self.added(layer, active, x, output) if serves else None
 
-    def _added(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output with each block's products."""
+    def added(self, layer: AdaptedLayer, active: RoleMap, x: Tensor, output: Tensor) -> Tensor:
+        """For `hook`: the layer's output with each block's products."""
         if len(active.blocks) == 1:
             loras = layer.loras(self._factors.get(active.blocks[0][0], {}), None, active.train)
             return layer.added(x, output, loras) if loras else output

@@ -1,6 +1,7 @@
 """Operations with a plain torch reference each; imports torch alone, and xformers or Triton when they are asked for."""
 
-from .add_lora import LoRA, Place, add_lora, add_lora_conv, add_lora_conv_reference, add_lora_reference
+from .add_lora import LoRA, Place, add_lora, add_lora_reference
+from .add_lora_conv import add_lora_conv, add_lora_conv_reference
 from .attention import attention, attention_reference, attention_with_lse, backends
 from .gated import gated, gated_reference
 from .partial import Partial, merge, partial_attention

@@ -19,8 +19,6 @@ from torch import Tensor
 from .attention import autocast, in_forward_ad
 from .choice import REFERENCE, Op, load_triton
 
-Size = int | Sequence[int]
-
 
 class Place(NamedTuple):
     """Which rows of a batch and which features of a layer's output a product is added to, and its scale."""
@@ -48,16 +46,26 @@ def add_lora(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
     out: [N, ..., out], a linear layer's fresh output, which nobody else needs: it is written over where that is
     possible. x: [N, ..., in], the layer's input. Returns [N, ..., out] in out's dtype.
     """
-    if out.dtype != x.dtype or out.ndim < 2 or not out.is_contiguous() or not _may_be_written(out):
+    if out.dtype != x.dtype or out.ndim < 2 or not out.is_contiguous() or not may_be_written(out):
         return add_lora_reference(out, x, loras)
     graph = torch.is_grad_enabled()
     if graph and len(loras) == 1 and loras[0].place is EVERYWHERE and OP.choice(x.device, x.dtype) == REFERENCE:
-        return _AddOne.apply(out, x, *loras[0][:2])
+        a, b = loras[0][:2]
+        return add_one(out, x, a, b, a.detach().to(x).t(), b.detach().to(x).t())
     places, factors = [lora.place for lora in loras], [factor for lora in loras for factor in lora[:2]]
     if graph:
         return _AddLoRA.apply(out, x, places, *factors)
     OP.run("forward", out, out, x, places, factors)
     return out
+
+
+def add_one(out: Tensor, x: Tensor, a: Tensor, b: Tensor, a_t: Tensor, b_t: Tensor) -> Tensor:
+    """`add_lora` of one adapter on all of a linear layer's contiguous ``out``, by plain torch, with a graph.
+
+    a: [r, in], b: [out, r]: the masters, which get the gradients. a_t: [in, r], b_t: [r, out]: the same in x's dtype,
+    transposed, which go into the products and must not be written to while the graph is needed.
+    """
+    return _AddOne.apply(out, x, a, b, a_t, b_t)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def add_lora_reference(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
@@ -69,55 +77,7 @@ def add_lora_reference(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
     return out
 
 
-def add_lora_conv(
-    out: Tensor,
-    x: Tensor,
-    loras: Sequence[LoRA],
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-) -> Tensor:
-    """out[rows, features] + s B (A * x[rows]): A convolves as the layer does, B mixes its channels.
-
-    out: [N, out, H', W'], a convolution's fresh output, any strides, written over as in `add_lora`. x: [N, in, H, W].
-    stride, padding, dilation: the layer's own. Returns a tensor of out's shape, dtype and layout.
-    """
-    geometry = stride, padding, dilation
-    if not _may_be_written(out):
-        return add_lora_conv_reference(out, x, loras, *geometry)
-    products = [_convolved(x, lora, geometry).to(out.dtype) for lora in loras]
-    if len(products) == 1 and products[0].shape == out.shape:
-        return products[0].add_(out)  # which is nobody's yet, and which no derivative needs
-    if torch.is_grad_enabled() and any(value.requires_grad for value in (out, *products)):
-        return _AddProducts.apply(out, [lora.place for lora in loras], *products)
-    for lora, product in zip(loras, products, strict=True):
-        out[lora.place.rows, lora.place.features].add_(product)
-    return out
-
-
-def add_lora_conv_reference(
-    out: Tensor,
-    x: Tensor,
-    loras: Sequence[LoRA],
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-) -> Tensor:
-    """What `add_lora_conv` computes, written out in a new tensor; every derivative of it works."""
-    out = out.clone()
-    for lora in loras:
-        product = _convolved(x, lora, (stride, padding, dilation))
-        out[lora.place.rows, lora.place.features] += product.to(out.dtype)
-    return out
-
-
-def _convolved(x: Tensor, lora: LoRA, geometry: tuple[Any, Any, Any]) -> Tensor:
-    a, b, (rows, _, scale) = lora
-    hidden = F.conv2d(x[rows], a.to(x), None, *geometry)
-    return F.conv2d(hidden, (b if scale == 1 else scale * b).to(x))
-
-
-def _may_be_written(out: Tensor) -> bool:
+def may_be_written(out: Tensor) -> bool:
     """Forward mode, a compiler and autocast want plain operations; a leaf is its owner's."""
     return not (
         autocast(out) or in_forward_ad() or torch.compiler.is_compiling() or (out.is_leaf and out.requires_grad)
@@ -146,31 +106,29 @@ class _AddOne(torch.autograd.Function):
     """The same of one adapter everywhere, by plain torch: nearly every call of a run's, without the work of places."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, a_t: Tensor, b_t: Tensor) -> Tensor:
         written = out.detach()
-        h = x.reshape(-1, x.shape[-1]).mm(a.to(x).t())
-        written.view(-1, out.shape[-1]).addmm_(h, b.to(x).t())
+        h = x.reshape(-1, x.shape[-1]).mm(a_t)
+        written.view(-1, out.shape[-1]).addmm_(h, b_t)
+        # the masters' versions tell of what is written to them; casts are nobody's to write to
+        ctx.casts = a_t, b_t
         ctx.save_for_backward(x, a, b, h)
         return written
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], *_went_back(gradients[0], ctx.saved_tensors, [EVERYWHERE], ctx.needs_input_grad[1:])
-
-
-class _AddProducts(torch.autograd.Function):
-    """out[rows, features] += product, for each."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, places: list[Place], *products: Tensor) -> Tensor:
-        ctx.places, written = places, out.detach()
-        for place, product in zip(places, products, strict=True):
-            written[place.rows, place.features].add_(product)
-        return written
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], None, *(gradients[0][place.rows, place.features] for place in ctx.places)
+        (gradient,), wanted = gradients, ctx.needs_input_grad[1:4]
+        x, a, b, h = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this backward
+            return gradient, *_differentiable(gradient, [x, a, b], [EVERYWHERE], wanted), None, None
+        a_t, b_t = ctx.casts
+        g = tokens(gradient)
+        # h = A x,  y = B h:   dh = B^T dy,  dx = A^T dh,  dA = dh x^T,  dB = dy h^T
+        dh = g.mm(b_t.t()) if wanted[0] or wanted[1] else g
+        dx = dh.mm(a_t.t()).view(x.shape) if wanted[0] else None
+        da = dh.t().mm(tokens(x)).to(a) if wanted[1] else None
+        db = g.t().mm(h).to(b) if wanted[2] else None
+        return gradient, dx, da, db, None, None
 
 
 def _went_back(
