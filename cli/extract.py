@@ -23,6 +23,10 @@ def run(args: Namespace, console: Console) -> None:
     existing_parent(path)
     if path.suffix != ".safetensors":
         raise OneStepError(f"--out is {path.name[:80]!r}: give a name that ends in .safetensors")
+    for given in (args.model, args.few_step):
+        _spare(Path(given).expanduser(), path)
+    if args.prompts and not args.recipe:
+        raise OneStepError("prompts are drawn by a recipe: name the few-step model's, like --recipe dmd2-4")
     prompts = read_prompts(args.prompts)[:USUAL_PROMPTS] if args.prompts else []
     from ..pipelines.extract import extract_lora
 
@@ -44,10 +48,17 @@ def run(args: Namespace, console: Console) -> None:
         "whole": asdict(found.whole),
         "apart": found.apart,
         "licences": found.licences,
+        "beside": found.beside,
         "check": found.check,
         "layers": {name: asdict(kept) for name, kept in found.layers.items()},
     }
     console.result("\n".join(lines(path, found, args.recipe)), facts)
+
+
+def _spare(model: Path, path: Path) -> None:
+    """Raises OneStepError where the LoRA would be written over one of the models."""
+    if path.resolve() == model.resolve() or (model.is_dir() and model.resolve() in path.resolve().parents):
+        raise OneStepError(f"--out {str(path)[-100:]!r} would be written into a model: give another place")
 
 
 def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
@@ -58,6 +69,8 @@ def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
         said.append(f"  keeps {whole.outputs:.1%} of what it changes in the layers' outputs, on these prompts")
     if found.apart is not None:
         said.append(f"  its latents are {found.apart:.2f} as far from the few-step model's as the base's are")
+    if found.beside:
+        said.append(f"  {found.beside} norms and biases differ too, which no LoRA holds")
     least = sorted(found.layers.items(), key=lambda item: item[1].weights)[:MOST_SHOWN]
     said.append(f"  least: {', '.join(f'{name} {kept.weights:.1%}' for name, kept in least)}")
     if recipe is None:

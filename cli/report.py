@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..core.errors import OneStepError
 from ..training.methods import METHODS
-from ..training.runs.files import read_json, write_bytes
+from ..training.runs.files import read_json, read_rows, write_bytes
 from ..training.settings import Settings, described
 from .console import Console, duration
 from .doctor import devices, version
@@ -57,7 +57,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "cards": [device["title"] for device in devices()[1:]],
         "method": str(config["settings"].get("method"))[:40],
         "settings": dict(shareable(config["settings"])),
-        "plan": plan.get("line") if isinstance(plan := config.get("plan"), dict) else None,
+        "plan": planned_in(config.get("plan")),
         "peak_bytes": max((row["peak_bytes"] for row in rows if finite(row.get("peak_bytes"))), default=None),
         "updates": max((int(row["update"]) for row in rows), default=0),
         "seconds_an_update": seconds_an_update(rows),
@@ -71,16 +71,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl in order; a last one that is cut off is left out."""
-    path = folder / "metrics.jsonl"
-    found = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("update"), int):
-            found.append(row)
-    return sorted(found, key=lambda row: row["update"])
+    return sorted(read_rows(folder / "metrics.jsonl"), key=lambda row: row["update"])
 
 
 def shareable(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -94,6 +85,12 @@ def shareable(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             continue
         is_told = isinstance(value, bool | int | float) or entry.metadata["choices"] or entry.name == "sizes"
         yield entry.name, value if is_told else "(given)"
+
+
+def planned_in(plan: Any) -> str | None:
+    """The plan's line. Where nothing could be counted it says why in somebody else's words, which may name a file."""
+    line = plan.get("line") if isinstance(plan, dict) else None
+    return line if not isinstance(line, str) or plan.get("rung") else line.split("(")[0].strip()
 
 
 def numbers_of(versions: Any) -> dict[str, str]:
@@ -148,7 +145,7 @@ def last_preview(folder: Path) -> Image.Image | None:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except OSError:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # as Pillow says that it is broken
             continue
         return image.reduce(-(-image.width // WIDTH)) if image.width > WIDTH else image
     return None

@@ -57,7 +57,9 @@ def extract(
     if not 1 <= rank <= 4096:
         raise OneStepError(f"rank is {rank}: it must lie in 1 to 4096")
     for target in targets:
-        before, after = base(target), few(target)
+        # on one device, and where there is float64
+        place = torch.device("cpu") if (before := base(target)).device.type == "mps" else before.device
+        before, after = before.to(place), few(target).to(place)
         if before.shape != after.shape:
             raise OneStepError(
                 f"{target.name} is {list(before.shape)} in the base and {list(after.shape)} in the few-step model: "
@@ -66,10 +68,21 @@ def extract(
         difference = (after - before).float()
         if not bool(difference.isfinite().all()):
             raise OneStepError(f"the difference of {target.name} is no number: one of the checkpoints is broken")
-        if difference.any():
+        if difference.any() and not only_rounded(before, after):
             moment = None if moments is None else moments.get(target.name)
+            moment = None if moment is None else moment.to(place)
             factors = low_rank(difference, rank, moment)
-            yield target.name, factors, kept(difference, factors, moment)
+            yield target.name, (factors[0].cpu(), factors[1].cpu()), kept(difference, factors, moment)
+
+
+def only_rounded(one: Tensor, other: Tensor) -> bool:
+    """Whether one of two weights, float32, is the other one as float16 or bfloat16 keeps it: two files of one model."""
+    for dtype in (torch.float16, torch.bfloat16):
+        short = [value.to(dtype) for value in (one, other)]
+        kept_so = any(torch.equal(rounded.float(), value) for rounded, value in zip(short, (one, other), strict=True))
+        if kept_so and torch.equal(*short):
+            return True
+    return False
 
 
 def low_rank(difference: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,10 +118,17 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def root_of(moment: Tensor) -> Tensor:
-    """L of E x x^T + floor = L L^T, float64."""
+    """L of E x x^T + floor = L L^T, float64. Raises OneStepError where the moment is no number."""
     moment = moment.double()
+    if not bool(moment.isfinite().all()):
+        raise OneStepError("what enters a layer is no number on these prompts: leave --prompts out, or load in float32")
     floor = FLOOR * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(moment + floor * torch.eye(len(moment), dtype=torch.float64, device=moment.device))
+    eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment + floor * eye)
+        if not failed:
+            return root
+        floor = 10 * floor  # a sum in float32 has small eigenvalues that are below 0
 
 
 def kept(difference: Tensor, factors: tuple[Tensor, Tensor], moment: Tensor | None = None) -> Kept:

@@ -107,6 +107,12 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses:
         )
     if recipe != NO_RECIPE and PRESETS[recipe].family != family:
         raise OneStepError(f"the recipe {recipe} is for {PRESETS[recipe].family!r} models, this is {family!r}")
+    kinds = [str(getattr(model.model.model_type, "name", "")) for model in (base, few)]
+    if kinds[0] != kinds[1] and (recipe == NO_RECIPE or PRESETS[recipe].prediction is None):
+        raise OneStepError(
+            f"the base predicts {kinds[0]} and the few-step model {kinds[1]}: plug in two checkpoints of one base and "
+            "one prediction type"
+        )
     targets, theirs = targets_of(base.model, family), targets_of(few.model, family)
     others = {target.name: target for target in theirs}
     if lacking := [target.name for target in targets if target.name not in others]:

@@ -7,6 +7,7 @@ than two of the largest layer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
-from ..core.extraction import Kept, extract, in_all, of_all, weight_of
+from ..core.extraction import Kept, extract, in_all, of_all, only_rounded, weight_of
 from ..core.factors import State
 from ..core.licences import FEW_STEP, license_header, license_line, sources_of
 from ..core.lora_file import save_lora
@@ -27,6 +29,7 @@ from ..core.targets import Target
 from ..core.tensor_file import read_header, read_tensors
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .load import load
+from .networks import prediction_of
 from .weights import STEMS, best_variant, variants
 
 ROLE, SEED = "extracted", 0
@@ -37,7 +40,7 @@ Tick = Callable[[int, int], None]
 class Extracted:
     """layers: what is kept of each, by name; whole: of all. apart: the distance of the LoRA's latents to the few-step
     model's, as a share of the base's; None where nothing was drawn. check: what loading the file back has proven.
-    licences: what it was made of, in a line."""
+    licences: what it was made of, in a line. beside: weights that differ and that no LoRA holds, norms and biases."""
 
     state: State
     layers: dict[str, Kept]
@@ -45,11 +48,12 @@ class Extracted:
     apart: float | None
     check: str
     licences: str
+    beside: int = 0
 
 
 class FewStep:
     """The network of a few-step checkpoint, by the base's names: of a diffusers folder read as it is needed, of
-    anything else loaded."""
+    anything else loaded. prediction: what it answers, as its scheduler says; "" where nothing does."""
 
     def __init__(self, model: str | Path, base: Any) -> None:
         folder = Path(model).expanduser() / ("unet" if hasattr(base, "unet") else "transformer")
@@ -59,8 +63,10 @@ class FewStep:
             variant = best_variant(folder, stem, network_of(base).dtype)
             files = [folder / name for name in variants(folder, stem)[variant]]
             self._places = {name: file for file in files for name in read_header(file).tensors}
+            self.prediction = _prediction_in(folder.parent)
         else:
-            self._loaded = network_of(load(model, dtype=network_of(base).dtype)).state_dict()
+            pipe = load(model, dtype=network_of(base).dtype)
+            self._loaded, self.prediction = network_of(pipe).state_dict(), prediction_of(pipe.scheduler)
 
     def names(self) -> set[str]:
         return set(self._places or self._loaded)
@@ -75,6 +81,15 @@ class FewStep:
 
     def weight(self, target: Target) -> Tensor:
         return self.tensor(f"{target.name}.weight").float()
+
+
+def _prediction_in(folder: Path) -> str:
+    """What the scheduler of a diffusers folder says that its network answers; "" where it says nothing."""
+    try:
+        told = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        return str(told.get("prediction_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def extract_lora(
@@ -92,9 +107,9 @@ def extract_lora(
     """Write the difference of ``model`` to ``host``'s base as a LoRA of ``rank`` to ``path``, and say what it holds.
 
     recipe: how the few-step model is sampled, for the file's header. prompts: seen by the layers, which whitens, and
-    drawn for the distance; they need a recipe. told: more strings for the header. licenses: of the two models, where
-    their files do not tell (core.licences). tick: layers done, of all. Raises
-    OneStepError for two models that are not of one base.
+    drawn for the distance, after which the host holds the few-step model's weights; they need a recipe. told: more
+    strings for the header. licenses: of the two models, where their files do not tell (core.licences). tick: layers
+    done, of all. Raises OneStepError for two models that are not of one base.
     """
     if prompts and recipe is None:
         raise OneStepError("prompts are drawn by a recipe: name the few-step model's, like --recipe dmd2-4")
@@ -105,24 +120,57 @@ def extract_lora(
     made_of = sources_of([*host.made_of, (FEW_STEP, Path(model).name, Path(model))], licenses)
     few, targets = FewStep(model, host.pipe), list(host.denoiser.roles.targets.values())
     check_names(few, targets, host)
+    check_prediction(few, host, recipe)
     drawn = None if not prompts or recipe is None else Drawn(host, recipe, prompts, size)
     state, layers = of_all(_each(targets, few, rank, drawn, tick))
+    beside = beside_layers(few, targets, host)
     text = None if recipe is None else recipe.to_json()
     save_lora(
         path, state, host.family, text, header(host, few, in_all(layers)) | license_header(made_of) | (told or {})
     )
     check = host.check_file(path)
     apart = None if drawn is None else drawn.apart(state, few)
-    return Extracted(state, layers, in_all(layers), apart, check, license_line(made_of))
+    return Extracted(state, layers, in_all(layers), apart, check, license_line(made_of), beside)
 
 
 def check_names(few: FewStep, targets: list[Target], host: DiffusersHost) -> None:
+    """Raises OneStepError where one of the two has what the other has not."""
     missing = [target.name for target in targets if f"{target.name}.weight" not in few.names()]
     if missing:
         raise OneStepError(
             f"{few.name[:80]} lacks {len(missing)} of the {len(targets)} layers of {host.name}, the first "
             f"{missing[0]}: give two checkpoints of one base"
         )
+    own = set(host.network.state_dict())
+    if lacking := sorted(own - few.names()):
+        raise OneStepError(f"{few.name[:80]} is incomplete: it has no {lacking[0]}. Download or export it again")
+    if more := sorted(few.names() - own):
+        raise OneStepError(
+            f"{few.name[:80]} has {len(more)} weights that {host.name} has not, the first {more[0][:80]}: its "
+            "difference is no LoRA; take the few-step LoRA that was published beside it"
+        )
+
+
+ALPHAS = ("epsilon", "v_prediction", "sample")
+
+
+def check_prediction(few: FewStep, host: DiffusersHost, recipe: Recipe | None) -> None:
+    """Raises OneStepError where the few-step network answers something else than the base, and no recipe says so."""
+    own = prediction_of(host.pipe.scheduler)
+    told = own if recipe is None or recipe.prediction is None else recipe.prediction
+    if own in ALPHAS and few.prediction in ALPHAS and few.prediction not in (own, told):
+        raise OneStepError(
+            f"{few.name[:80]} answers {few.prediction}, and {host.name} {own}: two checkpoints of one base and one "
+            "prediction type are wanted, or a --recipe that says so"
+        )
+
+
+def beside_layers(few: FewStep, targets: list[Target], host: DiffusersHost) -> int:
+    """How many weights differ that no LoRA holds: norms, biases."""
+    own = {f"{target.name}.weight" for target in targets}
+    rest = ((name, value) for name, value in host.network.state_dict().items() if name not in own)
+    pairs = ((value.float(), few.tensor(name).to(value.device).float()) for name, value in rest)
+    return sum(not torch.equal(one, other) and not only_rounded(one, other) for one, other in pairs)
 
 
 def header(host: DiffusersHost, few: FewStep, whole: Kept) -> dict[str, str]:
@@ -167,13 +215,14 @@ class Drawn:
     ) -> None:
         self.host, self.recipe = host, recipe
         size = size or (recipe.sizes[0] if recipe.sizes else host.native_size)
-        self.denoise = denoiser_of(host.pipe, host.denoiser.roles, prediction=recipe.prediction)
+        # the base answers as it does; what is few-step, as the recipe says
+        self.few = denoiser_of(host.pipe, host.denoiser.roles, prediction=recipe.prediction)
         self.cond = host.encode(list(prompts), size).to(host.device)
         self.null = host.encode([""], size).to(host.device)
         self.shape = host.latent_shape(size)
 
     @torch.no_grad()
-    def latents(self, role: str = TEACHER) -> Tensor:
+    def latents(self, denoise: Denoiser, role: str = TEACHER) -> Tensor:
         """[N, C, h, w], a picture at a time."""
         pictures = []
         for row in range(len(self.cond)):
@@ -183,8 +232,8 @@ class Drawn:
                 return torch.randn(1, *self.shape, generator=stream).to(self.host.device)
 
             cond = self.cond[row : row + 1]
-            with self.denoise.roles.use(role, train=False):
-                pictures.append(sample(self.denoise, self.recipe, cond, fresh(-1), fresh, cond.null_like(self.null)))
+            with denoise.roles.use(role, train=False):
+                pictures.append(sample(denoise, self.recipe, cond, fresh(-1), fresh, cond.null_like(self.null)))
         return torch.cat(pictures)
 
     def moments(self, targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -204,7 +253,7 @@ class Drawn:
 
         handles = [watch(target) for target in targets]
         try:
-            self.latents()
+            self.latents(self.host.denoiser)
         finally:
             for handle in handles:
                 handle.remove()
@@ -213,12 +262,12 @@ class Drawn:
     def apart(self, state: State, few: FewStep) -> float:
         """||LoRA - few-step|| / ||base - few-step|| of the latents. The base's network becomes the few-step model's."""
         roles, network = self.host.denoiser.roles, self.host.network
-        base = self.latents()
+        base = self.latents(self.host.denoiser)
         roles.load(ROLE, state, self.host.device)
-        lora = self.latents(ROLE)
+        lora = self.latents(self.few, ROLE)
         roles.drop(ROLE)
         with torch.no_grad():
             for name, value in network.state_dict().items():
                 value.copy_(few.tensor(name))
-        goal = self.latents()
+        goal = self.latents(self.few)
         return float((lora - goal).norm() / (base - goal).norm().clamp_min(torch.finfo(torch.float32).tiny))

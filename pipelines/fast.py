@@ -12,11 +12,13 @@ encoders (which run once a text).
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,14 +31,16 @@ from ..core.schedule import add_noise
 from ..core.step_numbers import StepNumbers, initial_scale, step_numbers
 from .adapt import DiffusersHost, network_of
 from .autoencoder import decoded, encoded, upcast
-from .merged import merged
+from .merged import loras_of, merged
 from .networks import has_ip_adapter
 from .noise import Noise
 
 Mode = Literal["auto", "eager", "compile", "graph"]
-TEXTS, WARM_UPS = 256, 3
+TEXTS, CALLABLES, WARM_UPS = 256, 16, 3
 PARTS = ("text", "mask", "pooled", "size", "guidance")
 Call = Callable[..., Tensor]
+_DRAWN_FAST: WeakSet[Any] = WeakSet()
+"""Networks whose LoRAs are merged now."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Key:
 
 
 class Fast:
-    """One-step drawing of a `OneStepPipeline`; a context, which puts the pipeline back as it was.
+    """One-step drawing of a `OneStepPipeline`; a context, which puts the pipeline back as it was. Meanwhile the
+    pipeline's adapters are not to be changed. Several threads may draw: they wait for each other.
 
     mode: "graph" replays a CUDA graph, "compile" compiles network and decoder, "eager" does neither; "auto" is a graph
     on CUDA and eager elsewhere. What fails falls back to eager, with one warning that says why.
@@ -58,12 +63,7 @@ class Fast:
     def __init__(self, pipe: Any, recipe: Recipe, mode: Mode = "auto", decoder: Any = None) -> None:
         if mode not in ("auto", "eager", "compile", "graph"):
             raise OneStepError(f"mode is {mode!r:.40}: choose from auto, eager, compile, graph")
-        if pipe._guidance is not None:
-            raise OneStepError(
-                "a guidance adapter is loaded: take it off with load_guidance_adapter(None) to draw fast"
-            )
-        if has_ip_adapter(network_of(pipe)):
-            raise OneStepError("an IP-Adapter is loaded, and this draws texts alone: call unload_ip_adapter()")
+        _refuse_adapters(pipe)
         self.pipe, self.recipe = pipe, recipe
         self.host: DiffusersHost = pipe.host(recipe)
         self.host.network.eval()
@@ -78,10 +78,12 @@ class Fast:
         self.network: Network = self.host.denoiser.network  # type: ignore[attr-defined]
         self.steps, self.scale = step_numbers(self.host.denoiser, recipe), initial_scale(self.host.denoiser, recipe)
         self._texts: OrderedDict[tuple[str, tuple[int, int]], Cond] = OrderedDict()
-        self._calls: dict[Key, Call] = {}
-        self._within = ExitStack()
+        self._calls: OrderedDict[Key, Call] = OrderedDict()
+        self._within, self._lock = ExitStack(), threading.RLock()
 
     def __enter__(self) -> Fast:
+        self._loras = loras_of(self.host.network)
+        self._within.enter_context(_alone(self.host.network))
         self._within.enter_context(merged(self.host.network))
         self._within.enter_context(upcast(self.host.pipe.vae))
         self._within.callback(self._calls.clear)
@@ -106,6 +108,8 @@ class Fast:
         """Pictures [B, 3, H, W] in [0, 1] of ``prompt``, on the device: those of the pipeline's own call with the same
         arguments. latents: standard normal [B, C, h, w]."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise OneStepError("there is no prompt in the list: give one at least")
         size = self.pipe._size(self.host, self.recipe, width, height)
         cond = self.cond(prompts, size)
         if seed is not None:
@@ -129,8 +133,11 @@ class Fast:
         sigma, steps = own.levels(schedule), step_numbers(self.host.denoiser, own)
         noise: Tensor | None = None
         for frame in frames:
+            if frame.ndim != 3 or len(frame) != 3:
+                raise OneStepError(f"a frame has shape {list(frame.shape)}: give [3, H, W] in 0 to 1")
+            self.host.latent_shape((frame.shape[-1], frame.shape[-2]))
             latents = encoded(self.host.pipe.vae, frame[None].to(self.host.device))
-            if noise is None:
+            if noise is None or noise.shape != latents.shape:
                 generator = torch.Generator().manual_seed(seed)
                 noise = Noise(tuple(latents.shape), generator, self.host)()
             x = add_noise(schedule, latents, noise, sigma)
@@ -141,6 +148,10 @@ class Fast:
 
     def cond(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """The conditions of ``prompts``, each encoded once, in the network's dtype on its device."""
+        with self._lock:
+            return self._cond(prompts, size)
+
+    def _cond(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         missing = [text for text in dict.fromkeys(prompts) if (text, size) not in self._texts]
         if missing:
             made = self.host.encode(missing, size)
@@ -162,9 +173,23 @@ class Fast:
         given = {"x": x} | {name: value for name in PARTS if (value := getattr(cond, name)) is not None}
         given |= {f"fresh {index}": noise for index, noise in enumerate(fresh)}
         key = Key(tuple((name, tuple(value.shape), value.dtype) for name, value in given.items()), tuple(steps))
-        if key not in self._calls:
-            self._calls[key] = self._made(given, steps)
-        return self._calls[key](given)
+        with self._lock:  # a callable's memory is one
+            self._check_unchanged()
+            if key not in self._calls:
+                self._calls[key] = self._made(given, steps)
+            self._calls.move_to_end(key)
+            while len(self._calls) > CALLABLES:  # a graph keeps the memory of its shape
+                self._calls.popitem(last=False)
+            return self._calls[key](given)
+
+    def _check_unchanged(self) -> None:
+        """Raises OneStepError where adapters have come or gone since the LoRAs were merged."""
+        _refuse_adapters(self.pipe)
+        if loras_of(self.host.network) != self._loras:
+            raise OneStepError(
+                "the pipeline's LoRAs have changed while it drew fast, from merged weights: leave `with pipe.fast()`, "
+                "load them, and begin it again"
+            )
 
     def _made(self, given: dict[str, Tensor], steps: Sequence[StepNumbers]) -> Call:
         """``given`` -> pictures, as the mode has it, or eager where that fails."""
@@ -193,6 +218,35 @@ class Fast:
             x0 = step.skip * x + step.out * self.network(x, time, cond).float()
             x = step.keep * x + step.to * x0 + (step.fresh * next(fresh) if step.fresh else 0)
         return decoded(self.host.pipe.vae, x)
+
+
+def _refuse_adapters(pipe: Any) -> None:
+    if pipe._guidance is not None:
+        raise OneStepError("a guidance adapter is loaded: take it off with load_guidance_adapter(None) to draw fast")
+    if has_ip_adapter(network_of(pipe)):
+        raise OneStepError("an IP-Adapter is loaded, and this draws texts alone: call unload_ip_adapter()")
+
+
+def refuse_while_fast(network: Any) -> None:
+    """Raises OneStepError where the network draws fast, its LoRAs merged: they can be neither loaded nor taken off."""
+    if network in _DRAWN_FAST:
+        raise OneStepError("this network is drawn fast, with its LoRAs merged: leave `with pipe.fast()` first")
+
+
+@contextmanager
+def _alone(network: Any) -> Iterator[None]:
+    """Raises OneStepError where another one draws fast with this network: its weights are one, and its LoRAs go back
+    when the first one ends."""
+    if network in _DRAWN_FAST:
+        raise OneStepError(
+            "this network is drawn fast already, by this pipeline or one that shares its parts: end that one first, or "
+            "draw several prompts in one call"
+        )
+    _DRAWN_FAST.add(network)
+    try:
+        yield
+    finally:
+        _DRAWN_FAST.discard(network)
 
 
 class Graph:

@@ -11,12 +11,19 @@ import torch
 from .saved import adapted_layers, with_deltas
 
 
+def loras_of(network: Any) -> dict[str, int]:
+    """Those that are loaded, by name: which object describes each."""
+    return {name: id(config) for name, config in (getattr(network, "peft_config", None) or {}).items()}
+
+
 @contextmanager
 def merged(network: Any) -> Iterator[None]:
     """Within, what acts of the network's LoRAs is added to its weights, and the layers that held them are plain ones.
 
-    The weights that change are kept on the CPU meanwhile, so that they come back bit for bit.
+    The weights that change are kept on the CPU meanwhile, so that they come back bit for bit. Where LoRAs have been
+    loaded or unloaded meanwhile, the layers are left as they are then.
     """
+    loaded = loras_of(network)
     layers = adapted_layers(network)
     parents = {path: network.get_submodule(path.rpartition(".")[0]) for path in layers}
     before = {path: layer.base_layer.weight.detach().to("cpu", copy=True) for path, layer in layers.items()}
@@ -31,4 +38,5 @@ def merged(network: Any) -> Iterator[None]:
         with torch.no_grad():
             for path, layer in layers.items():
                 layer.base_layer.weight.copy_(before[path])
-                setattr(parents[path], path.rpartition(".")[2], layer)
+                if loras_of(network) == loaded:
+                    setattr(parents[path], path.rpartition(".")[2], layer)

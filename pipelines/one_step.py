@@ -30,7 +30,7 @@ from . import acting
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .call_values import check_count, checked
 from .control import load_control
-from .fast import Fast, Mode
+from .fast import Fast, Mode, refuse_while_fast
 from .guidance_adapter import check_guidance, read_guidance_adapter
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
@@ -228,6 +228,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         file holds for text encoders is left out, with a warning.
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
+        refuse_while_fast(network_of(self))
         found, embedded = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, self._lora)
         self._lora = adapter_name
         self.register_to_config(recipe=found.to_json(), embedded_guidance=embedded)
@@ -244,6 +245,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
 
     def unload_lora_weights(self) -> None:
         """Take all LoRAs off again."""
+        refuse_while_fast(network_of(self))
         self._lora = None
         self.plain().unload_lora_weights()
 

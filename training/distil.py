@@ -252,7 +252,7 @@ class _Session:
         self._restore()
         raise Stopped(
             f"{bad} steps in a row were no numbers (loss or gradient), the last in update {update}: back at the state "
-            f"after update {self.update}. Lower learning_rate or guidance, then restart"
+            f"after update {self.update}. {self.trainer.remedy}"
         )
 
     def _leave(self, error: BaseException) -> None:

@@ -44,6 +44,7 @@ def test_extract_says_what_is_kept(onestep: Command, model: Path, few: Path, pro
         (["--recipe", "dmd2-9"], "did you mean"),
         (["--out", "nowhere/x.safetensors"], "no folder"),
         (["--out", "x.ckpt"], "ends in .safetensors"),
+        (["--prompts", "prompts.txt"], "name the few-step model's"),
     ],
 )
 def test_bad_input_is_refused_in_words(
@@ -52,3 +53,10 @@ def test_bad_input_is_refused_in_words(
     out = [] if "--out" in more else ["--out", tmp_path / "x.safetensors"]
     said = onestep("extract", model, few, *out, *more)
     assert said.code == 2 and why in said.message
+
+
+def test_no_model_is_written_over(onestep: Command, model: Path, few: Path, tmp_path: Path) -> None:
+    file = few / "unet" / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    said = onestep("extract", model, few, "--out", file)
+    assert said.code == 2 and "would be written into a model" in said.message and file.read_bytes() == before

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from command import SHORT, Command
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from onestep.cli.report import KEY, facts_of, metrics_of, seconds_an_update, shareable
+from onestep.cli.report import KEY, facts_of, last_preview, metrics_of, seconds_an_update, shareable
 from onestep.training.methods import settings_for
 
 SECRET = "a portrait of my neighbour"
@@ -85,3 +86,40 @@ def test_what_is_no_run_is_refused_in_words(onestep: Command, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     said = onestep("report", tmp_path)
     assert said.code == 2 and "is not a run's" in said.message
+
+
+@pytest.mark.parametrize("broken", [b"", b"\x89PNG\r\n\x1a\n" + bytes(30), b"GIF89a"])
+def test_a_broken_preview_is_passed_over(broken: bytes, tmp_path):
+    run = folder_of(tmp_path / "run", ROWS)
+    (run / "previews").mkdir()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(run / "previews" / "000001.png")
+    (run / "previews" / "000002.png").write_bytes(broken)
+    found = last_preview(run)
+    assert found is not None and found.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_previews_own_words_stay_at_home(onestep: Command, tmp_path):
+    """Text chunks and EXIF, as ComfyUI and cameras write them."""
+    run, words = folder_of(tmp_path / "run", ROWS), PngInfo()
+    (run / "previews").mkdir()
+    words.add_text("prompt", SECRET)
+    exif = Image.Exif()
+    exif[0x010E] = SECRET
+    Image.new("RGB", (8, 8)).save(
+        run / "previews" / "000001.png", pnginfo=words, exif=exif, icc_profile=SECRET.encode()
+    )
+    assert onestep("report", run).code == 0
+    shared = Image.open(run / "report.png")
+    shared.load()
+    assert SECRET not in str(shared.info) and SECRET.encode() not in (run / "report.png").read_bytes()
+    assert not shared.getexif() and set(shared.info) <= {KEY}
+
+
+def test_why_nothing_could_be_counted_is_not_told(tmp_path):
+    """In somebody else's words, which may name a file."""
+    line = "what the run needs could not be counted ([Errno 2] No such file: '/home/anna/model.safetensors')"
+    run = folder_of(tmp_path / "run", ROWS, plan={"line": line, "rung": None})
+    assert facts_of(run)["plan"] == "what the run needs could not be counted"
+    words = "A run fits by itself with micro-batches of 1 (checkpointed): 3 of 10 GiB."
+    run = folder_of(tmp_path / "other", ROWS, plan={"line": words, "rung": {"micro_batch": 1}})
+    assert facts_of(run)["plan"] == words

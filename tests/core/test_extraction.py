@@ -151,3 +151,39 @@ def test_quantised_weights_and_ranks_out_of_range_are_refused() -> None:
     network.layer.weight = nn.Parameter(torch.zeros(6, 5, dtype=torch.int8), requires_grad=False)
     with pytest.raises(OneStepError, match="quantised"):
         weight_of(targets(network)[0])
+
+
+def test_a_layer_that_sees_one_direction_alone_has_a_root() -> None:
+    """As after a norm with a large bias: sums in float32 leave eigenvalues below 0, by more than the floor."""
+    x = torch.ones(20000, 1) * drawn(1280) + 1e-4 * drawn(20000, 1280, seed=1)
+    moment = torch.zeros(1280, 1280).addmm_(x.T, x) / len(x)
+    moment = moment + 2e-4 * moment.diagonal().mean() * _rough(1280)
+    root = root_of(moment)
+    assert root.isfinite().all() and float((root @ root.T - moment.double()).abs().max()) < 0.05
+    difference = drawn(6, 1280, seed=2)
+    torch.testing.assert_close(product(low_rank(difference, 4096, moment)), difference, rtol=0, atol=1e-4)
+    with pytest.raises(OneStepError, match="is no number on these prompts"):
+        root_of(torch.full((3, 3), float("nan")))
+
+
+def _rough(count: int) -> Tensor:
+    """Symmetric, its least eigenvalue near -1."""
+    noise = drawn(count, count, seed=4)
+    noise = noise + noise.T
+    return noise / torch.linalg.eigvalsh(noise).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_files_of_one_model_do_not_differ(dtype: torch.dtype, turned: bool) -> None:
+    """One in float32, one in half of it: what rounding leaves is no difference, and a real one stays."""
+    layers = {name: nn.Linear(8, 8, bias=False) for name in ("same", "other")}
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    short = {name: value.to(dtype).float() for name, value in weights.items()}
+    short["other"] = (weights["other"] + 0.1 * drawn(8, 8)).to(dtype).float()
+    targets = [Target(name, layer) for name, layer in layers.items()]
+    sides = [lambda target: weights[target.name], lambda target: short[target.name]]
+    found, _ = of_all(extract(targets, *(sides[::-1] if turned else sides), 8))
+    assert set(found) == {"other"}
+    change = short["other"] - weights["other"]
+    torch.testing.assert_close(product(found["other"]), -change if turned else change, rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import MAKERS, make
 
 from onestep.core.errors import OneStepError
@@ -16,7 +16,7 @@ from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.tensor_file import read_header
 from onestep.pipelines.adapt import adapt, network_of
-from onestep.pipelines.extract import FewStep, extract_lora, groups
+from onestep.pipelines.extract import Drawn, FewStep, extract_lora, groups
 
 PROMPTS, SIZE = ("a cat", "red dog"), (16, 16)
 RECIPES = {"sd": Recipe((999.0, 499.0), renoise=True), "sd3": Recipe((1000.0,), family="sd3")}
@@ -140,3 +140,55 @@ def test_the_index_of_a_saved_folder_is_not_needed(tmp_path: Path) -> None:
     (few / "model_index.json").unlink()
     assert json.loads((few / "unet" / "config.json").read_text())
     assert extracted("sd", few, tmp_path / "x.safetensors", 1).layers
+
+
+def changed(few: Path, **changes: Any) -> Path:
+    """The few-step folder's U-Net with tensors that are others, or None for gone."""
+    file = few / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, file)
+    return few
+
+
+def test_what_one_has_and_the_other_has_not_is_refused(tmp_path: Path) -> None:
+    """A guidance embedding, as LCM's whole U-Nets have it; a norm that is lost."""
+    more = changed(few_step("sd", tmp_path / "more"), time_embedding__cond_proj__weight=torch.zeros(4, 4))
+    with pytest.raises(OneStepError, match="1 weights that .* has not, the first time_embedding.cond_proj.weight"):
+        extracted("sd", more, tmp_path / "x.safetensors", 4)
+    less = changed(few_step("sd", tmp_path / "less"), conv_norm_out__bias=None)
+    with pytest.raises(OneStepError, match="incomplete: it has no conv_norm_out.bias"):
+        extracted("sd", less, tmp_path / "x.safetensors", 4, recipe=RECIPES["sd"], prompts=PROMPTS, size=SIZE)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_another_prediction_is_refused_unless_the_recipe_says_so(tmp_path: Path) -> None:
+    few = few_step("sd", tmp_path / "few")
+    config = few / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(OneStepError, match="answers v_prediction, and .* epsilon"):
+        extracted("sd", few, tmp_path / "x.safetensors", 4, recipe=RECIPES["sd"])
+    said = Recipe((999.0,), prediction="v_prediction")
+    assert extracted("sd", few, tmp_path / "x.safetensors", 4, recipe=said).layers
+
+
+def test_norms_and_biases_that_differ_are_counted(tmp_path: Path) -> None:
+    name, few = "conv_norm_out.bias", few_step("sd", tmp_path / "few")
+    assert extracted("sd", few, tmp_path / "x.safetensors", 4).beside == 0
+    value = load_file(few / "unet" / "diffusion_pytorch_model.safetensors")[name]
+    assert (
+        extracted("sd", changed(few, **{name.replace(".", "__"): value + 1}), tmp_path / "y.safetensors", 4).beside == 1
+    )
+
+
+def test_the_base_is_drawn_as_it_answers() -> None:
+    """Where the few-step model answers with pictures, as SDXL-Lightning's one step does, the base still does not."""
+    seen = []
+    host = adapt(make("sd"))
+    drawn = Drawn(host, Recipe((999.0,), prediction="sample"), PROMPTS[:1], SIZE)
+    name, target = next((name, one) for name, one in host.denoiser.roles.targets.items() if "attn2.to_q" in name)
+    plain = Drawn(host, Recipe((999.0,)), PROMPTS[:1], SIZE)
+    torch.testing.assert_close(drawn.moments([target])[name], plain.moments([target])[name])
+    for denoise in (host.denoiser, drawn.few):
+        seen.append(drawn.latents(denoise))
+    assert not torch.allclose(*seen)
+    host.release()

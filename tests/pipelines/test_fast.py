@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onestep.core.errors import OneStepError
 from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.schedule import add_noise
 from onestep.core.step_numbers import step_numbers
+from onestep.pipelines import fast as fast_module
 from onestep.pipelines.adapt import network_of
 from onestep.pipelines.fast import Fast
 from onestep.pipelines.one_step import OneStepPipeline
@@ -189,3 +191,88 @@ def test_a_strength_out_of_range_is_refused(strength: float, tmp_path: Path) -> 
     draw = Fast(loaded("sd", RECIPES["one step"], tmp_path), RECIPES["one step"])
     with pytest.raises(OneStepError, match="strength is"):
         next(draw.frames([torch.zeros(3, 16, 16)], "a cat", strength=strength))
+
+
+def test_frames_may_change_their_size_and_are_refused_in_words(tmp_path: Path) -> None:
+    pipe = loaded("sd", RECIPES["one step"], tmp_path)
+    frames = [torch.full((3, 16, 16), 0.3), torch.full((3, 32, 16), 0.3), torch.full((3, 16, 16), 0.3)]
+    with pipe.fast() as draw:
+        found = list(draw.frames(frames, "a cat"))
+        for frame in (torch.zeros(1, 3, 16, 16), torch.zeros(4, 16, 16), torch.zeros(16, 16)):
+            with pytest.raises(OneStepError, match=r"give \[3, H, W\]"):
+                next(draw.frames([frame], "a cat"))
+        with pytest.raises(OneStepError, match="multiple"):
+            next(draw.frames([torch.zeros(3, 13, 16)], "a cat"))
+        with pytest.raises(OneStepError, match="no prompt"):
+            draw([], **SIZE)
+    assert [picture.shape[-2:] for picture in found] == [frame.shape[-2:] for frame in frames]
+    assert torch.equal(found[0], found[2])
+
+
+def test_many_shapes_leave_few_callables(tmp_path: Path) -> None:
+    """Of each a graph keeps the memory."""
+    with loaded("sd", RECIPES["one step"], tmp_path).fast() as draw:
+        first = draw("a cat", seed=1, **SIZE)
+        for count in range(1, 2 + fast_module.CALLABLES):
+            draw(["a cat"] * count, seed=1, **SIZE)
+        assert len(draw._calls) == fast_module.CALLABLES
+        assert torch.equal(draw("a cat", seed=1, **SIZE), first)
+
+
+def test_adapters_changed_meanwhile_are_refused(tmp_path: Path) -> None:
+    """From merged weights they would act twice, or not at all; afterwards they act as they should."""
+    pipe = loaded("sd", RECIPES["one step"], tmp_path)
+    other = random_lora(make("sd"), tmp_path / "y.safetensors", RECIPES["one step"], seed=5)
+    with pipe.fast() as draw:
+        before = draw("a cat", seed=1, **SIZE)
+        for change in (lambda: pipe.load_one_step_lora(other), pipe.unload_lora_weights):
+            with pytest.raises(OneStepError, match=r"leave `with pipe.fast\(\)` first"):
+                change()
+        assert torch.equal(draw("a cat", seed=1, **SIZE), before)
+        pipe.plain().load_lora_weights(other, adapter_name="other")
+        with pytest.raises(OneStepError, match="LoRAs have changed while it drew fast"):
+            draw("a cat", seed=1, **SIZE)
+    again = loaded("sd", RECIPES["one step"], tmp_path)
+    with again.fast() as draw:
+        again._guidance = (object(), 4.0)
+        with pytest.raises(OneStepError, match="guidance adapter is loaded"):
+            draw("a cat", seed=1, **SIZE)
+    again._guidance = None
+    again.load_one_step_lora(other)
+    with again.fast() as draw:
+        assert not torch.equal(draw("a cat", seed=1, **SIZE), before)
+
+
+def test_one_network_is_drawn_fast_once_at_a_time(tmp_path: Path) -> None:
+    pipe = loaded("sd", RECIPES["one step"], tmp_path)
+    shared = OneStepPipeline.from_pipe(pipe)
+    with pipe.fast():
+        for one in (pipe, shared):
+            with pytest.raises(OneStepError, match="is drawn fast already"), Fast(one, RECIPES["one step"]):
+                pass
+    with pipe.fast() as draw:
+        draw("a cat", seed=1, **SIZE)
+
+
+def test_threads_draw_one_after_the_other(tmp_path: Path) -> None:
+    """A callable's memory is one: what a thread puts in is what it gets out."""
+    pipe, at_once, most = loaded("sd", RECIPES["renoised"], tmp_path), [0], [0]
+    with pipe.fast() as draw:
+        wanted = [draw("a cat", seed=seed, **SIZE) for seed in range(4)]
+        key = next(iter(draw._calls))
+        call = draw._calls[key]
+
+        def watched(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+            try:
+                return call(given)
+            finally:
+                at_once[0] -= 1
+
+        draw._calls[key] = watched
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda seed: draw("a cat", seed=seed, **SIZE), [0, 1, 2, 3] * 3))
+    assert most == [1]
+    for at, picture in enumerate(found):
+        torch.testing.assert_close(picture, wanted[at % 4], rtol=0, atol=1e-6)

@@ -74,6 +74,12 @@ class Trainer:
         """Steps dropped in a row, of the role that has dropped most."""
         return max(self.bad.values(), default=0)
 
+    @property
+    def remedy(self) -> str:
+        """What to do where steps are no numbers."""
+        half = "The base is in float16, which ends at 65504: load it in bfloat16 or float32, or lower" * self.in_half
+        return f"{half or 'Lower'} learning_rate or guidance, then restart"
+
     def accumulate(self, turn: Turn, update: int, number: int = 0) -> Numbers:
         """Gradients and numbers of a turn's loss over its batch, in the micro-batches that fit into memory."""
         while True:

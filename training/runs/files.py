@@ -31,6 +31,20 @@ def read_json(path: Path) -> Any:
         raise OneStepError(f"{path} cannot be read ({error}): start anew, or restore the file") from None
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, if there is one; without those that are none, as of a machine that lost its power."""
+    lines = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("update"), int) else None
+
+
 def content_of(path: str | Path) -> str:
     """What is in a file, wherever it lies, as a short text."""
     sha = hashlib.sha256()

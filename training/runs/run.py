@@ -25,7 +25,7 @@ from torch import Tensor
 from ...core.errors import OneStepError
 from ...core.tensor_file import read_tensors, write_tensors
 from ..settings import Settings, nearest
-from .files import CONTENT, content_of, in_gb, read_json, room_at, write_bytes, write_json
+from .files import CONTENT, content_of, in_gb, read_json, read_rows, room_at, write_bytes, write_json
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
@@ -156,9 +156,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_rows(self.folder / "metrics.jsonl")
 
     def forget_after(self, update: int) -> None:
         """Drop the metrics of updates that the state after ``update`` does not know."""
