@@ -143,11 +143,11 @@ def check_names(few: FewStep, targets: list[Target], host: DiffusersHost) -> Non
         )
     own = set(host.network.state_dict())
     if lacking := sorted(own - few.names()):
-        raise OneStepError(f"{few.name[:80]} is incomplete: it has no {lacking[0]}. Download or export it again")
+        raise OneStepError(f"{few.name[:80]} has no {lacking[0]}: give two whole checkpoints of one base")
     if more := sorted(few.names() - own):
         raise OneStepError(
-            f"{few.name[:80]} has {len(more)} weights that {host.name} has not, the first {more[0][:80]}: its "
-            "difference is no LoRA; take the few-step LoRA that was published beside it"
+            f"{few.name[:80]} has {len(more)} weights that {host.name} has not, the first {more[0][:80]}: give two "
+            "checkpoints of one base, or take the few-step LoRA that was published beside this one"
         )
 
 
