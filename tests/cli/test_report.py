@@ -117,7 +117,7 @@ def test_a_previews_own_words_stay_at_home(onestep: Command, tmp_path):
 
 def test_why_nothing_could_be_counted_is_not_told(tmp_path):
     """In somebody else's words, which may name a file."""
-    line = "what the run needs could not be counted ([Errno 2] No such file: '/home/anna/model.safetensors')"
+    line = "what the run needs could not be counted ([Errno 2] No such file: 'D:\\anna\\model.safetensors')"
     run = folder_of(tmp_path / "run", ROWS, plan={"line": line, "rung": None})
     assert facts_of(run)["plan"] == "what the run needs could not be counted"
     words = "A run fits by itself with micro-batches of 1 (checkpointed): 3 of 10 GiB."
