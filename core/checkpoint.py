@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .errors import OneStepError
+from .recomputed import recomputed
 from .roles import Roles
 
 CHANGED = (
@@ -39,6 +40,26 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], roles: Roles) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class Checkpoints:
+    """``blocks`` under checkpoints of a ``grade`` (see core.recomputed), which may change between two passes."""
+
+    def __init__(self, blocks: Iterable[nn.Module], roles: Roles, grade: str) -> None:
+        self._blocks, self._roles = list(blocks), roles
+        self._hooks: list[_Hooks] = []
+        self.use(grade)
+
+    def use(self, grade: str) -> None:
+        """From here on. A graph of before is run backward as it was made."""
+        self.remove()
+        self._hooks = [_Hooks(block, self._roles) for block in dict.fromkeys(recomputed(self._blocks, grade))]
+        self.grade = grade
+
+    def remove(self) -> None:
+        """The network is as it was."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 @contextmanager
@@ -73,7 +94,7 @@ class _Hooks:
 
     def __init__(self, block: nn.Module, roles: Roles) -> None:
         self._roles = roles
-        self._running: list[saved_tensors_hooks | None] = []
+        self._running: list[tuple[saved_tensors_hooks, _Frame] | None] = []
         before = block.register_forward_pre_hook(self._before, with_kwargs=True)
         # first of all hooks: what others add to the block's output is not the block's
         self._handles = [before, block.register_forward_hook(self._after, prepend=True, always_call=True)]
@@ -84,14 +105,16 @@ class _Hooks:
             return None
         frame = _Frame(block, args, kwargs, self._roles)
         hooks = saved_tensors_hooks(frame.pack, frame.unpack)
-        self._running.append(hooks)
+        self._running.append((hooks, frame))
         hooks.__enter__()
-        return _own_inputs(block, args, kwargs)
+        return tuple(map(_given, args)), {name: _given(value) for name, value in kwargs.items()}
 
     def _after(self, *unused: Any) -> None:
-        hooks = self._running.pop() if self._running else None
-        if hooks is not None:
+        running = self._running.pop() if self._running else None
+        if running is not None:
+            hooks, frame = running
             hooks.__exit__()
+            frame.done()
 
     def remove(self) -> None:
         """Off the block; and out of forwards that an interrupt ended, of which torch tells no hook."""
@@ -121,14 +144,17 @@ class _Frame:
 
     def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -> None:
         self._block, self._roles, self._role_map = block, roles, roles.active
-        self._args, self._kwargs = tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self._versions = [(value, value._version) for value in tensors if not value.is_inference()]
-        devices = {value.device for value in tensors}
+        self._args, self._kwargs = tuple(map(_Input, args)), {name: _Input(value) for name, value in kwargs.items()}
+        devices = {value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         self._autocasts = [_autocast_now(kind) for kind in sorted({"cpu", *(device.type for device in devices)})]
         # random layers draw in training mode alone, and a base is in eval mode
         self._random = _Random(devices) if block.training else None
         self._slots: list[weakref.ref[_Slot]] = []
+
+    def done(self) -> None:
+        """Its forward is over."""
+        for entry in (*self._args, *self._kwargs.values()):
+            entry.settle()
 
     def pack(self, value: Tensor) -> _Slot:
         slot = _Slot(value)
@@ -145,7 +171,7 @@ class _Frame:
 
     def _fill(self) -> None:
         """Compute the block again, and fill every slot that is still wanted."""
-        if any(value._version != version for value, version in self._versions):
+        if any(entry.changed for entry in (*self._args, *self._kwargs.values())):
             raise OneStepError(CHANGED)
         found: list[tuple[Any, ...]] = []
 
@@ -169,13 +195,44 @@ class _Frame:
                 stack.enter_context(self._random.again())
             stack.enter_context(self._roles.serving(self._role_map))
             stack.enter_context(saved_tensors_hooks(collect, _as_it_is))
-            args = tuple(map(_apart, self._args))
-            args, kwargs = _own_inputs(self._block, args, {name: _apart(v) for name, v in self._kwargs.items()})
+            args = tuple(_apart(entry.value) for entry in self._args)
+            args, kwargs = _own_inputs(self._block, args, {name: _apart(e.value) for name, e in self._kwargs.items()})
             self._block.forward(*args, **kwargs)
 
 
-def _kept(value: Any) -> Any:
-    """An input as it is now, also where the caller goes on writing into its dictionaries."""
+class _Input:
+    """What a block was given, as it was then: itself where the block leaves it alone, else a copy made before.
+
+    The block itself is always given what its caller gave, and no copy: a node more between the two would add up the
+    parts of an input's gradient in another order.
+    """
+
+    __slots__ = ("_copy", "_version", "value")
+
+    def __init__(self, value: Any) -> None:
+        tensor = isinstance(value, Tensor)
+        self.value = value if tensor else _own(value)
+        self._copy = value.detach().clone() if tensor else None
+        self._version = _version(value)
+
+    def settle(self) -> None:
+        if self._copy is not None and (self._version is None or self.changed):
+            self.value = self._copy.requires_grad_(self.value.requires_grad)
+            self._version = _version(self.value)
+        self._copy = None
+
+    @property
+    def changed(self) -> bool:
+        return _version(self.value) != self._version
+
+
+def _version(value: Any) -> int | None:
+    """Of what may be written in place and tells of it."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _given(value: Any) -> Any:
+    """What a block sees: a dictionary of its own, as the caller goes on writing into his."""
     return value if isinstance(value, Tensor) else _own(value)
 
 

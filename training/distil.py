@@ -110,7 +110,7 @@ class _Session:
             with processes.first_alone():
                 self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
-            stack.enter_context(hooked(self.host, self.layout.settings))
+            self.checkpoints = stack.enter_context(hooked(self.host, self.layout.recompute))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(self.trainer.plan), watching(self.setup)
             self.notes += self.run.short_of_room(size_of(self.trainer))
@@ -144,7 +144,9 @@ class _Session:
         self.host.denoiser.roles.copy(STUDENT, EMA, mean_device(self.host.device))
         plan = self.method.plan(self.setup)
         trainer = Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
+        trainer.checkpoints, trainer.sliced = self.checkpoints, self.layout.sliced
         trainer.accumulation = max(trainer.accumulation, self.layout.accumulation)
+        trainer.moments_on_host = self.layout.moments_on_host
         return trainer
 
     def _train(self) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from onestep.pipelines.shells import of_folder
 from onestep.training.methods import settings_for
-from onestep.training.plan.ladder import rung_of
+from onestep.training.plan.rungs import Way, rung_of
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -25,7 +25,7 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
     for folder, plan in zip(folders, plans, strict=True):
         rung, shell = plan["rungs"][0], of_folder(folder)
         shell.tokens = 77 if "flow" not in folder.name else 77 + 256  # as ComfyUI's texts are counted
-        ours = rung_of(shell.shell, settings, None, 2, {}, False)
+        ours = rung_of(shell.shell, settings, None, Way(2))
         # the same adapters, and about the same work: the hosts' layers differ, their dtypes too (float32, bfloat16)
         assert rung["made_of"]["student"] == ours.peak.made_of["student"]
         assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 
+from onestep.core.recomputed import GRADES
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.pipelines.shells import of_host
 from onestep.training.engine.prompts import embed
@@ -19,8 +20,8 @@ from onestep.training.engine.setup import Setup, hooked
 from onestep.training.engine.student import STUDENT, add_student
 from onestep.training.engine.trainer import EMA, Trainer
 from onestep.training.methods import METHODS, settings_for
-from onestep.training.plan.ladder import peaks_of
 from onestep.training.plan.rehearse import rehearse
+from onestep.training.plan.rungs import Way, peaks_of
 from onestep.training.settings import Settings
 
 UPDATE = 1
@@ -44,16 +45,9 @@ def host() -> DiffusersHost:
     )
 
 
-def settings_of(batch: int, checkpointing: bool, **more: Any) -> Settings:
+def settings_of(batch: int, **more: Any) -> Settings:
     return settings_for(
-        **{
-            "method": "dmd",
-            "sizes": "64x64",
-            "rank": 8,
-            "batch": batch,
-            "checkpointing": checkpointing,
-            "pairs": batch,
-        },
+        **{"method": "dmd", "sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch},
         **{
             "warm_start": 0,
             "critic_warm_up": 0,
@@ -84,32 +78,36 @@ def allocated(work: Callable[[], object]) -> int:
     return most
 
 
-def trained(host: DiffusersHost, settings: Settings, folder: Path) -> int:
+def trained(host: DiffusersHost, settings: Settings, folder: Path, recompute: str, sliced: bool) -> int:
     """Of a real update of both roles."""
     method = METHODS["dmd"]
     prompts = embed(host, ["a cat"], settings, folder)
     setup = Setup(host, settings, prompts, folder, method.recipe(host, settings))
-    with host.training(), hooked(host, settings):
+    with host.training(), hooked(host, recompute) as checkpoints:
         add_student(host, settings, None)
         host.denoiser.roles.copy(STUDENT, EMA)
         trainer = Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
+        trainer.checkpoints, trainer.sliced = checkpoints, sliced
         for update in range(UPDATE):
             trainer.step(update)
         return allocated(lambda: trainer.step(UPDATE))
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_the_peak_of_an_update_is_what_the_cpu_allocates(batch: int, checkpointing: bool, tmp_path: Path) -> None:
-    settings, real = settings_of(batch, checkpointing), host()
-    played = rehearse(of_host(real, "all"), settings, machine="cpu", scaled=False)
-    peaks = peaks_of(played, settings, batch)
+@pytest.mark.parametrize("recompute", GRADES)
+@pytest.mark.parametrize(("batch", "sliced"), [(1, True), (4, False), (4, True)])
+def test_the_peak_of_an_update_is_what_the_cpu_allocates(
+    batch: int, sliced: bool, recompute: str, tmp_path: Path
+) -> None:
+    settings, real = settings_of(batch), host()
+    told = {"recompute": recompute, "sliced": sliced}
+    played = rehearse(of_host(real, "all"), settings, machine="cpu", scaled=False, **told)  # type: ignore[arg-type]
+    peaks = peaks_of(played, settings, Way(batch))
     lasting = ("base", "student", "critic", "ema", "student moments", "critic moments")
     predicted = max(
         peak.bytes - sum(peak.made_of.get(label, 0) for label in lasting)
         for name, peak in peaks.items()
         if name in ("dmd, critic", "dmd, student", "anchor", "optimiser")
     )
-    measured = trained(real, settings, tmp_path)
+    measured = trained(real, settings, tmp_path, recompute, sliced)
     assert measured > 4 * 2**20
     assert predicted == pytest.approx(measured, rel=0.01)

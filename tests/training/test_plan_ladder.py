@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import layout_pipelines as layouts
 import pytest
+import torch
 
 from onestep.core.errors import OneStepError
+from onestep.core.stored import store
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.shells import Shell, of_host
+from onestep.training.engine import host_moments
 from onestep.training.methods import settings_for
 from onestep.training.plan.cards import CARDS, Card, card_of
-from onestep.training.plan.ladder import EIGHT_BIT, planned, rung_of
+from onestep.training.plan.ladder import planned
+from onestep.training.plan.rehearse import rehearse
+from onestep.training.plan.rungs import EIGHT_BIT, Way, peaks_of, rung_of
+from onestep.training.plan.storage import stored
 from onestep.training.plan.text import told
 from onestep.training.settings import Settings
 
@@ -36,24 +43,66 @@ def card(usable: int) -> Card:
     return found
 
 
-def test_the_first_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> None:
-    peaks = [rung_of(shell.shell, settings(), None, micro, {}, True).peak.bytes for micro in (4, 2, 1)]
-    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
-    for micro, bytes in zip((4, 2, 1), peaks, strict=True):
-        plan = planned("it", shell.shell, settings(), card(bytes + 4))
-        assert plan.taken is not None and (plan.taken.micro, plan.taken.changes) == (micro, {})
-        below = planned("it", shell.shell, settings(), card(bytes - 1))
-        assert below.taken is None or below.taken.micro < micro
+GRADES = ("blocks", "feed-forwards", "nothing")
+
+
+def smallest(shell: Shell, how: Settings) -> int:
+    """Bytes of the least that leaves the result alone."""
+    return rung_of(shell.shell, how, None, Way(1, "blocks", True, True)).peak.bytes
+
+
+def test_less_is_kept_from_grade_to_grade_and_less_computed_again(shell: Shell) -> None:
+    rungs = [rung_of(shell.shell, settings(), card(GIB), Way(4, grade)) for grade in GRADES]
+    assert [rung.peak.bytes for rung in rungs] == sorted({rung.peak.bytes for rung in rungs})
+    assert [rung.forwards for rung in rungs] == sorted({rung.forwards for rung in rungs}, reverse=True)
+
+
+def test_the_fastest_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> None:
+    """Whatever of them it is, it fits where there is room for it, and not with a byte less."""
+    every = [
+        rung_of(shell.shell, settings(), card(GIB), Way(micro, grade, host, True))
+        for micro in (4, 2, 1)
+        for grade in GRADES
+        for host in (False, True)
+    ]
+    for room in sorted({rung.peak.bytes for rung in every})[::3]:
+        plan = planned("it", shell.shell, settings(), card(room + 4))
+        fitting = [rung for rung in every if rung.peak.bytes <= room + 4]
+        assert plan.taken is not None and plan.taken.peak.bytes <= room + 4 and plan.taken.way.changes == {}
+        tried = [rung for rung in fitting if rung.way.recompute in {one.way.recompute for one in plan.rungs}]
+        assert plan.taken.seconds == min(rung.seconds for rung in tried)
+    below = planned("it", shell.shell, settings(), card(smallest(shell, settings()) - 4))
+    assert below.taken is None
+
+
+def test_a_run_without_checkpointing_goes_up_the_grades_it_needs(shell: Shell) -> None:
+    how = settings(checkpointing=False, batch=1, rank=4, sizes="64x64")
+    for grade in reversed(GRADES):
+        bytes = rung_of(shell.shell, how, None, Way(1, grade, True, True)).peak.bytes
+        plan = planned("it", shell.shell, how, card(bytes + 4))
+        assert plan.taken is not None and plan.taken.way.recompute == grade
+    assert {rung.way.recompute for rung in plan.rungs} == set(GRADES)
 
 
 def test_what_changes_the_result_is_proposed_and_never_taken(shell: Shell) -> None:
-    least = rung_of(shell.shell, settings(), None, 1, {}, True).peak.bytes
+    least = smallest(shell, settings())
     plan = planned("it", shell.shell, settings(), card(least - 1000))
     assert plan.taken is None and plan.proposed is not None
-    assert plan.proposed.changes == {"optimizer": "adamw8bit"}
-    assert "--set optimizer=adamw8bit --set accumulation=4" in told(plan)
+    assert plan.proposed.way.changes == {"rank": 32} and "--set rank=32" in told(plan)
     smaller = planned("it", shell.shell, settings(), card(least // 2))
-    assert smaller.proposed is not None and smaller.proposed.changes["rank"] in (32, 16)
+    assert smaller.proposed is not None and smaller.proposed.way.changes["rank"] == 16
+
+
+def test_a_base_in_sixteen_bits_is_proposed_in_fewer() -> None:
+    small = of_host(adapt(layouts.sd15().to(torch.bfloat16)), "all")
+    plan = planned("it", small.shell, settings(), card(smallest(small, settings()) - 1000))
+    assert plan.taken is None and plan.proposed is not None and plan.proposed.way.storage == "fp8"
+    assert "the base in fp8" in told(plan)
+    least = planned("it", small.shell, settings(), card(smallest(small, settings()) // 2))
+    ways = [rung.way for rung in least.rungs]
+    assert [(way.storage, way.changes.get("rank")) for way in ways if way.storage][:5] == [
+        *(("fp8", None), ("nf4", None), ("fp8", 32), ("nf4", 32), ("fp8", 16))
+    ]
 
 
 def test_a_card_that_nothing_fits_into_is_told_so(shell: Shell) -> None:
@@ -61,13 +110,51 @@ def test_a_card_that_nothing_fits_into_is_told_so(shell: Shell) -> None:
     assert plan.taken is plan.proposed is None and "Nothing tried fits" in told(plan)
 
 
-def test_moments_of_eight_bits_and_a_mean_on_the_host_take_what_they_take(shell: Shell) -> None:
-    plain = rung_of(shell.shell, settings(), None, 1, {}, False).parts["optimiser"]
-    small = rung_of(shell.shell, settings(), None, 1, {"optimizer": "adamw8bit"}, True).parts["optimiser"]
+def test_moments_of_eight_bits_and_what_lies_on_the_host_take_what_they_take(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = rung_of(shell.shell, settings(), None, Way(1)).parts["optimiser"]
+    eight = Way(1, mean_on_host=True, changes={"optimizer": "adamw8bit"})
+    small = rung_of(shell.shell, settings(), None, eight).parts["optimiser"]
     moments = [label for label in plain.made_of if label.endswith(" moments")]
     assert len(moments) == 2 and "ema" not in small.made_of
     for label in moments:
         assert small.made_of[label] == pytest.approx(EIGHT_BIT * plain.made_of[label], rel=1e-3)
+    away = rung_of(shell.shell, settings(), None, Way(1, moments_on_host=True)).parts
+    assert not any(label.endswith(" moments") for part in away.values() for label in part.made_of)
+    # a small network's are one part, those of its warm start the most
+    assert away["optimiser"].made_of["moments"] == max(plain.made_of[label] for label in moments)
+    monkeypatch.setattr(host_moments, "PART", 100)
+    few = rung_of(shell.shell, settings(), None, Way(1, moments_on_host=True)).parts
+    assert few["optimiser"].made_of["moments"] == 800
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_base_stored_in_fp8_is_what_a_base_in_fp8_is_counted_at(kind: torch.dtype) -> None:
+    """Reckoned from 16 bits, and rehearsed with layers that were stored so, scales for each row among them."""
+    pipe = layouts.sd15().to(torch.bfloat16)
+    reckoned = stored(of_host(adapt(pipe), "all"), "fp8")
+    shell = of_host(adapt(pipe), "all")
+    whole = sum(value.nbytes for value in shell.network.parameters())
+    for block in shell.blocks:
+        for layer in block.modules():
+            if type(layer) in (torch.nn.Linear, torch.nn.Conv2d):
+                store(layer, kind)
+    scales = sum(layer.weight_scale.nbytes for layer in shell.network.modules() if hasattr(layer, "weight_scale"))
+    there = sum(value.nbytes for value in shell.network.parameters()) + scales
+    assert reckoned.share * whole == pytest.approx(there, abs=1)
+    plain = peaks_of(rehearse(of_host(adapt(pipe), "all"), settings()), settings(), Way(4), reckoned)
+    real = peaks_of(rehearse(shell, settings()), settings(), Way(4))
+    for part in ("dmd, critic", "dmd, student"):
+        # the cast weight is not there where the most is, or is smaller than the largest
+        assert real[part].bytes <= plain[part].bytes <= real[part].bytes + reckoned.cast + scales
+
+
+def test_four_bits_are_half_a_byte_and_a_scale_for_each_64() -> None:
+    layer = torch.nn.Linear(128, 100, bias=False, dtype=torch.bfloat16)
+    host = SimpleNamespace(network=torch.nn.Sequential(layer), blocks=[torch.nn.Sequential(layer)])
+    found = stored(host, "nf4")  # type: ignore[arg-type]
+    assert found.share * 2 * 12800 == pytest.approx(6400 + 4 * 200) and found.cast == 25600
 
 
 def test_cards_are_found_by_name_and_by_size() -> None:

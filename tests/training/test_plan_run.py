@@ -17,7 +17,7 @@ from onestep.training.distil import distil
 from onestep.training.methods import settings_for
 from onestep.training.plan import run as plan_run
 from onestep.training.plan.cards import Card
-from onestep.training.plan.ladder import rung_of
+from onestep.training.plan.rungs import Way, rung_of
 from onestep.training.settings import Settings
 from onestep.training.watch.progress import Progress
 
@@ -31,6 +31,10 @@ def settings(**more: Any) -> Settings:
 
 def card(usable: int) -> Card:
     return Card("made for a test", int((usable + 0.7 * GIB) / 0.9), 10, 5, 100)
+
+
+def least(host: DiffusersHost, how: Settings, micro: int, grade: str = "blocks", moments: bool = True) -> int:
+    return rung_of(partial(of_host, host), how, None, Way(micro, grade, moments, True)).peak.bytes
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def started(
 
 
 def test_a_run_begins_in_the_micro_batches_that_fit(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
-    peak = rung_of(partial(of_host, host), settings(), None, 2, {}, True).peak.bytes
+    peak = least(host, settings(), 2)
     notes, config, ours = started(host, tmp_path / "ours", settings(), card(peak + 4), monkeypatch)
     assert notes[0].startswith("A run fits by itself with micro-batch 2, checkpointing")
     assert config["plan"]["rung"]["micro_batch"] == 2 and config["plan"]["rung"]["bytes"] == peak
@@ -60,7 +64,7 @@ def test_a_run_begins_in_the_micro_batches_that_fit(host: DiffusersHost, tmp_pat
 
 def test_a_run_that_goes_on_keeps_its_rung(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
     """Also on another card: it is not counted anew."""
-    peak = rung_of(partial(of_host, host), settings(), None, 1, {}, True).peak.bytes
+    peak = least(host, settings(), 1)
     first = started(host, tmp_path, settings(), card(peak + 4), monkeypatch)
     again = started(host, tmp_path, settings(steps=2), card(64 * GIB), monkeypatch, "continue")
     assert first[0][0] == again[0][0] and first[1]["plan"] == again[1]["plan"]
@@ -71,7 +75,7 @@ def test_checkpointing_is_taken_by_itself_where_it_is_needed(
     host: DiffusersHost, tmp_path: Path, monkeypatch: Any
 ) -> None:
     without = settings(checkpointing=False, batch=1, accumulation=1)
-    peak = rung_of(partial(of_host, host), without.with_(checkpointing=True), None, 1, {}, True).peak.bytes
+    peak = least(host, without, 1)
     notes, config, _ = started(host, tmp_path, without, card(peak + 4), monkeypatch)
     assert config["plan"]["rung"]["checkpointing"] is True and config["settings"]["checkpointing"] is False
     assert "micro-batch 1, checkpointing" in notes[0]

@@ -8,8 +8,8 @@ import pytest
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.shells import of_host
 from onestep.training.methods import settings_for
-from onestep.training.plan.ladder import peaks_of
 from onestep.training.plan.rehearse import FORWARD, rehearse
+from onestep.training.plan.rungs import Way, peaks_of
 from onestep.training.settings import Settings
 
 LEAST = {"warm_start": 1, "critic_warm_up": 0, "steps": 1, "critic_updates": 1, "watch_samples": 4, "anchor": 0.25}
@@ -32,7 +32,7 @@ def test_scaled_is_what_is_counted_there(name: str) -> None:
     for batch, rank in ((2, 64), (3, 5)):
         settings = settings_of(name, batch, rank)
         there = rehearse(shell, settings, scaled=False)
-        ours, theirs = peaks_of(scaled, settings, batch), peaks_of(there, settings, batch)
+        ours, theirs = peaks_of(scaled, settings, Way(batch)), peaks_of(there, settings, Way(batch))
         assert ours == theirs and len(ours) > 7
         for part in (*ours, FORWARD):
             assert scaled.count.flops(part, batch, rank) == there.count.flops(part, batch, rank), part
@@ -45,7 +45,7 @@ def test_a_single_sample_is_counted_within_a_thousandth() -> None:
     shell = of_host(adapt(layouts.sd15()), "all")
     settings = settings_of("sd15", 1, 64)
     scaled, there = rehearse(shell, settings), rehearse(shell, settings, scaled=False)
-    ours, theirs = peaks_of(scaled, settings, 1), peaks_of(there, settings, 1)
+    ours, theirs = peaks_of(scaled, settings, Way(1)), peaks_of(there, settings, Way(1))
     assert ours.keys() == theirs.keys()
     for part, peak in theirs.items():
         assert peak.bytes <= ours[part].bytes <= 1.001 * peak.bytes, part
@@ -58,8 +58,8 @@ def test_gradients_of_earlier_micro_batches_are_there(name: str) -> None:
     shell = of_host(adapt(getattr(layouts, name)()), "all")
     settings = settings_of(name, 4, 6, accumulation=2)
     scaled, there = rehearse(shell, settings), rehearse(shell, settings, scaled=False)
-    ours = peaks_of(scaled, settings, 2)
-    theirs = peaks_of(there, settings.with_(batch=4, accumulation=1), 4)
+    ours = peaks_of(scaled, settings, Way(2))
+    theirs = peaks_of(there, settings.with_(batch=4, accumulation=1), Way(4))
     for part in scaled.gradients:
         assert ours[part].made_of[scaled.gradients[part]] == theirs[part].made_of[scaled.gradients[part]], part
         assert ours[part].bytes <= theirs[part].bytes <= 1.002 * ours[part].bytes, part

@@ -18,7 +18,8 @@ class Batch:
 
     cond: their conditions. null: one null condition, [1, ...], or None where the base has none.
     samples: their global indices, of which (with seed and step) every random number is a function.
-    shape: (C, h, w) of their latents.
+    shape: (C, h, w) of their latents. sliced: whether what several roles are asked of them is asked one role after the
+    other, in passes of B rows, for less memory.
     """
 
     cond: Cond
@@ -28,6 +29,7 @@ class Batch:
     samples: Sequence[int]
     shape: tuple[int, ...]
     device: torch.device
+    sliced: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)

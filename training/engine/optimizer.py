@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ...core.errors import OneStepError
 from ..settings import Settings
+from .eight_bit import eight_bit
 
 
 def rate(update: int, updates: int, height: float, settings: Settings) -> float:
@@ -22,14 +22,6 @@ def rate(update: int, updates: int, height: float, settings: Settings) -> float:
     along = min(1.0, update / max(1, updates))
     fall = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * along)) / 2
     return height * rise * fall
-
-
-def eight_bit() -> Any:
-    """bitsandbytes' AdamW8bit where it can be imported, else None."""
-    try:
-        return importlib.import_module("bitsandbytes").optim.AdamW8bit
-    except Exception:  # a broken build of bitsandbytes raises anything from ImportError to OSError
-        return None
 
 
 def refuse_missing(settings: Settings) -> None:
@@ -63,6 +55,17 @@ def _first_moments(state: Any, parameters: list[Tensor], name: str, betas: tuple
     if beta == 0:
         for entries, _ in stepped:
             del entries[name]
+
+
+FIRST = ("exp_avg", "momentum_buffer", "state1", "absmax1")
+"""What optimisers call the first moment: torch's AdamW and Muon, bitsandbytes' of 8 bits and their scales."""
+
+
+def forget_first_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Free those of steps taken, where the next one's decay is 0 and reads none."""
+    for entries in optimizer.state.values():
+        for name in FIRST:
+            entries.pop(name, None)
 
 
 class AdamW(torch.optim.AdamW):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.checkpoint import checkpoint_blocks, clone_inputs
+from ...core.checkpoint import Checkpoints, clone_inputs
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ..host import Host
@@ -32,10 +32,13 @@ class Setup:
 
 
 @contextmanager
-def hooked(host: Host, settings: Settings) -> Iterator[None]:
+def hooked(host: Host, grade: str) -> Iterator[Checkpoints]:
     """Within, the host's network is as it is trained: adapters first; then copies of what the host overwrites; then
-    checkpoints around both."""
+    checkpoints around both, of ``grade`` (core.recomputed)."""
     roles = host.denoiser.roles
-    blocks = host.blocks if settings.checkpointing else []
-    with roles.installed(), clone_inputs(host.in_place), checkpoint_blocks(blocks, roles):
-        yield
+    with roles.installed(), clone_inputs(host.in_place):
+        checkpoints = Checkpoints(host.blocks, roles, grade)
+        try:
+            yield checkpoints
+        finally:
+            checkpoints.remove()

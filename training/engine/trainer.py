@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
+from ...core.checkpoint import Checkpoints
 from ...core.memory import OutOfMemory, attempt, exhausted, release
 from ...core.recipe import Recipe
+from ...core.recomputed import BLOCKS, heavier
 from ..host import Host
 from ..settings import Settings
+from . import host_moments, processes
 from . import optimizer as adam
-from . import processes
 from .batch import Batch
 from .prompts import Prompts
 from .student import STUDENT
@@ -27,9 +30,12 @@ class Trainer:
     """One run's learning. Every update is a function of the settings, the update's index and the state below.
 
     place: (update, its turns that are done); a state between two turns is as good as one between updates. numbers: what
-    these turns gave. accumulation: micro-batches of a batch; doubled where memory runs out. bad: each role's steps
-    dropped in a row. dropped: all of them. taken: the steps that each role's optimiser has taken. whole: not in the
-    middle of a step, where a state would be neither here nor there.
+    these turns gave. bad: each role's steps dropped in a row. dropped: all of them. taken: the steps that each role's
+    optimiser has taken. whole: not in the middle of a step, where a state would be neither here nor there.
+
+    What follows leaves what is learnt alone, and takes less memory where that runs out. checkpoints: of the network's
+    blocks. sliced: whether rows of several roles are asked one role after the other. accumulation: micro-batches of a
+    batch. moments_on_host: whether they lie there between two steps.
     """
 
     host: Host
@@ -39,7 +45,10 @@ class Trainer:
     plan: Plan
     place: tuple[int, int] = (0, 0)
     numbers: Numbers = field(default_factory=dict)
+    checkpoints: Checkpoints | None = None
+    sliced: bool = False
     accumulation: int = 1
+    moments_on_host: bool = False
     bad: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
     taken: dict[str, int] = field(default_factory=dict)
@@ -60,6 +69,7 @@ class Trainer:
         if self.place[0] != update:
             self.place, self.numbers = (update, 0), {}
         phase, index = self.plan.at(update)
+        self._forget_moments(update)
         for number, turn in list(enumerate(phase.turns))[self.place[1] :]:
             rate = adam.rate(index, phase.updates if turn.falls else 10**9, turn.learning_rate, self.settings)
             found = self.accumulate(turn, update, number)
@@ -68,6 +78,15 @@ class Trainer:
             self.place = (update, number + 1)
             self.whole = True
         return dict(self.numbers)
+
+    def _forget_moments(self, update: int) -> None:
+        """What no turn to come reads is freed before a graph takes the room: a warm start's first moments; and what
+        lies on the host goes there."""
+        for role, optimizer in self.optimizers.items():
+            if not self.plan.first_moment(role, update):
+                adam.forget_first_moments(optimizer)
+            if self.moments_on_host:
+                host_moments.send(optimizer)
 
     @property
     def stuck(self) -> int:
@@ -86,7 +105,7 @@ class Trainer:
             found, why = attempt(lambda: self._accumulated(turn, update, number))
             if found is not None:
                 break
-            self._halve(turn.role, why)
+            self._lessen(turn.role, why)
         # outside of what is tried again: where memory ran out in one process, the others wait here, once
         processes.sum_gradients(self.host.denoiser.roles.parameters(turn.role))
         return processes.sum_numbers(found)
@@ -134,23 +153,44 @@ class Trainer:
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimiser's step. Where memory runs out in it, some tensors may have moved and others not."""
-        found, why = attempt(lambda: (optimizer.step(),))
+        work = partial(host_moments.step, optimizer) if self.moments_on_host else optimizer.step
+        found, why = attempt(lambda: (work(),))
         if found is None:
             raise OutOfMemory(
                 f"out of memory in the optimiser's step ({why}): what was learnt is in the last state. Choose a lower "
                 "rank, fewer targets or optimizer=adamw8bit, or close what else uses the card"
             )
 
-    def _halve(self, role: str, why: str) -> None:
-        """Out of memory: half the micro-batch, twice the accumulation; the batch stays what it was."""
+    # -- less memory --------------------------------------------------------------------------------------------------
+
+    @property
+    def recompute(self) -> str:
+        """What of the network is computed again in backward, a grade of core.recomputed."""
+        return self.checkpoints.grade if self.checkpoints else BLOCKS
+
+    @recompute.setter
+    def recompute(self, grade: str) -> None:
+        if self.checkpoints and grade != self.checkpoints.grade:
+            self.checkpoints.use(grade)
+
+    def _lessen(self, role: str, why: str) -> None:
+        """Out of memory: compute more of the network again; then rows of roles one after the other and half the
+        micro-batch, with twice the accumulation; then moments to the host. The batch stays what it was."""
         self.optimizers[role].zero_grad(set_to_none=True)
         release()
-        if self.accumulation >= self.settings.batch:
+        more = heavier(self.recompute)
+        if more is not None:
+            self.recompute = more
+            did = f"{more} are computed again in backward"
+        elif self.accumulation < self.settings.batch:
+            self.sliced, self.accumulation = True, min(self.settings.batch, self.accumulation * 2)
+            did = f"micro-batches of {-(-self.settings.batch // self.accumulation)}"
+        elif not self.moments_on_host and self.host.device.type == "cuda" and host_moments.serves(self.settings):
+            self.moments_on_host = True
+            did = "the optimiser's moments lie in the host's memory"
+        else:
             raise exhausted(f"the {role}'s step", why)
-        self.accumulation = min(self.settings.batch, self.accumulation * 2)
-        self.notes.append(
-            f"out of memory: micro-batches of {-(-self.settings.batch // self.accumulation)} from here on"
-        )
+        self.notes.append(f"out of memory: {did} from here on")
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -158,4 +198,5 @@ class Trainer:
         """The micro-batches of the batch ``key``, of this process's rows."""
         size, rows = -(-self.settings.batch // self.accumulation), processes.own(self.settings.batch)
         for start in range(rows.start, rows.stop, size):
-            yield self.prompts.batch(key, range(start, min(start + size, rows.stop)))
+            batch = self.prompts.batch(key, range(start, min(start + size, rows.stop)))
+            yield replace(batch, sliced=self.sliced)

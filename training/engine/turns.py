@@ -99,6 +99,18 @@ class Plan:
             update -= phase.updates
         raise IndexError(f"update {update} is past the end of the run")
 
+    def first_moment(self, role: str, update: int) -> bool:
+        """Whether the role's next turns, of the phase of ``update`` or of the next that has any, read what its first
+        moment was."""
+        phases = iter(self.phases)
+        while update >= (phase := next(phases)).updates:
+            update -= phase.updates
+        for later in (phase, *(phase for phase in phases if phase.updates)):
+            decays = [turn.beta1 for turn in later.turns if turn.role == role]
+            if decays:
+                return any(decays)
+        return True
+
     def cost(self, first: int, last: int) -> float:
         """Updates ``first`` to ``last`` in forwards of one sample."""
         return sum(self.costs(first, last))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -136,16 +137,18 @@ class DistributionMatching:
     def scores(
         self, denoise: Denoiser, batch: Batch, x: Tensor, levels: LevelSampler, stream: str, *, critic: bool
     ) -> Scores:
-        """Every answer about x at one level, from one forward: rows of the teacher, then rows of the critic."""
+        """Every answer about x at one level, from one forward: rows of the teacher, then rows of the critic; or, of
+        a sliced batch, from a forward for each."""
         sigma = self._levels(denoise, levels, batch, f"{stream} level")
         x_s = self.renoise(denoise.schedule, x, batch.normal(f"{stream} noise"), sigma)
         asked = self._asked(batch, critic)
-        teachers = sum(role == TEACHER for role, _, _ in asked)
-        blocks = [(TEACHER, teachers * len(x)), (CRITIC, (len(asked) - teachers) * len(x))]
-        with denoise.roles.rows([block for block in blocks if block[1]]):
-            conds = Cond.concat([cond for _, _, cond in asked])
-            answer = denoise(torch.cat([x_s] * len(asked)), sigma.repeat(len(asked)), conds)
-        answers = dict(zip([name for _, name, _ in asked], answer.chunk(len(asked)), strict=True))
+        answers: dict[str, Tensor] = {}
+        for some in [[one] for one in asked] if batch.sliced else [asked]:
+            blocks = [(role, len(x) * len([*rows])) for role, rows in groupby(role for role, _, _ in some)]
+            with denoise.roles.rows(blocks):
+                conds = Cond.concat([cond for _, _, cond in some])
+                answer = denoise(torch.cat([x_s] * len(some)), sigma.repeat(len(some)), conds)
+            answers |= zip([name for _, name, _ in some], answer.chunk(len(some)), strict=True)
         scores = Scores(x, x_s, sigma, **answers)
         if scores.null is None:
             return scores

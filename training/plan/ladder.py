@@ -1,83 +1,46 @@
 """Rungs for a budget: how a run may be laid out so that it fits, the fastest first; what it takes and what it proposes.
 
-By itself a run takes what leaves its result alone: smaller micro-batches, checkpointing, where the mean lies. What
-changes the result is proposed.
+By itself a run takes what leaves its result alone: micro-batches, what is computed again in backward, where moments and
+mean lie. What changes the result is proposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ...core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING
 from ..engine.student import LARGE
 from ..host import Shells
 from ..settings import Settings
 from .cards import Card
-from .counted import counted
-from .rehearse import DECODE, FORWARD, MOMENTS, PROMPTS, Rehearsed
-from .trace import Peak
+from .rungs import Rung, Way, may_lie_on_host, rung_of
+from .storage import AS_IT_IS, FP8, NF4, may_be_stored
 
-UNSEEN = (FORWARD, MOMENTS)
-"""Parts that a run does not have."""
-YIELDING = (PROMPTS, DECODE)
-"""Parts that do with less where there is less: the network leaves the card for the encoders, and a picture is decoded
-in tiles."""
-WITHOUT = 3
-"""Times the activations of a checkpointed sample below which one that is not checkpointed is not tried."""
-EIGHT_BIT = 0.25 * (1 + 4 / 256)
-"""Of float32's bytes: a byte a number, and a float32 for each 256 of them."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """micro: samples of a micro-batch. checkpointing: whether blocks are computed again. changes: settings that are
-    not the run's own, as they are given; none where the run takes the rung by itself. part: where the most is alive,
-    which is ``peak``. forwards: of a sample in an update, of work. seconds: of an update, at the least.
-    """
-
-    micro: int
-    checkpointing: bool
-    changes: dict[str, Any]
-    peak: Peak
-    part: str
-    forwards: float
-    seconds: float
-    parts: dict[str, Peak] = field(default_factory=dict)
-
-    @property
-    def words(self) -> str:
-        """What it is, in words."""
-        kept = "checkpointing" if self.checkpointing else "no checkpointing"
-        changes = [f"{name}={value}" for name, value in self.changes.items() if name != "checkpointing"]
-        return ", ".join([f"micro-batch {self.micro}", kept, *changes])
+LIGHTER = 2
+"""Times the activations of a checkpointed sample that one takes at the least of which less is computed again."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run needs. rungs: tried, in order; those with changes are proposed. taken: the rung that the run goes on;
-    None where none fits that leaves its result alone."""
+    """What a run needs. as_set: how it would lie by its settings. rungs: tried, in order; those with changes are
+    proposed. taken: the rung that the run goes on, the fastest that fits; None where none does that leaves its result
+    alone."""
 
     name: str
     settings: Settings
     card: Card | None
+    as_set: Way
     rungs: tuple[Rung, ...]
     taken: Rung | None
 
     @property
-    def faster(self) -> Rung | None:
-        """The fastest that fits, where that is not the one taken: without checkpointing, which the run leaves to be
-        set, as it could not go back where memory runs out all the same."""
-        if self.taken is None or self.card is None:
-            return None
-        fitting = [rung for rung in self.rungs if rung.peak.bytes <= self.card.usable]
-        best = min(fitting, key=lambda rung: rung.seconds)
-        return best if best.seconds < self.taken.seconds else None
-
-    @property
     def proposed(self) -> Rung | None:
         """The first that fits where the run cannot take one."""
-        return None if self.taken or not self.card else _first(self.rungs, self.card)
+        if self.taken or not self.card:
+            return None
+        return next((rung for rung in self.rungs if rung.fits(self.card)), None)
 
 
 def planned(name: str, shells: Shells, settings: Settings, card: Card | None) -> Planned:
@@ -85,103 +48,77 @@ def planned(name: str, shells: Shells, settings: Settings, card: Card | None) ->
 
     name: of the model.
     """
-    host_mean = card is not None and card.size < LARGE
+    as_set = Way(-(-settings.batch // settings.accumulation), BLOCKS if settings.checkpointing else NOTHING)
+    if card is None:
+        rung = rung_of(shells, settings, None, as_set)
+        return Planned(name, settings, None, as_set, (rung,), rung)
+    as_set = replace(as_set, mean_on_host=card.size < LARGE)
     rungs: list[Rung] = []
-    for micro, changes in _safe(settings):
-        rungs.append(rung_of(shells, settings, card, micro, changes, host_mean))
-        if card is None or rungs[-1].peak.bytes <= card.usable:
-            taken = rungs[-1]
-            more = _uncheckpointed(shells, settings, card, host_mean, taken) if card else ()
-            return Planned(name, settings, card, (*rungs, *more), taken)
-    assert card is not None
-    return Planned(name, settings, card, _proposed(shells, settings, card, host_mean, rungs), None)
+    for grade in (BLOCKS, FEED_FORWARDS, NOTHING) if settings.checkpointing else (NOTHING, FEED_FORWARDS, BLOCKS):
+        if rungs and settings.checkpointing and not _lighter_may_fit(rungs, card):
+            break
+        rungs += _down_to_fitting(shells, settings, card, replace(as_set, recompute=grade))
+        if rungs[-1].fits(card) and not settings.checkpointing:
+            break
+    fitting = [rung for rung in rungs if rung.fits(card)]
+    if fitting:
+        return Planned(name, settings, card, as_set, tuple(rungs), min(fitting, key=lambda rung: rung.seconds))
+    least = min(rungs, key=lambda rung: rung.peak.bytes).way
+    more = _proposed(shells, settings, card, least)
+    return Planned(name, settings, card, as_set, (*rungs, *more), None)
 
 
-def _safe(settings: Settings) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Micro-batches, and changes that leave the result alone, from the run as it is set on."""
-    for changes in ({},) if settings.checkpointing else ({}, {"checkpointing": True}):
-        for micro in _micros(settings):
-            yield micro, changes
-
-
-def _first(rungs: tuple[Rung, ...], card: Card) -> Rung | None:
-    return next((rung for rung in rungs if rung.peak.bytes <= card.usable), None)
-
-
-def _uncheckpointed(shells: Shells, settings: Settings, card: Card, host_mean: bool, fitting: Rung) -> Iterator[Rung]:
-    """Without the computing again, which takes a fifth of the time: down to the first that fits, where the card is so
-    large that one may."""
-    kept = fitting.peak.bytes - fitting.peak.made_of.get("activations", 0)
-    one = fitting.peak.made_of.get("activations", 0) / fitting.micro
-    if not settings.checkpointing or card.usable - kept < WITHOUT * one:
-        return
-    for micro in _micros(settings):
-        yield (rung := rung_of(shells, settings, card, micro, {"checkpointing": False}, host_mean))
-        if rung.peak.bytes <= card.usable:
+def _down_to_fitting(shells: Shells, settings: Settings, card: Card, first: Way) -> Iterator[Rung]:
+    """Rungs of one grade, the fastest first, down to the first that fits: smaller micro-batches, moments on the host;
+    both at the last."""
+    places = (False, True) if may_lie_on_host(shells(settings.targets), settings) else (False,)
+    ways = [replace(first, micro=micro, moments_on_host=place) for micro in _micros(first.micro) for place in places]
+    rungs = [rung_of(shells, settings, card, way) for way in ways]
+    for rung in sorted(rungs, key=lambda rung: (rung.seconds, -rung.peak.bytes)):
+        yield rung
+        if rung.fits(card):
             return
 
 
-def _micros(settings: Settings) -> list[int]:
-    """From the run's own micro-batch down to 1, each half of the one before."""
-    micros = [-(-settings.batch // settings.accumulation)]
+def _lighter_may_fit(rungs: list[Rung], card: Card) -> bool:
+    """Whether one sample of which less is computed again may fit, by one of which more is."""
+    last = rungs[-1]
+    activations = last.peak.made_of.get("activations", 0)
+    return last.fits(card) and last.peak.bytes - activations + LIGHTER * activations / last.way.micro <= card.usable
+
+
+def _micros(most: int) -> list[int]:
+    """From ``most`` down to 1, each half of the one before."""
+    micros = [most]
     while micros[-1] > 1:
         micros.append(-(-micros[-1] // 2))
     return micros
 
 
-def _proposed(shells: Shells, settings: Settings, card: Card, host_mean: bool, rungs: list[Rung]) -> tuple[Rung, ...]:
-    """``rungs``, and those with one more change each, at micro-batch 1, down to the first that fits."""
-    changes: dict[str, Any] = {} if settings.checkpointing else {"checkpointing": True}
-    for change in _changes(settings):
-        changes = changes | change
-        rungs.append(rung_of(shells, settings, card, 1, changes, host_mean))
-        if rungs[-1].peak.bytes <= card.usable:
-            break
-    return tuple(rungs)
+def _proposed(shells: Shells, settings: Settings, card: Card, least: Way) -> Iterator[Rung]:
+    """Rungs that change the result, one more change each, down to the first that fits. least: the way that takes least
+    of those that leave it alone."""
+    for storage, changes in _changes(settings, may_be_stored(shells(settings.targets))):
+        yield (rung := rung_of(shells, settings, card, replace(least, storage=storage, changes=changes)))
+        if rung.fits(card):
+            return
 
 
-def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
-    if settings.optimizer in ("auto", "adamw"):
-        yield {"optimizer": "adamw8bit"}
+def _changes(settings: Settings, storable: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(storage of the base, settings)."""
+    storages = (FP8, NF4) if storable else (AS_IT_IS,)
+    changes: dict[str, Any] = {}
+    for storage in storages if storable else ():
+        yield storage, changes
     for rank in (32, 16):
         if rank < settings.rank:
-            yield {"rank": rank}
+            changes = changes | {"rank": rank}
+            for storage in storages:
+                yield storage, changes
     for targets in ("attention+mlp", "attention"):
         if settings.targets in ("all", "attention+mlp") and targets != settings.targets:
-            yield {"targets": targets}
+            yield storages[-1], (changes := changes | {"targets": targets})
     width, height = settings.size_list[0]
     while min(width, height) >= 512:
         width, height = (side * 3 // 4 // 64 * 64 for side in (width, height))
-        yield {"sizes": f"{width}x{height}"}
-
-
-def rung_of(
-    shells: Shells, settings: Settings, card: Card | None, micro: int, changes: dict[str, Any], host_mean: bool
-) -> Rung:
-    """What a run of ``settings`` with ``changes`` needs in micro-batches of ``micro``."""
-    chosen = settings.with_texts({name: str(value) for name, value in changes.items()})
-    played = counted(shells(chosen.targets), chosen)
-    peaks = peaks_of(played, chosen, micro, host_mean)
-    part = max((name for name in peaks if name not in YIELDING), key=lambda name: peaks[name].bytes)
-    turns = next(times for updates, times in reversed(played.phases) if updates)
-    forward = played.count.flops(FORWARD, 1, chosen.rank)
-    flops = sum(times * played.count.flops(name, micro, chosen.rank) for name, times in turns.items())
-    seconds = _seconds(played, turns, chosen, micro, card) if card else 0.0
-    return Rung(micro, chosen.checkpointing, changes, peaks[part], part, flops / micro / forward, seconds, peaks)
-
-
-def peaks_of(played: Rehearsed, settings: Settings, micro: int, host_mean: bool = False) -> dict[str, Peak]:
-    """The peak of each part; where a batch has several micro-batches, with the gradients of those before."""
-    shares = {"ema": 0.0} if host_mean else {}
-    if settings.optimizer == "adamw8bit":
-        shares |= {label: EIGHT_BIT for label in played.count.labels if label.endswith(" moments")}
-    there = played.gradients if micro < settings.batch else None
-    peaks = played.count.peaks(micro, settings.rank, shares, there)
-    return {name: peak for name, peak in peaks.items() if name not in UNSEEN}
-
-
-def _seconds(played: Rehearsed, turns: dict[str, float], settings: Settings, micro: int, card: Card) -> float:
-    """Of an update, at the least: of its micro-batches, and of a step of the optimiser for each turn."""
-    count, rank = played.count, settings.rank
-    once = sum(times * count.seconds(name, micro, rank, card.seconds) for name, times in turns.items())
-    return once * -(-settings.batch // micro)
+        yield storages[-1], (changes := changes | {"sizes": f"{width}x{height}"})

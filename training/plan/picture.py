@@ -22,7 +22,7 @@ def bar(plan: Planned) -> Image.Image:
     picture = Image.new("RGB", (WIDTH, 3 * EDGE + ROW + BAR + ROW * (len(parts) + 1)), "white")
     draw = ImageDraw.Draw(picture)
     scale, at, top = (WIDTH - 2 * EDGE) / whole, float(EDGE), EDGE + ROW
-    title = f"{plan.name}: {rung.peak.bytes / GIB:.2f} GiB of tensors in {rung.part}; {rung.words}"
+    title = f"{plan.name}: {rung.peak.bytes / GIB:.2f} GiB of tensors in {rung.part}; {rung.way.words}"
     draw.text((EDGE, EDGE / 2), title, "black", font_size=18)
     for number, (label, bytes) in enumerate(parts):
         end = at + bytes * scale

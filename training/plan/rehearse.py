@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.recomputed import BLOCKS
 from ..data.pairs import MADE
 from ..engine.prompts import embed
 from ..engine.setup import Setup, hooked
@@ -45,11 +46,20 @@ class Rehearsed:
     gradients: dict[str, str]
 
 
-def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: bool = True) -> Rehearsed:
+def rehearse(
+    host: Host,
+    settings: Settings,
+    *,
+    machine: str = "cuda",
+    scaled: bool = True,
+    recompute: str = BLOCKS,
+    sliced: bool = True,
+) -> Rehearsed:
     """Count one update of each of the run's phases, one slice of its watch and one picture's decoding.
 
     host: a shell, whose weights are on the meta device. machine: whose attention it is. scaled: at a batch and a rank
-    from which others are reckoned; else at the settings' own. Whatever is made on the way is as good as nothing.
+    from which others are reckoned; else at the settings' own. recompute, sliced: as the engine's Trainer has them; a
+    run that is fitted to a card asks roles one after the other. Whatever is made on the way is as good as nothing.
     """
     p, r = (_prime(BATCHES, host), _prime(RANKS, host)) if scaled else (settings.batch, settings.rank)
     few = settings.with_(
@@ -67,7 +77,7 @@ def rehearse(host: Host, settings: Settings, *, machine: str = "cuda", scaled: b
         as_on(machine),
         meter,
     ):
-        played = _Rehearsal(host, few, Path(folder), meter)
+        played = _Rehearsal(host, few, Path(folder), meter, recompute, sliced)
         played.play()
     count = Count.of(meter.trace, p, r)
     return Rehearsed(count, played.phases(count), played.gradients(count))
@@ -96,8 +106,11 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 class _Rehearsal:
-    def __init__(self, host: Host, settings: Settings, folder: Path, meter: Meter) -> None:
+    def __init__(
+        self, host: Host, settings: Settings, folder: Path, meter: Meter, recompute: str, sliced: bool
+    ) -> None:
         self.host, self.settings, self.folder, self.meter = host, settings, folder, meter
+        self.recompute, self.sliced = recompute, sliced
         self.method = METHODS[settings.method]
 
     def play(self) -> None:
@@ -108,7 +121,7 @@ class _Rehearsal:
         self.setup = Setup(host, settings, prompts, self.folder, method.recipe(host, settings))
         with ExitStack() as stack:
             stack.enter_context(host.training())
-            stack.enter_context(hooked(host, settings))
+            stack.enter_context(hooked(host, self.recompute))
             stack.callback(self._forget)
             trainer = self._trainer()
             self._watch_and_train(trainer)
@@ -139,6 +152,7 @@ class _Rehearsal:
         trainer = Trainer(
             host, settings, self.setup.recipe, self.setup.prompts, self._once(self.method.plan(self.setup))
         )
+        trainer.sliced = self.sliced
         for role in host.denoiser.roles.names():
             for parameter in host.denoiser.roles.parameters(role):
                 self.meter.hold([parameter], role)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ...core.errors import OneStepError
+from ...core.recomputed import BLOCKS, NOTHING
 from ..host import Host, Shells
 from ..settings import Settings
 from .cards import Card, found_card
@@ -27,11 +28,14 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out on its card. settings: with the rung's checkpointing. micro: samples of a micro-batch.
-    note: what is said of it; empty where nothing was planned."""
+    """How a run is laid out on its card. micro: samples of a micro-batch. recompute, sliced, moments_on_host: as
+    `engine.trainer.Trainer` has them. note: what is said of it; empty where nothing was planned."""
 
     settings: Settings
     micro: int
+    recompute: str = BLOCKS
+    sliced: bool = False
+    moments_on_host: bool = False
     note: str = ""
 
     @property
@@ -44,7 +48,8 @@ def laid_out(
 ) -> Layout:
     """The rung that fits the card of ``host``, found once in a run. Without a card, or a shell of the host, the run is
     as it is set; and so where it could not be counted, which it says."""
-    as_set = Layout(settings, -(-settings.batch // settings.accumulation))
+    grade = BLOCKS if settings.checkpointing else NOTHING
+    as_set = Layout(settings, -(-settings.batch // settings.accumulation), grade)
     kept = config.recorded(KEPT)
     if kept is None:
         card = find(host.device) if shells is not None else None
@@ -55,8 +60,8 @@ def laid_out(
     rung = kept.get("rung")
     if rung is None:
         return replace(as_set, note=kept["line"])
-    chosen = settings.with_(checkpointing=rung["checkpointing"])
-    return Layout(chosen, min(rung["micro_batch"], as_set.micro), kept["line"])
+    micro = min(rung["micro_batch"], as_set.micro)
+    return Layout(settings, micro, rung["recompute"], True, rung["moments_on_host"], kept["line"])
 
 
 def _kept(host: Host, settings: Settings, shells: Shells, card: Card) -> dict[str, Any]:

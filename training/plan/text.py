@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from .cards import GIB
-from .ladder import Planned, Rung
+from .ladder import Planned
+from .rungs import Rung
 
 HEAD = ("rung", "GiB", "most in", "forwards", "seconds an update")
 NOTE = "Counted, not measured on a GPU: bytes of tensors; the least seconds, by the card's data sheet."
@@ -28,9 +29,9 @@ def _title(plan: Planned) -> str:
 
 
 def _row(plan: Planned, rung: Rung) -> tuple[str, ...]:
-    fits = "" if plan.card is None else "fits: " if rung.peak.bytes <= plan.card.usable else ""
+    fits = "fits: " if plan.card is not None and rung.fits(plan.card) else ""
     seconds = "-" if plan.card is None else f"{rung.seconds:.3g}"
-    return (fits + rung.words, _gib(rung.peak.bytes), rung.part, f"{rung.forwards:.1f}", seconds)
+    return (fits + rung.way.words, _gib(rung.peak.bytes), rung.part, f"{rung.forwards:.1f}", seconds)
 
 
 def line(plan: Planned) -> str:
@@ -38,24 +39,16 @@ def line(plan: Planned) -> str:
     if plan.card is None:
         return f"It needs {_gib(plan.rungs[0].peak.bytes)} GiB of tensors as it is set; say --card to have it fitted."
     if plan.taken is not None:
-        as_set = "as it is set" if plan.taken is plan.rungs[0] else f"by itself with {plan.taken.words}"
-        fits = f"A run fits {as_set}: {_gib(plan.taken.peak.bytes)} of {_gib(plan.card.usable)} GiB."
-        return fits + _faster(plan)
+        as_set = "as it is set" if plan.taken.way == plan.as_set else f"by itself with {plan.taken.way.words}"
+        return f"A run fits {as_set}: {_gib(plan.taken.peak.bytes)} of {_gib(plan.card.usable)} GiB."
     rung = plan.proposed
     if rung is None:
         least = min(rung.peak.bytes for rung in plan.rungs)
         return f"Nothing tried fits: {_gib(least)} GiB at the least, where there are {_gib(plan.card.usable)}."
-    changes = " ".join(f"--set {name}={value}" for name, value in rung.changes.items())
-    return f"A run does not fit as it is set. It would with: {changes} --set accumulation={plan.settings.batch}"
-
-
-def _faster(plan: Planned) -> str:
-    if plan.faster is None or plan.taken is None:
-        return ""
-    less = 100 * (1 - plan.faster.seconds / plan.taken.seconds)
-    micro = f" --set accumulation={-(-plan.settings.batch // plan.faster.micro)}"
-    same = plan.faster.micro == -(-plan.settings.batch // plan.settings.accumulation)
-    return f" {less:.0f} % less time with --set checkpointing=false{'' if same else micro}, which fits too."
+    base = f" the base in {rung.way.storage} (docs/on-your-card.md)" if rung.way.storage else ""
+    changes = "".join(f" --set {name}={value}" for name, value in rung.way.changes.items())
+    both = base + (" and" if base and changes else "") + changes
+    return f"A run does not fit as it is set. It would with:{both}"
 
 
 def made_of(rung: Rung) -> str:
@@ -83,9 +76,11 @@ def facts(plan: Planned) -> dict[str, Any]:
 
 def rung_facts(rung: Rung) -> dict[str, Any]:
     return {
-        "micro_batch": rung.micro,
-        "checkpointing": rung.checkpointing,
-        "changes": rung.changes,
+        "micro_batch": rung.way.micro,
+        "recompute": rung.way.recompute,
+        "moments_on_host": rung.way.moments_on_host,
+        "storage": rung.way.storage,
+        "changes": rung.way.changes,
         "bytes": rung.peak.bytes,
         "part": rung.part,
         "made_of": rung.peak.made_of,

@@ -130,6 +130,12 @@ class Count:
             if name
         }
 
+    def most(self, label: str, batch: int, rank: int) -> int:
+        """The most bytes alive at once under a label, of whatever part; 0 for one that there is not."""
+        if label not in self.labels:
+            return 0
+        return int(self._running(Scale(self.p, self.r, batch, rank).array(self.deltas), label).max())
+
     def _running(self, bytes: np.ndarray, label: str) -> np.ndarray:
         """Bytes alive under a label at each instant."""
         return np.cumsum(np.where(self.label == self.labels.index(label), bytes, 0))

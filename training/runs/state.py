@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import optimizer as adam
 from ..engine.trainer import Trainer
 
-COUNTERS = ("place", "numbers", "accumulation", "bad", "dropped")
+COUNTERS = ("place", "numbers", "bad", "dropped", "recompute", "sliced", "accumulation", "moments_on_host")
 
 
 def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:

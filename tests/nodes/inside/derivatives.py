@@ -2,13 +2,13 @@
 
 import json
 import sys
-from contextlib import nullcontext
 
 import comfy.sd
 import torch
 
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING, recomputed
 from onestep.nodes.adapt import adapted
 
 as_float = torch.Tensor.float
@@ -39,7 +39,7 @@ def inputs(host):
     return x, sigma, cond, torch.randn(2, *shape, generator=draw, dtype=torch.float64)
 
 
-def measured(host, checkpointing):
+def measured(host, grade):
     """Relative errors of the derivative along the adapters and along x, and the gradients."""
     roles = host.denoiser.roles
     x, sigma, cond, weight = inputs(host)
@@ -66,8 +66,7 @@ def measured(host, checkpointing):
             factor.data.add_(direction, alpha=step)
 
     x.requires_grad_(True)
-    blocks = checkpoint_blocks(host.blocks, roles) if checkpointing else nullcontext()
-    with clone_inputs(host.in_place), blocks:
+    with clone_inputs(host.in_place), checkpoint_blocks(recomputed(host.blocks, grade), roles):
         gradients = torch.autograd.grad(value(x), [*factors, x])
     x.requires_grad_(False)
     analytic = (
@@ -91,13 +90,21 @@ for path in sys.argv[1:]:
             a.data = a.data.double()
             b.data = torch.randn(b.shape, generator=draw, dtype=torch.float64) * 0.3 * b.shape[1] ** -0.5
         roles.install()
-        plain, expected = measured(host, False)
-        kept, given = measured(host, True)
-        apart = max(
-            float((g - e).abs().max() / e.abs().max().clamp_min(1e-30)) for g, e in zip(given, expected, strict=True)
-        )
+        plain, expected = measured(host, NOTHING)
+        found = {grade: measured(host, grade) for grade in (FEED_FORWARDS, BLOCKS)}
+        apart = {
+            grade: [i for i, (g, e) in enumerate(zip(given, expected, strict=True)) if not torch.equal(g, e)]
+            for grade, (_, given) in found.items()
+        }
+        inner = [type(module).__name__ for module in recomputed(host.blocks, FEED_FORWARDS)]
         owners = [name for name in sorted(roles.targets) for _ in "ab"]
         missing = sorted({name for name, g in zip(owners, expected, strict=False) if float(g.abs().max()) == 0})
-        told = {"family": host.family, "plain": plain, "checkpointed": kept, "apart": apart, "missing": missing}
-        print(json.dumps(told | {"blocks": len(host.blocks), "factors": len(expected) - 1}))
+        told = {
+            "family": host.family,
+            "plain": plain,
+            "checkpointed": found[BLOCKS][0],
+            "apart": apart,
+            "missing": missing,
+        }
+        print(json.dumps(told | {"feed_forwards": inner, "blocks": len(host.blocks), "factors": len(expected) - 1}))
         torch.Tensor.float = as_float
