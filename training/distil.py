@@ -144,9 +144,7 @@ class _Session:
         self.host.denoiser.roles.copy(STUDENT, EMA, mean_device(self.host.device))
         plan = self.method.plan(self.setup)
         trainer = Trainer(self.host, self.settings, self.setup.recipe, self.setup.prompts, plan)
-        trainer.checkpoints, trainer.sliced = self.checkpoints, self.layout.sliced
-        trainer.accumulation = max(trainer.accumulation, self.layout.accumulation)
-        trainer.moments_on_host = self.layout.moments_on_host
+        self.layout.place(trainer, self.checkpoints)
         return trainer
 
     def _train(self) -> None:

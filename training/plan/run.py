@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ...core.checkpoint import Checkpoints
 from ...core.errors import OneStepError
 from ...core.recomputed import BLOCKS, NOTHING
+from ..engine.trainer import Trainer
 from ..host import Host, Shells
 from ..settings import Settings
 from .cards import Card, found_card
@@ -38,9 +40,11 @@ class Layout:
     moments_on_host: bool = False
     note: str = ""
 
-    @property
-    def accumulation(self) -> int:
-        return -(-self.settings.batch // self.micro)
+    def place(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
+        """Have ``trainer`` lie so from its first update on."""
+        trainer.checkpoints, trainer.sliced = checkpoints, self.sliced
+        trainer.accumulation = max(trainer.accumulation, -(-self.settings.batch // self.micro))
+        trainer.moments_on_host = self.moments_on_host
 
 
 def laid_out(
