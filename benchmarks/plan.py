@@ -18,8 +18,8 @@ from onestep.cli.plan import without_null
 from onestep.core.recomputed import GRADES
 from onestep.pipelines.shells import LAYOUTS, layout
 from onestep.training.methods import settings_for
-from onestep.training.plan.cards import GIB, card_of
-from onestep.training.plan.ladder import Planned, planned
+from onestep.training.plan.cards import GIB, TYPICAL, card_of
+from onestep.training.plan.ladder import planned
 from onestep.training.plan.rungs import Rung, Way, rung_of
 from onestep.training.settings import Settings
 
@@ -83,13 +83,12 @@ def ladder(name: str, shell: Any, settings: Settings) -> Iterator[tuple[str, ...
         rung = plan.taken or plan.proposed
         does = "takes" if plan.taken else "proposes" if rung else "nothing fits"
         rung = rung or min(plan.rungs, key=lambda one: one.peak.bytes)
-        yield LAYOUTS[name].title, size, f"{plan.card.usable / GIB:.1f}", does, *told(plan, rung)
+        room = f"{card_of(size).usable / GIB:.1f}"
+        yield LAYOUTS[name].title, f"{size} ({TYPICAL[int(size[:-2])]})", room, does, *told(rung)
 
 
-def told(plan: Planned, rung: Rung) -> tuple[str, ...]:
-    assert plan.card is not None
-    seconds = f"{rung.seconds:.3g} s ({plan.card.name.split('an ')[-1].split('a ')[-1]})"
-    return rung.way.words, gib(rung), rung.part, f"{rung.forwards:.1f}", seconds
+def told(rung: Rung) -> tuple[str, ...]:
+    return rung.way.words, gib(rung), rung.part, f"{rung.forwards:.1f}", f"{rung.seconds:.3g} s"
 
 
 def grades(name: str, shell: Any, settings: Settings) -> Iterator[tuple[str, ...]]:

@@ -101,7 +101,10 @@ class Settings:
         "",
         "A LoRA that the student starts from, or the few-step student that an adapter is for; empty = the base.",
     )
-    checkpointing: bool = setting(True, "Recompute activations in backward: much less memory, about a third slower.")
+    checkpointing: bool = setting(
+        True,
+        "Recompute activations in backward: much less memory, about a third slower. On a card: what it asks for.",
+    )
     preview_every: int = setting(100, "Updates between previews; 0 = none.", 0, 1_000_000)
     watch_every: int = setting(50, "Updates between measures of the student; 0 = none.", 0, 1_000_000)
     watch_samples: int = setting(64, "Pictures that each measure compares with the teacher's.", 4, 4096)
