@@ -11,6 +11,7 @@ import layout_pipelines as layouts
 import pytest
 import torch
 
+from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.pipelines.shells import of_host
 from onestep.training.distil import distil
@@ -77,8 +78,22 @@ def test_checkpointing_is_taken_by_itself_where_it_is_needed(
     without = settings(checkpointing=False, batch=1, accumulation=1)
     peak = least(host, without, 1)
     notes, config, _ = started(host, tmp_path, without, card(peak + 4), monkeypatch)
-    assert config["plan"]["rung"]["checkpointing"] is True and config["settings"]["checkpointing"] is False
+    assert config["plan"]["rung"]["recompute"] == "blocks" and config["settings"]["checkpointing"] is False
     assert "micro-batch 1, checkpointing" in notes[0]
+
+
+def test_no_more_is_computed_again_than_must_be(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
+    """The run takes it by itself, learns the same to the bit, and stays there when it goes on."""
+    how = settings(sizes="64x64")
+    notes, config, ours = started(host, tmp_path / "ours", how, card(64 * GIB), monkeypatch)
+    assert config["plan"]["rung"]["recompute"] == "nothing" and config["settings"]["checkpointing"] is True
+    assert notes[0].startswith("A run fits by itself with micro-batch 4, no checkpointing")
+    plain = distil(host, ["a cat"], how, tmp_path / "plain")
+    assert read_tensors(ours.path).keys() == read_tensors(plain.path).keys()
+    for name, value in read_tensors(plain.path).items():
+        assert torch.equal(read_tensors(ours.path)[name], value)
+    again = started(host, tmp_path / "ours", how.with_(steps=2), card(1000), monkeypatch, "continue")
+    assert again[1]["plan"] == config["plan"] and again[2].updates == 2
 
 
 def test_a_run_that_cannot_fit_says_what_would(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:

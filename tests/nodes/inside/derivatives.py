@@ -73,7 +73,10 @@ def measured(host, grade):
         sum(float((g * v).sum()) for g, v in zip(gradients, along, strict=False)),
         float((gradients[-1] * along_x).sum()),
     )
+    before = [factor.detach().clone() for factor in factors]
     numeric = slope(move_factors), slope(lambda step: x.add_(along_x, alpha=step))
+    for factor, value_before in zip(factors, before, strict=True):  # to the bit: there and back is not
+        factor.data.copy_(value_before)
     errors = [abs(a - n) / abs(n) for a, n in zip(analytic, numeric, strict=True)]
     return errors, gradients
 
