@@ -62,7 +62,7 @@ def _to_host(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> 
             value = entries[name]
             if value.device.type != "cpu":
                 # torch keeps pinned memory for the next that asks: the copy is as fast as the link is
-                entries[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                entries[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 entries[name].copy_(value, non_blocking=True)
                 devices.add(value.device)
     for device in devices:
