@@ -30,6 +30,8 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
         assert rung["made_of"]["student"] == ours.peak.made_of["student"]
         assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
         assert rung["parts"].keys() == ours.parts.keys()
-    assert "RTX 3060: 10.1 GiB for tensors" in text and "A run fits by itself with micro-batch 4, no checkpointing" in text
+    assert (
+        "RTX 3060: 10.1 GiB for tensors" in text and "A run fits by itself with micro-batch 4, no checkpointing" in text
+    )
     picture = np.asarray(Image.open(tmp_path / "bar.png"))
     assert picture.shape[1] == 960 and picture.std() > 20

@@ -84,7 +84,7 @@ def test_checkpointing_is_taken_by_itself_where_it_is_needed(
 
 def test_no_more_is_computed_again_than_must_be(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
     """The run takes it by itself, learns the same to the bit, and stays there when it goes on."""
-    how = settings(sizes="64x64")
+    how = settings()
     notes, config, ours = started(host, tmp_path / "ours", how, card(64 * GIB), monkeypatch)
     assert config["plan"]["rung"]["recompute"] == "nothing" and config["settings"]["checkpointing"] is True
     assert notes[0].startswith("A run fits by itself with micro-batch 4, no checkpointing")
