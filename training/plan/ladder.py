@@ -18,8 +18,9 @@ from .cards import Card
 from .rungs import Rung, Way, may_lie_on_host, rung_of
 from .storage import AS_IT_IS, FP8, NF4, may_be_stored
 
-LIGHTER = 2
-"""Times the activations of a checkpointed sample that one takes at the least of which less is computed again."""
+LIGHTER = {FEED_FORWARDS: 2.0, NOTHING: 1.2}
+"""Times the activations of a sample of the grade before that one takes at the least: no larger card than that is left
+out, and a card that is smaller need not have the grade counted."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def planned(name: str, shells: Shells, settings: Settings, card: Card | None) ->
     as_set = replace(as_set, mean_on_host=card.size < LARGE)
     rungs: list[Rung] = []
     for grade in (BLOCKS, FEED_FORWARDS, NOTHING) if settings.checkpointing else (NOTHING, FEED_FORWARDS, BLOCKS):
-        if rungs and settings.checkpointing and not _lighter_may_fit(rungs, card):
+        if rungs and settings.checkpointing and not _may_fit(rungs[-1], grade, card):
             break
         rungs += _down_to_fitting(shells, settings, card, replace(as_set, recompute=grade))
         if rungs[-1].fits(card) and not settings.checkpointing:
@@ -80,11 +81,11 @@ def _down_to_fitting(shells: Shells, settings: Settings, card: Card, first: Way)
             return
 
 
-def _lighter_may_fit(rungs: list[Rung], card: Card) -> bool:
-    """Whether one sample of which less is computed again may fit, by one of which more is."""
-    last = rungs[-1]
+def _may_fit(last: Rung, grade: str, card: Card) -> bool:
+    """Whether one sample of ``grade``, of which less is computed again than of ``last``, may fit."""
     activations = last.peak.made_of.get("activations", 0)
-    return last.fits(card) and last.peak.bytes - activations + LIGHTER * activations / last.way.micro <= card.usable
+    least = last.peak.bytes - activations + LIGHTER[grade] * activations / last.way.micro
+    return last.fits(card) and least <= card.usable
 
 
 def _micros(most: int) -> list[int]:
