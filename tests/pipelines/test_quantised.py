@@ -14,22 +14,11 @@ import onestep
 from onestep.core.roles import Roles
 from onestep.core.targets import Target
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes, of the dev extra, is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes, of the dev extra, is not installed")
+from quantised_layers import stored  # noqa: E402
+
 FEW: dict[str, Any] = {"method": "regression", "steps": 2, "batch": 2, "pairs": 2, "teacher_steps": 2, "rank": 2}
 FEW |= {"sizes": "64x64", "watch_every": 0, "preview_every": 0, "checkpointing": True}
-
-
-def stored(layer: nn.Linear, kind: str) -> nn.Module:
-    """``layer`` as diffusers' bitsandbytes quantiser makes it."""
-    bias = layer.bias is not None
-    if kind == "nf4":
-        made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias, torch.float32, quant_type="nf4")
-        made.weight = bnb.nn.Params4bit(layer.weight.detach().clone(), requires_grad=False, quant_type="nf4")
-    else:
-        made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias, has_fp16_weights=False)
-        made.weight = bnb.nn.Int8Params(layer.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
-    made.bias = layer.bias
-    return made.to("cpu").requires_grad_(False)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
