@@ -64,7 +64,7 @@ def student_of(lora: Lora, host: Any, name: str, guidance: float = 1.0) -> Stude
     """The LoRA as the evaluation takes it; an adapter at the teacher's guidance."""
     prediction = lora.recipe.prediction
     denoiser = None if prediction is None else denoiser_with(host, prediction)
-    return Student(name, lora.state, lora.recipe, denoiser, lora.module, guidance)
+    return Student(name, lora.state, lora.recipe, denoiser, lora.module, guidance, lora.later)
 
 
 def names_of(loras: list[Lora]) -> list[str]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import OneStepError
-from ..core.roles import TEACHER
+from ..core.recipe import Recipe
+from ..core.roles import TEACHER, State
 from ..core.sampling import sample, teacher_sample
+from ..core.step_roles import part_of
 from ..training.engine.prompts import check_prompts
 from ..training.settings import Settings
 from .console import Console, duration
@@ -118,7 +120,10 @@ def _student(host: Any, lora: Lora, args: Namespace) -> tuple[Any, int]:
     if args.guidance is not None and host.denoiser.guidance != "embedded":
         recipe = replace(recipe, guidance=args.guidance)
     roles, denoise = host.denoiser.roles, host.denoiser
-    roles.load(ROLE, scaled(lora), host.device)
+    for part, state in enumerate((lora.state, *lora.later)):
+        roles.load(part_of(ROLE, part), scaled(state, lora.recipe), host.device)
+    if lora.later:
+        roles.steps.split(ROLE, lora.recipe.timesteps)
     if recipe.prediction is not None:
         denoise = denoiser_with(host, recipe.prediction)
 
@@ -135,9 +140,9 @@ def _student(host: Any, lora: Lora, args: Namespace) -> tuple[Any, int]:
     return one, recipe.steps
 
 
-def scaled(lora: Lora) -> Any:
-    """Its factors at the strength that the recipe asks for."""
-    return {name: (a, b * lora.recipe.lora_scale) for name, (a, b) in lora.state.items()}
+def scaled(state: State, recipe: Recipe) -> State:
+    """Factors at the strength that the recipe asks for."""
+    return {name: (a, b * recipe.lora_scale) for name, (a, b) in state.items()}
 
 
 def denoiser_with(host: Any, prediction: str) -> Any:

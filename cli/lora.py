@@ -12,34 +12,37 @@ from ..core.errors import OneStepError
 from ..core.factors import State
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.lora_file import fit, load_lora
-from ..core.recipe import PRESETS, Recipe
+from ..core.recipe import PRESETS, Recipe, step_files
 from ..training.settings import nearest
 
 
 @dataclass(frozen=True)
 class Lora:
     """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent.
-    module: a guidance adapter, in place of factors."""
+    module: a guidance adapter, in place of factors. later: factors of the later steps, where each has a file."""
 
     name: str
     state: State
     recipe: Recipe
     settings: dict[str, Any]
     module: Any = None
+    later: tuple[State, ...] = ()
 
 
 def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
     targets = list(host.denoiser.roles.targets.values())
-    loaded = load_lora(file, [target.name for target in targets], host.family)
+    names = [target.name for target in targets]
+    loaded = load_lora(file, names, host.family)
     loaded.say_left_out(file)
     chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)
     if chosen.family != host.family:
         raise OneStepError(
             f"the recipe is for {chosen.family!r} models, {host.name} is {host.family!r}: choose another --recipe"
         )
-    settings = settings_in(loaded.metadata)
-    return Lora(Path(file).name, fit(loaded.state, targets), chosen, settings)
+    first, *more = [load_lora(path, names, host.family).state for path in step_files(Path(file), chosen)]
+    later = tuple(fit(state, targets) for state in more)
+    return Lora(Path(file).name, fit(first, targets), chosen, settings_in(loaded.metadata), later=later)
 
 
 def read_student(file: str, host: Any) -> Lora:

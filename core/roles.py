@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from threading import get_ident
 from typing import Any
@@ -29,6 +30,7 @@ from .hook import hook
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
 from .role_map import Captured, RoleMap, Served
+from .step_roles import StepRoles
 from .targets import Target
 
 
@@ -47,6 +49,7 @@ class Roles:
         self._active, self._chosen = PerThread(RoleMap()), PerThread[RoleMap | None](None)
         self.active_here = self._active.get
         self._handles: list[Any] = []
+        self.steps = StepRoles()
         self.casts = Casts(self.targets)
 
     # -- which role serves a call -------------------------------------------------------------------------------------
@@ -67,12 +70,13 @@ class Roles:
     def capture(self, batch: int, time: Tensor | None = None, cond: Cond | None = None) -> Captured:
         """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
         cond are what adapter modules are given."""
-        chosen = self._chosen.get() or RoleMap()
+        chosen = self.steps.serving(self._chosen.get(), batch, time) or RoleMap()
         sizes = chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
         role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes), batch=batch)
         here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
-        return Captured(role_map, self.serving(role_map), lambda: self._chosen.get(here))
+        now = partial(self._chosen.get, here)
+        return Captured(role_map, self.serving(role_map), lambda: self.steps.serving(now(), batch, time))
 
     def serving(self, role_map: RoleMap) -> AbstractContextManager[None]:
         """Within, in this thread, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
@@ -119,8 +123,16 @@ class Roles:
         self._factors.setdefault(role, {})
         self._lineage.setdefault(role, 0)
 
+    def split(self, role: str, times: Sequence[float]) -> None:
+        """``role`` gets factors of its own, such as it has, for each of the steps that begin at ``times``."""
+        for part in self.steps.split(role, times)[1:]:
+            self.load(part, self.state(role), self._device(role), self._lineage[role])
+
     def drop(self, role: str) -> None:
         """Forget ``role``, its factors and its adapter module, if it is there."""
+        for part in self.steps.parts(role)[1:]:
+            self._factors.pop(part, None)
+        self.steps.drop(role)
         self.casts.drop()
         self._factors.pop(role, None)
         self.modules.drop(role)
@@ -131,9 +143,10 @@ class Roles:
         return {name: (a.detach(), b.detach()) for name, (a, b) in self._factors[self._known(role)].items()}
 
     def parameters(self, role: str) -> list[Tensor]:
-        """A and B of each target, in the order of target names, whatever order the host's tree has; then its
-        adapter module's."""
-        return self._in_order(role) + self.modules.parameters(role)
+        """A and B of each target, in the order of target names, whatever order the host's tree has; of each step where
+        it has several; then its adapter module's."""
+        factors = [factor for part in self.steps.parts(role) for factor in self._in_order(part)]
+        return factors + self.modules.parameters(role)
 
     def _in_order(self, role: str) -> list[Tensor]:
         return [factor for name in sorted(self._factors[role]) for factor in self._factors[role][name]]
@@ -166,6 +179,10 @@ class Roles:
         start). Others are blended exactly: the stacked factors' product, its rank found by SVD, in new tensors.
         """
         self.modules.lerp(into, other, weight)
+        for mine, theirs in zip(self.steps.parts(into), self.steps.parts(other), strict=True):
+            self._lerp(mine, theirs, weight)
+
+    def _lerp(self, into: str, other: str, weight: float) -> None:
         if self._lineage[into] == self._lineage[other] >= 0 and self._alike(into, other):
             lerp([factor.detach() for factor in self._in_order(into)], self._in_order(other), weight)
         else:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
 from ..core.memory import OutOfMemory, noticed
+from ..core.recipe import Recipe, step_names
 from .engine import processes
 from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
@@ -270,11 +272,12 @@ class _Session:
             self._save()
         role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
-        (self.run.folder / "partial.safetensors").unlink(missing_ok=True)
+        for partial in self.run.folder.glob("partial*.safetensors"):
+            partial.unlink()
         processes.wait()
         return Result(
             path=path,
-            recipe=self.trainer.recipe,
+            recipe=self._recipe(path.name),
             metrics=self.run.metrics(),
             run=self.run.folder,
             role=role,
@@ -287,10 +290,15 @@ class _Session:
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
         """The result of ``role``, and what its load-back proved; of several processes the first one writes it."""
-        path, recipe = self.run.folder / name, self.trainer.recipe.to_json()
+        path = self.run.folder / name
         if not processes.is_first():
             return path, ""
-        return path, write_made(path, role, self.host, recipe, self._header(role), self.usage)
+        return path, write_made(path, role, self.host, self._recipe(name), self._header(role), self.usage)
+
+    def _recipe(self, name: str) -> Recipe:
+        """Of the file ``name``; it names those of the steps, where each has its own."""
+        parts = self.host.denoiser.roles.steps.parts(STUDENT)
+        return replace(self.trainer.recipe, files=step_names(name, len(parts)) if len(parts) > 1 else ())
 
     def _header(self, role: str) -> dict[str, str]:
         return header_of(self.host, self.texts, self.settings, self.run.folder.name) | {

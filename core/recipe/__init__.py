@@ -3,3 +3,5 @@
 from .definition import Recipe as Recipe
 from .presets import PRESETS as PRESETS
 from .presets import recipe_of as recipe_of
+from .step_files import step_files as step_files
+from .step_files import step_names as step_names

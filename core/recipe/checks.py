@@ -91,11 +91,9 @@ def _check_texts(recipe: Any) -> None:
             )
     if files and len(files) != len(recipe.timesteps):
         raise OneStepError(f"a recipe of {len(recipe.timesteps)} timesteps names {len(files)} files: give one each")
-    if len(set(files)) > 1:
-        raise OneStepError(
-            f"the recipe draws with {len(set(files))} files, each in steps of its own ({', '.join(files)[:120]}), and "
-            "this version of OneStep draws with one: update OneStep"
-        )
+    for name in files:
+        if not name or name in (".", "..") or set(name) & set("/\\:\0"):
+            raise OneStepError(f"a recipe's files are names without a folder, not {name!r:.60}: they lie beside it")
 
 
 def _entries(recipe: Any, name: str, most: int) -> tuple[Any, ...]:

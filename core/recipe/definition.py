@@ -34,7 +34,7 @@ class Recipe:
     step).
     shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as
     teacher.
-    files: the name of the LoRA file of each step; () is this one for all. Only one is served as yet.
+    files: the name of the LoRA file of each step, beside this one (`step_files`); () is this one for all.
     """
 
     timesteps: tuple[float, ...]

@@ -105,9 +105,16 @@ def test_what_is_no_recipe_is_refused_with_a_word(text: str) -> None:
     assert 20 < len(str(caught.value)) < 400
 
 
-def test_several_files_are_refused_until_they_are_served() -> None:
-    with pytest.raises(OneStepError, match="draws with 2 files.*high.safetensors, low.safetensors.*update OneStep"):
-        Recipe.from_json(changed(files=["high.safetensors", "low.safetensors"]))
+def test_each_step_may_have_a_file() -> None:
+    read = Recipe.from_json(changed(files=["high.safetensors", "low.safetensors"]))
+    assert read.files == ("high.safetensors", "low.safetensors")
+    assert read.retimed((999.0,), 1.0).files == ()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b.safetensors", "..\\b.safetensors", "C:b", "/etc/passwd"])
+def test_a_recipes_files_lie_beside_it(name: str) -> None:
+    with pytest.raises(OneStepError, match="names without a folder"):
+        Recipe.from_json(changed(files=["high.safetensors", name]))
 
 
 # -- the student's own ------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
                 f"{name} was made for models that predict noise, and {host.name} does not: take a LoRA of its own kind"
             )
     else:
-        recipe = Recipe.from_json(told)
+        recipe = _of_one_file(Recipe.from_json(told))
     if recipe.prediction == "sample" and not isinstance(host.denoiser, X0Denoiser):
         raise OneStepError(
             "the initial LoRA makes its network answer with the picture itself, as SDXL-Lightning's one step does, "
@@ -152,6 +152,16 @@ def _guessed(path: str, family: str) -> str:
     """The preset that the file's name stands for, in this family; other families' files have like names."""
     name = preset_by_name(Path(path).name) or ""
     return name if name and PRESETS[name].family == family else ""
+
+
+def _of_one_file(recipe: Recipe) -> Recipe:
+    """Raises OneStepError where each step has a file of its own."""
+    if len(set(recipe.files)) > 1:
+        raise OneStepError(
+            f"the initial LoRA is one of {len(recipe.files)}, each for a step of its own: give one that serves all "
+            f"steps, or initial_recipe={OWN}, and this one alone is begun with"
+        )
+    return recipe
 
 
 def student_of_donor(host: Host, settings: Settings) -> Recipe | None:

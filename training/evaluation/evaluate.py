@@ -23,6 +23,7 @@ from ...core.guidance_adapter import with_guidance
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
 from ...core.sampling import sample, teacher_sample
+from ...core.step_roles import part_of
 from ..host import Host
 from .measures import peak_bytes, reset_peak
 from .scores import Judge, Scores, look
@@ -36,7 +37,8 @@ ROLE = "evaluated"
 @dataclass(frozen=True)
 class Student:
     """A LoRA or a guidance adapter to be measured. denoiser: where the network must be read otherwise than the host
-    reads it. module: the adapter, which is told the guidance ``dial``."""
+    reads it. module: the adapter, which is told the guidance ``dial``. later: factors of the later steps, where each
+    has its own."""
 
     name: str
     state: State
@@ -44,6 +46,7 @@ class Student:
     denoiser: Denoiser | None = None
     module: Any = None
     dial: float = 1.0
+    later: tuple[State, ...] = ()
 
 
 @dataclass
@@ -166,8 +169,11 @@ def _teacher(plan: Plan, steps: int, guidance: float) -> Draw:
 
 def _student(plan: Plan, student: Student) -> tuple[Row, Tensor]:
     roles, recipe = plan.host.denoiser.roles, student.recipe
-    scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in student.state.items()}
-    roles.load(ROLE, scaled, plan.host.device)
+    for part, state in enumerate((student.state, *student.later)):
+        scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in state.items()}
+        roles.load(part_of(ROLE, part), scaled, plan.host.device)
+    if student.later:
+        roles.steps.split(ROLE, recipe.timesteps)
     if student.module is not None:
         roles.add_module(ROLE, student.module.to(plan.host.device))
 

@@ -19,6 +19,7 @@ from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, BackwardSimulation, Drawn
+from ..engine.trainer import EMA
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
 from .distribution_matching import CRITIC, DistributionMatching, Scores
@@ -48,6 +49,8 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     """The plan of such a run; ``objective`` is the method."""
     settings, own, extras = setup.settings, setup.settings.own, extras or Extras()
     add_critic(setup)
+    for role in (STUDENT, EMA) if own.step_loras else ():
+        setup.denoise.roles.split(role, setup.recipe.timesteps)
     pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")
     regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
     simulate = extras.simulate or BackwardSimulation(setup.denoise, setup.recipe)

@@ -92,6 +92,11 @@ class MatchingSettings:
         100,
     )
     diversity_steps: int = setting(6, "Steps of the teacher through the half of its way that this takes.", 1, 1000)
+    step_loras: bool = setting(
+        False,
+        "A LoRA for each of the student's steps, in as many files: what two steps ask for differs. One-Step nodes and "
+        "OneStepPipeline draw with them.",
+    )
 
     def check(self, run: Settings) -> None:
         for name in ("level_high", "level_high_end"):
@@ -102,6 +107,10 @@ class MatchingSettings:
             raise OneStepError(
                 f"follow {self.follow} needs a critic of the student's rank {run.rank}, not {self.critic_rank}: "
                 "set critic_rank to 0"
+            )
+        if self.follow and self.step_loras:
+            raise OneStepError(
+                f"follow {self.follow} needs one LoRA for the critic to follow: set it, or step_loras, off"
             )
         if run.steps + self.warm_start == 0:
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
@@ -137,6 +146,11 @@ def check_matching(host: Host, settings: Settings) -> None:
         raise OneStepError(
             "a diversity anchor holds the first of several steps, and the student has one: set diversity_anchor to 0, "
             "or student_steps to 2 to 8"
+        )
+    if own.step_loras and recipe_of(host, settings).steps == 1:
+        raise OneStepError(
+            "a LoRA for each step needs several steps, and the student has one: set step_loras to false, or "
+            "student_steps to 2 to 8"
         )
     if settings.own.critic_start == "donor" and not settings.initial_lora:
         raise OneStepError(

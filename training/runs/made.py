@@ -1,4 +1,5 @@
-"""The file that a run makes: a role's factors as a LoRA, or its adapter module, read back before it counts."""
+"""The files that a run makes: a role's factors as a LoRA, one for each step where it has several, or its adapter
+module; read back before they count."""
 
 from __future__ import annotations
 
@@ -6,14 +7,26 @@ from pathlib import Path
 
 from ...core.adapter_file import check_adapter, save_adapter
 from ...core.lora_file import save_lora
+from ...core.recipe import Recipe
 from ..host import Host
 
 
-def write_made(path: Path, role: str, host: Host, recipe: str, header: dict[str, str], usage: str) -> str:
-    """Write what ``role`` holds to ``path``; what loading it back has proven. usage: how a LoRA is drawn with."""
+def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[str, str], usage: str) -> str:
+    """Write what ``role`` holds to ``path``, or to the recipe's files beside it; what loading it back has proven.
+
+    usage: how a LoRA is drawn with.
+    """
     roles, family = host.denoiser.roles, host.family
     if role in roles.modules:
-        save_adapter(path, roles.modules[role], family, header | {"onestep.recipe": recipe})
+        save_adapter(path, roles.modules[role], family, header | {"onestep.recipe": recipe.to_json()})
         return check_adapter(path, roles.modules[role], family)
-    save_lora(path, roles.state(role), family, recipe, header | {"modelspec.usage_hint": usage})
-    return host.check_file(path)
+    parts = roles.steps.parts(role)
+    if len(parts) > 1:
+        usage += (
+            f" Each step has a LoRA of its own ({', '.join(recipe.files)}): Load One-Step LoRA takes them all; with "
+            "ComfyUI's own nodes it is one KSampler (Advanced) for each step, behind that step's LoRA."
+        )
+    places = [path.with_name(name) for name in recipe.files] or [path]
+    for part, place in zip(parts, places, strict=True):
+        save_lora(place, roles.state(part), family, recipe.to_json(), header | {"modelspec.usage_hint": usage})
+    return "; ".join(dict.fromkeys(host.check_file(place) for place in places))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import optimizer as adam
 from ..engine.trainer import Trainer
 
-COUNTERS = ("place", "numbers", "bad", "dropped", "recompute", "sliced", "accumulation", "moments_on_host")
+COUNTERS = ("place", "numbers", "bad", "dropped", "taken", "recompute", "sliced", "accumulation", "moments_on_host")
 
 
 def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,6 +52,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
     moments = {key: value for key, value in tensors.items() if "/" not in key}
     for role, optimizer in trainer.optimizers.items():
         adam.unpack(optimizer, role, moments, notes["numbers"])
+    # of a state that does not count them; of a role that has a LoRA for each step, no tensor takes every step
     trainer.taken = {role: adam.steps_of(optimizer) for role, optimizer in trainer.optimizers.items()}
     for name, value in notes["counters"].items():
         setattr(trainer, name, value)
