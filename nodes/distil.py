@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.recipe import step_files
 from ..core.tensor_file import read_tensors
 from ..training.presets import PRESETS, preset
 from ..training.runs.run import CONTINUE
@@ -91,6 +92,8 @@ class DistilOneStepLoRA(TrainerNode):
         with named_places():
             result = cls.train(model, clip, vae, prompts, name, existing, settings_of(method, preset, **widgets))
             file = publish(result.path, name, LORAS)
+            for step, path in enumerate(step_files(result.path, result.recipe)[1:], 2):
+                publish(path, f"{name}-{step}", LORAS)
         made = (read_tensors(result.path), file, result.recipe, as_image(result.preview), loss_map(result.metrics))
         return io.NodeOutput(*made, ui=seen(result, file))
 

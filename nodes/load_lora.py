@@ -18,12 +18,13 @@ from ..core.families import bind_comfy, detect
 from ..core.ksampler import core_nodes
 from ..core.licences import license_line, sources_in
 from ..core.lora_file import State, fit, load_lora
-from ..core.recipe import PRESETS, Recipe
+from ..core.recipe import PRESETS, Recipe, step_files
 from ..core.schedule import NoiseSchedule
 from ..core.targets import Target
 from ..core.tensor_file import read_header
 from .denoiser import schedule_of
 from .places import LORAS, stamp
+from .step_loras import with_step_loras
 
 RecipeSocket = io.Custom("ONESTEP_RECIPE")
 FROM_FILE = "from the file"
@@ -87,9 +88,15 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
             raise OneStepError(
                 f"the recipe is for {found.family!r} models, this MODEL is {family!r}: choose the base it was made for"
             )
-        patched, left_out = merged(model, path, family, found.lora_scale) if path else (model.clone(), "")
+        paths = step_files(path, found) if path else []
+        if len(paths) > 1:
+            patched, left_out = with_step_loras(model, paths, family, found)
+        else:
+            patched, left_out = merged(model, path, family, found.lora_scale) if path else (model.clone(), "")
         patched = with_prediction(patched, found)
         said = how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
+        more = ", ".join(each.name for each in paths[1:])
+        said += f"\nEach step has a LoRA of its own, {more} too: this MODEL takes each at its level." if more else ""
         said += f"\nOf {lora_name[-80:]}, {left_out}." if left_out else ""
         licences = license_line(sources_in(read_header(path).metadata)) if path else ""
         said += f"\n{licences[0].upper()}{licences[1:]}." if licences else ""

@@ -42,6 +42,7 @@ from .pictures import finished
 from .plain import DiffusersSettings, diffusers_settings
 from .quiet import quiet
 from .saved import merged_in_writing
+from .step_loras import StepLoRAs
 from .steps import Callback, Called, Steps, StepState
 from .switches import Switches
 from .text import PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
@@ -119,6 +120,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._lora: str | None = None
+        self._steps = StepLoRAs()
         self._control: ControlAdapter | None = None
         self._guidance: tuple[Any, float] | None = None
 
@@ -194,8 +196,10 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         control = acting.control(self, self._control, control_image, control_strength, size, (prompts, each))
         callback = Called(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steered = acting.steering(self, host, away, negative, steering, scale, guided)
-        with steered, acting.dial(self, self._guidance, guidance, guided), control:
-            steps = Steps(host, chosen, cond, null, callback, halves=steering is not None or self._guidance is not None)
+        dial, switched = acting.dial(self, self._guidance, guidance, guided), self._steps.switched(network_of(self))
+        with steered, dial, control, switched as before:
+            halves = steering is not None or self._guidance is not None
+            steps = Steps(host, chosen, cond, null, callback, before, halves)
             x0 = steps.run(start, lambda step: noise(packed=True))
         pictures = finished(self, host, x0, output_type, generator, return_dict)
         self.maybe_free_model_hooks()
@@ -224,13 +228,15 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     ) -> Recipe:
         """Load a LoRA and draw by its recipe, which is returned: all layers of the file act, or OneStepError is raised.
 
+        Where each step has a file of its own, the files lie beside each other, and all of them are loaded.
         It acts beside the LoRAs that are active, and replaces the one-step LoRA that was loaded before it. What the
         file holds for text encoders is left out, with a warning.
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
         refuse_while_fast(network_of(self))
-        found, embedded = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, self._lora)
-        self._lora = adapter_name
+        former = (*self._steps.names, *([self._lora] if self._lora else []))
+        found, embedded, names = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, former)
+        self._lora, self._steps = adapter_name, StepLoRAs(names, found.timesteps)
         self.register_to_config(recipe=found.to_json(), embedded_guidance=embedded)
         return found
 
@@ -246,22 +252,25 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     def unload_lora_weights(self) -> None:
         """Take all LoRAs off again."""
         refuse_while_fast(network_of(self))
-        self._lora = None
+        self._lora, self._steps = None, StepLoRAs()
         self.plain().unload_lora_weights()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does. The LoRAs that act on the denoiser are merged into the weights that are written, not
         into those in use; OneStepError where a text encoder has one."""
+        self._steps.refuse("saving a pipeline")
         with merged_in_writing(self):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def fast(self, mode: Mode = "auto", decoder: Any = None, recipe: Recipe | str | None = None) -> Fast:
         """A context that draws at the card's limit, `pipelines.fast`: ``with pipe.fast() as draw: draw("a cat")``."""
+        self._steps.refuse("drawing at the card's limit")
         return Fast(self, self.recipe if recipe is None else recipe_of(recipe), mode, decoder)
 
     def diffusers_settings(self, recipe: Recipe | str | None = None) -> DiffusersSettings:
         """What the family's own pipeline needs to draw the same; print its ``script()``."""
         recipe = self.recipe if recipe is None else recipe_of(recipe)
+        self._steps.refuse("drawing in diffusers alone")
         return diffusers_settings(recipe, self.config.embedded_guidance)
 
     def plain(self) -> Any:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_diffusers, detect
 from ..core.lora_file import State, fit, load_lora, of_one_rank
-from ..core.recipe import PRESETS, Recipe, recipe_of
+from ..core.recipe import PRESETS, Recipe, recipe_of, step_files
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare
@@ -26,11 +26,12 @@ INSIDE = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
 
 
 def load_lora_into(
-    pipe: Any, path: Path, recipe: Recipe | str | None, adapter_name: str, former: str | None = None
-) -> tuple[Recipe, float | None]:
-    """Load a file into a family's own pipeline; its recipe, and the embedded guidance that it was trained at.
+    pipe: Any, path: Path, recipe: Recipe | str | None, adapter_name: str, former: Sequence[str] = ()
+) -> tuple[Recipe, float | None, tuple[str, ...]]:
+    """Load a file into a family's own pipeline, and those of its other steps where each step has one; its recipe, the
+    embedded guidance that it was trained at, and the names of the adapters, of which the first acts.
 
-    Every layer of the file acts at its own alpha / rank, or OneStepError is raised. What was active stays so;
+    Every layer of a file acts at its own alpha / rank, or OneStepError is raised. What was active stays so;
     ``former`` and an adapter of the same name are taken off. Text encoders' keys are left out, with a warning.
     """
     network = network_of(pipe)
@@ -40,22 +41,35 @@ def load_lora_into(
         raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
     found = recipe_of(recipe if recipe is not None else file.recipe)
     check_family(found, network)
-    state = fit(file.state, targets)
-    embedded = _trained_at(file.metadata)
-    take_off(pipe, {adapter_name, former} - {None})
+    files = [load_lora(each, [target.name for target in targets], family) for each in step_files(path, found)]
+    names = (adapter_name, *(f"{adapter_name}-{step}" for step in range(2, len(files) + 1)))
+    take_off(pipe, {*names, *former})
     active = _active(network)
-    attempt(path, lambda: pipe.load_lora_weights(_in_pefts_names(state, family), adapter_name=adapter_name))
     try:
-        compare(*_as_loaded(state, network, adapter_name), path.name)
+        for name, one in zip(names, files, strict=True):
+            _load(pipe, path, fit(one.state, targets), family, name, found.lora_scale)
     except OneStepError:
-        take_off(pipe, {adapter_name})
+        take_off(pipe, set(names))
         raise
     finally:
         _activate(network, active, adapter_name)
-    for layer in adapted(network, adapter_name).values():
-        layer.set_scale(adapter_name, found.lora_scale)
     file.say_left_out(path)
-    return found, embedded
+    return found, _trained_at(file.metadata), names
+
+
+def _load(pipe: Any, path: Path, state: State, family: str, name: str, scale: float) -> None:
+    """One file's factors as the adapter ``name``, compared with what was read."""
+    network = network_of(pipe)
+    attempt(path, lambda: pipe.load_lora_weights(_in_pefts_names(state, family), adapter_name=name))
+    compare(*_as_loaded(state, network, name), path.name)
+    for layer in adapted(network, name).values():
+        layer.set_scale(name, scale)
+
+
+def act_alone(network: Any, names: Sequence[str], step: int) -> None:
+    """Of the adapters ``names`` the one of ``step`` acts, beside what else does."""
+    others = {path: [name for name in acting if name not in names] for path, acting in _active(network).items()}
+    _activate(network, others, names[step])
 
 
 def base_targets(network: Any) -> list[Target]:

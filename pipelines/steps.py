@@ -116,7 +116,8 @@ class Called:
 class Steps:
     """One call's way from noise to x0.
 
-    cond, null: a row for each picture; null is None where nothing is guided.
+    cond, null: a row for each picture; null is None where nothing is guided. before: called before each step with the
+    network's time there.
     halves: something acts on the prompt's half of each batch, so both halves stay when a callback turns guidance off.
     """
 
@@ -125,6 +126,7 @@ class Steps:
     cond: Cond
     null: Cond | None
     callback: Called
+    before: Callable[[float], None]
     halves: bool = False
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ class Steps:
         for step, sigma in enumerate(levels):
             if self.callback.pipe.interrupt:
                 break
+            self.before(self.recipe.timesteps[step])
             x0 = guided(self.host.denoiser, x, sigma, self.cond, self.null, self._guidance(x))
             x = advance(schedule, self.recipe, step, levels, x, x0, draw)
             if self.callback.function is not None:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from ..core.errors import OneStepError
 from ..core.ksampler import usage_hint
 from ..core.memory import OutOfMemory, noticed
-from ..core.recipe import Recipe, step_names
 from .engine import processes
 from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
@@ -29,7 +27,7 @@ from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
 from .runs.config import config_of, header_of, license_note
-from .runs.made import write_made
+from .runs.made import in_files, write_made
 from .runs.run import STOP, NotSaved, Run, leave
 from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
@@ -273,11 +271,11 @@ class _Session:
         role = self.monitor.better()
         path, check = self._write("result.safetensors", role)
         for partial in self.run.folder.glob("partial*.safetensors"):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         processes.wait()
         return Result(
             path=path,
-            recipe=self._recipe(path.name),
+            recipe=in_files(self.trainer.recipe, path.name, self.host),
             metrics=self.run.metrics(),
             run=self.run.folder,
             role=role,
@@ -290,15 +288,10 @@ class _Session:
 
     def _write(self, name: str, role: str) -> tuple[Path, str]:
         """The result of ``role``, and what its load-back proved; of several processes the first one writes it."""
-        path = self.run.folder / name
+        path, recipe = self.run.folder / name, in_files(self.trainer.recipe, name, self.host)
         if not processes.is_first():
             return path, ""
-        return path, write_made(path, role, self.host, self._recipe(name), self._header(role), self.usage)
-
-    def _recipe(self, name: str) -> Recipe:
-        """Of the file ``name``; it names those of the steps, where each has its own."""
-        parts = self.host.denoiser.roles.steps.parts(STUDENT)
-        return replace(self.trainer.recipe, files=step_names(name, len(parts)) if len(parts) > 1 else ())
+        return path, write_made(path, role, self.host, recipe, self._header(role), self.usage)
 
     def _header(self, role: str) -> dict[str, str]:
         return header_of(self.host, self.texts, self.settings, self.run.folder.name) | {

@@ -3,12 +3,20 @@ module; read back before they count."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...core.adapter_file import check_adapter, save_adapter
 from ...core.lora_file import save_lora
-from ...core.recipe import Recipe
+from ...core.recipe import Recipe, step_names
+from ..engine.student import STUDENT
 from ..host import Host
+
+
+def in_files(recipe: Recipe, name: str, host: Host) -> Recipe:
+    """``recipe`` as the file ``name`` has it: it names those of the steps, where each has its own."""
+    parts = host.denoiser.roles.steps.parts(STUDENT)
+    return replace(recipe, files=step_names(name, len(parts)) if len(parts) > 1 else ())
 
 
 def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[str, str], usage: str) -> str:
