@@ -16,6 +16,7 @@ from onestep.pipelines.shells import Shell, of_host
 from onestep.training.engine import host_moments
 from onestep.training.methods import settings_for
 from onestep.training.plan.cards import CARDS, Card, card_of
+from onestep.training.plan.counted import counted
 from onestep.training.plan.ladder import planned
 from onestep.training.plan.rehearse import rehearse
 from onestep.training.plan.rungs import EIGHT_BIT, Way, peaks_of, rung_of
@@ -148,6 +149,21 @@ def test_a_base_stored_in_fp8_is_what_a_base_in_fp8_is_counted_at(kind: torch.dt
     for part in ("dmd, critic", "dmd, student"):
         # the cast weight is not there where the most is, or is smaller than the largest; each weight is rounded
         assert real[part].bytes <= plain[part].bytes <= real[part].bytes + reckoned.cast + scales + 1000
+
+
+def test_a_streamed_base_is_what_is_no_block_and_a_ring_of_two(shell: Shell) -> None:
+    """And comes from the host in each pass: forward of the critic and of the student for it, and its backward."""
+    how = settings()
+    still, passing = (rung_of(shell.shell, how, card(GIB), Way(4, streamed=on)) for on in (False, True))
+    sizes = [sum(value.nbytes for value in block.parameters()) for block in shell.blocks]
+    there = still.peak.made_of["base"] - sum(sizes) + 2 * max(sizes)
+    assert passing.peak.made_of["base"] == pytest.approx(there, abs=len(sizes) * 64 * 20)
+    assert passing.peak.bytes < still.peak.bytes and "base streamed" in passing.way.words
+    played = counted(shell.shell("all"), how, "blocks")
+    # roles one after the other: its picture; it and its backward
+    assert played.passes["dmd, critic"] == 1 + 2
+    # its picture and backward; teacher with prompt and without, critic
+    assert played.passes["dmd, student"] == 2 + 3
 
 
 def test_four_bits_are_half_a_byte_and_a_scale_for_each_64() -> None:

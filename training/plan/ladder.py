@@ -18,6 +18,8 @@ from .cards import Card
 from .rungs import Rung, Way, may_lie_on_host, rung_of
 from .storage import AS_IT_IS, FP8, NF4, may_be_stored
 
+STREAMING = "streaming"
+"""The setting by which a run's base may be streamed, and then is where it does not fit otherwise."""
 LIGHTER = {FEED_FORWARDS: 2.0, NOTHING: 1.2}
 """Times the activations of a sample of the grade before that one takes at the least: no larger card than that is left
 out, and a card that is smaller need not have the grade counted."""
@@ -61,6 +63,8 @@ def planned(name: str, shells: Shells, settings: Settings, card: Card | None) ->
         rungs += _down_to_fitting(shells, settings, card, replace(as_set, recompute=grade))
         if rungs[-1].fits(card) and not settings.checkpointing:
             break
+    if not any(rung.fits(card) for rung in rungs) and settings.flat().get(STREAMING, "off") != "off":
+        rungs += _down_to_fitting(shells, settings, card, replace(as_set, recompute=BLOCKS, streamed=True))
     fitting = [rung for rung in rungs if rung.fits(card)]
     if fitting:
         return Planned(name, settings, card, as_set, tuple(rungs), min(fitting, key=lambda rung: rung.seconds))

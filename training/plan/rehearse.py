@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -39,11 +40,13 @@ WATCHED = 4
 @dataclass(frozen=True)
 class Rehearsed:
     """count: of what was played. phases: of the whole run, (updates, how often each part is done in one). gradients:
-    by part, the label of the gradients that it makes."""
+    by part, the label of the gradients that it makes. passes: by part, forwards of the network and, of those with a
+    graph, backwards: how often each weight is read."""
 
     count: Count
     phases: tuple[tuple[int, dict[str, float]], ...]
     gradients: dict[str, str]
+    passes: dict[str, int]
 
 
 def rehearse(
@@ -80,7 +83,7 @@ def rehearse(
         played = _Rehearsal(host, few, Path(folder), meter, recompute, sliced)
         played.play()
     count = Count.of(meter.trace, p, r)
-    return Rehearsed(count, played.phases(count), played.gradients(count))
+    return Rehearsed(count, played.phases(count), played.gradients(count), dict(played.passes))
 
 
 @contextmanager
@@ -112,6 +115,7 @@ class _Rehearsal:
         self.host, self.settings, self.folder, self.meter = host, settings, folder, meter
         self.recompute, self.sliced = recompute, sliced
         self.method = METHODS[settings.method]
+        self.passes: Counter[str] = Counter()
 
     def play(self) -> None:
         """In a run's own order."""
@@ -123,6 +127,7 @@ class _Rehearsal:
             stack.enter_context(host.training())
             stack.enter_context(hooked(host, self.recompute))
             stack.callback(self._forget)
+            stack.callback(host.network.register_forward_pre_hook(self._pass).remove)
             trainer = self._trainer()
             self._watch_and_train(trainer)
 
@@ -144,6 +149,9 @@ class _Rehearsal:
                 self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
         with part(FORWARD):
             self._forward()
+
+    def _pass(self, *unused: Any) -> None:
+        self.passes[self.meter.trace.part] += 1 + torch.is_grad_enabled()
 
     def _trainer(self) -> Trainer:
         host, settings = self.host, self.settings

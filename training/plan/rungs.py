@@ -12,7 +12,7 @@ from ..settings import Settings
 from .cards import Card
 from .counted import counted
 from .rehearse import DECODE, FORWARD, MOMENTS, OPTIMIZER, PROMPTS, Rehearsed
-from .storage import AS_IT_IS, Stored, stored
+from .storage import AS_IT_IS, Stored, stored, streamed
 from .trace import Peak
 
 UNSEEN = (FORWARD, MOMENTS)
@@ -32,14 +32,15 @@ WORDS = {BLOCKS: "checkpointing", FEED_FORWARDS: "checkpointing of feed-forwards
 @dataclass(frozen=True)
 class Way:
     """micro: samples of a micro-batch. recompute: a grade of core.recomputed. moments_on_host, mean_on_host: where they
-    lie. storage: of the base's weights, "" as it is. changes: settings that are not the run's own, as they are given;
-    these two a run never takes by itself.
+    lie. streamed: whether the base's blocks pass through the card. storage: of the base's weights, "" as it is.
+    changes: settings that are not the run's own, as they are given; these two a run never takes by itself.
     """
 
     micro: int
     recompute: str = BLOCKS
     moments_on_host: bool = False
     mean_on_host: bool = False
+    streamed: bool = False
     storage: str = AS_IT_IS
     changes: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +48,8 @@ class Way:
     def words(self) -> str:
         """What it is, in words."""
         places = ["moments on the host"] if self.moments_on_host else []
-        base = [f"base in {self.storage}"] if self.storage else []
+        base = ["base streamed"] if self.streamed else []
+        base += [f"base in {self.storage}"] if self.storage else []
         changes = [f"{name}={value}" for name, value in self.changes.items()]
         return ", ".join([f"micro-batch {self.micro}", WORDS[self.recompute], *places, *base, *changes])
 
@@ -73,12 +75,14 @@ def rung_of(shells: Shells, settings: Settings, card: Card | None, way: Way) -> 
     chosen = settings.with_texts({name: str(value) for name, value in way.changes.items()})
     host = shells(chosen.targets)
     played = counted(host, chosen, way.recompute)
-    peaks = peaks_of(played, chosen, way, stored(host, way.storage))
+    base = stored(host, way.storage)
+    base = streamed(host, base) if way.streamed else base
+    peaks = peaks_of(played, chosen, way, base)
     part = max((name for name in peaks if name not in YIELDING), key=lambda name: peaks[name].bytes)
     turns = next(times for updates, times in reversed(played.phases) if updates)
     forward = played.count.flops(FORWARD, 1, chosen.rank)
     flops = sum(times * played.count.flops(name, way.micro, chosen.rank) for name, times in turns.items())
-    seconds = _seconds(played, turns, chosen, way, card) if card else 0.0
+    seconds = _seconds(played, turns, chosen, way, card, base) if card else 0.0
     return Rung(way, peaks[part], part, flops / way.micro / forward, seconds, peaks)
 
 
@@ -113,13 +117,16 @@ def may_lie_on_host(host: Host, settings: Settings) -> bool:
     return host_moments.serves(settings)
 
 
-def _seconds(played: Rehearsed, turns: dict[str, float], settings: Settings, way: Way, card: Card) -> float:
-    """Of an update, at the least: of its micro-batches, on the card or by what the processor hands it; and what crosses
-    to the host and back."""
+def _seconds(
+    played: Rehearsed, turns: dict[str, float], settings: Settings, way: Way, card: Card, base: Stored
+) -> float:
+    """Of an update, at the least: of its micro-batches, on the card, by what the processor hands it or by the weights
+    that come from the host meanwhile; and of the moments that cross."""
     count, rank = played.count, settings.rank
     on_card = sum(times * count.seconds(name, way.micro, rank, card.seconds) for name, times in turns.items())
     handed = LAUNCH * sum(times * count.operations(name) for name, times in turns.items())
-    return max(on_card, handed) * -(-settings.batch // way.micro) + _crossing(played, turns, settings, way)
+    comes = base.crossing / LINK * sum(times * played.passes.get(name, 0) for name, times in turns.items())
+    return max(on_card, handed, comes) * -(-settings.batch // way.micro) + _crossing(played, turns, settings, way)
 
 
 def _crossing(played: Rehearsed, turns: dict[str, float], settings: Settings, way: Way) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.streaming import footprint
 from ..host import Host
 
 AS_IT_IS, FP8, NF4 = "", "fp8", "nf4"
@@ -18,10 +19,19 @@ FROM_SIXTEEN = 2
 @dataclass(frozen=True)
 class Stored:
     """share: of the base's bytes that are there. cast: bytes of the largest weight in the dtype that it computes in,
-    which is there while its product is made; 0 where nothing is cast."""
+    which is there while its product is made; 0 where nothing is cast. crossing: bytes that come from the host in each
+    forward and again in each backward."""
 
     share: float = 1.0
     cast: int = 0
+    crossing: int = 0
+
+
+def streamed(host: Host, base: Stored) -> Stored:
+    """``base`` with its blocks' weights in the host's memory, but for the ring that they pass through."""
+    found = footprint(host.network, host.blocks)
+    whole = sum(_bytes(value) for value in (*host.network.parameters(), *host.network.buffers()))
+    return Stored(base.share * found.device / whole, base.cast, round(base.share * found.streamed))
 
 
 def may_be_stored(host: Host) -> bool:

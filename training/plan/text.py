@@ -79,6 +79,7 @@ def rung_facts(rung: Rung) -> dict[str, Any]:
         "micro_batch": rung.way.micro,
         "recompute": rung.way.recompute,
         "moments_on_host": rung.way.moments_on_host,
+        "streamed": rung.way.streamed,
         "storage": rung.way.storage,
         "changes": rung.way.changes,
         "bytes": rung.peak.bytes,
