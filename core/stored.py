@@ -18,7 +18,13 @@ from torch.nn.grad import conv2d_input
 from .targets import is_adaptable
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether ``weight`` is a tensor of numbers to compute with: not quantised, and of no class of its own."""
+    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor and weight.dtype in PLAIN
 
 
 def in_float8(network: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from ..core.roles import Roles
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
 from .origin import made_of, name_of
+from .stored import keep_stored
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
 BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
@@ -148,6 +149,7 @@ class ComfyHost:
 
     @contextmanager
     def training(self) -> Iterator[None]:
+        _ = self.base_hash  # of the weights as they are stored: some are kept in the computing dtype from the first pass
         before = management.in_training
         management.in_training = self._training = True
         try:
@@ -204,6 +206,7 @@ def private_copy(model: Any) -> Any:
     make_ordinary(copy.model)
     copy.model.requires_grad_(False).eval()
     _avoid_half(copy)
+    keep_stored(copy.model.diffusion_model)
     return copy
 
 

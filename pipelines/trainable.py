@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.errors import OneStepError
 from ..core.ordinary import make_ordinary
-from ..core.stored import in_float8, serve
+from ..core.stored import PLAIN, in_float8, is_plain, serve
 from ..core.targets import Target, is_adaptable, kernel_size
 from .networks import blocks_of
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CACHES = ("cache", "fbc_", "pyramid", "taylor")  # in the names of diffusers' hooks
 
 
@@ -55,16 +54,12 @@ def _refuse_weights(network: Any) -> None:
     tried: set[Any] = set()
     for name, layer in network.named_modules():
         weight = getattr(layer, "weight", None)
-        if not is_adaptable(layer) or (isinstance(weight, Tensor) and _is_plain(weight)):
+        if not is_adaptable(layer) or is_plain(weight):
             continue
         kind = (type(layer), type(weight), getattr(weight, "dtype", ""))
         if kind not in tried:
             tried.add(kind)
             _try(name, layer, kind, network)
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor and weight.dtype in PLAIN
 
 
 @torch.inference_mode(False)
