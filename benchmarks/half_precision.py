@@ -3,9 +3,9 @@
     python benchmarks/half_precision.py [--models tiny tiny-flow sd15 sdxl sd35-medium] [--out FILE]
 
 The critic's D_F and the teacher's D_c are nearly equal, so a small error of each is a large one of their difference.
-Each row is a network with a critic's adapter of rank 64 on all layers, scaled so that the gap |D_F - D_c| / |D_c| is the
-one that the row names; the same numbers in float32 are the truth. Whole and thinned layouts have their true widths and
-random weights (fan-in scaled, Student's t of 5, as long-tailed as trained ones); the bundled models are trained.
+Each row is a network with a critic's adapter of rank 64 on all layers, scaled so that the gap |D_F - D_c| / |D_c| is
+the one that the row names; the same numbers in float32 are the truth. Whole and thinned layouts have their true widths
+and random weights (fan-in scaled, Student's t of 5, as long-tailed as trained ones); the bundled models are trained.
 
 A graphics card multiplies half numbers, sums in float32, and rounds what a kernel writes. On a CPU that is done here:
 products, convolutions and attention widen their inputs, compute in float32 and round once; all else is torch's own.
@@ -102,7 +102,9 @@ def told_of(model: str, network: Any, rows: int) -> Cond:
     width = config.get("joint_attention_dim") or config["cross_attention_dim"]
     text = torch.randn(rows, 77, width, generator=draw)
     sizes = 6 * (config.get("addition_time_embed_dim") or 0)
-    pooled = config.get("pooled_projection_dim") or (config.get("projection_class_embeddings_input_dim") or sizes) - sizes
+    pooled = (
+        config.get("pooled_projection_dim") or (config.get("projection_class_embeddings_input_dim") or sizes) - sizes
+    )
     cond = Cond(text, pooled=torch.randn(rows, pooled, generator=draw)) if pooled else Cond(text)
     return cond.with_(size=torch.full((rows, 6), 1024.0)) if sizes else cond
 

@@ -24,6 +24,7 @@ from .adapter_module import Call
 from .control import ControlAdapter, Place, grid_of
 from .errors import OneStepError
 from .factors import State
+from .stored import weight_of
 from .targets import Target
 from .unet_parts import GROUPS, Down, Embedding, Hint, Middle, waves
 
@@ -248,7 +249,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 def _weight(target: Target, factors: State, leaf: str) -> Tensor:
     """The base's weight and, of a matrix, the product of its factors; or the bias."""
-    value = getattr(target.module, leaf).detach().float()
+    value = weight_of(target.module) if leaf == "weight" else getattr(target.module, leaf).detach().float()
     if leaf == "bias" or target.name not in factors:
         return value  # type: ignore[no-any-return]
     a, b = (factor.float().to(value) for factor in factors[target.name])

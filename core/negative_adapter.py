@@ -29,6 +29,7 @@ from .factors import State
 from .families_table import natural
 from .guidance_adapter import ATTENTION
 from .randomness import generator
+from .stored import weight_of
 from .targets import Target
 
 MOST = 10.0
@@ -203,7 +204,7 @@ def _start(target: Target, factors: tuple[Tensor, Tensor] | None, draw: torch.Ge
     wanted = (target.out_rows, target.in_features)
     if not weight.is_floating_point() or weight.shape != wanted:
         return (2 * torch.rand(wanted, generator=draw) - 1) / math.sqrt(wanted[1])
-    return weight.detach().float().cpu() + (0.0 if factors is None else (factors[1] @ factors[0]).cpu())  # type: ignore
+    return weight_of(target.module).cpu() + (0.0 if factors is None else (factors[1] @ factors[0]).cpu())  # type: ignore
 
 
 def _made(config: Config) -> NegativeAttention:

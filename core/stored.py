@@ -40,8 +40,7 @@ def serve(network: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -
     layers: list[Any] = list(network.modules())
     for layer in layers:
         if layer in kept and layer.weight.dtype in FLOAT8:
-            layer.__class__ = STORED[type(layer)]
-            layer.weight_scale = None
+            hold(layer, None)
             own = [layer.bias] if layer.bias is not None else []
         elif is_adaptable(layer) and type(layer) not in STORED:
             own = []
@@ -62,14 +61,28 @@ def store(layer: Any, kind: torch.dtype = torch.float8_e4m3fn, scaled: bool = Tr
         scale = (largest / most).reshape(-1, *[1] * (weight.ndim - 1))
         weight = weight.float() / scale
     layer.weight = nn.Parameter(weight.clamp(-most, most).to(kind), requires_grad=False)
+    hold(layer, scale)
+
+
+def hold(layer: Any, scale: Tensor | None) -> None:
+    """Make a linear or convolution layer whose weight is float8 compute with it. scale: None = 1, or float32 [] or
+    [out, 1, ...]."""
     layer.__class__ = STORED[type(layer)]
-    layer.weight_scale = scale
+    layer.register_buffer("weight_scale", scale)
 
 
 def widened(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W = s Q in ``dtype``."""
     wide = stored.to(dtype)
     return wide if scale is None else wide * scale.to(wide)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The numbers in float32 that a layer's weight stands for, whatever it is stored as."""
+    weight = layer.weight.detach()
+    scale = layer.weight_scale if type(layer) in STORED.values() else None
+    wide = widened(weight, scale, torch.float32)
+    return wide if type(wide) is Tensor else wide.dequantize()
 
 
 def _wide(ctx: Any, like: Tensor) -> Tensor:

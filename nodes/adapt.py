@@ -28,7 +28,7 @@ from ..core.roles import Roles
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
 from .origin import made_of, name_of
-from .stored import keep_stored
+from .stored import keep_stored, refuse_broken, refuse_foreign
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
 BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
@@ -48,6 +48,8 @@ def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterato
     refuse_patches(model)
     # before gigabytes are read for the copy
     refuse_variant(detect(model.model.diffusion_model), model.model)
+    refuse_foreign(model.model.diffusion_model)
+    refuse_broken(model.model.diffusion_model)
     with torch.inference_mode(False), torch.enable_grad():
         host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model), made_of=made_of(model))
         try:
@@ -149,7 +151,9 @@ class ComfyHost:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        _ = self.base_hash  # of the weights as they are stored: some are kept in the computing dtype from the first pass
+        _ = (
+            self.base_hash
+        )  # of the weights as they are stored: some are kept in the computing dtype from the first pass
         before = management.in_training
         management.in_training = self._training = True
         try:
@@ -224,13 +228,11 @@ def bake(copy: Any) -> None:
 
 
 def _avoid_half(copy: Any) -> None:
-    """Small gradients vanish in float16: compute in bfloat16 where the device has it. A card that lacks it goes on in
-    float16, under the loss scale of the turns that need one; in float32 it would take four times as long."""
-    half = copy.model.get_dtype_inference() == torch.float16
-    card = torch.device(copy.load_device).type == "cuda"
-    if not half or (card and not management.should_use_bf16(copy.load_device)):
+    """A CPU is slow in float16. A card goes on in it where ComfyUI does: of the difference of two outputs more is left
+    than in bfloat16, and the turns that need one have a loss scale."""
+    if copy.model.get_dtype_inference() != torch.float16 or torch.device(copy.load_device).type != "cpu":
         return
-    copy.model.manual_cast_dtype = torch.bfloat16 if management.should_use_bf16(copy.load_device) else torch.float32
+    copy.model.manual_cast_dtype = torch.float32
     for module in copy.model.diffusion_model.modules():
         if hasattr(module, "comfy_cast_weights"):
             module.comfy_cast_weights = True

@@ -1,9 +1,12 @@
 """ComfyUI's layers that cast, dequantise or fetch their weight at each use: nothing of that waits for backward.
 
-    y = the layer's own forward(x),   dx = dy W,   W: the weight as ComfyUI makes it for a product, made again
+    y = x W^T + bias,   dx = dy W,   W: the weight as ComfyUI makes it for a product, made again for backward
 
 Without this autograd keeps each made weight until backward: a whole base in the computing dtype beside the stored one.
-A layer that also rounds its input (fp8 and int8 products) has the gradient of the product of what was not rounded.
+
+ComfyUI's fast products of fp8 and int8 layers round x as well, to 3 or 7 bits. In training x is left as it is: the
+matching term is a difference of two nearly equal outputs, of which such rounding leaves little
+(benchmarks/results/half-precision.md). All other layers compute by their own forward.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from typing import Any
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from ..core.stored import is_plain
+from ..core.errors import OneStepError
+from ..core.stored import FLOAT8, is_plain
 from ..core.targets import is_adaptable, is_conv
 from ..kernels.attention import in_forward_ad
 
@@ -31,11 +36,11 @@ def keep_stored(network: nn.Module) -> None:
 
 @cache
 def _keeping(kind: type) -> type:
-    """The layer's class, of the same name, with its own forward within `_Kept`."""
+    """The layer's class, of the same name, whose product goes through `_Kept` where its weight is made for it."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         _settle(self, input)
-        if _as_it_is(self, input) or not isinstance(input, Tensor) or not _differentiated(input):
+        if _as_it_is(self, input) or not (_differentiated(input) or _rounds(self)):
             return kind.forward(self, input, *args, **kwargs)  # type: ignore[attr-defined]
         return _Kept.apply(input, self, kind)
 
@@ -62,22 +67,27 @@ def _differentiated(x: Tensor) -> bool:
     return (torch.is_grad_enabled() and x.requires_grad) or in_forward_ad()
 
 
-def made_weight(layer: Any, like: Tensor) -> Tensor:
-    """W of a layer in the dtype and on the device of ``like``, as ComfyUI makes it."""
-    weight, _ = comfy.ops.cast_bias_weight(layer, dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
+def _rounds(layer: Any) -> bool:
+    """Whether its own product may round the layer's input."""
+    return isinstance(layer, comfy.ops.fp8_ops.Linear) or isinstance(layer.weight, QuantizedTensor)
+
+
+def made(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W and the bias of a layer in the dtype and on the device of ``like``, as ComfyUI makes them."""
+    told = {"dtype": like.dtype, "device": like.device, "bias_dtype": like.dtype}
+    weight, bias = comfy.ops.cast_bias_weight(layer, **told)
     weight = weight if is_plain(weight) else weight.dequantize()
-    # ModelOpt smooths the inputs of some layers
+    # NVIDIA's ModelOpt smooths the inputs of some layers
     smooth = getattr(layer, "pre_quant_scale", None)
-    return weight.to(like) if smooth is None else weight.to(like) * smooth.to(like)
+    return weight.to(like) if smooth is None else weight.to(like) * smooth.to(like), bias
 
 
 class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, layer: Any, kind: Any) -> Tensor:
-        x = x.detach()
-        if isinstance(layer, comfy.ops.fp8_ops.Linear):
-            x = x.clone()  # it limits its input in place
-        return kind.forward(layer, x)  # type: ignore[no-any-return]
+        if _rounds(layer):
+            return F.linear(x, *made(layer, x))
+        return kind.forward(layer, x.detach())  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,7 +97,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dy, layer = gradients[0], ctx.layer
-        weight = made_weight(layer, dy)
+        weight, _ = made(layer, dy)
         if is_conv(layer):
             geometry = layer.stride, layer.padding, layer.dilation, layer.groups
             return conv2d_input(ctx.shape, weight, dy, *geometry), None, None
@@ -97,7 +107,47 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         dx, layer = tangents[0], ctx.layer
-        weight = made_weight(layer, dx)
+        weight, _ = made(layer, dx)
         if is_conv(layer):
             return F.conv2d(dx, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         return F.linear(dx, weight)
+
+
+# -- what cannot be trained -------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(network: nn.Module) -> None:
+    """Raise for weights that another pack's loader keeps in a form of its own, which only its layers can read."""
+    for name, layer in network.named_modules():
+        # some packs' layers have no weight at all, but a qweight
+        weight = getattr(layer, "weight", None)
+        if not is_adaptable(layer) or is_plain(weight) or _is_comfys(weight):
+            continue
+        kind = "no weight" if weight is None else f"{type(weight).__name__} {weight.dtype}"
+        what = "a GGUF file's" if "ggml" in kind.lower() else "another pack's loader's"
+        raise OneStepError(
+            f"{name[-80:]} of this MODEL holds {kind[:60]}, {what} own form of weights, which cannot be trained on: "
+            "load the model with ComfyUI's own loaders, from a .safetensors file in fp16, bf16, fp8 or one of "
+            "ComfyUI's own formats; the LoRA then works on this MODEL as well"
+        )
+
+
+def _is_comfys(weight: Any) -> bool:
+    """A quantised tensor of ComfyUI's, or plain fp8."""
+    return isinstance(weight, QuantizedTensor) or (
+        type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOAT8
+    )
+
+
+def refuse_broken(network: nn.Module) -> None:
+    """Raise where a quantised layer's scale is no finite number: its weight would be none either."""
+    for name, layer in network.named_modules():
+        weight = getattr(layer, "weight", None)
+        if not is_adaptable(layer) or not isinstance(weight, QuantizedTensor):
+            continue
+        scales = [value for value in vars(weight._params).values() if isinstance(value, Tensor)]
+        if not all(bool(value.float().isfinite().all()) for value in scales):
+            raise OneStepError(
+                f"{name[-80:]} of this MODEL is quantised, and its scale is not a finite number (NaN or infinite): "
+                "download or quantise the file again"
+            )

@@ -54,7 +54,7 @@ def distill(
 
 
 def _pipe(pipe: Any, device: torch.device | str | None) -> Any:
-    return load(pipe, device=device or best_device()) if isinstance(pipe, str | Path) else pipe
+    return load(pipe, device=device or best_device(), stored=True) if isinstance(pipe, str | Path) else pipe
 
 
 def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:

@@ -15,10 +15,11 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
+from ..core.tensor_file import read_header
 from .bundled import path_of
 from .kinds import PIPELINES
 from .quiet import attempt
-from .single_file import load_single_file
+from .single_file import FIRST, load_single_file
 from .weights import load_parts
 
 BUNDLED = ("tiny", "tiny-flow")
@@ -27,25 +28,53 @@ UNUSED = ("feature_extractor", "image_encoder")  # parts that only an IP-Adapter
 BIGGEST_INDEX_BYTES = 1 << 20
 
 
-def load(model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(
+    model: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    stored: bool = False,
+) -> Any:
     """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
 
     device: where the U-Net or transformer lies. Text encoders and VAE stay on the CPU, to be lent to it when they work.
-    dtype: of the weights; None is float32 on a CPU and bfloat16 elsewhere. Raises OneStepError with what to do.
+    dtype: of the weights; None is float32 on a CPU and elsewhere as `half_of` says. stored: whether the network's
+    blocks keep a single file's weights of fp8 as they are, to be trained on. Raises OneStepError with what to do.
     """
     device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
     if not path.exists():
         raise OneStepError(
             f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
             "or a .safetensors file of SD1.5, SD2 or SDXL"
         )
-    pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else half_of(path, has_bfloat16(device)))
+    pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, stored=stored)
     refuse_broken(pipe, path)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     network.to(device)
     return pipe
+
+
+def half_of(path: Path, bfloat16: bool) -> torch.dtype:
+    """float16 for a U-Net that is not stored in bfloat16, else bfloat16: float16 leaves eight times more of the
+    difference that matching learns from (benchmarks/results/half-precision.md), and larger networks may leave its
+    range. bfloat16: whether the device computes in it; without it everything is float16."""
+    stored = _stored_in(path)
+    return torch.float16 if not bfloat16 or stored not in (None, torch.bfloat16) else torch.bfloat16
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; older cards only seem to."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _stored_in(path: Path) -> torch.dtype | None:
+    """The dtype of a U-Net's first weight in its file; None where there is no U-Net."""
+    files = sorted((path / "unet").glob("*.safetensors")) if path.is_dir() else [path]
+    name = "conv_in.weight" if path.is_dir() else FIRST
+    found = (read_header(file).tensors.get(name) for file in files)
+    return next((entry.dtype for entry in found if entry is not None), None)
 
 
 def best_device() -> torch.device:
@@ -122,7 +151,7 @@ def refuse_broken(pipe: Any, path: Path) -> None:
                 raise OneStepError(
                     f"{path.name[:80]} is incomplete: it lacks {part}.{name[:80]}; download or export it again"
                 )
-            if not bool(torch.isfinite(weight).all()):
+            if not bool(torch.isfinite(weight if weight.dtype.itemsize > 1 else weight.float()).all()):
                 raise OneStepError(
                     f"{path.name[:80]} is damaged: {part}.{name[:80]} holds numbers that are not finite (NaN or "
                     "infinite); download or export it again"

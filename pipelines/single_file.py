@@ -6,7 +6,6 @@ Configurations and CLIP's tokenizer lie in configs/. Each module is asked for it
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,12 @@ from .single_marks import SPREAD_IN_V as SPREAD_IN_V
 from .single_marks import UNET, prediction_in, refuse_marks
 from .single_names import clip_sources, unet_sources, vae_sources
 from .single_parts import Part, filled, places_of
+from .single_scaled import scales_of
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 FIRST = UNET + "input_blocks.0.0.weight"
 FOLDERS = "give the diffusers folder that holds model_index.json instead"
 REFINER = 384  # channels of SDXL's refiner, where all others begin with 320
-SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale(_2)?|comfy_quant)$")
-PACKED = re.compile(r"(^|\.)\w*(absmax|quant_state|quant_map|qweight|qzeros)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,20 @@ def parts_of(kind: Kind) -> list[Part]:
     ]
 
 
-def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS) -> Any:
-    """The pipeline of a checkpoint file. Raises OneStepError, with what it is instead, for every other file."""
+def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS, stored: bool = False) -> Any:
+    """The pipeline of a checkpoint file. stored: whether the network's blocks keep weights of fp8 as they are. Raises
+    OneStepError, with what it is instead, for every other file."""
     header = read_header(path)
+    scales = scales_of(path, header)
+    header = scales.without(header)
     kind = kind_of(path, header)
     folder = configs / kind.config
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     prediction = prediction_in(path, header, kind.config == "sd2")
-    _refuse_packed(path, header)
     # everything is looked for before anything is read
     places = [(part, places_of(path, header, part, folder)) for part in parts_of(kind)]
     with quiet():
-        modules = {part.name: filled(path, part, found, folder, dtype) for part, found in places}
+        modules = {part.name: filled(path, part, found, folder, dtype, scales, stored) for part, found in places}
     cls = getattr(diffusers, index["_class_name"])
     tokenizers = {f"tokenizer{number}": clip_tokenizer(pad) for number, pad in zip(("", "_2"), kind.pads, strict=False)}
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
@@ -134,21 +134,6 @@ def _what_else(keys: Iterable[str]) -> str:
     ]
     known = (told for test, told in signs if test(text))
     return next(known, "is no checkpoint of SD1.5, SD2 or SDXL: give one of these, or a diffusers folder")
-
-
-def _refuse_packed(path: Path, header: Header) -> None:
-    """Weights that are not themselves numbers of the model: scaled fp8, or packed into whole numbers."""
-    for key in header.tensors:
-        if SCALED.search(key):
-            what = "its weights are scaled fp8"
-        elif PACKED.search(key):
-            what = "its weights are quantised"
-        else:
-            continue
-        raise OneStepError(
-            f"{path.name[:80]} holds {key[-80:]}: {what}, which is not supported: use the file in fp16, bf16, fp32 or "
-            "plain fp8"
-        )
 
 
 def _has(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:

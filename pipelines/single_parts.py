@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ import transformers
 from torch import Tensor, nn
 
 from ..core.errors import OneStepError
+from ..core.stored import FLOAT8, STORED, hold
 from ..core.tensor_file import Header, each_tensor
+from .networks import blocks_of
 from .quiet import quiet
-from .single_names import Source, Sources, clip_sources
+from .single_names import Source, Sources, clip_sources, unet_sources
+from .single_scaled import Scales, shaped
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,37 @@ def empty(folder: Path, name: str) -> Any:
         return found(found.config_class(**config))
 
 
-def filled(path: Path, part: Part, found: dict[str, Source], folder: Path, dtype: torch.dtype) -> Any:
-    """The module with its tensors, each read and cast alone."""
+def filled(
+    path: Path, part: Part, found: dict[str, Source], folder: Path, dtype: torch.dtype, scales: Scales, stored: bool
+) -> Any:
+    """The module with its tensors, each read and cast alone. stored: as in `load_single_file`."""
     module = empty(folder, part.name)
     shapes = {name: weight.shape for name, weight in module.state_dict().items()}
+    kept = {name for name in _storable(module) if stored and name in found} if part.sources is unet_sources else set()
     users: dict[str, list[str]] = {}
     for name, source in found.items():
         users.setdefault(source.key, []).append(name)
-    state = {
-        name: found[name].take(tensor).to(dtype, copy=len(users[key]) > 1).reshape(shapes[name]).contiguous()
-        for key, tensor in each_tensor(path, users)
-        for name in users[key]
-    }
-    return _encoder(module, state, dtype) if part.sources is clip_sources else _network(module, state)
+    state, held = {}, {}
+    for key, tensor in each_tensor(path, users):
+        for name in users[key]:
+            if name in kept and tensor.dtype in FLOAT8:
+                state[name], held[name] = tensor.reshape(shapes[name]), scales.of.get(key)
+                continue
+            wide = found[name].take(scales.widened(key, tensor))
+            state[name] = wide.to(dtype, copy=len(users[key]) > 1).reshape(shapes[name]).contiguous()
+    if part.sources is clip_sources:
+        return _encoder(module, state, dtype)
+    network = _network(module, state)
+    for name, scale in held.items():
+        layer = network.get_submodule(name.removesuffix(".weight"))
+        hold(layer, None if scale is None else shaped(scale, layer.weight))
+    return network
+
+
+def _storable(network: nn.Module) -> Iterator[str]:
+    """Names of the weights that may stay in fp8: of linear and convolution layers inside its blocks."""
+    inside = {layer for block in blocks_of(network) for layer in block.modules() if type(layer) in STORED}
+    return (f"{name}.weight" for name, layer in network.named_modules() if layer in inside)
 
 
 def _network(module: Any, state: dict[str, Tensor]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import transformers
 
 from ..core.errors import OneStepError
 from .quiet import attempt
+from .single_scaled import BESIDE, PACKED
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -51,6 +52,7 @@ def load_part(folder: Path, entry: Any, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         ),
     )
+    _refuse_quantised(folder, info["unexpected_keys"])
     missing = sorted({*info["missing_keys"], *(name for name, weight in module.named_parameters() if weight.is_meta)})
     if missing:
         more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
@@ -59,6 +61,16 @@ def load_part(folder: Path, entry: Any, dtype: torch.dtype) -> Any:
             f"{', '.join(name[-80:] for name in missing[:2])}{more}. Download or save it again"
         )
     return module
+
+
+def _refuse_quantised(folder: Path, more: Iterable[str]) -> None:
+    """diffusers would leave scales out, and compute with the numbers that they belong to."""
+    for key in more:
+        if BESIDE.fullmatch(key) or PACKED.search(key):
+            raise OneStepError(
+                f"{folder.parent.name[:60]}/{folder.name} holds {key[-80:]}: its weights are quantised, and a folder's "
+                "are read plain. Use it in fp16, bf16 or fp32, or a single file in scaled fp8"
+            )
 
 
 def best_variant(folder: Path, stem: str, dtype: torch.dtype) -> str:

@@ -157,7 +157,7 @@ class _Session:
             numbers = self.trainer.step(self.update)
             if self.trainer.stuck >= self.settings.patience:
                 self._roll_back()
-            self.pace.add(self.update, time.monotonic() - began)
+            self.notes += self.pace.add(self.update, time.monotonic() - began)
             seen, preview = self.monitor(self.update + 1, last=self.update + 1 == total)
             numbers |= seen
             self.run.log({"update": self.update + 1, "phase": phase, "seconds": time.monotonic() - began, **numbers})

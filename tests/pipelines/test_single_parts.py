@@ -143,14 +143,6 @@ REFUSED: dict[str, tuple[str, Callable[[State], Any], str]] = {
         lambda s: s.update({OPEN_XL + "transformer.resblocks.0.attn.in_proj_bias": torch.zeros(5)}),
         r"in_proj_bias .* is \[5\]",
     ),
-    "scaled fp8": (
-        "sd15",
-        with_more(UNET + "out.2.scale_weight"),
-        "scale_weight: its weights are scaled fp8",
-    ),
-    "the mark of scaled fp8": ("sdxl", with_more("scaled_fp8"), "scaled_fp8: its weights are scaled fp8"),
-    "ComfyUI's scales": ("sdxl", with_more(UNET + "out.2.weight_scale"), "weight_scale: .*scaled fp8"),
-    "ComfyUI's formats": ("sdxl", with_more(UNET + "out.2.comfy_quant"), "comfy_quant: .*scaled fp8"),
     "four bits": ("sd15", with_more(UNET + "out.2.weight.absmax"), "absmax: its weights are quantised"),
     "whole numbers": (
         "sd15",

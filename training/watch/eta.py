@@ -6,6 +6,7 @@ import math
 
 from ..engine import making
 from ..engine.turns import Plan
+from .slowdown import Slowdown
 
 MEASURED = 10
 """Updates after which the pace is known."""
@@ -17,16 +18,18 @@ class Pace:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.updates, self.made = plan, 0, making.seconds()
-        self.learning, self.making = Rate(), Rate()
+        self.learning, self.making, self.slowdown = Rate(), Rate(), Slowdown()
 
-    def add(self, update: int, seconds: float) -> None:
-        """``update`` took so long."""
+    def add(self, update: int, seconds: float) -> list[str]:
+        """``update`` took so long; what is to be said of it."""
         made, before = making.seconds(), self.made
         learning, making_cost = self.plan.costs(update, update + 1)
         self.updates, self.made = self.updates + 1, made
         if making_cost:
             self.making.add(made - before, making_cost)
-        self.learning.add(max(seconds - (made - before), 0.0), learning)
+        learnt = max(seconds - (made - before), 0.0)
+        self.learning.add(learnt, learning)
+        return self.slowdown(learning, learnt)
 
     def left(self, update: int) -> float:
         """Seconds from ``update`` to the end; NaN while too few updates were measured."""

@@ -1,0 +1,87 @@
+"""stored_hosts.py CHECKPOINT... [--fp8]: a quantised base as a host, against its twin, and what ComfyUI draws."""
+
+import json
+import sys
+
+import comfy.model_management as management
+import comfy.sd
+import torch
+
+from onestep.core.checkpoint import clone_inputs
+from onestep.core.cond import Cond
+from onestep.core.roles import Roles
+from onestep.nodes.adapt import adapted
+from onestep.nodes.denoiser import ComfyDenoiser
+
+OPTIONS = {"dtype": torch.float8_e4m3fn} if "--fp8" in sys.argv else {}
+PATHS = [path for path in sys.argv[1:] if path != "--fp8"]
+
+
+def load(path, options=OPTIONS):
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(path, output_clip=False, model_options=options)[0]
+
+
+def told(host, rows):
+    draw = torch.Generator().manual_seed(1)
+    config = host.model.model_config.unet_config
+    width = {"unet": config.get("context_dim"), "sd3": 4096, "flux": 4096}[host.family]
+    pooled = None if host.family == "unet" else torch.randn(rows, 2048, generator=draw)
+    return Cond(torch.randn(rows, 7, width, generator=draw), pooled=pooled)
+
+
+def learnt(model):
+    """D of a student and of the teacher, and the gradients of a sum over D."""
+    with adapted(model, None, None) as host, host.training():
+        roles = host.denoiser.roles
+        roles.add("student", 4, 0)
+        draw = torch.Generator().manual_seed(3)
+        for _, b in roles.state("student").values():
+            b.copy_(torch.randn(b.shape, generator=draw) * 0.1 * b.shape[1] ** -0.5)
+        roles.install()
+        shape = host.latent_shape((64, 64))
+        x, weight = torch.randn(2, 2, *shape, generator=draw)
+        sigma = host.denoiser.schedule.sigma_of_time(torch.tensor([700.0, 300.0], dtype=torch.float64))
+        x.requires_grad_()
+        with torch.no_grad():
+            teacher = host.denoiser(x, sigma, told(host, 2))
+        with roles.use("student"), clone_inputs(host.in_place):
+            y = host.denoiser(x, sigma, told(host, 2))
+        gradients = torch.autograd.grad((weight * y).sum(), [x, *roles.parameters("student")])
+        weights = [m.weight for m in host.network.modules() if getattr(m, "weight", None) is not None]
+        stored = sorted({str(getattr(weight, "storage_dtype", weight.dtype)) for weight in weights})
+        return teacher, y.detach(), gradients, stored, host.base_hash
+
+
+def drawn(model):
+    """The teacher in training, and the plugged MODEL itself: relative difference of one prediction."""
+    with torch.inference_mode():
+        with adapted(model, None, None) as host:
+            cond, sigma = told(host, 2), host.denoiser.schedule.sigma_of_time(torch.tensor([900.0, 200.0]).double())
+            x = torch.randn(2, *host.latent_shape((64, 64)), generator=torch.Generator().manual_seed(4))
+            with host.training(), torch.no_grad():
+                ours = host.denoiser(x, sigma, cond)
+            schedule, guidance = host.denoiser.schedule, host.denoiser.guidance
+        management.load_models_gpu([model])
+        theirs = ComfyDenoiser(model.model, schedule, Roles([]), guidance)(x, sigma, cond)
+        return float((ours - theirs).norm() / theirs.norm())
+
+
+def apart(mine, other):
+    return float((mine - other).abs().max() / other.abs().max().clamp_min(1e-30))
+
+
+for path in PATHS:
+    mine = learnt(load(path))
+    twin = learnt(load(path.replace(".safetensors", "_twin.safetensors"), {}))
+    scale = max(float(g.abs().max()) for g in twin[2][1:])
+    said = {
+        "teacher": apart(mine[0], twin[0]),
+        "student": apart(mine[1], twin[1]),
+        "x": apart(mine[2][0], twin[2][0]),
+        "factors": max(float((a - b).abs().max()) / scale for a, b in zip(mine[2][1:], twin[2][1:], strict=True)),
+        "stored": mine[3],
+        "drawn": drawn(load(path)),
+        "hash": mine[4] == learnt(load(path))[4],
+    }
+    print(json.dumps({path.split("/")[-1]: said}))

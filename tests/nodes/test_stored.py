@@ -1,0 +1,108 @@
+"""Bases whose weights ComfyUI stores otherwise: trained as they are stored, with the numbers that they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+KINDS = {
+    "flux": ["scaled", "scaled-input", "kitchen-fp8", "kitchen-e5m2", "int8", "int8-rows", "int8-rotated", "nvfp4"]
+    + ["mxfp8", "w4a4", "w4a8"],
+    "sd15": ["scaled", "int8-rows"],
+    "sd3": ["kitchen-fp8"],
+}
+STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
+ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
+"""By how much ComfyUI's own products of a kind differ on a CPU, which round their input; others do not there."""
+
+
+@pytest.fixture(scope="module")
+def layers(run_inside: Callable[..., str]) -> dict[str, Any]:
+    return dict(json.loads(run_inside("stored_layers").strip().splitlines()[-1]))
+
+
+def test_a_layer_is_that_of_the_numbers_that_its_weight_stands_for(layers: dict[str, Any]) -> None:
+    """Forward, gradient, directional derivative; with a graph and without; nothing is kept, the input is left alone."""
+    assert len(layers) == 28, sorted(layers)
+    for name, told in layers.items():
+        if name == "settled":
+            continue
+        assert told["forward"] < 1e-6 and told["gradient"] < 1e-6 and told["tangent"] < 1e-3, (name, told)
+        assert told["same"] and told["untouched"] and told["kept"] == 0 and told["weight"] < 1e-6, (name, told)
+
+
+def test_it_is_comfyuis_own_layer_but_for_the_rounding_of_inputs(layers: dict[str, Any]) -> None:
+    for name, told in layers.items():
+        rounds = "native" in name or "fast" in name or name.startswith(("int8", "w4"))
+        assert name == "settled" or (1e-4 < told["own"] < 0.2 if rounds else told["own"] < 1e-6), (name, told)
+
+
+def test_a_weight_that_is_cast_to_its_own_size_is_stored_so_once(layers: dict[str, Any]) -> None:
+    assert layers["settled"] == {"same": True, "dtype": "torch.bfloat16", "bias": "torch.bfloat16"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def hosts(
+    request: Any, comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path_factory: Any
+) -> tuple[str, dict[str, Any]]:
+    """What was found of each kind of a model's files."""
+    name, folder = request.param, tmp_path_factory.mktemp("stored")
+    comfy.run_script(SUPPORT / "quantised_files.py", checkpoints / f"tiny_{name}.safetensors", folder, *KINDS[name])
+    files = [folder / f"tiny_{name}_{kind}.safetensors" for kind in KINDS[name]]
+    said = run_inside("stored_hosts", *files)
+    found: dict[str, Any] = {}
+    for line in said.strip().splitlines():
+        found |= json.loads(line)
+    return name, {kind: found[file.name] for kind, file in zip(KINDS[name], files, strict=True)}
+
+
+def test_the_student_and_all_gradients_are_those_of_the_dequantised_twin(hosts: Any) -> None:
+    for kind, told in hosts[1].items():
+        assert max(told[name] for name in ("teacher", "student", "x", "factors")) < 1e-5, (kind, told)
+
+
+def test_the_base_stays_as_it_is_stored_and_is_known_again(hosts: Any) -> None:
+    for kind, told in hosts[1].items():
+        wanted = STORED.get(kind.split("-")[0], STORED.get(kind, "float8_e4m3fn"))
+        assert told["stored"] == ["torch.float32", f"torch.{wanted}"] and told["hash"], (kind, told)
+
+
+def test_the_teacher_is_what_comfyui_draws(hosts: Any) -> None:
+    for kind, told in hosts[1].items():
+        least = ROUNDING.get(kind.split("-")[0], 0.0)
+        assert told["drawn"] <= least, (kind, told)
+
+
+def test_plain_float8_is_trained_as_it_is_stored(
+    comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    """As a loader's weight_dtype fp8_e4m3fn leaves it: every weight in fp8, convolutions too."""
+    comfy.run_script(SUPPORT / "quantised_files.py", checkpoints / "tiny_sd15.safetensors", tmp_path, "fp8")
+    said = run_inside("stored_hosts", "--fp8", tmp_path / "tiny_sd15_fp8.safetensors")
+    told = next(iter(json.loads(said.strip().splitlines()[-1]).values()))
+    assert max(told[name] for name in ("teacher", "student", "x", "factors")) < 1e-5, told
+    assert told["stored"] == ["torch.float8_e4m3fn"] and told["drawn"] == 0 and told["hash"]
+
+
+def test_other_packs_forms_and_broken_files_are_refused_with_what_to_load(
+    comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    source = checkpoints / "tiny_flux.safetensors"
+    comfy.run_script(SUPPORT / "quantised_files.py", source, tmp_path, "kitchen-fp8")
+    said = run_inside("stored_refused", source, tmp_path / "tiny_flux_kitchen-fp8.safetensors")
+    told = json.loads(said.strip().splitlines()[-1])
+    assert told.pop("whole") == ""
+    for kind, word in {
+        "gguf": "a GGUF file's own form",
+        "nf4": "Parameter torch.uint8",
+        "svdquant": "no weight",
+    }.items():
+        text = told.pop(kind)
+        assert word in text and "ComfyUI's own loaders" in text and "img_attn.qkv" in text, (kind, text)
+    assert "scale is not a finite number" in told["nan"] and "download or quantise the file again" in told["nan"]
