@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as management
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from ..core.roles import Roles
 from .adapt import BLOCKS, IN_PLACE, differentiable_attention, refuse_patches, refuse_variant
 from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
 from .origin import name_of
+from .stored import hollow_weight, is_quantised, keep_stored, take_room
 
 META = torch.device("meta")
 TOKENS = {"unet": 77, "sd3": 77 + 256, "flux": 512}
@@ -29,7 +31,9 @@ def hollow(module: nn.Module) -> Any:
     """A copy whose weights are on the meta device, without the hooks that others have put on it."""
     told: dict[int, Any] = {}
     for value in (*module.parameters(), *module.buffers()):
-        empty = torch.empty(value.shape, dtype=value.dtype, device=META)
+        empty = (
+            hollow_weight(value) if is_quantised(value) else torch.empty(value.shape, dtype=value.dtype, device=META)
+        )
         told[id(value)] = nn.Parameter(empty, False) if isinstance(value, nn.Parameter) else empty
     for name in ("model_config", "latent_format"):  # read alone, and made so that they cannot be copied
         if hasattr(module, name):
@@ -37,7 +41,8 @@ def hollow(module: nn.Module) -> Any:
     if getattr(module, "current_patcher", None) is not None:
         told[id(module.current_patcher)] = None
     found = copy.deepcopy(module, told)
-    for part in found.modules():
+    for part, twin in zip(found.modules(), module.modules(), strict=True):
+        take_room(part, twin)
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
     return found
@@ -57,6 +62,7 @@ class Shell:
         self.name, self.device = name_of(model), META
         self.model = hollow(model.model)
         self.network = self.model.diffusion_model
+        keep_stored(self.network)
         self._decoder = None if vae is None else hollow(vae.first_stage_model)
         self._config = self.model.model_config.unet_config
         options = {"optimized_attention_override": differentiable_attention}
@@ -119,7 +125,11 @@ class Shell:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        yield
+        before, management.in_training = management.in_training, True  # Flux' rotary embedding has a backward then
+        try:
+            yield
+        finally:
+            management.in_training = before
 
     def check_file(self, path: Path) -> str:
         return ""

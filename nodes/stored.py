@@ -31,17 +31,18 @@ def keep_stored(network: nn.Module) -> None:
     """Make the linear and convolution layers of a private ``network`` keep what is stored, and no more."""
     for layer in network.modules():
         if isinstance(layer, comfy.ops.CastWeightBiasOp) and is_adaptable(layer):
-            layer.__class__ = _keeping(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _keeping(kind)
 
 
 @cache
-def _keeping(kind: type) -> type:
+def _keeping(kind: Any) -> Any:
     """The layer's class, of the same name, whose product goes through `_Kept` where its weight is made for it."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         _settle(self, input)
         if _as_it_is(self, input) or not (_differentiated(input) or _rounds(self)):
-            return kind.forward(self, input, *args, **kwargs)  # type: ignore[attr-defined]
+            return kind.forward(self, input, *args, **kwargs)
         return _Kept.apply(input, self, kind)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
@@ -69,7 +70,7 @@ def _differentiated(x: Tensor) -> bool:
 
 def _rounds(layer: Any) -> bool:
     """Whether its own product may round the layer's input."""
-    return isinstance(layer, comfy.ops.fp8_ops.Linear) or isinstance(layer.weight, QuantizedTensor)
+    return isinstance(layer, comfy.ops.fp8_ops.Linear) or is_quantised(layer.weight)
 
 
 def made(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +114,29 @@ class _Kept(torch.autograd.Function):
         return F.linear(dx, weight)
 
 
+# -- without numbers ---------------------------------------------------------------------------------------------------
+
+
+def is_quantised(weight: Any) -> bool:
+    """Whether it is a quantised tensor of ComfyUI's."""
+    return isinstance(weight, QuantizedTensor)
+
+
+def hollow_weight(weight: Any) -> Tensor:
+    """A weight of its shape on the meta device that takes no room, and is widened for each product."""
+    return torch.empty((), dtype=torch.float8_e4m3fn, device="meta").expand(weight.shape)
+
+
+def take_room(layer: Any, like: Any) -> None:
+    """A hollow ``layer`` takes the room on the meta device that the quantised weight of ``like`` has."""
+    weight = getattr(like, "weight", None)
+    if not is_quantised(weight):
+        return
+    layer.layout_type = None  # its products are plain
+    inner = [weight._qdata, *(value for value in vars(weight._params).values() if isinstance(value, Tensor))]
+    layer.register_buffer("stored", torch.empty(sum(value.nbytes for value in inner), dtype=torch.uint8, device="meta"))
+
+
 # -- what cannot be trained -------------------------------------------------------------------------------------------
 
 
@@ -134,7 +158,7 @@ def refuse_foreign(network: nn.Module) -> None:
 
 def _is_comfys(weight: Any) -> bool:
     """A quantised tensor of ComfyUI's, or plain fp8."""
-    return isinstance(weight, QuantizedTensor) or (
+    return is_quantised(weight) or (
         type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOAT8
     )
 
@@ -143,7 +167,7 @@ def refuse_broken(network: nn.Module) -> None:
     """Raise where a quantised layer's scale is no finite number: its weight would be none either."""
     for name, layer in network.named_modules():
         weight = getattr(layer, "weight", None)
-        if not is_adaptable(layer) or not isinstance(weight, QuantizedTensor):
+        if not is_adaptable(layer) or not is_quantised(weight):
             continue
         scales = [value for value in vars(weight._params).values() if isinstance(value, Tensor)]
         if not all(bool(value.float().isfinite().all()) for value in scales):
