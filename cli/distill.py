@@ -48,7 +48,22 @@ def _run(args: Namespace, console: Console) -> None:
     host = open_host(args.model, settings.targets, args.device, stored=True)
     settings = at_native_size(settings, given, host)
     result = train(host, prompts, settings, folder, existing, console)
+    _check_storage(host, args.whole, result, prompts, settings, console)
     console.result(_told(result), _facts(result))
+
+
+def _check_storage(
+    host: Any, whole: str | None, result: Any, prompts: list[str], settings: Any, console: Console
+) -> None:
+    """Say how far the student on a quantised base is from that on the whole one."""
+    from ..pipelines.storage import compare, stored_as
+
+    kind = stored_as(host.network)
+    if whole is not None:
+        load = partial(open_host, whole, settings.targets, str(host.device))
+        console.note(compare(host, load, result.path, prompts, settings.size_list[0]).told())
+    elif kind:
+        console.note(f"the base is stored in {kind}: how far it is from the whole one is told by --whole MODEL")
 
 
 def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: str, console: Console) -> Any:

@@ -75,6 +75,8 @@ def _distill(made: Parser) -> None:
     add("--seed", metavar="N", help=_help("seed"))
     add("--out", required=True, metavar="RUN", help="folder of the run")
     add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
+    whole = "the same base unquantised, where MODEL is stored in fp8 or less: the LoRA is checked against it at the end"
+    add("--whole", metavar="MODEL", help=whole)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated")
     existing = made.add_mutually_exclusive_group()
     resume = "go on with the run in RUN, also with more --steps than it had; start it where there is none"
