@@ -129,7 +129,7 @@ def hollow_weight(weight: Any) -> Tensor:
 
 def take_room(layer: Any, like: Any) -> None:
     """A hollow ``layer`` takes the room on the meta device that the quantised weight of ``like`` has."""
-    weight = getattr(like, "weight", None)
+    weight: Any = getattr(like, "weight", None)
     if not is_quantised(weight):
         return
     layer.layout_type = None  # its products are plain
@@ -144,7 +144,7 @@ def refuse_foreign(network: nn.Module) -> None:
     """Raise for weights that another pack's loader keeps in a form of its own, which only its layers can read."""
     for name, layer in network.named_modules():
         # some packs' layers have no weight at all, but a qweight
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if not is_adaptable(layer) or is_plain(weight) or _is_comfys(weight):
             continue
         kind = "no weight" if weight is None else f"{type(weight).__name__} {weight.dtype}"
@@ -166,7 +166,7 @@ def _is_comfys(weight: Any) -> bool:
 def refuse_broken(network: nn.Module) -> None:
     """Raise where a quantised layer's scale is no finite number: its weight would be none either."""
     for name, layer in network.named_modules():
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if not is_adaptable(layer) or not is_quantised(weight):
             continue
         scales = [value for value in vars(weight._params).values() if isinstance(value, Tensor)]
