@@ -67,7 +67,7 @@ def parts_of(kind: Kind) -> list[Part]:
     ]
 
 
-def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS, stored: bool = False) -> Any:
+def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS, *, stored: bool = False) -> Any:
     """The pipeline of a checkpoint file. stored: whether the network's blocks keep weights of fp8 as they are. Raises
     OneStepError, with what it is instead, for every other file."""
     header = read_header(path)

@@ -248,7 +248,7 @@ def test_what_is_broken_or_quantised_otherwise_is_refused_by_name(case: str, who
     file = written(whole("sd15").state, change, tmp_path)
     for stored in (False, True):
         with pytest.raises(OneStepError, match=why) as caught:
-            refuse_broken(load_single_file(file, torch.float32, whole("sd15").configs, stored), file)
+            refuse_broken(load_single_file(file, torch.float32, whole("sd15").configs, stored=stored), file)
         assert file.name in str(caught.value) and len(str(caught.value)) < 400
 
 
