@@ -2,8 +2,7 @@
 
     GEGLU:  y = h gelu(g),    SwiGLU:  y = h silu(g),    [h, g] = W x        (arXiv:2002.05202, Eq. 6)
 
-Written out, autograd keeps h and g, which are the projection, and gelu(g), half as much again. Neither host's
-feed-forward has a hook between its projection and its gate, so that this serves networks that call it themselves.
+Written out, autograd keeps h and g, which are the projection, and gelu(g), half as much again.
 """
 
 from __future__ import annotations
@@ -105,9 +104,12 @@ def backward(gradient: Tensor, projected: Tensor, kind: str) -> tuple[Tensor]:
     h, g = projected.chunk(2, -1)
     found = projected.new_empty(projected.shape)
     of_h, of_g = found.chunk(2, -1)
-    torch.mul(gradient, F.gelu(g) if kind == "geglu" else F.silu(g), out=of_h)
-    slope = torch.ops.aten.gelu_backward if kind == "geglu" else torch.ops.aten.silu_backward
-    of_g.copy_(slope(gradient * h, g))
+    aten, geglu = torch.ops.aten, kind == "geglu"
+    # each product is written where it will lie, and nothing is held beside it
+    (aten.gelu if geglu else aten.silu).out(g, out=of_h)
+    of_h.mul_(gradient)
+    torch.mul(gradient, h, out=of_g)
+    (aten.gelu_backward if geglu else aten.silu_backward).grad_input(of_g, g, grad_input=of_g)
     return (found,)
 
 

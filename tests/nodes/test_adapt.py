@@ -28,7 +28,8 @@ def test_derivatives_are_those_of_finite_differences(
     which neither may notice."""
     told = json.loads(run_inside("derivatives", checkpoints / f"tiny_{name}.safetensors").strip().splitlines()[-1])
     assert told["family"] == {"sd15": "unet"}.get(name, name)
-    assert max(told["plain"] + told["checkpointed"]) < 1e-5, told
+    assert max(told["plain"] + told["checkpointed"] + told["gated"]) < 1e-5, told
+    assert (told["gates"] > 0) == (name == "sd15") and told["gated_apart"] < 1e-10, told
     assert told["apart"] == {"feed-forwards": [], "blocks": []} and told["blocks"] >= 2, told
     kinds = {"sd15": {"FeedForward"}, "sd3": {"Mlp"}, "flux": {"Sequential", "SingleStreamBlock"}}[name]
     assert set(told["feed_forwards"]) == kinds

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...core.checkpoint import Checkpoints, clone_inputs
 from ...core.denoiser import Denoiser
+from ...core.gates import gated_layers
 from ...core.recipe import Recipe
 from ..host import Host
 from ..settings import Settings
@@ -33,10 +34,10 @@ class Setup:
 
 @contextmanager
 def hooked(host: Host, grade: str) -> Iterator[Checkpoints]:
-    """Within, the host's network is as it is trained: adapters first; then copies of what the host overwrites; then
-    checkpoints around both, of ``grade`` (core.recomputed)."""
+    """Within, the host's network is as it is trained: its gates keep less; adapters first; then copies of what the host
+    overwrites; then checkpoints around both, of ``grade`` (core.recomputed)."""
     roles = host.denoiser.roles
-    with roles.installed(), clone_inputs(host.in_place):
+    with gated_layers(host.network), roles.installed(), clone_inputs(host.in_place):
         checkpoints = Checkpoints(host.blocks, roles, grade)
         try:
             yield checkpoints

@@ -114,12 +114,14 @@ def kernel_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: 
 
 
 def _cost(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> Cost:
-    """Every operand is read and every result written once."""
+    """Every operand is read and every result written once; what is given to be written, out=, is not read."""
     made = [entry for entry in (result if isinstance(result, tuple | list) else (result,)) if isinstance(entry, Tensor)]
     packet = ON_CPU.get(func.overloadpacket, func.overloadpacket)
     formula = flop_registry.get(packet)
     flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-    moved = [_bytes(tensor) for tensor in (*tensors, *made) if tensor.is_meta]
+    given = [id(value) for name, value in kwargs.items() if name in ("out", "grad_input")]
+    read = [tensor for tensor in tensors if id(tensor) not in given]
+    moved = [_bytes(tensor) for tensor in (*read, *made) if tensor.is_meta]
     width = min((tensor.element_size() for tensor in tensors if tensor.is_meta), default=4)
     return Cost(flops, tuple(moved), width)
 

@@ -8,6 +8,7 @@ import torch
 
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.gates import gated_layers
 from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING, recomputed
 from onestep.nodes.adapt import adapted
 
@@ -99,6 +100,10 @@ for path in sys.argv[1:]:
             grade: [i for i, (g, e) in enumerate(zip(given, expected, strict=True)) if not torch.equal(g, e)]
             for grade, (_, given) in found.items()
         }
+        with gated_layers(host.network) as gates:
+            gated, given = measured(host, BLOCKS)
+        pairs = zip(given, expected, strict=True)
+        off = max(float((g - e).abs().max() / e.abs().max().clamp_min(1e-30)) for g, e in pairs)
         inner = [type(module).__name__ for module in recomputed(host.blocks, FEED_FORWARDS)]
         owners = [name for name in sorted(roles.targets) for _ in "ab"]
         missing = sorted({name for name, g in zip(owners, expected, strict=False) if float(g.abs().max()) == 0})
@@ -107,6 +112,9 @@ for path in sys.argv[1:]:
             "plain": plain,
             "checkpointed": found[BLOCKS][0],
             "apart": apart,
+            "gates": gates,
+            "gated": gated,
+            "gated_apart": off,
             "missing": missing,
         }
         print(json.dumps(told | {"feed_forwards": inner, "blocks": len(host.blocks), "factors": len(expected) - 1}))
