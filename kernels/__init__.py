@@ -5,6 +5,7 @@ from .add_lora_conv import add_lora_conv, add_lora_conv_reference
 from .attention import attention, attention_reference, attention_with_lse, backends
 from .gated import gated, gated_reference
 from .partial import Partial, merge, partial_attention
+from .rotary import normed_rotary, normed_rotary_reference
 from .steered import Steer, steered_attention, steered_attention_reference
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "gated",
     "gated_reference",
     "merge",
+    "normed_rotary",
+    "normed_rotary_reference",
     "partial_attention",
     "steered_attention",
     "steered_attention_reference",

@@ -78,10 +78,10 @@ def add_lora_reference(out: Tensor, x: Tensor, loras: Sequence[LoRA]) -> Tensor:
 
 
 def may_be_written(out: Tensor) -> bool:
-    """Forward mode, a compiler and autocast want plain operations; a leaf is its owner's."""
-    return not (
-        autocast(out) or in_forward_ad() or torch.compiler.is_compiling() or (out.is_leaf and out.requires_grad)
-    )
+    """Forward mode, a compiler and autocast want plain operations; a leaf is its owner's; whole numbers would be
+    rounded where they lie."""
+    owned = (out.is_leaf and out.requires_grad) or not out.is_floating_point()
+    return not (owned or autocast(out) or in_forward_ad() or torch.compiler.is_compiling())
 
 
 class _AddLoRA(torch.autograd.Function):

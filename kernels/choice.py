@@ -59,8 +59,9 @@ class Op:
             except NotServedError:
                 pass
             except Exception as trouble:  # whatever a kernel does must not end a person's run
-                self._states[name, like.device, like.dtype] = _sentence(trouble)
-                _say(f"{self.name} by {name} fails ({_sentence(trouble)}): plain torch serves from now on")
+                self._states[name, like.device, like.dtype] = why = _sentence(trouble)
+                _said.add(self._lacking(name, why))
+                _say(f"{self.name} by {name} fails ({why}): plain torch serves from now on")
         return self.reference[part](*args)
 
     @torch.compiler.assume_constant_result  # a compiler takes the answer; a trial is nothing to trace
@@ -75,9 +76,12 @@ class Op:
             return self._fastest(device, dtype)
         state = self.state(wanted, device, dtype)
         if state != WORKS:
-            _say(f"ONESTEP_KERNELS asks for {wanted}, but {self.name} has it not ({state}): plain torch serves")
+            _say(self._lacking(wanted, state))
             return REFERENCE
         return wanted
+
+    def _lacking(self, wanted: str, state: str) -> str:
+        return f"ONESTEP_KERNELS asks for {wanted}, but {self.name} has it not ({state}): plain torch serves"
 
     def state(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
         """What ``name`` does here: "works", or why it does not."""

@@ -7,9 +7,10 @@ import torch
 from .add_lora import OP as ADD_LORA
 from .choice import REFERENCE, WORKS, Op
 from .gated import OP as GATED
+from .rotary import OP as ROTARY
 from .steered import OP as STEERED
 
-OPS: tuple[Op, ...] = (ADD_LORA, GATED, STEERED)
+OPS: tuple[Op, ...] = (ADD_LORA, GATED, ROTARY, STEERED)
 
 
 def states(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ..core.licences import BASE, BASE_LORA, Part
 from ..core.roles import Roles
 from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
+from .flux_attention import fused_attention
 from .kinds import FLUX, SD, SD3, SDXL
 from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import channels_last, is_quantized, on_device, place
@@ -245,7 +246,8 @@ class DiffusersHost:
             self.network.requires_grad_(False).eval()
             # diffusers' own checkpointing would recompute under whatever role is active then
             self.network.disable_gradient_checkpointing()
-            with channels_last(self.network, self.family == "unet" and self.device.type == "cuda"):
+            last = self.family == "unet" and self.device.type == "cuda"
+            with channels_last(self.network, last), fused_attention(self.network):
                 yield
         finally:
             for parameter, flag in flags:

@@ -41,5 +41,5 @@ def test_it_compiles_and_fits(capability: int, root: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 7
+    assert len(found) == 9
     assert all(entry["bytes"] > 1000 and entry["shared"] <= LEAST_SHARED for entry in found.values()), found

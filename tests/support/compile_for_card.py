@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from onestep.kernels import triton_add_lora, triton_gated, triton_steered
+from onestep.kernels import triton_add_lora, triton_gated, triton_rotary, triton_steered
 
 HALF = {"OPERANDS": tl.bfloat16}
 LORA = {"FACTORS": tl.float32, **HALF, "RANK": 64, "ROWS": 64, "INNER": 32, "COLUMNS": 64, "FIELDS": 9, "ALIGNED": True}
@@ -24,13 +24,15 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "add_lora backward": (triton_add_lora._product, {**LORA, "BACK": True, "ADD": False}),
     "gated forward": (triton_gated._forward, {"GELU": True, "BLOCK": 1024}),
     "gated backward": (triton_gated._backward, {"GELU": True, "BLOCK": 1024}),
+    "rotary forward": (triton_rotary._forward, {"ROWS": 16, "PAIRS": 64}),
+    "rotary backward": (triton_rotary._backward, {"ROWS": 16, "PAIRS": 64}),
     "nag, its norms": (triton_steered._steer, {**STEER, "NAG": True, "MEASURE": True}),
     "nag": (triton_steered._steer, {**STEER, "NAG": True, "MEASURE": False}),
     "nasa": (triton_steered._steer, {**STEER, "NAG": False, "MEASURE": False}),
 }
 POINTERS = dict.fromkeys(("out", "x", "hidden", "projected", "gradient", "found", "q", "k", "v", "k2", "v2"), "*bf16")
-POINTERS |= {"table": "*i64", "scales": "*fp32", "norms": "*fp32"}
-REALS = {"scale", "tau", "alpha"}
+POINTERS |= {"table": "*i64", "scales": "*fp32", "norms": "*fp32", "weight": "*bf16", "cos": "*fp32", "sin": "*fp32"}
+REALS = {"scale", "tau", "alpha", "eps"}
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> dict[str, int]:
