@@ -25,6 +25,7 @@ from ..core.families import bind_comfy, detect, select
 from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
+from .attention import differentiable_attention
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
 from .origin import made_of, name_of
@@ -188,11 +189,6 @@ class ComfyHost:
         gc.collect()
         management.cleanup_models_gc()
         management.soft_empty_cache()
-
-
-def differentiable_attention(kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """torch's own attention, whatever ComfyUI was started with: some fast kernels have no backward."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
 # -- the copy ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from ..core.cond import Cond
 from ..core.families import bind_comfy, detect, select
 from ..core.licences import Part
 from ..core.roles import Roles
-from .adapt import BLOCKS, IN_PLACE, differentiable_attention, refuse_patches, refuse_variant
+from .adapt import BLOCKS, IN_PLACE, refuse_patches, refuse_variant
+from .attention import differentiable_attention
 from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
 from .origin import name_of
 from .stored import hollow_weight, is_quantised, keep_stored, take_room
