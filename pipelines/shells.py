@@ -25,7 +25,6 @@ from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from .adapt import DiffusersHost, denoiser_of
 from .networks import port_of
-from .single_file import kind_of
 from .text import encoders_of, t5_tokens
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -114,6 +113,8 @@ def of_folder(folder: Path, *, targets: str = "all", dtype: torch.dtype = torch.
 
 def of_single_file(path: Path, *, targets: str = "all", dtype: torch.dtype = torch.bfloat16) -> Shell:
     """The shell of a checkpoint file: its keys are read, its weights are not."""
+    from .single_file import kind_of  # which needs transformers, as no other shell does
+
     shell = layout(kind_of(path, read_header(path)).config, targets=targets, dtype=dtype)
     shell.name = path.stem
     return shell

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from part import Run, Table, milliseconds, peak_bytes
 from torch import Tensor
 
-from onestep.kernels import LoRA, Place, add_lora, add_lora_reference, gated, gated_reference
+from onestep.kernels import LoRA, Place, add_lora, add_lora_reference, gated, gated_reference, rotary
 from onestep.kernels.choice import REFERENCE, WORKS
 from onestep.kernels.ops import OPS
 from onestep.kernels.steered import Steer, steered_attention
@@ -27,7 +27,7 @@ Case = tuple[str, Callable[[], Any], Callable[[], Any]]
 def measure(run: Run) -> Table:
     dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
     rows = []
-    for op, cases in zip(OPS, (lora_cases(run, dtype), gate_cases(run, dtype), steer_cases(run, dtype)), strict=True):
+    for op, cases in zip(OPS, (make(run, dtype) for make in CASES), strict=True):
         working = [name for name in op.loaders if op.state(name, run.device, dtype) == WORKS]
         for title, ours, plain in cases:
             rows.append(row(run, op.name, title, WRITTEN_OUT, plain))
@@ -86,6 +86,26 @@ def gate_cases(run: Run, dtype: torch.dtype) -> Iterator[Case]:
         yield title, lambda passed=passed: passed(gated), lambda passed=passed: passed(gated_reference)
 
 
+def rotary_cases(run: Run, dtype: torch.dtype) -> Iterator[Case]:
+    """Queries of Flux, with a gradient."""
+    for length, heads, width in [(8, 2, 8)] if run.tiny else [(1536, 24, 128), (4608, 24, 128)]:
+        x, weight = drawn(run, dtype, 1, length, heads, width).requires_grad_(True), drawn(run, dtype, width)
+        angle = torch.randn(length, width // 2, device=run.device).repeat_interleave(2, 1)
+        rest = weight, angle.cos(), angle.sin(), 1e-6
+
+        def passed(function: Any, x=x, rest=rest) -> None:
+            out = function(x, *rest)
+            torch.autograd.grad(out, x, out.detach())
+
+        title = f"{length} tokens, {heads} heads of {width}"
+        plain = rotary.normed_rotary_reference
+        yield (
+            title,
+            lambda passed=passed: passed(rotary.normed_rotary),
+            lambda passed=passed, plain=plain: passed(plain),
+        )
+
+
 def steer_cases(run: Run, dtype: torch.dtype) -> Iterator[Case]:
     """NAG with a negative as long as the prompt, forward alone; written out by two SDPA."""
     steer = Steer(3.0, True, 2.5, 0.5)
@@ -98,3 +118,7 @@ def steer_cases(run: Run, dtype: torch.dtype) -> Iterator[Case]:
 
         title = f"{tokens} tokens, {heads} heads of {width}"
         yield title, lambda given=given: steered_attention(*given, steer), lambda given=given: plain(*given)
+
+
+CASES = lora_cases, gate_cases, rotary_cases, steer_cases
+"""In the order of `OPS`."""

@@ -1,0 +1,100 @@
+"""Updates of a run as `onestep plan` counted them, and as the card does them: whole, and with a part of its memory.
+
+A smaller card is the same one with its allocator kept from the rest: what a card of 8, 12 or 16 GB has for tensors. The
+run is laid out as the plan says, its proposals taken; its speed is this card's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from part import Case, Run, Table, seconds, table_of, whole_peak
+from random_host import host_of, shells_of
+from updates import direct, trainer_of
+
+from onestep.training.engine.student import LARGE
+from onestep.training.plan.cards import GIB, Card, found_card
+from onestep.training.plan.ladder import YIELDING, Rung, planned, rung_of
+from onestep.training.settings import Settings
+
+COLUMNS = ("run", "laid out", "planned GiB", "measured GiB", "off by", "s an update", "ms a forward", "note")
+CARDS = (16, 12, 8)
+BATCHES = (1, 4)
+TIMED = 3
+
+
+def measure(run: Run) -> Table:
+    name, size = ("tiny", "32x32") if run.tiny else ("sdxl", "1024x1024")
+    rank = 8 if run.tiny else 64
+    whole = [
+        Case(f"{name} {size}, rank {rank}, batch {batch}", partial(as_set, run, name, _settings(size, rank, batch)), 30)
+        for batch in (BATCHES[-1:] if run.tiny else BATCHES)
+    ]
+    parts = [
+        Case(f"the same, batch 4, of {gb} GB", partial(on_part, run, name, _settings(size, rank, 4), gb), 30)
+        for gb in (CARDS[-1:] if run.tiny else CARDS)
+    ]
+    return table_of(run, COLUMNS, [*whole, *parts], NOTE)
+
+
+NOTE = "A forward: of one sample, an update divided by the forwards that the plan counts in it."
+
+
+def _settings(size: str, rank: int, batch: int) -> Settings:
+    return direct(sizes=size, rank=rank, batch=batch, optimizer="adamw")
+
+
+def as_set(run: Run, name: str, settings: Settings) -> Sequence[Any]:
+    host = host_of(name, run.device)
+    card = found_card(run.device)
+    small = card is not None and card.size < LARGE
+    rung = rung_of(shells_of(host), settings, card, settings.batch, {}, host_mean=small)
+    return _row(run, host, settings, rung)
+
+
+def on_part(run: Run, name: str, settings: Settings, gb: int) -> Sequence[Any]:
+    """On ``gb`` of the card, by the plan's own rung."""
+    like = found_card(run.device) or Card("no card", 141 * GIB, 989, 66.9, 4800)
+    host = host_of(name, run.device)
+    plan = planned(name, shells_of(host), settings, replace(like, name=f"{gb} GB", size=gb * GIB))
+    rung = plan.taken or plan.proposed
+    if rung is None:
+        return "nothing that was tried fits", "", "", "", "", "", ""
+    chosen = settings.with_texts({key: str(value) for key, value in rung.changes.items()})
+    chosen = chosen.with_(checkpointing=rung.checkpointing, accumulation=-(-settings.batch // rung.micro))
+    assert plan.card is not None
+    with only(run.device, plan.card.usable):
+        return _row(run, host, chosen, rung, torch.device("cpu") if gb * GIB < LARGE else None)
+
+
+def _row(run: Run, host: Any, settings: Settings, rung: Rung, mean_on: torch.device | None = None) -> tuple[Any, ...]:
+    """Moments are there from the second update on, which is measured; then the time of three."""
+    update = max(peak.bytes for part, peak in rung.parts.items() if part not in (*YIELDING, "reference", "watch")) / GIB
+    with trainer_of(host, settings, mean_on) as trainer:
+        trainer.step(0)
+        found = whole_peak(run.device, lambda: trainer.step(1)) / GIB
+        times = [seconds(run.device, lambda at=at: trainer.step(at)) for at in range(2, 3 if run.tiny else 2 + TIMED)]
+    second = statistics.median(times)
+    forwards = 1000 * second / rung.forwards / settings.batch
+    return rung.words, update, found, f"{100 * (found / update - 1):+.1f} %", second, forwards, "; ".join(trainer.notes)
+
+
+@contextmanager
+def only(device: torch.device, size: int) -> Iterator[None]:
+    """Within, torch takes no more than ``size`` bytes of a card."""
+    if device.type != "cuda":
+        yield
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / whole), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
