@@ -20,13 +20,17 @@ from updates import direct, trainer_of
 
 from onestep.training.engine.student import LARGE
 from onestep.training.plan.cards import GIB, Card, found_card
-from onestep.training.plan.ladder import YIELDING, Rung, planned, rung_of
+from onestep.training.plan.ladder import planned
+from onestep.training.plan.rehearse import REFERENCE, WATCH
+from onestep.training.plan.rungs import YIELDING, Rung, Way, rung_of
+from onestep.training.plan.storage import FP8, NF4
 from onestep.training.settings import Settings
 
 COLUMNS = ("run", "laid out", "planned GiB", "measured GiB", "off by", "s an update", "ms a forward", "note")
 CARDS = (16, 12, 8)
 BATCHES = (1, 4)
 TIMED = 3
+STORED_AS = {FP8: "float8", NF4: "nf4"}
 
 
 def measure(run: Run) -> Table:
@@ -53,36 +57,36 @@ def _settings(size: str, rank: int, batch: int) -> Settings:
 def as_set(run: Run, name: str, settings: Settings) -> Sequence[Any]:
     host = host_of(name, run.device)
     card = found_card(run.device)
-    small = card is not None and card.size < LARGE
-    rung = rung_of(shells_of(host), settings, card, settings.batch, {}, host_mean=small)
-    return _row(run, host, settings, rung)
+    way = Way(settings.batch, mean_on_host=card is not None and card.size < LARGE)
+    return _row(run, host, settings, rung_of(shells_of(host), settings, card, way))
 
 
 def on_part(run: Run, name: str, settings: Settings, gb: int) -> Sequence[Any]:
     """On ``gb`` of the card, by the plan's own rung."""
     like = found_card(run.device) or Card("no card", 141 * GIB, 989, 66.9, 4800)
     host = host_of(name, run.device)
-    plan = planned(name, shells_of(host), settings, replace(like, name=f"{gb} GB", size=gb * GIB))
+    card = replace(like, name=f"{gb} GB", size=gb * GIB)
+    plan = planned(name, shells_of(host), settings, card)
     rung = plan.taken or plan.proposed
     if rung is None:
-        return "nothing that was tried fits", "", "", "", "", "", ""
-    chosen = settings.with_texts({key: str(value) for key, value in rung.changes.items()})
-    chosen = chosen.with_(checkpointing=rung.checkpointing, accumulation=-(-settings.batch // rung.micro))
-    assert plan.card is not None
-    with only(run.device, plan.card.usable):
-        return _row(run, host, chosen, rung, torch.device("cpu") if gb * GIB < LARGE else None)
+        return ["nothing that was tried fits"]
+    if rung.way.storage:
+        host = host_of(name, run.device, STORED_AS[rung.way.storage])
+    chosen = settings.with_texts({key: str(value) for key, value in rung.way.changes.items()})
+    with only(run.device, card.usable):
+        return _row(run, host, chosen, rung)
 
 
-def _row(run: Run, host: Any, settings: Settings, rung: Rung, mean_on: torch.device | None = None) -> tuple[Any, ...]:
+def _row(run: Run, host: Any, settings: Settings, rung: Rung) -> tuple[Any, ...]:
     """Moments are there from the second update on, which is measured; then the time of three."""
-    update = max(peak.bytes for part, peak in rung.parts.items() if part not in (*YIELDING, "reference", "watch")) / GIB
-    with trainer_of(host, settings, mean_on) as trainer:
+    update = max(peak.bytes for part, peak in rung.parts.items() if part not in (*YIELDING, REFERENCE, WATCH)) / GIB
+    with trainer_of(host, settings, rung.way) as trainer:
         trainer.step(0)
         found = whole_peak(run.device, lambda: trainer.step(1)) / GIB
         times = [seconds(run.device, lambda at=at: trainer.step(at)) for at in range(2, 3 if run.tiny else 2 + TIMED)]
     second = statistics.median(times)
-    forwards = 1000 * second / rung.forwards / settings.batch
-    return rung.words, update, found, f"{100 * (found / update - 1):+.1f} %", second, forwards, "; ".join(trainer.notes)
+    forwards, off = 1000 * second / rung.forwards / settings.batch, f"{100 * (found / update - 1):+.1f} %"
+    return rung.way.words, update, found, off, second, forwards, "; ".join(trainer.notes)
 
 
 @contextmanager

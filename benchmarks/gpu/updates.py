@@ -15,6 +15,7 @@ from onestep.training.engine.setup import Setup, hooked
 from onestep.training.engine.student import STUDENT, add_student
 from onestep.training.engine.trainer import EMA, Trainer
 from onestep.training.methods import METHODS, settings_for
+from onestep.training.plan.rungs import Way
 from onestep.training.settings import Settings
 
 PROMPTS = ["a lighthouse in a storm", "a red bicycle"]
@@ -30,18 +31,23 @@ def direct(**values: Any) -> Settings:
 
 
 @contextmanager
-def trainer_of(host: Any, settings: Settings, mean_on: torch.device | None = None) -> Iterator[Trainer]:
-    """Within, the trainer of a run on ``host``. mean_on: where the running mean lies, by default on the host's
-    device."""
-    method = METHODS[settings.method]
+def trainer_of(host: Any, settings: Settings, way: Way | None = None) -> Iterator[Trainer]:
+    """Within, the trainer of a run on ``host``. way: how it lies there; by default whole, all its blocks computed
+    again."""
+    method, way = METHODS[settings.method], way or Way(settings.batch)
     with TemporaryDirectory() as folder:
         prompts = embed(host, PROMPTS, settings, Path(folder))
         setup = Setup(host, settings, prompts, Path(folder), method.recipe(host, settings))
-        with host.training(), hooked(host, settings):
+        with host.training(), hooked(host, way.recompute) as checkpoints:
             add_student(host, settings, None)
-            host.denoiser.roles.copy(STUDENT, EMA, mean_on or host.device)
+            host.denoiser.roles.copy(STUDENT, EMA, torch.device("cpu") if way.mean_on_host else host.device)
+            trainer = Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
+            # roles are asked one after the other, as in every run that was planned
+            trainer.checkpoints, trainer.sliced = checkpoints, True
+            trainer.moments_on_host = way.moments_on_host
+            trainer.accumulation = -(-settings.batch // way.micro)
             try:
-                yield Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
+                yield trainer
             finally:
                 for role in host.denoiser.roles.names():
                     host.denoiser.roles.drop(role)
