@@ -70,6 +70,8 @@ def on_part(run: Run, name: str, settings: Settings, gb: int) -> Sequence[Any]:
     rung = plan.taken or plan.proposed
     if rung is None:
         return ["nothing that was tried fits"]
+    if rung.way.streamed:
+        return [rung.way.words, rung.peak.bytes / GIB, "a streamed base is not measured here"]
     if rung.way.storage:
         host = host_of(name, run.device, STORED_AS[rung.way.storage])
     chosen = settings.with_texts({key: str(value) for key, value in rung.way.changes.items()})
