@@ -32,6 +32,15 @@ def in_float8(network: nn.Module) -> bool:
     return any(value.dtype in FLOAT8 for value in network.parameters())
 
 
+def holds_float8(device: torch.device) -> bool:
+    """Whether a device holds float8 and widens it; Apple's do not."""
+    try:
+        torch.zeros(1, dtype=FLOAT8[0], device=device).to(torch.float16)
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError):
+        return False
+    return True
+
+
 @torch.no_grad()
 def serve(network: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Make a ``network`` that was loaded in float8 compute in ``dtype``: linear and convolution layers of its

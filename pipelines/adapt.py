@@ -22,6 +22,7 @@ from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect, select
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.roles import Roles
+from ..core.stored import holds_float8, in_float8
 from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
@@ -45,6 +46,8 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     network = network_of(pipe)
     prepare(pipe, network)
     device = torch.device(device or network.device)
+    if in_float8(network) and not holds_float8(device):
+        raise OneStepError(f"{device} does not hold float8: load the base in float16 or bfloat16")
     warn_of_float32(network, device)
     if has_ip_adapter(network):
         raise OneStepError("this pipeline has an IP-Adapter, which is not trained with: call unload_ip_adapter() first")

@@ -15,6 +15,7 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
+from ..core.stored import holds_float8
 from ..core.tensor_file import read_header
 from .bundled import path_of
 from .kinds import PIPELINES
@@ -49,7 +50,11 @@ def load(
             "or a .safetensors file of SD1.5, SD2 or SDXL"
         )
     dtype = dtype or (torch.float32 if device.type == "cpu" else half_of(path, has_bfloat16(device)))
-    pipe = load_folder(path, dtype) if path.is_dir() else load_single_file(path, dtype, stored=stored)
+    pipe = (
+        load_folder(path, dtype)
+        if path.is_dir()
+        else load_single_file(path, dtype, stored=stored and holds_float8(device))
+    )
     refuse_broken(pipe, path)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     network.to(device)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from onestep.core.stored import FLOAT8, StoredConv2d, StoredLinear, in_float8, serve, store, widened
+from onestep.core.stored import (
+    FLOAT8,
+    StoredConv2d,
+    StoredLinear,
+    holds_float8,
+    in_float8,
+    serve,
+    store,
+    weight_of,
+    widened,
+)
 
 LAYERS: dict[str, Any] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
@@ -95,3 +105,22 @@ def test_a_network_that_was_loaded_in_float8_computes() -> None:
     x = torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True)
     network(x).sum().backward()
     assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
+def test_a_device_that_is_not_there_holds_no_float8() -> None:
+    assert holds_float8(torch.device("cpu")) and not holds_float8(torch.device("mps"))
+
+
+@pytest.mark.parametrize("kind", [*FLOAT8, torch.float16, torch.float32])
+def test_the_numbers_that_a_layer_stands_for(kind: torch.dtype) -> None:
+    layer = nn.Linear(6, 5)
+    before = layer.weight.detach().clone()
+    if kind in FLOAT8:
+        store(layer, kind)
+    else:
+        layer.to(kind)
+    found = weight_of(layer)
+    assert found.dtype == torch.float32 and float((found - before).abs().max()) < 0.07
+    eye = torch.eye(6, dtype=torch.float32 if kind in FLOAT8 else kind)
+    zero = 0 if layer.bias is None else layer.bias.to(eye.dtype)
+    torch.testing.assert_close((layer.to("cpu")(eye) - zero).float().t(), found, rtol=1e-3, atol=1e-3)

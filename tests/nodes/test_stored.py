@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import small
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -106,3 +108,35 @@ def test_other_packs_forms_and_broken_files_are_refused_with_what_to_load(
         text = told.pop(kind)
         assert word in text and "ComfyUI's own loaders" in text and "img_attn.qkv" in text, (kind, text)
     assert "scale is not a finite number" in told["nan"] and "download or quantise the file again" in told["nan"]
+
+
+def test_a_server_trains_on_a_scaled_fp8_checkpoint_and_draws_with_the_lora(
+    comfy: Any, server_with_checkpoints: Any, checkpoints: Path, tmp_path: Path
+) -> None:
+    """Loaded, distilled, and drawn with ComfyUI's own nodes."""
+    server, name = server_with_checkpoints, "tiny_flux_scaled.safetensors"
+    comfy.run_script(SUPPORT / "quantised_files.py", checkpoints / "tiny_flux.safetensors", tmp_path, "scaled")
+    shutil.copyfile(tmp_path / name, server.base / "models" / "checkpoints" / name)
+    few = {"preset": "Fast", "steps": 2, "student_steps": "1", "rank": 2, "sizes": "64x64", "teacher_steps": 2}
+    plugs = {"model": ["base", 0], "clip": ["texts", 1], "vae": ["base", 2], "prompts": "a red dragon\na wall"}
+    told = {**small("regression"), **plugs, **few, "name": "scaled", "existing": "restart"}
+    lora = {"model": ["base", 0], "lora_name": "onestep/scaled.safetensors", "strength_model": 1.0}
+    drawn = {"model": ["lora", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
+    drawn |= {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    base: dict[str, Any] = {
+        "base": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
+        "texts": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "tiny_sd3.safetensors"}},
+    }
+    trained = server.run(base | {"distil": {"class_type": "OneStepDistil", "inputs": told}})
+    assert trained.status == "success", trained.error
+    graph = base | {
+        "lora": {"class_type": "LoraLoaderModelOnly", "inputs": lora},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["texts", 1], "text": "a red dragon"}},
+        "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "draw": {"class_type": "KSampler", "inputs": drawn},
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["draw", 0], "vae": ["base", 2]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "scaled"}},
+    }
+    finished = server.run(graph)
+    assert finished.status == "success", finished.error
+    assert finished.outputs["save"]["images"]

@@ -19,8 +19,8 @@ import onestep
 from onestep.core.errors import OneStepError
 from onestep.core.stored import STORED
 from onestep.pipelines.adapt import adapt
-from onestep.pipelines.load import refuse_broken
-from onestep.pipelines.single_file import load_single_file
+from onestep.pipelines.load import half_of, refuse_broken
+from onestep.pipelines.single_file import FIRST, load_single_file
 
 State = dict[str, Tensor]
 UNET, CLIP = "model.diffusion_model.", "cond_stage_model.transformer."
@@ -257,3 +257,27 @@ def test_a_truncated_file_is_refused(whole: Any, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(OneStepError, match="it is cut off"):
         load_single_file(file, torch.float32, whole("sd15").configs, stored=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "bfloat16", "wanted"),
+    [
+        (torch.float16, True, torch.float16),
+        (torch.float32, True, torch.float16),
+        (torch.float8_e4m3fn, True, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float16),
+    ],
+)
+def test_a_card_takes_a_unet_in_float16_unless_it_is_stored_in_bfloat16(
+    stored: torch.dtype, bfloat16: bool, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    first = torch.zeros(4, 4, 3, 3).to(stored)
+    save_file({FIRST: first}, tmp_path / "x.safetensors")
+    (tmp_path / "folder" / "unet").mkdir(parents=True)
+    save_file({"conv_in.weight": first}, tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert half_of(tmp_path / "x.safetensors", bfloat16) == half_of(tmp_path / "folder", bfloat16) == wanted
+
+
+def test_a_card_takes_all_else_in_bfloat16_where_it_has_that(tmp_path: Path) -> None:
+    assert half_of(tmp_path, True) == torch.bfloat16 and half_of(tmp_path, False) == torch.float16
