@@ -90,6 +90,11 @@ class ComfyHost:
         ]
         self._training = False
 
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """What stored weights are cast to at each use."""
+        return self.model.get_dtype_inference()  # type: ignore[no-any-return]
+
     @cached_property
     def base_hash(self) -> str:
         return hash_of(self.network)

@@ -84,3 +84,12 @@ def test_an_overflow_drops_the_step(tmp_path: Path) -> None:
 def test_numbers_are_read_once_whatever_they_are() -> None:
     mixed = {"a": 1.5, "b": torch.tensor(2.5), "c": torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)}
     assert read(mixed) == {"a": 1.5, "b": 2.5, "c": 0.5} and read({}) == {}
+
+
+def test_a_host_that_casts_its_weights_to_float16_is_in_half(tmp_path: Path) -> None:
+    """Weights of fp8 or bfloat16 may be multiplied in float16: the host says so."""
+    _, trainer, _ = critic_gradient(tmp_path, torch.float32)
+    for dtype, half in ((torch.float16, True), (torch.bfloat16, False)):
+        trainer.host.computing_dtype = dtype  # type: ignore[attr-defined]
+        again = Trainer(trainer.host, trainer.settings, trainer.recipe, trainer.prompts, trainer.plan)
+        assert again.in_half == half

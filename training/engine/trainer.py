@@ -59,7 +59,9 @@ class Trainer:
         roles = self.host.denoiser.roles
         self.accumulation = self.settings.accumulation
         learnt = {role: [p for p in roles.parameters(role) if p.requires_grad] for role in self.plan.roles}
-        self.in_half = any(p.dtype == torch.float16 for p in self.host.network.parameters())
+        # a host whose weights are cast at each use says what they are cast to
+        dtypes = {getattr(self.host, "computing_dtype", None), *(p.dtype for p in self.host.network.parameters())}
+        self.in_half = torch.float16 in dtypes
         self.optimizers = {role: adam.make(parameters, self.settings) for role, parameters in learnt.items()}
 
     # -- one update ---------------------------------------------------------------------------------------------------
