@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from ..core.errors import OneStepError
+from ..core.words import duration as duration
 
 LONGEST = 399
 EVERY = 30.0
@@ -99,13 +100,3 @@ def complain(message: str) -> None:
 def to_go(eta: float) -> str:
     """ "5 min to go"."""
     return f"{duration(eta)} to go" if math.isfinite(eta) else "measuring the time to go"
-
-
-def duration(seconds: float) -> str:
-    """47 s, 5 min, 3 h 20 min; ? for what is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

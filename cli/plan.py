@@ -16,13 +16,14 @@ def run(args: Namespace, console: Console) -> None:
     from ..training.plan.cards import card_of, found_card
     from ..training.plan.ladder import planned
     from ..training.plan.text import facts, told
+    from ..training.runs.config import SECOND_ORDER
 
     settings, given = read_settings(args)
     card = card_of(args.card) if args.card else found_card()
     shell = shell_of(args.model)
     if "sizes" not in given:
         settings = replace(settings, sizes="{}x{}".format(*shell.native_size))
-    settings = without_null(shell, settings, given)
+    settings = replace(without_null(shell, settings, given), second_order=SECOND_ORDER)
     plan = planned(shell.name, shell.shell, settings, card)
     console.result(told(plan), facts(plan))
 

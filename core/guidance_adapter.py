@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,9 +194,14 @@ def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: fl
     cls: Any = GuidanceAttention if family == "unet" else GuidanceOffset
     text = _text_width(targets, family, sites)
     wanted = share * sum(target.out_rows * math.prod(target.shape_a(1)) for target in targets.values())
-    with torch.device("meta"):
-        sizes = {width: _size(cls(Config(sites, text, width))) for width in range(2 * HEADS, 1032, HEADS)}
-    hidden = min(sizes, key=lambda width: abs(sizes[width] - wanted))
+
+    def size(width: int) -> int:
+        with torch.device("meta"):
+            return _size(cls(Config(sites, text, width)))
+
+    widths = range(2 * HEADS, 1032, HEADS)
+    at = bisect_left(widths, wanted, key=size)
+    hidden = min(widths[max(0, at - 1) : at + 1], key=lambda width: abs(size(width) - wanted))
     return _made(cls, Config(sites, text, hidden, seed))
 
 

@@ -32,8 +32,9 @@ class OutOfMemory(OneStepError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device had no memory left: torch's own error, and those of its libraries."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether ``error`` says that a device, or the host, had no memory left: torch's own error, those of its libraries,
+    and Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in MARKS)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import OneStepError
+from .memory import is_out_of_memory
 from .whole_file import short, write_whole
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -97,11 +98,17 @@ def each_tensor(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a whole file beside its place, sync it, and put it there in one move. Same content, same bytes."""
+    """Write a whole file beside its place, sync it, and put it there in one move. Same content, same bytes. Raises
+    OneStepError where the host has no memory left for a tensor of a card."""
     ordered = {name: tensors[name].detach() for name in sorted(tensors)}
     # one tensor after the other comes to the host's memory
     pieces = (_bytes(tensor.to("cpu").contiguous()) for tensor in ordered.values())
-    write_whole(Path(path), chain([_head(ordered, metadata or {})], pieces))
+    try:
+        write_whole(Path(path), chain([_head(ordered, metadata or {})], pieces))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OneStepError(f"no memory is left in which to write {short(Path(path))}: close other programs") from None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as management
@@ -15,6 +16,7 @@ from ..training.plan.ladder import planned
 from ..training.plan.picture import bar
 from ..training.plan.text import told
 from ..training.presets import PRESETS
+from ..training.runs.config import SECOND_ORDER
 from .distil import settings_of
 from .places import shown
 from .shell import Shell
@@ -67,7 +69,7 @@ class PlanDistillation(io.ComfyNode):  # type: ignore[misc]
     def execute(
         cls, model: Any, card: str, preset: str, method: dict[str, Any], vae: Any = None, **widgets: Any
     ) -> io.NodeOutput:
-        settings = settings_of(method, preset, **widgets)
+        settings = replace(settings_of(method, preset, **widgets), second_order=SECOND_ORDER)
         shell = Shell(model, vae, settings.targets)
         plan = planned(shell.name, shell.shell, settings, card_of(card) if card.strip() else here())
         text, picture = told(plan), torch.from_numpy(np.array(bar(plan), np.float32) / 255)[None]

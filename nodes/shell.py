@@ -11,11 +11,14 @@ from typing import Any
 import comfy.model_management as management
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..core.cond import Cond
 from ..core.families import bind_comfy, detect, select
 from ..core.licences import Part
 from ..core.roles import Roles
+from ..training.host import Shells
+from ..training.plan.trace import DECODE
 from .adapt import BLOCKS, IN_PLACE, refuse_patches, refuse_variant
 from .attention import differentiable_attention
 from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
@@ -47,6 +50,18 @@ def hollow(module: nn.Module) -> Any:
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
     return found
+
+
+def shells_of(model: Any, vae: Any | None, targets: str) -> Shells:
+    """Of ``model``, made when it is first asked for."""
+    made: list[Shell] = []
+
+    def shell(chosen: str) -> Shell:
+        if not made:
+            made.append(Shell(model, vae, targets))
+        return made[0].shell(chosen)
+
+    return shell
 
 
 class Shell:
@@ -110,13 +125,17 @@ class Shell:
         return config["context_in_dim"], config["vec_in_dim"]
 
     def decode(self, latents: Tensor) -> Tensor:
+        """The first picture in the place of each, while the decoder's weights are there; without a decoder, none of its
+        work."""
         if self._decoder is None:
-            return torch.zeros(len(latents), 3, 8, 8)
+            channels, height, width = latents.shape[1:]
+            return torch.zeros(len(latents), 3, 8 * height, 8 * width)
         weights = [torch.empty_like(weight) for weight in self._decoder.parameters()]
         dtype = next(self._decoder.parameters()).dtype
-        pictures: Tensor = self._decoder.decode(latents[:1].to(dtype)).float().cpu()
+        with record_function(DECODE):
+            picture: Tensor = self._decoder.decode(latents[:1].to(dtype)).float().cpu()
         del weights
-        return pictures
+        return picture.expand(len(latents), -1, -1, -1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size

@@ -16,6 +16,7 @@ from .adapt import adapted
 from .places import LORAS, checked_name, files_of, run_folder, shown
 from .progress import Reporter, viewed
 from .requests import running
+from .shell import shells_of
 from .widgets import widget
 
 NO_LORA = "none"
@@ -139,7 +140,8 @@ class TrainerNode(io.ComfyNode):  # type: ignore[misc]
         has_panel = bool(cls.hidden.extra_pnginfo)
         with running(name) as asked, adapted(model, clip, vae, targets=settings.targets) as host:
             report = Reporter(cls.hidden.unique_id, name, asked, has_panel)
-            return distil(host, texts, settings, run_folder(name), existing=existing, report=report)
+            shells = shells_of(model, vae, settings.targets)
+            return distil(host, texts, settings, run_folder(name), existing=existing, report=report, shells=shells)
 
 
 def seen(result: Result, file: str, *more: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
@@ -23,6 +24,7 @@ from ..core.families import bind_diffusers, select
 from ..core.roles import Roles
 from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
+from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
 from .networks import port_of
 from .text import encoders_of, t5_tokens
@@ -81,11 +83,13 @@ class Shell(DiffusersHost):
         yield
 
     def decode(self, latents: Tensor, generator: Any = None) -> Tensor:
-        """The decoder's weights are there as long as it works."""
+        """The first picture in the place of each, which are decoded one after the other. The decoder's weights are
+        there as long as it works."""
         weights = [torch.empty_like(weight) for weight in self.pipe.vae.parameters()]
-        pictures = super().decode(latents, generator)
+        with record_function(DECODE):
+            picture = super().decode(latents[:1], generator)
         del weights
-        return pictures
+        return picture.expand(len(latents), -1, -1, -1)
 
     def shell(self, targets: str) -> Shell:
         """Itself, with new adapters on ``targets``."""

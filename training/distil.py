@@ -102,8 +102,9 @@ class _Session:
 
     def run_all(self, goes_on: bool) -> Result:
         with ExitStack() as stack:
-            self.layout = laid_out(self.run, self.host, self.settings, self.shells)
-            self.notes = [note for note in [self.layout.note, *self.notes] if note]
+            self.layout = laid_out(self.run, self.host, self.settings, self.shells, len(self.texts))
+            self.notes = [*self.layout.notes, *self.notes]
+            self.host.memory_required = self.layout.beyond
             stack.enter_context(noticed(self.notes))
             self.setup = self._setup()
             stack.enter_context(self.host.training())
@@ -112,8 +113,8 @@ class _Session:
             stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
             self.checkpoints = stack.enter_context(hooked(self.host, self.layout.recompute))
             self.trainer = self._trainer()
-            self.pace, self.monitor = Pace(self.trainer.plan), watching(self.setup)
-            self.notes += self.run.short_of_room(size_of(self.trainer))
+            self.pace, self.monitor = Pace(*self.layout.counted(self.trainer.plan)), watching(self.setup)
+            self.notes += self.run.short_of_room(size_of(self.trainer), self.layout.disk)
             if goes_on:
                 self._restore()
                 self._adjust()

@@ -2,95 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
-import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch.profiler import ProfilerActivity, profile
+from allocated import host, trained
 
-from onestep.core.recomputed import GRADES
-from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.core.recomputed import BLOCKS, GRADES
 from onestep.pipelines.shells import of_host
-from onestep.training.engine.prompts import embed
-from onestep.training.engine.setup import Setup, hooked
-from onestep.training.engine.student import STUDENT, add_student
-from onestep.training.engine.trainer import EMA, Trainer
 from onestep.training.methods import METHODS, settings_for
-from onestep.training.plan.rehearse import rehearse
+from onestep.training.plan.rehearse import OPTIMIZER, rehearse
 from onestep.training.plan.rungs import Way, peaks_of
-from onestep.training.settings import Settings
+from onestep.training.settings import Settings, described
 
-UPDATE = 1
-"""The second: moments are there."""
+LASTING = ("base", "student", "critic", "ema", "student moments", "critic moments")
 
 
-def host() -> DiffusersHost:
-    """A U-Net of four levels with cross-attention, in float32."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **{"sample_size": 32, "block_out_channels": (32, 64, 64, 64), "layers_per_block": 1, "norm_num_groups": 16},
-        **{"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "cross_attention_dim": 24},
-        **{"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "attention_head_dim": 4},
+def settings_of(method: str, batch: int, **more: Any) -> Settings:
+    run = {"sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch, "steps": 4}
+    few = {"teacher_steps": 1, "watch_samples": 4}
+    alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1}
+    own = {entry.name for entry in described(METHODS[method].settings)}
+    several = {"student_steps": 4} if method in ("cdm", "tdm") else {}
+    return settings_for(method=method, **several, **run, **few, **({} if alone.keys() - own else alone), **more)
+
+
+def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> int:
+    """The most bytes that an update's parts have alive beyond what is there before it."""
+    shell = of_host(real, "all")
+    played = rehearse(shell, settings, machine="cpu", scaled=False, recompute=recompute, sliced=sliced)
+    peaks = peaks_of(played, settings, Way(settings.batch))
+    parts = {OPTIMIZER, *(name for phase in played.phases for name in phase.parts)}
+    return max(
+        peak.bytes - sum(peak.made_of.get(label, 0) for label in LASTING) for peak in map(peaks.__getitem__, parts)
     )
-    return adapt(
-        StableDiffusionPipeline(
-            **{"vae": tiny.vae(), "unet": unet, "scheduler": tiny.ddim(), "text_encoder": tiny.clip(width=24)},
-            **{"tokenizer": tiny.clip_tokenizer(), "safety_checker": None, "feature_extractor": None},
-            requires_safety_checker=False,
-        )
-    )
-
-
-def settings_of(batch: int, **more: Any) -> Settings:
-    return settings_for(
-        **{"method": "dmd", "sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch},
-        **{
-            "warm_start": 0,
-            "critic_warm_up": 0,
-            "steps": 4,
-            "critic_updates": 1,
-            "teacher_steps": 1,
-            "watch_samples": 4,
-        },
-        **more,
-    )
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """The most bytes that ``work`` has alive at once, of those that it allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
-    changes: list[tuple[int, int]] = []
-    stack = list(found.profiler.kineto_results.experimental_event_tree())
-    while stack:
-        event = stack.pop()
-        stack += event.children
-        if event.name == "[memory]":
-            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    alive = most = 0
-    for _, bytes in sorted(changes, key=lambda change: change[0]):
-        alive += bytes
-        most = max(most, alive)
-    return most
-
-
-def trained(host: DiffusersHost, settings: Settings, folder: Path, recompute: str, sliced: bool) -> int:
-    """Of a real update of both roles."""
-    method = METHODS["dmd"]
-    prompts = embed(host, ["a cat"], settings, folder)
-    setup = Setup(host, settings, prompts, folder, method.recipe(host, settings))
-    with host.training(), hooked(host, recompute) as checkpoints:
-        add_student(host, settings, None)
-        host.denoiser.roles.copy(STUDENT, EMA)
-        trainer = Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
-        trainer.checkpoints, trainer.sliced = checkpoints, sliced
-        for update in range(UPDATE):
-            trainer.step(update)
-        return allocated(lambda: trainer.step(UPDATE))
 
 
 @pytest.mark.parametrize("recompute", GRADES)
@@ -98,16 +43,14 @@ def trained(host: DiffusersHost, settings: Settings, folder: Path, recompute: st
 def test_the_peak_of_an_update_is_what_the_cpu_allocates(
     batch: int, sliced: bool, recompute: str, tmp_path: Path
 ) -> None:
-    settings, real = settings_of(batch), host()
-    told = {"recompute": recompute, "sliced": sliced}
-    played = rehearse(of_host(real, "all"), settings, machine="cpu", scaled=False, **told)  # type: ignore[arg-type]
-    peaks = peaks_of(played, settings, Way(batch))
-    lasting = ("base", "student", "critic", "ema", "student moments", "critic moments")
-    predicted = max(
-        peak.bytes - sum(peak.made_of.get(label, 0) for label in lasting)
-        for name, peak in peaks.items()
-        if name in ("dmd, critic", "dmd, student", "anchor", "optimiser")
-    )
+    settings, real = settings_of("dmd", batch), host()
     measured = trained(real, settings, tmp_path, recompute, sliced)
     assert measured > 4 * 2**20
-    assert predicted == pytest.approx(measured, rel=0.01)
+    assert predicted(settings, real, recompute, sliced) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dmd"])
+def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
+    settings, real = settings_of(method, 3), host()
+    measured = trained(real, settings, tmp_path, BLOCKS, True)
+    assert predicted(settings, real, BLOCKS, True) == pytest.approx(measured, rel=0.01)

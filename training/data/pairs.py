@@ -62,8 +62,7 @@ class Blocks:
     def solve_cost(self) -> float:
         """Network forwards that one sample's trajectory of the teacher takes."""
         guided = self.host.denoiser.guidance == "cfg" and self.settings.guidance != 1
-        steps = self.settings.teacher_steps
-        return (fewer(steps) if of_second_order(self.settings) else steps) * (2.0 if guided else 1.0)
+        return evaluations(self.settings) * (2.0 if guided else 1.0)
 
     def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
         """What of each block is handed out, in order; made in slices of ``micro`` samples."""
@@ -78,7 +77,7 @@ class Blocks:
         blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
         ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
-        sides = tuple(torch.stack(side).to(batch.device) for side in zip(*ends, strict=True))
+        sides = tuple(_placed(torch.stack(side), batch.device) for side in zip(*ends, strict=True))
         chosen = torch.stack([self._prompt(at, row) for at, row in zip(blocks, rows, strict=True)])
         return self.prompts.of(size, chosen, batch.step, batch.samples), sides
 
@@ -152,6 +151,12 @@ class Blocks:
         return self.prompts.of(self._size(block), chosen, block, rows)
 
 
+def _placed(side: Tensor, device: torch.device) -> Tensor:
+    """Latents and pictures where the network is; levels, scales and indices of samples stay on the CPU, where levels
+    live."""
+    return side.to(device) if side.ndim > 2 else side
+
+
 @dataclass
 class Pairs(Blocks):
     """(z, x_T): unit noise, and the end of the teacher's ODE from it."""
@@ -189,6 +194,11 @@ def teach(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Tensor
             *(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance),
             second_order=of_second_order(settings),
         )
+
+
+def evaluations(settings: Settings) -> int:
+    """Steps in which a picture of the teacher is drawn."""
+    return fewer(settings.teacher_steps) if of_second_order(settings) else settings.teacher_steps
 
 
 def of_second_order(settings: Settings) -> bool:

@@ -12,24 +12,35 @@ from ...core.errors import OneStepError
 GIB = 2**30
 OF_FLOPS, OF_BANDWIDTH = 0.7, 0.8
 """What a good kernel reaches of a data sheet's figures."""
+ORDINARY = GIB
+"""Of a card, that CUDA's own and a desktop have: it is reckoned with everywhere."""
 
 
 @dataclass(frozen=True)
 class Card:
     """size: bytes. half, single: TFLOP/s of dense products in 16 and 32 bits, summed in 32. bandwidth: GB/s. By the
-    makers' data sheets."""
+    makers' data sheets. taken: bytes that other programs have of it."""
 
     name: str
     size: int
     half: float
     single: float
     bandwidth: float
+    taken: int = 0
 
     @property
     def usable(self) -> int:
         """Bytes that tensors may take: the rest is CUDA's own, its libraries' workspaces, holes between tensors, and
-        the desktop's."""
-        return int(0.9 * self.size - 0.7 * GIB)
+        other programs', of which the desktop's are a little on every card."""
+        more = max(0, self.taken - ORDINARY)
+        return max(0, int(0.9 * (self.size - more) - 0.7 * GIB))
+
+    @property
+    def crowded(self) -> str:
+        """A sentence where other programs have more of it than is usual; else nothing."""
+        if self.taken <= ORDINARY:
+            return ""
+        return f"Other programs have {self.taken / GIB:.1f} GiB of the card: close them, and there is more room."
 
     def seconds(self, flops: int, moved: int, width: int) -> float:
         """The least time of an operation: of its arithmetic or of its bytes, whichever is more (a roofline).
@@ -78,6 +89,7 @@ TYPICAL = {8: "RTX 4060", 12: "RTX 3060", 16: "RTX 4060 Ti", 24: "RTX 3090", 32:
 
 def card_of(text: str) -> Card:
     """The card of a name ("RTX 3060", "4090") or of a size ("12GB"). Raises OneStepError for neither."""
+    text = " ".join(text.split())
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)\s*", text, re.IGNORECASE)
     if size is not None:
         return _of_size(float(size[1]), text)
@@ -97,7 +109,9 @@ def found_card(device: torch.device | None = None) -> Card | None:
     name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     alike = [card for card in CARDS if _plain(name).endswith(_plain(card.name))]
     like = alike[-1] if alike else _of_size(size / GIB, name)
-    return Card(name, size, like.half, like.single, like.bandwidth)
+    free = torch.cuda.mem_get_info(device)[0]
+    taken = size - free - torch.cuda.memory_reserved(device)
+    return Card(name, size, like.half, like.single, like.bandwidth, max(0, taken))
 
 
 def _of_size(gib: float, text: str) -> Card:

@@ -11,7 +11,7 @@ from .rehearse import Rehearsed, rehearse
 
 KEPT = 16
 # what a rehearsal sets itself, or what nothing of it depends on
-FREE = ("batch", "accumulation", "rank", "pairs", "teacher_steps", "watch_samples", "initial_lora", "seed", "negative")
+FREE = ("batch", "accumulation", "rank", "pairs", "watch_samples", "seed", "negative")
 
 _kept: OrderedDict[str, Rehearsed] = OrderedDict()
 
@@ -34,5 +34,6 @@ def _key(host: Host, settings: Settings, recompute: str) -> str:
     told = {name: value for name, value in settings.flat().items() if name not in FREE}
     if told["optimizer"] == "adamw8bit":  # counted as AdamW's, its moments are smaller
         told["optimizer"] = "auto"
+    told["second_order"] = settings.second_order
     parts = (type(host).__name__, recompute, weights, text, sorted(host.denoiser.roles.targets), sorted(told.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()

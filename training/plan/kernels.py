@@ -50,11 +50,12 @@ def _described(value: Any, tensors: list[Tensor]) -> Any:
 @dataclass(frozen=True)
 class Kernel:
     """specs: of the tensors that it makes; CALLED for views; None for what writes into its operands and answers the one
-    at ``written``, or nothing. cost: None for views."""
+    at ``written``, or nothing. cost: None for views. crosses: its name where it takes something from the host."""
 
     specs: Any
     written: int | None
     cost: Cost | None
+    crosses: str = ""
 
     @property
     def fresh(self) -> bool:
@@ -102,15 +103,16 @@ def kernel_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: 
     """By what running it once has made."""
     made = [entry for entry in (result if isinstance(result, tuple | list) else (result,)) if isinstance(entry, Tensor)]
     written = next((at for at, tensor in enumerate(tensors) if tensor is result), None)
+    crosses = "" if all(tensor.is_meta for tensor in tensors) else f"{func}"
     if written is not None or not made:
-        return Kernel(None, written, _cost(func, args, kwargs, tensors, result))
+        return Kernel(None, written, _cost(func, args, kwargs, tensors, result), crosses)
     storages = [id(tensor.untyped_storage()) for tensor in made]
     shared = {id(tensor.untyped_storage()) for tensor in tensors}
     if shared.intersection(storages):
         return Kernel(CALLED, None, None)
     if len(set(storages)) < len(storages):
-        return Kernel(CALLED, None, _cost(func, args, kwargs, tensors, result))
-    return Kernel(_specs(result), None, _cost(func, args, kwargs, tensors, result))
+        return Kernel(CALLED, None, _cost(func, args, kwargs, tensors, result), crosses)
+    return Kernel(_specs(result), None, _cost(func, args, kwargs, tensors, result), crosses)
 
 
 def _cost(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> Cost:

@@ -118,22 +118,24 @@ class Meter(TorchDispatchMode):
             self._found(result)
             return result
         tensors, key = key_of(func, args, kwargs)
+        kernel = self._kernels.get(key)
+        if kernel is not None:
+            return self._ran(kernel, tensors, kwargs, kernel.run(func, args, kwargs, tensors))
         if not any(tensor.is_meta for tensor in tensors) and not _makes_meta(kwargs):
             return self._on_host(func, args, kwargs)
         answer = self._asked(func, args, kwargs)
-        return answer if answer is not None else self._on_card(func, args, kwargs, tensors, key)
+        if answer is not None:
+            return answer
+        result = func(*args, **kwargs)
+        self._kernels[key] = kernel = kernel_of(func, args, kwargs, tensors, result)
+        return self._ran(kernel, tensors, kwargs, result)
 
-    def _on_card(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], key: Any) -> Any:
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            result = func(*args, **kwargs)
-            self._kernels[key] = kernel = kernel_of(func, args, kwargs, tensors, result)
-        else:
-            result = kernel.run(func, args, kwargs, tensors)
+    def _ran(self, kernel: Kernel, tensors: list[Tensor], kwargs: Any, result: Any) -> Any:
+        """``result``, counted."""
         if kernel.cost is not None:
             self.trace.ran(kernel.cost)
-            if not all(tensor.is_meta for tensor in tensors):
-                self.crossings[f"{func}"] += 1
+            if kernel.crosses:
+                self.crossings[kernel.crosses] += 1
         if kernel.fresh:
             if self._of_host and self._is_host(tensors, kwargs):
                 self._mark_host(result)
@@ -184,7 +186,7 @@ class Meter(TorchDispatchMode):
         if func.overloadpacket is torch.ops.profiler._record_function_enter_new:
             self._records.append(self.trace.part)
             if not args[0].startswith("Optimizer."):  # torch's own name for a step
-                self.trace.begin(args[0], within=self.trace.part)
+                self.trace.enter(args[0])
         elif self._records:
             self.trace.begin(self._records.pop())
         return func(*args)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...core.memory import Result, Slices
 from ...core.recomputed import BLOCKS
-from ..data.pairs import MADE
+from ...core.roles import State
+from ..data.pairs import MADE, evaluations
 from ..engine.prompts import embed
 from ..engine.setup import Setup, hooked
 from ..engine.student import STUDENT, add_student
@@ -25,28 +28,22 @@ from ..host import Host
 from ..methods import METHODS
 from ..settings import Settings
 from ..watch.measures import Watch
+from ..watch.reference import by_teacher
 from .attention import as_on
 from .meter import Meter
+from .odd import BATCHES, PROMPT, RANKS, prime, sizes_of, tensors_of, without_donor
+from .rehearsed import Beside, PhaseWork
+from .rehearsed import Rehearsed as Rehearsed
+from .trace import DECODE as DECODE
 from .trace import Count
 
-BATCHES = (13, 17, 19, 23)
-RANKS = (61, 67, 71, 73, 79, 83, 89, 97)
-PROMPTS, REFERENCE, WATCH, DECODE, OPTIMIZER = "prompts", "reference", "watch", "decode", "optimiser"
+PROMPTS, REFERENCE, WATCH, OPTIMIZER = "prompts", "reference", "watch", "optimiser"
 FORWARD, MOMENTS = "forward", "moments"
+INITIAL = "initial LoRA"
+"""What lies under an adapter module, and does not learn."""
 WATCHED = 4
-"""Slices of the watch's pictures that are drawn, each of a micro-batch: whole groups of one prompt's pictures."""
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """count: of what was played. phases: of the whole run, (updates, how often each part is done in one). gradients:
-    by part, the label of the gradients that it makes. passes: by part, forwards of the network and, of those with a
-    graph, backwards: how often each weight is read."""
-
-    count: Count
-    phases: tuple[tuple[int, dict[str, float]], ...]
-    gradients: dict[str, str]
-    passes: dict[str, int]
+"""Micro-batches of pictures that the watch compares: whole groups of one prompt's pictures."""
+TEXTS = "texts"
 
 
 def rehearse(
@@ -63,15 +60,18 @@ def rehearse(
     host: a shell, whose weights are on the meta device. machine: whose attention it is. scaled: at a batch and a rank
     from which others are reckoned; else at the settings' own. recompute, sliced: as the engine's Trainer has them; a
     run that is fitted to a card asks roles one after the other. Whatever is made on the way is as good as nothing.
+    Raises OneStepError where the method cannot be had with this host.
     """
-    p, r = (_prime(BATCHES, host), _prime(RANKS, host)) if scaled else (settings.batch, settings.rank)
+    sizes = sizes_of(host, settings)
+    p, r = (prime(BATCHES, sizes), prime(RANKS, sizes)) if scaled else (settings.batch, settings.rank)
     few = settings.with_(
         **{"batch": p, "accumulation": 1 if scaled else settings.accumulation, "rank": r, "pairs": p},
-        **{"teacher_steps": 1, "watch_samples": WATCHED * p, "initial_lora": ""},
+        **{"teacher_steps": 1, "watch_samples": WATCHED * p, "seed": 0},
         optimizer="auto" if settings.optimizer == "adamw8bit" else settings.optimizer,
     )
+    few = without_donor(few)
     meter = Meter()
-    meter.hold(_tensors(host.network), "base")
+    meter.hold(tensors_of(host.network), "base")
     with (
         tempfile.TemporaryDirectory(prefix="onestep-plan-") as folder,
         _uncollected(),
@@ -80,10 +80,11 @@ def rehearse(
         as_on(machine),
         meter,
     ):
-        played = _Rehearsal(host, few, Path(folder), meter, recompute, sliced)
+        played = _Rehearsal(host, few, settings, Path(folder), meter, recompute, sliced)
         played.play()
     count = Count.of(meter.trace, p, r)
-    return Rehearsed(count, played.phases(count), played.gradients(count), dict(played.passes))
+    found = played.phases(count), played.gradients(count), dict(played.passes), played.beside
+    return Rehearsed(count, *found)
 
 
 @contextmanager
@@ -98,21 +99,20 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _prime(primes: Sequence[int], host: Host) -> int:
-    """The first that divides no size of the network's weights, nor the bytes of its text encoders."""
-    sizes = {size for weight in _tensors(host.network) for size in weight.shape} | {getattr(host, "encoders", 0) or 1}
-    return next(prime for prime in primes if all(size % prime for size in sizes))
+class _First(Slices):
+    """The first slice in the place of every other, which need what it needs."""
 
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
+    def __call__(self, rows: Sequence[int], make: Callable[[list[int]], Result]) -> list[Result]:
+        return [make(list(rows[: self.size]))] * -(-len(rows) // self.size)
 
 
 class _Rehearsal:
+    """settings: those that are played. asked: the run's own."""
+
     def __init__(
-        self, host: Host, settings: Settings, folder: Path, meter: Meter, recompute: str, sliced: bool
+        self, host: Host, settings: Settings, asked: Settings, folder: Path, meter: Meter, recompute: str, sliced: bool
     ) -> None:
-        self.host, self.settings, self.folder, self.meter = host, settings, folder, meter
+        self.host, self.settings, self.asked, self.folder, self.meter = host, settings, asked, folder, meter
         self.recompute, self.sliced = recompute, sliced
         self.method = METHODS[settings.method]
         self.passes: Counter[str] = Counter()
@@ -120,8 +120,9 @@ class _Rehearsal:
     def play(self) -> None:
         """In a run's own order."""
         host, settings, method = self.host, self.settings, self.method
+        method.check(host, settings)
         with self.meter.part(PROMPTS):
-            prompts = embed(host, ["a"], settings, self.folder, guidance_input=method.guidance_input)
+            prompts = embed(host, [PROMPT], settings, self.folder / TEXTS, guidance_input=method.guidance_input)
         self.setup = Setup(host, settings, prompts, self.folder, method.recipe(host, settings))
         with ExitStack() as stack:
             stack.enter_context(host.training())
@@ -135,7 +136,8 @@ class _Rehearsal:
         setup, settings, part = self.setup, self.settings, self.meter.part
         watched = settings.watch_every or settings.preview_every
         with part(REFERENCE):
-            watch = Watch.prepare(setup, self.method.reference(setup)) if watched else None
+            slices = _First(settings.batch // settings.accumulation, "the watch's pictures")
+            watch = Watch.prepare(setup, self.method.reference(setup), slices=slices) if watched else None
         for update in range(trainer.plan.updates):
             self._have_moments(trainer, trainer.plan.at(update)[0])
             with part(OPTIMIZER):
@@ -145,28 +147,37 @@ class _Rehearsal:
             with part(WATCH):
                 watch(self.host, setup.recipe, EMA if settings.ema else STUDENT)
         if settings.preview_every:
-            with part(DECODE):
-                self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
+            self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
         with part(FORWARD):
             self._forward()
+        self.beside = self._beside()
 
     def _pass(self, *unused: Any) -> None:
         self.passes[self.meter.trace.part] += 1 + torch.is_grad_enabled()
 
     def _trainer(self) -> Trainer:
         host, settings = self.host, self.settings
-        add_student(host, settings, None, self.method.adapter)
+        add_student(host, settings, self._initial(), self.method.adapter)
         host.denoiser.roles.copy(STUDENT, EMA)
         trainer = Trainer(
             host, settings, self.setup.recipe, self.setup.prompts, self._once(self.method.plan(self.setup))
         )
         trainer.sliced = self.sliced
+        frozen = {id(p.untyped_storage()) for p in host.denoiser.roles.parameters(STUDENT) if not p.requires_grad}
         for role in host.denoiser.roles.names():
             for parameter in host.denoiser.roles.parameters(role):
-                self.meter.hold([parameter], role)
+                self.meter.hold([parameter], INITIAL if id(parameter.untyped_storage()) in frozen else role)
                 if role in trainer.plan.roles and parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._label_gradient(f"{role} gradients"))
         return trainer
+
+    def _initial(self) -> State | None:
+        """The factors that lie under an adapter module, of an initial LoRA at the run's rank."""
+        if self.method.adapter is None or not self.settings.initial_lora:
+            return None
+        rank, targets = self.settings.rank, self.host.denoiser.roles.targets
+        empty = partial(torch.empty, device=self.host.device)
+        return {name: (empty(place.shape_a(rank)), empty(place.shape_b(rank))) for name, place in targets.items()}
 
     def _once(self, plan: Plan) -> Plan:
         """One update of each phase, and each loss once: where it is last learnt from, beside all that is there then."""
@@ -187,8 +198,8 @@ class _Rehearsal:
 
         return loss
 
-    def phases(self, count: Count) -> tuple[tuple[int, dict[str, float]], ...]:
-        """Of the whole run: updates of each phase, and how often each part is done in one of them."""
+    def phases(self, count: Count) -> tuple[PhaseWork, ...]:
+        """Of the whole run."""
         found = []
         for phase in self._plan.phases:
             times: dict[str, float] = {}
@@ -197,8 +208,30 @@ class _Rehearsal:
                 for name in [part, *(name for name, around in count.within.items() if around == part != name)]:
                     times[name] = times.get(name, 0) + phase.rare.get(name, 1)
             times.pop(MADE, None)
-            found.append((phase.updates, dict(times)))
+            found.append(PhaseWork(phase.name, phase.updates, times, bool(phase.fresh_cost)))
         return tuple(found)
+
+    def _beside(self) -> Beside:
+        """The run's own teacher takes more steps."""
+        ours, method, recipe = self.settings, self.method, self.setup.recipe
+        asked = replace(ours, teacher_steps=self.asked.teacher_steps, second_order=self.asked.second_order)
+        played = max(phase.fresh_cost for phase in self._plan.phases)
+        wanted = max(phase.fresh_cost for phase in method.plan(replace(self.setup, settings=asked)).phases)
+        of_teacher = method.reference is by_teacher
+        texts = (TEXTS, "embeddings")
+        kept = {path.name: self._each(path) for path in sorted(self.folder.iterdir()) if path.name not in texts}
+        return Beside(
+            making=wanted / played if played else 0.0,
+            reference=float(evaluations(asked) / evaluations(ours)) if of_teacher else 1.0,
+            watch=method.recipe(self.host, asked).steps / recipe.steps,
+            kept=kept,
+            text=sum(path.stat().st_size for path in (self.folder / TEXTS).iterdir()) // 2,
+        )
+
+    def _each(self, folder: Path) -> float:
+        """Bytes of a sample in ``folder``, of which each file has a batch."""
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        return sum(sizes) / len(sizes) / self.settings.batch
 
     def gradients(self, count: Count) -> dict[str, str]:
         """By part, whose gradients there are."""

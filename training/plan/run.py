@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ...core.checkpoint import Checkpoints
 from ...core.errors import OneStepError
 from ...core.recomputed import BLOCKS, NOTHING
 from ..engine.trainer import Trainer
+from ..engine.turns import Plan
 from ..host import Host, Shells
 from ..settings import Settings
 from .cards import Card, found_card
 from .ladder import Planned, planned
-from .text import line, rung_facts
+from .text import in_short, line, rung_facts
 
 KEPT = "plan"
 """Where a run's config keeps it."""
+FRESH = "teacher's data"
 
 
 class Config(Protocol):
@@ -31,14 +33,20 @@ class Config(Protocol):
 @dataclass(frozen=True)
 class Layout:
     """How a run is laid out on its card. micro: samples of a micro-batch. recompute, sliced, moments_on_host: as
-    `engine.trainer.Trainer` has them. note: what is said of it; empty where nothing was planned."""
+    `engine.trainer.Trainer` has them. notes: what is said of it; none where nothing was planned. beyond: bytes that it
+    takes beyond the base. disk: bytes that it leaves beside its states. costs: forwards of a sample in an update, by
+    phase, and of a sample's data, under ``FRESH``. forward: seconds of one, at the least; 0 where it is not known."""
 
     settings: Settings
     micro: int
     recompute: str = BLOCKS
     sliced: bool = False
     moments_on_host: bool = False
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    beyond: int = 0
+    disk: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict)
+    forward: float = 0.0
 
     def place(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         """Have ``trainer`` lie so from its first update on."""
@@ -46,12 +54,30 @@ class Layout:
         trainer.accumulation = max(trainer.accumulation, -(-self.settings.batch // self.micro))
         trainer.moments_on_host = self.moments_on_host
 
+    def counted(self, plan: Plan) -> tuple[Plan, float]:
+        """``plan`` at the costs that were counted, where they were; and the least seconds of a batch's forward."""
+        fresh = self.costs.get(FRESH)
+        phases = [
+            replace(
+                phase,
+                cost=self.costs.get(phase.name, phase.cost),
+                fresh_cost=phase.fresh_cost if fresh is None or not phase.fresh_cost else fresh,
+            )
+            for phase in plan.phases
+        ]
+        return replace(plan, phases=phases), self.forward * self.settings.batch
+
 
 def laid_out(
-    config: Config, host: Host, settings: Settings, shells: Shells | None, find: Callable[..., Card | None] = found_card
+    config: Config,
+    host: Host,
+    settings: Settings,
+    shells: Shells | None,
+    prompts: int = 0,
+    find: Callable[..., Card | None] = found_card,
 ) -> Layout:
     """The rung that fits the card of ``host``, found once in a run. Without a card, or a shell of the host, the run is
-    as it is set; and so where it could not be counted, which it says."""
+    as it is set; and so where it could not be counted, which it says. prompts: how many there are."""
     grade = BLOCKS if settings.checkpointing else NOTHING
     as_set = Layout(settings, -(-settings.batch // settings.accumulation), grade)
     kept = config.recorded(KEPT)
@@ -59,16 +85,18 @@ def laid_out(
         card = find(host.device) if shells is not None else None
         if shells is None or card is None:
             return as_set
-        kept = _kept(host, settings, shells, card)
+        kept = _kept(host, settings, shells, card, prompts)
         config.record(KEPT, kept)
+    known = {name: kept[name] for name in ("beyond", "disk", "costs", "forward") if name in kept}
+    noted = replace(as_set, notes=tuple(kept.get("lines", [kept["line"]])), **known)
     rung = kept.get("rung")
     if rung is None:
-        return replace(as_set, note=kept["line"])
-    micro = min(rung["micro_batch"], as_set.micro)
-    return Layout(settings, micro, rung["recompute"], True, rung["moments_on_host"], kept["line"])
+        return noted
+    micro, on_host = min(rung["micro_batch"], as_set.micro), rung["moments_on_host"]
+    return replace(noted, micro=micro, recompute=rung["recompute"], sliced=True, moments_on_host=on_host)
 
 
-def _kept(host: Host, settings: Settings, shells: Shells, card: Card) -> dict[str, Any]:
+def _kept(host: Host, settings: Settings, shells: Shells, card: Card, prompts: int) -> dict[str, Any]:
     try:
         plan: Planned = planned(host.name, shells, settings, card)
     except OneStepError:
@@ -76,4 +104,15 @@ def _kept(host: Host, settings: Settings, shells: Shells, card: Card) -> dict[st
     except Exception as error:  # the meta device does not know every operation: no reason not to train
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         return {"line": f"what the run needs could not be counted ({why})", "rung": None}
-    return {"line": line(plan), "rung": None if plan.taken is None else rung_facts(plan.taken)}
+    rung = plan.taken or plan.rungs[-1]
+    whole, base = rung.whole, rung.peak.made_of.get("base", 0)
+    said = [line(plan), *([card.crowded] if card.crowded else []), in_short(plan, prompts)]
+    return {
+        "line": said[0],
+        "lines": said,
+        "rung": None if plan.taken is None else rung_facts(plan.taken),
+        "beyond": max(0, rung.peak.bytes - base),
+        "disk": sum(bytes for name, bytes in whole.disk.items() if name != "states") + prompts * whole.text,
+        "costs": whole.costs | {FRESH: whole.fresh},
+        "forward": whole.forward,
+    }

@@ -7,25 +7,28 @@ from typing import Any
 
 from ...core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING
 from ..engine import host_moments
+from ..engine.student import STUDENT
+from ..engine.trainer import EMA
 from ..host import Host, Shells
+from ..methods.distribution_matching import CRITIC
 from ..settings import Settings
 from .cards import Card
 from .counted import counted
 from .rehearse import DECODE, FORWARD, MOMENTS, OPTIMIZER, PROMPTS, Rehearsed
 from .storage import AS_IT_IS, Stored, stored, streamed
 from .trace import Peak
+from .whole import LAUNCH, Whole, whole_of
 
 UNSEEN = (FORWARD, MOMENTS)
 """Parts that a run does not have."""
 YIELDING = (PROMPTS, DECODE)
 """Parts that do with less where there is less: the network leaves the card for the encoders, and a picture is decoded
 in tiles."""
+ROLES = (STUDENT, CRITIC, EMA)
 EIGHT_BIT = 0.25 * (1 + 4 / 256)
 """Of float32's bytes: a byte a number, and a float32 for each 256 of them."""
 LINK = 12e9
 """Bytes a second between host and card: a PCIe link of 16 lanes of version 3, or 8 of version 4."""
-LAUNCH = 10e-6
-"""Seconds in which a fast processor hands the card an operation: it may not be quicker than that."""
 WORDS = {BLOCKS: "checkpointing", FEED_FORWARDS: "checkpointing of feed-forwards", NOTHING: "no checkpointing"}
 
 
@@ -57,7 +60,7 @@ class Way:
 @dataclass(frozen=True)
 class Rung:
     """part: where the most is alive, which is ``peak``. forwards: of a sample in an update, of work. seconds: of an
-    update, at the least."""
+    update, at the least. whole: of the whole run."""
 
     way: Way
     peak: Peak
@@ -65,6 +68,7 @@ class Rung:
     forwards: float
     seconds: float
     parts: dict[str, Peak] = field(default_factory=dict)
+    whole: Whole = field(default_factory=Whole)
 
     def fits(self, card: Card) -> bool:
         return self.peak.bytes <= card.usable
@@ -79,11 +83,18 @@ def rung_of(shells: Shells, settings: Settings, card: Card | None, way: Way) -> 
     base = streamed(host, base) if way.streamed else base
     peaks = peaks_of(played, chosen, way, base)
     part = max((name for name in peaks if name not in YIELDING), key=lambda name: peaks[name].bytes)
-    turns = next(times for updates, times in reversed(played.phases) if updates)
-    forward = played.count.flops(FORWARD, 1, chosen.rank)
-    flops = sum(times * played.count.flops(name, way.micro, chosen.rank) for name, times in turns.items())
-    seconds = _seconds(played, turns, chosen, way, card, base) if card else 0.0
-    return Rung(way, peaks[part], part, flops / way.micro / forward, seconds, peaks)
+    last = next(phase for phase in reversed(played.phases) if phase.updates)
+    seconds = _seconds(played, last.parts, chosen, way, card, base) if card else 0.0
+    whole = whole_of(played, chosen, way.micro, card, _state(played, chosen, way))
+    return Rung(way, peaks[part], part, whole.costs[last.name], seconds, peaks, whole)
+
+
+def _state(played: Rehearsed, settings: Settings, way: Way) -> float:
+    """Bytes of a state: what learns, the mean of it, and the moments."""
+    small = EIGHT_BIT if settings.optimizer == "adamw8bit" else 1.0
+    of_role = {role: played.count.most(role, way.micro, settings.rank) for role in ROLES}
+    moments = sum(played.count.most(f"{role} moments", way.micro, settings.rank) for role in ROLES)
+    return sum(of_role.values()) + small * moments
 
 
 def peaks_of(played: Rehearsed, settings: Settings, way: Way, base: Stored | None = None) -> dict[str, Peak]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .cards import GIB
+from ...core.words import duration, in_gb
+from .cards import GIB, Card
 from .ladder import Planned
 from .rungs import Rung
+from .whole import Whole
 
 HEAD = ("rung", "GiB", "most in", "forwards", "seconds an update")
 NOTE = "Counted, not measured on a GPU: bytes of tensors; the least seconds, by the card's data sheet."
@@ -18,7 +20,10 @@ def told(plan: Planned) -> str:
     rows = [HEAD, *(_row(plan, rung) for rung in plan.rungs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_title(plan), "", *table, "", line(plan), made_of(plan.taken or plan.rungs[-1]), NOTE])
+    rung = plan.taken or plan.proposed or plan.rungs[-1]
+    crowded = [plan.card.crowded] if plan.card and plan.card.crowded else []
+    said = [line(plan), *crowded, made_of(plan.taken or plan.rungs[-1]), *whole_run(rung.whole), NOTE]
+    return "\n".join([_title(plan), "", *table, "", *said])
 
 
 def _title(plan: Planned) -> str:
@@ -57,6 +62,24 @@ def made_of(rung: Rung) -> str:
     return "Then: " + ", ".join(f"{label} {_gib(bytes)}" for label, bytes in parts if bytes >= GIB / 200) + " GiB."
 
 
+def whole_run(whole: Whole) -> list[str]:
+    """What all of it takes: at least so long, and so much of the disk."""
+    parts = sorted(whole.seconds.items(), key=lambda entry: -entry[1])
+    long = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts)
+    times = [f"The whole run takes at least {duration(sum(whole.seconds.values()))}: {long}."] if parts else []
+    kept = ", ".join(f"{name} {in_gb(bytes)}" for name, bytes in whole.disk.items())
+    texts = f"and {in_gb(1000 * whole.text)} for each thousand prompts"
+    return [*times, f"On the disk: {kept}, {texts}."] if whole.disk else times
+
+
+def in_short(plan: Planned, prompts: int) -> str:
+    """What a run says of its whole time and its disk as it begins."""
+    whole = (plan.taken or plan.rungs[-1]).whole
+    long = f"At least {duration(sum(whole.seconds.values()))} in all, and " if whole.seconds else ""
+    disk = f"{in_gb(sum(whole.disk.values()) + prompts * whole.text)} of disk."
+    return f"{long}{disk}" if long else f"Up to {disk}"
+
+
 def _gib(bytes: float) -> str:
     return f"{bytes / GIB:.2f}" if bytes < 10 * GIB else f"{bytes / GIB:.1f}"
 
@@ -67,11 +90,15 @@ def facts(plan: Planned) -> dict[str, Any]:
     return {
         "model": plan.name,
         "settings": plan.settings.flat(),
-        "card": None if card is None else {"name": card.name, "bytes": card.size, "usable_bytes": card.usable},
+        "card": None if card is None else _card_facts(card),
         "rungs": [rung_facts(rung) for rung in plan.rungs],
         "taken": None if plan.taken is None else plan.rungs.index(plan.taken),
         "line": line(plan),
     }
+
+
+def _card_facts(card: Card) -> dict[str, Any]:
+    return {"name": card.name, "bytes": card.size, "usable_bytes": card.usable, "taken_by_others": card.taken}
 
 
 def rung_facts(rung: Rung) -> dict[str, Any]:
@@ -88,4 +115,6 @@ def rung_facts(rung: Rung) -> dict[str, Any]:
         "parts": {name: peak.bytes for name, peak in rung.parts.items()},
         "forwards_a_sample": round(rung.forwards, 3),
         "seconds_an_update": None if math.isclose(rung.seconds, 0) else rung.seconds,
+        "seconds": rung.whole.seconds,
+        "disk": rung.whole.disk | {"a_prompt": rung.whole.text},
     }

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+DECODE = "decode"
+"""The part in which one picture is decoded; a shell's decoder names it."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # one of a kind of operation: its hash is asked for at each call
 class Cost:
     """Of one operation. flops: its products and sums in matrix products, convolutions and attention. moved: bytes of
     each operand that it reads and of each result that it writes. width: bytes of a number that it computes in."""
@@ -28,7 +31,8 @@ class Cost:
 class Trace:
     """Events in order: at each, so many bytes come alive (or die, below 0) under a label within a part.
 
-    within: the part around a part, where there is one. counts: how often each operation ran in each part.
+    within: the part around a part, where there is one. entered: how often a part was, from which other. counts: how
+    often each operation ran in each part.
     """
 
     within: dict[str, str] = field(default_factory=dict)
@@ -37,6 +41,12 @@ class Trace:
     labels: list[str] = field(default_factory=list)
     deltas: list[int] = field(default_factory=list)
     counts: Counter[tuple[str, Cost]] = field(default_factory=Counter)
+    entered: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def enter(self, part: str) -> None:
+        """`begin` a part from the one that is."""
+        self.entered[part, self.part] += 1
+        self.begin(part, within=self.part)
 
     def begin(self, part: str, within: str = "") -> None:
         """What is counted from here on belongs to ``part``."""
@@ -87,7 +97,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Count:
-    """A trace counted at batch p and rank r, in arrays. within: as in the trace."""
+    """A trace counted at batch p and rank r, in arrays. within, entered: as in the trace."""
 
     p: int
     r: int
@@ -98,6 +108,7 @@ class Count:
     deltas: np.ndarray
     counts: dict[str, dict[Cost, int]]
     within: dict[str, str]
+    entered: dict[tuple[str, str], int]
 
     @classmethod
     def of(cls, trace: Trace, p: int, r: int) -> Count:
@@ -106,8 +117,8 @@ class Count:
         counts: dict[str, dict[Cost, int]] = {}
         for (part, cost), times in trace.counts.items():
             counts.setdefault(part, {})[cost] = times
-        deltas, within = np.array(trace.deltas, dtype=np.int64), dict(trace.within)
-        return cls(p, r, tuple(map(str, names)), parts, tuple(map(str, labels)), label, deltas, counts, within)
+        deltas, around = np.array(trace.deltas, dtype=np.int64), (dict(trace.within), dict(trace.entered))
+        return cls(p, r, tuple(map(str, names)), parts, tuple(map(str, labels)), label, deltas, counts, *around)
 
     def peaks(
         self, batch: int, rank: int, shares: dict[str, float] | None = None, there: dict[str, str] | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...core.errors import OneStepError
 from ...core.whole_file import write_whole
+from ...core.words import in_gb as in_gb
 
 CONTENT = "sha256 "
 
@@ -57,8 +58,3 @@ def content_of(path: str | Path) -> str:
 def room_at(folder: Path) -> int:
     """Bytes that are free on the disk that ``folder`` is on."""
     return shutil.disk_usage(folder).free
-
-
-def in_gb(size: int) -> str:
-    """``size`` in bytes, in words."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -33,6 +33,7 @@ FREE = ("save_every", "licenses")
 """Settings that change nothing of what is learnt: a run goes on with others."""
 KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
+TEXTS = "embeddings"
 Changes = dict[str, tuple[Any, Any]]
 """(there, now) of settings, by name."""
 
@@ -101,13 +102,15 @@ class Run:
             shutil.rmtree(beside, ignore_errors=True)
         self._prune(best)
 
-    def short_of_room(self, size: int) -> list[str]:
-        """A note where the disk has no room for the states of ``size`` bytes that a run keeps, and one more that is
-        being written."""
-        free, wanted = room_at(self.folder), (KEPT + 1) * size
+    def short_of_room(self, size: int, beside: int = 0) -> list[str]:
+        """A note where the disk has no room for the states of ``size`` bytes that a run keeps, one more that is being
+        written, and ``beside`` for what the teacher makes."""
+        here = sum(path.stat().st_size for kind in (*KINDS, TEXTS) for path in (self.folder / kind).glob("*"))
+        free, wanted = room_at(self.folder), (KEPT + 1) * size + max(0, beside - here)
         if free >= wanted:
             return []
-        return [f"little room on the disk: {in_gb(free)} are free, {in_gb(wanted)} are wanted for its states"]
+        also = " and its teacher's data" if beside > here else ""
+        return [f"little room on the disk: {in_gb(free)} are free, {in_gb(wanted)} are wanted for its states{also}"]
 
     def _make_room(self, update: int, size: int, best: int | None) -> None:
         """For a state of ``size`` bytes: where there is none, all others go but the newest and the best."""

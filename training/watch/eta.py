@@ -14,10 +14,10 @@ MEASURED = 10
 
 class Pace:
     """Seconds a forward of one sample takes here, of those that learn and of those that make data, from the updates of
-    this process and the plan's costs."""
+    this process and the plan's costs. prior: seconds of a batch's forward before any was measured; 0 = not known."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.updates, self.made = plan, 0, making.seconds()
+    def __init__(self, plan: Plan, prior: float = 0.0) -> None:
+        self.plan, self.prior, self.updates, self.made = plan, prior, 0, making.seconds()
         self.learning, self.making, self.slowdown = Rate(), Rate(), Slowdown()
 
     def add(self, update: int, seconds: float) -> list[str]:
@@ -32,10 +32,10 @@ class Pace:
         return self.slowdown(learning, learnt)
 
     def left(self, update: int) -> float:
-        """Seconds from ``update`` to the end; NaN while too few updates were measured."""
-        if self.updates < MEASURED or not self.learning.cost:
-            return math.nan
+        """Seconds from ``update`` to the end; as the prior has it, or NaN, while too few updates were measured."""
         learning, making_cost = self.plan.costs(update, self.plan.updates)
+        if self.updates < MEASURED or not self.learning.cost:
+            return self.prior * (learning + making_cost) if self.prior else math.nan
         known = self.making if self.making.seconds else self.learning
         return self.learning.each * learning + known.each * making_cost
 

@@ -48,16 +48,24 @@ class Watch:
     slices: Slices
 
     @classmethod
-    def prepare(cls, setup: Setup, reference: Reference, latents: Latents | None = None, tick: Tick = silent) -> Watch:
-        """The fixed prompts and noise, with what the student is compared with: made here, unless a run has it."""
+    def prepare(
+        cls,
+        setup: Setup,
+        reference: Reference,
+        latents: Latents | None = None,
+        tick: Tick = silent,
+        slices: Slices | None = None,
+    ) -> Watch:
+        """The fixed prompts and noise, with what the student is compared with: made here, unless a run has it. slices:
+        in which pictures are drawn; of no more samples at once than a step with gradients takes, where they are not
+        given."""
         prompts, settings = setup.prompts, setup.settings
         rows = watched(len(prompts), settings)
         batch = prompts.of(prompts.sizes[0], rows, -1, range(len(rows)))
         if reference.cond is not None:
             batch = replace(batch, cond=reference.cond.to(batch.device))
         noise = randomness.normal(batch.shape, settings.seed, "watch", 0, range(len(rows)))
-        # no more samples at once than a step with gradients takes
-        slices = Slices(-(-settings.batch // settings.accumulation), "the watch's pictures")
+        slices = slices or Slices(-(-settings.batch // settings.accumulation), "the watch's pictures")
         if latents is None:
             latents = in_slices(setup.host, batch, noise, reference.make, slices, tick)
         return cls(batch, noise, latents, reference, slices)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...core.memory import attempt, notice
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine import processes
 from ..engine.prompts import Tick, silent
@@ -78,13 +79,19 @@ class Monitor:
         measured = watch(self.host, self.recipe, self.shown)
         return measured | {"no_gain": self.gain(update, measured["distance"])} | peak(self.host.device)
 
-    def _draw(self, watch: Watch, update: int) -> Path:
+    def _draw(self, watch: Watch, update: int) -> Path | None:
+        """None where there is no memory to decode it in: a run goes on without a picture of itself."""
+        found, why = attempt(lambda: self._drawn(watch, update))
+        if found is None:
+            notice(f"out of memory: previews that could not be decoded are left out ({why})")
+        return found
+
+    def _drawn(self, watch: Watch, update: int) -> Path:
         rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
         student = watch.student(self.host, self.recipe, self.shown)
         above = watch.reference.above(self.host, watch.latents, rows)
-        path = self._path(update)
-        write_grid(path, [*above, self.host.decode(student[rows])])
-        return path
+        write_grid(self._path(update), [*above, self.host.decode(student[rows])])
+        return self._path(update)
 
     def _path(self, update: int) -> Path:
         return self.folder / "previews" / f"{update:06d}.png"

@@ -1,0 +1,45 @@
+"""The batch and the rank at which a run is counted: primes that divide nothing else in it (training.plan.trace)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from ..host import Host
+from ..settings import Settings
+
+BATCHES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+RANKS = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109)
+PROMPT = "a, b, c, d"
+"""Of several parts, as a run of negatives wants them."""
+
+
+def sizes_of(host: Host, settings: Settings) -> set[int]:
+    """Of which a number of bytes may be a product that grows with neither the batch nor the rank: sizes of the weights,
+    bytes of the text encoders, latents and tokens, one after the other and in one row, and what the method's settings
+    name."""
+    sizes = {size for weight in tensors_of(host.network) for size in weight.shape} | {getattr(host, "encoders", 0)}
+    for size in settings.size_list:
+        channels, height, width = host.latent_shape(size)
+        tokens = host.encode([PROMPT], size).text.shape[1]
+        rows = {part * height * width // 4 + more for part in (1, 4) for more in (0, tokens)}
+        sizes |= {channels, height, width, tokens, *size, *rows}
+    return (sizes | {value for value in asdict(settings.own).values() if type(value) is int}) - {0}
+
+
+def prime(primes: Sequence[int], sizes: set[int]) -> int:
+    """The first that divides none of ``sizes``."""
+    return next(prime for prime in primes if all(size % prime for size in sizes))
+
+
+def without_donor(settings: Settings) -> Settings:
+    """A critic that begins as the donor is as large as one that begins as the base: it needs none to be counted."""
+    donor = settings.flat().get("critic_start") == "donor" and not settings.initial_lora
+    return settings.with_(critic_start="base") if donor else settings
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """Weights and buffers."""
+    return [*network.parameters(), *network.buffers()]
