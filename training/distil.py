@@ -92,8 +92,8 @@ class _Session:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
         self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
-        hint = usage_hint(self.method.recipe(host, settings), host.denoiser.schedule)
-        self.usage = "" if self.method.adapter else hint
+        recipe = self.method.recipe(host, settings)
+        self.usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
         self.notes = [*filter(None, (self.method.note(settings), taken, self.usage, license_note(host, settings)))]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
@@ -103,8 +103,7 @@ class _Session:
     def run_all(self, goes_on: bool) -> Result:
         with ExitStack() as stack:
             self.layout = laid_out(self.run, self.host, self.settings, self.shells, len(self.texts))
-            self.notes = [*self.layout.notes, *self.notes]
-            self.host.memory_required = self.layout.beyond
+            self.host.memory_required, self.notes = self.layout.beyond, [*self.layout.notes, *self.notes]
             stack.enter_context(noticed(self.notes))
             self.setup = self._setup()
             stack.enter_context(self.host.training())
