@@ -102,21 +102,25 @@ def write_tensors(
     OneStepError where the host has no memory left for a tensor of a card."""
     ordered = {name: tensors[name].detach() for name in sorted(tensors)}
     # one tensor after the other comes to the host's memory
-    pieces = (_bytes(tensor.to("cpu").contiguous()) for tensor in ordered.values())
-    try:
-        write_whole(Path(path), chain([_head(ordered, metadata or {})], pieces))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OneStepError(f"no memory is left in which to write {short(Path(path))}: close other programs") from None
+    write_whole(Path(path), chain([_head(ordered, metadata or {})], map(_piece, ordered.values())))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the tensors' bytes as they lie in a file, as modelspec wants it: 0x..."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        sha.update(_bytes(tensors[name].detach().to("cpu").contiguous()))
+        sha.update(_piece(tensors[name].detach()))
     return "0x" + sha.hexdigest()
+
+
+def _piece(tensor: Tensor) -> Any:
+    """A tensor's bytes, in the host's memory."""
+    try:
+        return _bytes(tensor.to("cpu").contiguous())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OneStepError("no memory is left in which to write a file: close other programs") from None
 
 
 def _opened(path: Path) -> BinaryIO:
