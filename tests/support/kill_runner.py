@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 POOLS = ("pairs", "anchors", "trajectories", "triples", "segments")
-KILLS = {"dmd": 30, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4}
+KILLS = {"dmd": 30, "cdm": 6, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4}
 SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
 POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))
 WORST = {True: SAVING, False: POOLING}
@@ -152,6 +152,10 @@ def settings_for(method: str) -> Any:
         return small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
     quiet = {"watch_every": 0, "preview_every": 0, "warm_up": 1, "ema": 0.5, "sizes": "16x16", "batch": 2, "pairs": 4}
     theirs: dict[str, dict[str, Any]] = {
+        "cdm": {
+            **{"student_steps": 2, "step_loras": True, "warm_start": 2, "critic_warm_up": 1, "critic_updates": 2},
+            **{"critic_pictures": "shared", "anchor": 0.5, "anchor_every": 2},
+        },
         "agd": {"states": 2, "optimizer": "muon"},
         "guidance-lora": {"states": 2},
         "nct": {"control": "soft-edges", "control_width": 8, "noise_levels": 4},

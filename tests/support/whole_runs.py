@@ -44,7 +44,7 @@ def left(folder: Path) -> dict[str, Any]:
     files = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in (
-            "result.safetensors",
+            "result*.safetensors",
             "previews/*",
             "pairs/*",
             "anchors/*",

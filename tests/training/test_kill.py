@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and sends SIGKILL")
 RUNNER = Path(__file__).parents[1] / "support" / "kill_runner.py"
-MAKING = {"agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples", "sun": "segments"}
+MAKING = {"cdm": "pairs", "agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples", "sun": "segments"}
 """The methods that make their data first, and its folder."""
 
 
