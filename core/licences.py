@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OneStepError
-from .tensor_file import read_header
 
 KEY, COMMON = "onestep.license", "modelspec.license"
-NAMES = (COMMON, "license", "licence", "ss_license", "general.license")
-"""Entries of a header under which a licence is found, the first that is there."""
 UNKNOWN = "unknown"
 FOUND, TOLD = "file", "told"
-LONGEST, CARD = 200, 64 * 2**10
+LONGEST = 200
 
 
 BASE, BASE_LORA, INITIAL, FEW_STEP = "base", "base_lora", "initial_lora", "few_step_model"
@@ -40,53 +37,13 @@ class Source:
         return f"{self.part.replace('_', ' ').replace('lora', 'LoRA')} {self.name} (licence {self.license})"
 
 
-def sources_of(parts: Iterable[Part], told: str) -> list[Source]:
-    """Each part with its licence. told: what a person says of them, which goes before what stands in a file."""
-    known = told_licenses(told)
-    return [_source(*part, known) for part in parts]
-
-
-def _source(part: str, name: str, path: Path | None, told: Mapping[str, str]) -> Source:
-    if part in told:
-        return Source(part, _clean(name), told[part], TOLD)
-    license = license_in(path) if path else None
-    return Source(part, _clean(name), license, FOUND) if license else Source(part, _clean(name))
-
-
-def license_in(path: Path) -> str | None:
-    """The licence that a .safetensors file's header names, or the model card in a folder; None where neither does."""
-    if path.is_dir():
-        return _of_card(path / "README.md")
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        metadata = read_header(path).metadata
-    except OneStepError:
-        return None
-    return next((text for name in NAMES if (text := _clean(metadata.get(name, "")))), None)
-
-
-def _of_card(path: Path) -> str | None:
-    """`license_name`, or `license`, of a model card's first lines (https://huggingface.co/docs/hub/model-cards)."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            head = file.read(CARD)
-    except OSError:
-        return None
-    if not head.startswith("---"):
-        return None
-    lines = [line.split(":", 1) for line in head.split("---", 2)[1].splitlines() if ":" in line]
-    entries = {name.strip(): _clean(text.strip().strip("\"'")) for name, text in lines}
-    return entries.get("license_name") or entries.get("license") or None
-
-
 def told_licenses(text: str) -> dict[str, str]:
     """What a person says, by part: ``base=openrail++; initial_lora=apache-2.0``. Raises OneStepError for what is no
     such text."""
     found = {}
     for entry in filter(None, (entry.strip() for entry in text.split(";"))):
         part, _, license = entry.partition("=")
-        name, license = part.strip().lower().replace(" ", "_"), _clean(license)
+        name, license = part.strip().lower().replace(" ", "_"), one_line(license)
         if name not in PARTS or not license:
             raise OneStepError(
                 f"licenses has {entry!r:.80}: write PART=LICENCE, several with semicolons between; parts are "
@@ -110,7 +67,7 @@ def sources_in(metadata: Mapping[str, str]) -> list[Source]:
     try:
         entries: Any = json.loads(metadata.get(KEY, "[]"))
         names = ("part", "name", "license", "found")
-        return [Source(*(_clean(str(entry[name])) for name in names)) for entry in entries]
+        return [Source(*(one_line(str(entry[name])) for name in names)) for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
 
@@ -121,6 +78,6 @@ def license_line(sources: Iterable[Source]) -> str:
     return f"made of {parts}: their licences go with it, look before you share or sell" if parts else ""
 
 
-def _clean(text: str) -> str:
+def one_line(text: str) -> str:
     """In one line, of a length to print."""
     return " ".join(text.split())[:LONGEST]

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.extraction import extract, in_all, of_all
 from ..core.families import detect
-from ..core.licences import FEW_STEP, license_header, license_line, sources_of, told_licenses
+from ..core.licence_files import sources_of
+from ..core.licences import FEW_STEP, license_header, license_line, told_licenses
 from ..core.lora_file import save_lora
 from ..core.recipe import PRESETS
 from ..core.targets import Target

@@ -20,7 +20,8 @@ from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.extraction import Kept, extract, in_all, of_all, only_rounded, weight_of
 from ..core.factors import State
-from ..core.licences import FEW_STEP, license_header, license_line, sources_of
+from ..core.licence_files import sources_of
+from ..core.licences import FEW_STEP, license_header, license_line
 from ..core.lora_file import save_lora
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onestep.core.errors import OneStepError
+from onestep.core.licence_files import license_in, sources_of
 from onestep.core.licences import (
     BASE,
     BASE_LORA,
@@ -17,10 +18,8 @@ from onestep.core.licences import (
     KEY,
     Source,
     license_header,
-    license_in,
     license_line,
     sources_in,
-    sources_of,
     told_licenses,
 )
 from onestep.core.tensor_file import write_tensors

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...core.licences import INITIAL, Source, license_header, license_line, sources_of
+from ...core.licence_files import sources_of
+from ...core.licences import INITIAL, Source, license_header, license_line
 from ...core.recipe import Recipe
 from ..engine.donor import predicts
 from ..host import Host
