@@ -65,7 +65,7 @@ def on_part(run: Run, name: str, settings: Settings, gb: int) -> Sequence[Any]:
     """On ``gb`` of the card, by the plan's own rung."""
     like = found_card(run.device) or Card("no card", 141 * GIB, 989, 66.9, 4800)
     host = host_of(name, run.device)
-    card = replace(like, name=f"{gb} GB", size=gb * GIB)
+    card = replace(like, name=f"{gb} GB", size=gb * GIB, taken=0)
     plan = planned(name, shells_of(host), settings, card)
     rung = plan.taken or plan.proposed
     if rung is None:
