@@ -180,7 +180,10 @@ class Turns:
         drawn.x0.backward(cotangent * (share / len(batch)))
         if self.extras.off is not None:
             self.extras.off(denoise, batch, drawn, objective, share)
-        return {**score_metrics(scores), **self._beside(batch, share, update)}
+        numbers = score_metrics(scores)
+        # with the student's answer goes what its pass held for backward, before the anchors' graph takes the room
+        del drawn, objective, cotangent, scores
+        return {**numbers, **self._beside(batch, share, update)}
 
     def _beside(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """The anchors of the student, each on its data in the order that they are made in."""
