@@ -60,10 +60,11 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
 
 def warn_of_float32(network: Any, device: torch.device) -> None:
     """Weights that diffusers loaded without being told a dtype take twice the memory on a GPU, and twice the time."""
+    half = "float16" if detect(network) == "unet" else "bfloat16"
     if device.type != "cpu" and network.dtype == torch.float32:
         warnings.warn(
             f"the {type(network).__name__} is float32 on {device}: twice the memory and half the speed, or less. Load "
-            "it with from_pretrained(..., torch_dtype=torch.bfloat16); the adapters are float32 all the same",
+            f"it with from_pretrained(..., torch_dtype=torch.{half}); the adapters are float32 all the same",
             stacklevel=3,
         )
 

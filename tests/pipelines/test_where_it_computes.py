@@ -36,8 +36,8 @@ def test_a_path_goes_to_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_a_float32_base_on_a_gpu_is_warned_of() -> None:
     """With what to write; not on a CPU, and not for half the bytes."""
-    for kind in ("sd", "flux"):
-        with pytest.warns(UserWarning, match="is float32 on cuda.*torch_dtype=torch.bfloat16") as caught:
+    for kind, half in (("sd", "float16"), ("flux", "bfloat16")):
+        with pytest.warns(UserWarning, match=f"is float32 on cuda.*torch_dtype=torch.{half}[)]") as caught:
             adapt(make(kind), device="cuda").release()
         assert caught[0].filename == __file__, "the line that is to be changed is the caller's"
         with warnings.catch_warnings():
