@@ -45,7 +45,7 @@ def _run(args: Namespace, console: Console) -> None:
         )
     if existing == "continue" and not there:
         console.note(f"no run to continue in {folder.name[:100]}: started anew")
-    host = open_host(args.model, settings.targets, args.device, stored=True)
+    host = open_host(args.model, settings.targets, args.device, stored=True, waiting=settings.streaming != "off")
     settings = at_native_size(settings, given, host)
     result = train(host, prompts, settings, folder, existing, console)
     _check_storage(host, args.whole, result, prompts, settings, console)

@@ -13,15 +13,17 @@ from ..training.presets import PRESETS, preset
 from ..training.settings import Settings, nearest, size_list
 
 
-def open_host(model: str, targets: str = "all", device: str | None = None, stored: bool = False) -> Any:
-    """MODEL as a host (pipelines.adapt.DiffusersHost), its adapters' hooks installed. stored: as in `load`."""
+def open_host(
+    model: str, targets: str = "all", device: str | None = None, stored: bool = False, waiting: bool = False
+) -> Any:
+    """MODEL as a host (pipelines.adapt.DiffusersHost), its adapters' hooks installed. stored, waiting: as in `load`."""
     from ..core.spill import limit
     from ..pipelines.adapt import adapt
     from ..pipelines.load import load
 
     where = device_of(device)
     limit(where)
-    return adapt(load(model, device=where, stored=stored), targets=targets)
+    return adapt(load(model, device=where, stored=stored, waiting=waiting), targets=targets, device=where)
 
 
 def device_of(name: str | None) -> Any:

@@ -69,6 +69,7 @@ class ComfyHost:
     targets: str
     name: str
     memory_required: int = 0
+    streamed: bool = False
     made_of: Sequence[Part] = ()
 
     def __post_init__(self) -> None:
@@ -174,8 +175,11 @@ class ComfyHost:
         for loaded in management.current_loaded_models[:]:
             if self.device.type != "cpu" and loaded.model is not None and loaded.model is not self.patcher:
                 management.unload_model_and_clones(loaded.model)
-        management.load_models_gpu([self.patcher], memory_required=self.memory_required)
-        make_ordinary(self.network)
+        if self.streamed:  # none of ComfyUI's business: it is asked for room, and neither moves nor counts the network
+            management.free_memory(self.memory_required, self.device)
+        else:
+            management.load_models_gpu([self.patcher], memory_required=self.memory_required)
+            make_ordinary(self.network)
 
     def check_file(self, path: Path) -> str:
         return check_file(self.model, list(self.denoiser.roles.targets.values()), self.family, path)

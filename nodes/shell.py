@@ -69,6 +69,7 @@ class Shell:
 
     encoder_hash = base_hash = "none"
     memory_required = 0
+    streamed = False
     made_of: Sequence[Part] = ()
 
     def __init__(self, model: Any, vae: Any | None, targets: str) -> None:

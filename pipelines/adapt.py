@@ -125,6 +125,7 @@ class DiffusersHost:
     device: torch.device
     on_poll: Callable[[], None] | None = None
     memory_required: int = 0
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         self.network = network_of(self.pipe)
@@ -244,7 +245,8 @@ class DiffusersHost:
         flags = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         mode, checkpointing = self.network.training, self.network.is_gradient_checkpointing
         try:
-            place(self.network, self.device)
+            if not self.streamed:
+                place(self.network, self.device)
             for module in others:
                 place(module, torch.device("cpu"))
             self.network.requires_grad_(False).eval()

@@ -44,17 +44,16 @@ def distill(
     """
     chosen = _settings(method, preset, settings)
     texts = _prompts(prompts)
-    host = adapt(_pipe(pipe, device), targets=chosen.targets, device=device)
+    if isinstance(pipe, str | Path):
+        device = device or best_device()
+        pipe = load(pipe, device=device, stored=True, waiting=chosen.streaming != "off")
+    host = adapt(pipe, targets=chosen.targets, device=device)
     try:
         if "sizes" not in settings:
             chosen = _settings(method, preset, {**settings, "sizes": "{}x{}".format(*host.native_size)})
         return distil(host, texts, chosen, out, existing=existing, report=report, shells=partial(of_host, host))
     finally:
         host.release()
-
-
-def _pipe(pipe: Any, device: torch.device | str | None) -> Any:
-    return load(pipe, device=device or best_device(), stored=True) if isinstance(pipe, str | Path) else pipe
 
 
 def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:

@@ -35,12 +35,14 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     stored: bool = False,
+    waiting: bool = False,
 ) -> Any:
     """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
 
     device: where the U-Net or transformer lies. Text encoders and VAE stay on the CPU, to be lent to it when they work.
     dtype: of the weights; None is float32 on a CPU and elsewhere as `half_of` says. stored: whether the network's
-    blocks keep a single file's weights of fp8 as they are, to be trained on. Raises OneStepError with what to do.
+    blocks keep a single file's weights of fp8 as they are, to be trained on. waiting: whether the network stays on the
+    CPU until it is trained on the device, which may be too small for it. Raises OneStepError with what to do.
     """
     device = torch.device(device)
     path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
@@ -57,7 +59,7 @@ def load(
     )
     refuse_broken(pipe, path)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    network.to(device)
+    network.to("cpu" if waiting else device)
     return pipe
 
 

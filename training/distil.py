@@ -106,7 +106,7 @@ class _Session:
             self.host.memory_required, self.notes = self.layout.beyond, [*self.layout.notes, *self.notes]
             stack.enter_context(noticed(self.notes))
             self.setup = self._setup()
-            stack.enter_context(self.host.training())
+            stack.enter_context(self.layout.training(self.host))
             with processes.first_alone():
                 self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))

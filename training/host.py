@@ -33,6 +33,9 @@ class Host(Protocol):
     memory_required: int
     """Bytes that training takes beyond the network's own; a host that shares the device with other models makes so much
     room. 0 = not known."""
+    streamed: bool
+    """Whether ``training`` leaves the network where it is, for its blocks are streamed to the device
+    (core.streaming)."""
 
     @property
     def made_of(self) -> Sequence[Part]:

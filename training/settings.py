@@ -123,6 +123,12 @@ class Settings:
         "",
         "Licences that the files do not tell, for the result's header: base=NAME; initial_lora=NAME; base_lora=NAME.",
     )
+    streaming: str = setting(
+        "auto",
+        "on = the base lies in the host's memory and is copied to the card block by block, the same to the bit; "
+        "auto = where the plan finds that it does not fit otherwise.",
+        choices=("auto", "on", "off"),
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""

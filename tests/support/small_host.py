@@ -79,6 +79,7 @@ class SmallHost:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     encoder_hash: str = "words"
     memory_required: int = 0
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from ...core.checkpoint import Checkpoints, clone_inputs
 from ...core.denoiser import Denoiser
 from ...core.gates import gated_layers
 from ...core.recipe import Recipe
+from ...core.recomputed import BLOCKS
+from ...core.streaming import streamed
 from ..host import Host
 from ..settings import Settings
 from .prompts import Prompts
@@ -35,10 +37,11 @@ class Setup:
 @contextmanager
 def hooked(host: Host, grade: str) -> Iterator[Checkpoints]:
     """Within, the host's network is as it is trained: its gates keep less; adapters first; then copies of what the host
-    overwrites; then checkpoints around both, of ``grade`` (core.recomputed)."""
+    overwrites; then checkpoints around both, of ``grade`` (core.recomputed), of all blocks where they are streamed."""
     roles = host.denoiser.roles
-    with gated_layers(host.network), roles.installed(), clone_inputs(host.in_place):
-        checkpoints = Checkpoints(host.blocks, roles, grade)
+    streaming = streamed(host.network, host.blocks, host.device) if host.streamed else nullcontext()
+    with gated_layers(host.network), streaming, roles.installed(), clone_inputs(host.in_place):
+        checkpoints = Checkpoints(host.blocks, roles, BLOCKS if host.streamed else grade)
         try:
             yield checkpoints
         finally:

@@ -172,7 +172,8 @@ class Trainer:
 
     @recompute.setter
     def recompute(self, grade: str) -> None:
-        if self.checkpoints and grade != self.checkpoints.grade:
+        # streamed blocks are all computed again
+        if self.checkpoints and grade != self.checkpoints.grade and not self.host.streamed:
             self.checkpoints.use(grade)
 
     def _lessen(self, role: str, why: str) -> None:

@@ -51,13 +51,16 @@ def planned(name: str, shells: Shells, settings: Settings, card: Card | None) ->
 
     name: of the model.
     """
-    as_set = Way(-(-settings.batch // settings.accumulation), BLOCKS if settings.checkpointing else NOTHING)
+    streamed = settings.streaming == "on"
+    grade = BLOCKS if settings.checkpointing or streamed else NOTHING
+    as_set = Way(-(-settings.batch // settings.accumulation), grade, streamed=streamed)
     if card is None:
         rung = rung_of(shells, settings, None, as_set)
         return Planned(name, settings, None, as_set, (rung,), rung)
     as_set = replace(as_set, mean_on_host=card.size < LARGE)
     rungs: list[Rung] = []
-    for grade in (BLOCKS, FEED_FORWARDS, NOTHING) if settings.checkpointing else (NOTHING, FEED_FORWARDS, BLOCKS):
+    grades = (BLOCKS, FEED_FORWARDS, NOTHING) if settings.checkpointing else (NOTHING, FEED_FORWARDS, BLOCKS)
+    for grade in (BLOCKS,) if streamed else grades:
         if rungs and settings.checkpointing and not _may_fit(rungs[-1], grade, card):
             break
         rungs += _down_to_fitting(shells, settings, card, replace(as_set, recompute=grade))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -33,20 +34,32 @@ class Config(Protocol):
 @dataclass(frozen=True)
 class Layout:
     """How a run is laid out on its card. micro: samples of a micro-batch. recompute, sliced, moments_on_host: as
-    `engine.trainer.Trainer` has them. notes: what is said of it; none where nothing was planned. beyond: bytes that it
-    takes beyond the base. disk: bytes that it leaves beside its states. costs: forwards of a sample in an update, by
-    phase, and of a sample's data, under ``FRESH``. forward: seconds of one, at the least; 0 where it is not known."""
+    `engine.trainer.Trainer` has them. streamed: whether the base is. notes: what is said of it; none where nothing was
+    planned. beyond: bytes that it takes beyond the base. disk: bytes that it leaves beside its states. costs: forwards
+    of a sample in an update, by phase, and of a sample's data, under ``FRESH``. forward: seconds of one, at the least;
+    0 where it is not known."""
 
     settings: Settings
     micro: int
     recompute: str = BLOCKS
     sliced: bool = False
     moments_on_host: bool = False
+    streamed: bool = False
     notes: tuple[str, ...] = ()
     beyond: int = 0
     disk: int = 0
     costs: Mapping[str, float] = field(default_factory=dict)
     forward: float = 0.0
+
+    @contextmanager
+    def training(self, host: Host) -> Iterator[None]:
+        """Within, ``host`` trains, and knows whether its network is streamed."""
+        host.streamed = self.streamed
+        try:
+            with host.training():
+                yield
+        finally:
+            host.streamed = False
 
     def place(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         """Have ``trainer`` lie so from its first update on."""
@@ -79,7 +92,8 @@ def laid_out(
     """The rung that fits the card of ``host``, found once in a run. Without a card, or a shell of the host, the run is
     as it is set; and so where it could not be counted, which it says. prompts: how many there are."""
     grade = BLOCKS if settings.checkpointing else NOTHING
-    as_set = Layout(settings, -(-settings.batch // settings.accumulation), grade)
+    micro = -(-settings.batch // settings.accumulation)
+    as_set = Layout(settings, micro, grade, streamed=settings.streaming == "on")
     kept = config.recorded(KEPT)
     if kept is None:
         card = find(host.device) if shells is not None else None
@@ -93,7 +107,9 @@ def laid_out(
     if rung is None:
         return noted
     micro, on_host = min(rung["micro_batch"], as_set.micro), rung["moments_on_host"]
-    return replace(noted, micro=micro, recompute=rung["recompute"], sliced=True, moments_on_host=on_host)
+    streamed = rung.get("streamed", False) if settings.streaming == "auto" else as_set.streamed
+    way = replace(noted, micro=micro, recompute=rung["recompute"], sliced=True, moments_on_host=on_host)
+    return replace(way, streamed=streamed)
 
 
 def _kept(host: Host, settings: Settings, shells: Shells, card: Card, prompts: int) -> dict[str, Any]:

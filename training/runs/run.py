@@ -29,7 +29,7 @@ from .files import CONTENT, content_of, in_gb, read_json, read_rows, room_at, wr
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
-FREE = ("save_every", "licenses")
+FREE = ("save_every", "licenses", "streaming")
 """Settings that change nothing of what is learnt: a run goes on with others."""
 KINDS = ("pairs", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
