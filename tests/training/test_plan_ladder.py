@@ -34,7 +34,7 @@ def shell() -> Shell:
 
 def settings(**more: Any) -> Settings:
     few = {"warm_start": 0, "critic_warm_up": 0, "steps": 1, "watch_samples": 4, "sizes": "16x16", "batch": 4}
-    return settings_for(method="dmd", **{**few, "rank": 64, "critic_updates": 1, **more})
+    return settings_for(method="dmd", **{**few, "rank": 64, "critic_updates": 1, "streaming": "off", **more})
 
 
 def card(usable: int) -> Card:
@@ -149,6 +149,17 @@ def test_a_base_stored_in_fp8_is_what_a_base_in_fp8_is_counted_at(kind: torch.dt
     for part in ("dmd, critic", "dmd, student"):
         # the cast weight is not there where the most is, or is smaller than the largest; each weight is rounded
         assert real[part].bytes <= plain[part].bytes <= real[part].bytes + reckoned.cast + scales + 1000
+
+
+def test_a_base_is_streamed_by_itself_where_nothing_else_fits(shell: Shell) -> None:
+    """As it is set: never, always, or on a card on which what leaves the result alone does not fit otherwise."""
+    resident = min(rung_of(shell.shell, settings(), None, Way(m, "blocks", True, True)).peak.bytes for m in (4, 2, 1))
+    found = {how: planned("it", shell.shell, settings(streaming=how), card(resident - 1000)) for how in ("auto", "off")}
+    assert found["off"].taken is None
+    assert found["auto"].taken is not None and found["auto"].taken.way.streamed
+    roomy = {how: planned("it", shell.shell, settings(streaming=how), card(64 * GIB)) for how in ("auto", "on")}
+    assert roomy["auto"].taken is not None and not roomy["auto"].taken.way.streamed
+    assert roomy["on"].taken is not None and roomy["on"].taken.way == roomy["on"].as_set and roomy["on"].as_set.streamed
 
 
 def test_a_streamed_base_is_what_is_no_block_and_a_ring_of_two(shell: Shell) -> None:
