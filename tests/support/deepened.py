@@ -23,6 +23,8 @@ def deepened(network: Any) -> Any:
             blocks.insert(0, block)
     layers = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
     told = {name: len(getattr(network, kind)) for name, kind in layers.items() if name in network.config}
+    if network.config.get("dual_attention_layers"):
+        told["dual_attention_layers"] = tuple(range(EACH + 1))  # copies of the first, which attends twice
     if hasattr(network, "transformer_blocks"):
         network.register_to_config(**told)
     return network
