@@ -313,18 +313,20 @@ def test_a_caller_who_changes_a_kept_input_is_told(named: bool) -> None:
             out.sum().backward()
 
 
-def test_blocks_that_write_to_their_input_leave_the_callers_alone() -> None:
-    """With gradients on, the block works on a copy; without, in place as the host means it."""
+@pytest.mark.parametrize("grad", [True, False])
+def test_blocks_that_write_to_their_input_write_as_they_do_without_checkpoints(grad: bool) -> None:
+    """In place as the host means it; what backward computes again begins from what was there before."""
     setting = Setting()
-    x = setting.x.clone()
-    with setting.checkpointed(True):
-        setting.network.flux(x.requires_grad_() * 1)
-        kept = setting.x.clone()
-        setting.network.flux(kept)
-        assert torch.equal(kept, setting.x)
-        with torch.no_grad():
-            setting.network.flux(kept)
-        assert not torch.equal(kept, setting.x)
+    written, gradients = [], []
+    for checkpointed in (False, True):
+        x = setting.x.clone().requires_grad_(grad)
+        kept = x * 1
+        with setting.checkpointed(checkpointed), torch.set_grad_enabled(grad):
+            out = setting.network.flux(kept)
+            gradients.append(torch.autograd.grad(out.square().sum(), x)[0] if grad else x)
+        written.append(kept.detach().clone())
+    assert torch.equal(*written) and not torch.equal(written[0], setting.x)
+    assert torch.equal(*gradients)
 
 
 def test_random_numbers_inside_a_block_are_drawn_again() -> None:

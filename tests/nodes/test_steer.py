@@ -132,6 +132,7 @@ def test_every_refusal_is_looked_at(refusals: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.broad
 def test_compiled_networks_draw_the_same(run_inside: Callable[..., str]) -> None:
     """Plain, steered, steered in part, plain again: no graph serves another form, though guards on patches are off."""
     found = json.loads(run_inside("steer_compiled", seconds=1500).strip().splitlines()[-1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from narrowed import narrowed
 from small_runs import small
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -49,7 +50,7 @@ def test_a_weight_that_is_cast_to_its_own_size_is_stored_so_once(layers: dict[st
     assert layers["settled"] == {"same": True, "dtype": "torch.bfloat16", "bias": "torch.bfloat16"}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=narrowed(KINDS, "flux"))
 def hosts(
     request: Any, comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path_factory: Any
 ) -> tuple[str, dict[str, Any]]:

@@ -20,14 +20,14 @@ DEFAULT = "dmd"
 
 
 class Methods(Mapping[str, "Method"]):
-    """The methods by name: those that make a LoRA first. Looked up anew each time, so that one more file is one more
-    method."""
+    """The methods by name: the usual one, then others that make a LoRA, then the rest. Looked up anew each time, so that
+    one more file is one more method."""
 
     def _found(self) -> dict[str, Method]:
         names = sorted(entry.name for entry in pkgutil.iter_modules(__path__))
         modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
         found = [module.METHOD for module in modules if hasattr(module, "METHOD")]
-        return {method.name: method for method in sorted(found, key=lambda method: method.makes == "adapter")}
+        return {method.name: method for method in sorted(found, key=_place)}
 
     def __getitem__(self, name: str) -> Method:
         found = self._found()
@@ -43,6 +43,10 @@ class Methods(Mapping[str, "Method"]):
 
     def __len__(self) -> int:
         return len(self._found())
+
+
+def _place(method: Method) -> tuple[bool, bool]:
+    return method.makes == "adapter", method.name != DEFAULT
 
 
 METHODS = Methods()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         packed, plain = adam.pack(optimizer, role)
         tensors |= packed
         numbers |= plain
-    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    counters = {name: copy(getattr(trainer, name)) for name in COUNTERS}
     return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
 
 
@@ -55,5 +56,5 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
     # of a state that does not count them; of a role that has a LoRA for each step, no tensor takes every step
     trainer.taken = {role: adam.steps_of(optimizer) for role, optimizer in trainer.optimizers.items()}
     for name, value in notes["counters"].items():
-        setattr(trainer, name, value)
+        setattr(trainer, name, copy(value))
     trainer.notes, trainer.whole = list(notes["notes"]), True

@@ -92,7 +92,10 @@ for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloa
 told["fast fp8 linear"] = measured(*cast("fast fp8", torch.float8_e4m3fn))
 
 # a weight that is cast to another dtype of its size is stored as that, once
-layer = comfy.ops.manual_cast.Linear(128, 64).to(torch.float16).requires_grad_(False)
+layer = comfy.ops.manual_cast.Linear(128, 64)  # whose weights are whatever lies there
+for value in layer.parameters():
+    torch.nn.init.normal_(value)
+layer = layer.to(torch.float16).requires_grad_(False)
 x = torch.randn(3, 128).bfloat16()
 own = layer(x)
 keep_stored(layer)
