@@ -20,8 +20,8 @@ DEFAULT = "dmd"
 
 
 class Methods(Mapping[str, "Method"]):
-    """The methods by name: the usual one, then others that make a LoRA, then the rest. Looked up anew each time, so that
-    one more file is one more method."""
+    """The methods by name: the usual one, then others that make a LoRA, then the rest. Looked up anew each time, so
+    that one more file is one more method."""
 
     def _found(self) -> dict[str, Method]:
         names = sorted(entry.name for entry in pkgutil.iter_modules(__path__))
