@@ -49,6 +49,7 @@ def test_a_rehearsal_of_the_ops_ends_well(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.broad
 def test_two_steps_are_right_in_every_storage(tmp_path):
     code, text = rehearsed(tmp_path, "steps-right")
     for stored in ("float32", "bfloat16", "float8", "nf4"):

@@ -82,6 +82,7 @@ def test_the_teacher_is_what_comfyui_draws(hosts: Any) -> None:
         assert told["drawn"] <= least, (kind, told)
 
 
+@pytest.mark.broad
 def test_plain_float8_is_trained_as_it_is_stored(
     comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path
 ) -> None:
