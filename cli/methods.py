@@ -36,6 +36,8 @@ def page() -> str:
         "# Methods and settings",
         "Made by `onestep methods --markdown`.",
         _table(("method", "what it is", "makes", "paper", "network forwards of a sample in an update"), _rows(METHODS)),
+        "Forwards are work, as `onestep plan sd15` counts it where nothing is computed again in backward; the anchor "
+        "on the teacher's pairs is among them. A backward takes about one more where whole blocks are computed again.",
         "## Presets",
         _table(("preset", "what it changes"), [(name, _changes(values)) for name, values in PRESETS.items()]),
         "## What every run has",

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
+from narrowed import narrowed
+
 from onestep.cli.methods import page
+from onestep.core.recomputed import NOTHING
+from onestep.pipelines.shells import layout
+from onestep.training.methods import METHODS
+from onestep.training.plan.counted import counted
+from onestep.training.plan.rehearse import FORWARD
+from onestep.training.presets import preset
 
 
 def test_the_page_is_as_the_command_makes_it(root: Path) -> None:
@@ -18,3 +28,17 @@ def test_every_page_that_the_readme_names_is_there(root: Path) -> None:
     named = {part.split(")")[0] for part in readme.split("](docs/")[1:]}
     assert named and all((root / "docs" / name).is_file() for name in named)
     assert readme.count("\n") <= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", narrowed([name for name in METHODS if name != "cdm"], "dmd"))
+def test_the_forwards_of_a_method_are_those_that_the_plan_counts(name: str) -> None:
+    """What it says of an update and of each of the critic's. cdm's depend on the step that is drawn."""
+    settings = preset("Balanced", method=name).with_(sizes="512x512")
+    played = counted(layout("sd15", targets=settings.targets), settings, NOTHING)
+    one = played.count.flops(FORWARD, 1, settings.rank)
+    work = {part: played.count.flops(part, 1, settings.rank) / one for part in played.phases[-1].parts}
+    critic = [value for part, value in work.items() if part.endswith("critic")]
+    found = [sum(work.values()) - sum(critic), *critic]
+    said = [float(number) for number in re.findall(r"[0-9.]+", METHODS[name].forwards)]
+    assert said == pytest.approx(found, abs=0.06)

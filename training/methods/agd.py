@@ -41,7 +41,7 @@ METHOD = Method(
     name="agd",
     title="Adapter guidance distillation: a guidance dial in one forward, as an adapter",
     paper="arXiv:2503.07274",
-    forwards="3 + the trajectories",
+    forwards="2.2 + the trajectories",
     plan=lambda setup: guided(setup, conditioned=True),
     settings=DialSettings,
     adapter=adapter,

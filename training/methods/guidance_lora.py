@@ -9,7 +9,7 @@ METHOD = Method(
     name="guidance-lora",
     title="One guidance in one forward, as a LoRA",
     paper="arXiv:2503.07274, arXiv:2210.03142",
-    forwards="3 + the trajectories",
+    forwards="2.6 + the trajectories",
     plan=lambda setup: guided(setup, conditioned=False),
     settings=GuidanceSettings,
     recipe=guided_recipe,

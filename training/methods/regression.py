@@ -64,6 +64,6 @@ METHOD = Method(
     name="regression",
     title="Regression on the teacher's ODE pairs",
     paper="arXiv:2311.18828, Eq. 9",
-    forwards="3 + the pair",
+    forwards="2.6 + the pair",
     plan=plan,
 )

@@ -7,6 +7,7 @@ import { Panel, element } from "./panel.js";
 const TRAINERS = ["OneStepDistil", "OneStepTrainAdapter"];
 const FOLDED = [...TRAINERS, "OneStepPlan"];
 const TALKERS = ["OneStepLoadLoRA", "OneStepPromptList", "OneStepExtract", "OneStepPlan", "OneStepDoctor", ...TRAINERS];
+const TEXT_WIDTH = 280; // in pixels, of a node that has something to say
 const CANCELLED = "cancelled: what was learnt is saved; Run goes on from there";
 const panels = new Map(); // node -> panel
 let trained = new Set(); // panels that the graph under way has reached
@@ -133,6 +134,7 @@ app.registerExtension({
   name: "OneStep",
   setup: listen,
   nodeCreated(node) {
+    if (TALKERS.includes(node.comfyClass) && node.size[0] < TEXT_WIDTH) node.setSize([TEXT_WIDTH, node.size[1]]);
     if (FOLDED.includes(node.comfyClass)) fold(node);
     if (TRAINERS.includes(node.comfyClass)) addPanel(node);
   },
