@@ -5,6 +5,7 @@ import because two of its ops were never declared. Declaring them is enough for 
 
     python comfy_launch.py COMFYUI main.py --cpu ...
     python comfy_launch.py COMFYUI /path/of/a/script.py arguments
+    python comfy_launch.py COMFYUI forks
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import runpy
 import sys
 from pathlib import Path
+
+import forks
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -46,24 +49,39 @@ def import_pack() -> None:
     spec.loader.exec_module(module)
 
 
+def import_comfy() -> None:
+    """CPU only: ComfyUI reads its switches from sys.argv when `comfy` is first imported."""
+    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401
+
+    import_pack()
+
+
+def become(arguments: list[str]) -> None:
+    """Run a script as the program."""
+    sys.argv = arguments
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def start(root: Path, script: str, arguments: list[str]) -> None:
-    """Become ComfyUI (script is main.py) or run a test script inside a CPU-only ComfyUI process."""
-    os.chdir(root)
+    """Become ComfyUI (script is main.py), or a CPU-only ComfyUI process that runs a test script, or one that forks to
+    run many."""
     sys.path[0] = str(root)
+    os.chdir(root)
     declare_torchvision_ops()
     if script == "main.py":
-        sys.argv = [str(root / script), *arguments]
-    else:
-        # ComfyUI reads its switches from sys.argv when `comfy` is first imported.
-        sys.argv = [script, "--cpu", "--use-pytorch-cross-attention"]
-        import comfy.options
+        return become([str(root / script), *arguments])
+    import_comfy()
+    if script != "forks":
+        return become([script, *arguments])
+    import comfy.sample
+    import comfy.sd
+    import torch._dynamo  # noqa: F401
 
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401
-
-        import_pack()
-        sys.argv = [script, *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    forks.serve(become)
 
 
 if __name__ == "__main__":

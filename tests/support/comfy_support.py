@@ -20,8 +20,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import forks
 
 PACK = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("comfy_launch.py")
@@ -39,12 +42,25 @@ class ComfyInstall:
 
     def run_script(self, script: Path, *arguments: str | Path, seconds: float = 300) -> str:
         """Run a test script inside a CPU-only ComfyUI process; returns what it printed, raises with its output."""
-        command = [str(self.python), str(LAUNCHER), str(self.root), str(script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=quiet_environment())
+        words = [str(script), *map(str, arguments)]
+        done: forks.Ended | subprocess.CompletedProcess[str]
+        if forks.POSSIBLE:
+            (done,) = forks_of(self).run(words, [quiet_environment()], seconds)
+        else:
+            command = [*self.command(), *words]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=quiet_environment())
         if done.returncode:
             said = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
             raise AssertionError(f"{script.name} failed in ComfyUI's Python:\n{said}")
         return done.stdout
+
+    def command(self) -> list[str]:
+        return [str(self.python), str(LAUNCHER), str(self.root)]
+
+
+@cache
+def forks_of(install: ComfyInstall) -> forks.Forks:
+    return forks.Forks([*install.command(), "forks"], quiet_environment())
 
 
 def quiet_environment() -> dict[str, str]:
@@ -221,7 +237,7 @@ def follow(
 
 def server_command(install: ComfyInstall, base: Path, port: int, flags: tuple[str, ...]) -> list[str]:
     return [
-        *(str(install.python), str(LAUNCHER), str(install.root), "main.py", "--cpu", "--use-pytorch-cross-attention"),
+        *(*install.command(), "main.py", "--cpu", "--use-pytorch-cross-attention"),
         *("--preview-method", "latent2rgb", "--listen", "127.0.0.1", "--port", str(port)),
         *("--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"),
         *("--disable-auto-launch", "--disable-api-nodes", *flags),

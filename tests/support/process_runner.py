@@ -1,6 +1,7 @@
 """One process of small runs, as torchrun starts it: RANK, WORLD_SIZE and where they meet are in the environment.
 
     process_runner.py RUN [RUN ...]
+    process_runner.py forks
 
 RUN: JSON. folder, method, steps; settings: changes to them; fault: {rank, where, after}, what befalls one process once
 `where` has been passed `after` times. Runs follow one another in the same processes; each ends with a line of JSON on
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 from kill_runner import _load
 
 
@@ -126,17 +128,25 @@ def _hash(host: Any, role: str) -> str:
     return hashlib.sha256(values).hexdigest()
 
 
-def main(*runs: str) -> None:
+def load() -> None:
     _load()
     import torch
-
-    from onestep.training.engine import processes
+    import whole_runs  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def main(*runs: str) -> None:
+    from onestep.training.engine import processes
+
     with processes.joined():
         for run in map(json.loads, runs):
             print(json.dumps(one_run(run, processes.rank())), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    load()
+    if sys.argv[1:] == ["forks"]:
+        forks.serve(lambda runs: main(*runs))
+    else:
+        main(*sys.argv[1:])

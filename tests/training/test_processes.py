@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from narrowed import narrowed
@@ -43,20 +44,17 @@ def struck(run: Found, rank: int, where: str, after: int = 0) -> Found:
 
 def processes_of(count: int, *runs: Found) -> list[tuple[int, list[Found]]]:
     """Exit code of each process of ``runs``, started as torchrun starts them, and what each run came to in it."""
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    command = [sys.executable, str(RUNNER), *map(json.dumps, runs)]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=os.environ | meet | {"RANK": str(rank)}, **pipes) for rank in range(count)]
-    ended = []
-    try:
-        for process in started:
-            out, told = process.communicate(timeout=SECONDS)
-            print(told[-2000:])
-            ended.append((process.returncode, [json.loads(line) for line in out.splitlines()]))
-    finally:
-        for process in started:
-            process.kill()
-    return ended
+    meet = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    environments = [meet | {"RANK": str(rank)} for rank in range(count)]
+    ended = runner().run([*map(json.dumps, runs)], environments, SECONDS)
+    for process in ended:
+        print(process.stderr[-2000:])
+    return [(process.returncode, [json.loads(line) for line in process.stdout.splitlines()]) for process in ended]
+
+
+@cache
+def runner() -> forks.Forks:
+    return forks.Forks([sys.executable, str(RUNNER), "forks"], dict(os.environ))
 
 
 def trained(count: int, run: Found) -> dict[str, torch.Tensor]:
