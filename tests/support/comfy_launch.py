@@ -77,8 +77,6 @@ def start(root: Path, script: str, arguments: list[str]) -> None:
     import_comfy()
     if script != "forks":
         return become([script, *arguments])
-    import comfy.sample
-    import comfy.sd
     import torch._dynamo  # noqa: F401
 
     forks.serve(become)
