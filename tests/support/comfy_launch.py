@@ -10,6 +10,7 @@ import because two of its ops were never declared. Declaring them is enough for 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import runpy
@@ -77,7 +78,8 @@ def start(root: Path, script: str, arguments: list[str]) -> None:
     import_comfy()
     if script != "forks":
         return become([script, *arguments])
-    import torch._dynamo  # noqa: F401
+    for heavy in ("comfy.sd", "comfy.sample", "torch._dynamo"):
+        importlib.import_module(heavy)
 
     forks.serve(become)
 
