@@ -23,7 +23,7 @@ CURVE = ("distance", "content", "variety", "spread")
 def run(args: Namespace, console: Console) -> None:
     from ..training.engine.processes import is_first, joined
 
-    with joined():
+    with joined(args.device) as args.device:
         try:
             _run(args, console if is_first() else Silent(console.out))
         except KeyboardInterrupt:

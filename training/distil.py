@@ -71,7 +71,7 @@ def distil(
     refuse_missing(settings)
     config = config_of(host, prompts, settings, METHODS[settings.method].recipe(host, settings))
     # whatever the caller switched off around us: a run needs gradients
-    run_there = entered(folder, config, existing, METHODS[settings.method].adjustable)
+    run_there = entered(folder, config, host.device, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
         return _Session(host, prompts, run.as_begun(settings), run, report, initial, shells).run_all(goes_on)
 

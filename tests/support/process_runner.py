@@ -98,6 +98,8 @@ def one_run(run: dict[str, Any], rank: int) -> dict[str, Any]:
     from small_host import SmallHost
     from whole_runs import run as distilled
 
+    from onestep.training.engine import processes
+
     torch.manual_seed(0)
     fault = run.get("fault") or {}
     struck = fault.get("rank") == rank
@@ -105,17 +107,26 @@ def one_run(run: dict[str, Any], rank: int) -> dict[str, Any]:
     changes = run.get("settings", {}) | ({"learning_rate": 0.5} if struck and fault["where"] == "settings" else {})
     settings, factors = settings_of(run["method"], run["steps"], changes), {}
 
+    partial, seen = Path(run["folder"]) / "partial.safetensors", {"saved": []}
+
     def report(progress: Any) -> Any:
-        return progress.update == fault["after"] if fault.get("where") == "finish" else None
+        from onestep.training.distil import Request
+
+        shown = progress.preparing or progress.preview
+        seen["saved"] += [progress.update] if partial.is_file() and not shown else []
+        asked = {"finish": Request.FINISH, "save and draw": Request.SAVE | Request.SAMPLE}.get(fault.get("where"))
+        return asked if progress.update == fault.get("after") and not shown else None
 
     forget = host.denoiser.roles.drop
     host.denoiser.roles.drop = lambda role: (factors.update({role: _hash(host, role)}), forget(role))  # type: ignore[method-assign, func-returns-value]
     with pytest.MonkeyPatch.context() as patch:
-        if struck and fault["where"] not in ("base", "settings", "finish"):
+        if fault.get("where") == "one card":
+            patch.setattr(processes, "_card", lambda device: "the one")
+        elif struck and fault["where"] not in ("base", "settings", "finish", "save and draw"):
             befall(patch, host, fault["where"], fault["after"])
         try:
             result = distilled(Path(run["folder"]), settings, host=host, report=report, existing="continue")
-            found = {"updates": result.updates, "notes": list(result.notes)}
+            found = {"updates": result.updates, "notes": list(result.notes)} | seen
         except (Exception, KeyboardInterrupt) as error:
             found = {"error": type(error).__name__, "says": str(error)}
             if not fault:

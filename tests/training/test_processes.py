@@ -138,7 +138,8 @@ def test_one_may_have_more_micro_batches_than_the_other(tmp_path: Path) -> None:
 
 def test_what_befalls_one_process_is_no_other_run(base: Path, tmp_path: Path) -> None:
     """Memory runs out in one of them, as it learns and as it makes pairs; one has a gradient that is no number; one
-    stops the run; two are not of one run: they end each together, with the same student, and wait for nobody."""
+    stops the run; two are not of one run, or on one GPU; the first is asked to save and draw: they end each together,
+    with the same student, and wait for nobody."""
     runs = [
         struck(a_run(tmp_path / "memory"), 1, "memory", 5),
         struck(a_run(tmp_path / "memory in pairs"), 1, "memory in pairs", 1),
@@ -147,6 +148,8 @@ def test_what_befalls_one_process_is_no_other_run(base: Path, tmp_path: Path) ->
         struck(a_run(tmp_path / "finished"), 0, "finish", 3),
         struck(a_run(tmp_path / "settings"), 1, "settings"),
         struck(a_run(tmp_path / "base"), 1, "base"),
+        struck(a_run(tmp_path / "one card"), 1, "one card"),
+        struck(a_run(tmp_path / "asked", save_every=100), 0, "save and draw", 3),
         a_run(tmp_path / "vsd", "vsd"),
         a_run(tmp_path / "guidance", "guidance-lora"),
     ]
@@ -163,6 +166,59 @@ def test_what_befalls_one_process_is_no_other_run(base: Path, tmp_path: Path) ->
     assert first[3]["error"] == "Stopped" and first[4]["updates"] == 3
     for found, folder in ((first[5], "settings"), (first[6], "base")):
         assert f"have not the same {folder}" in found["says"] and not (tmp_path / folder).exists()
+    assert "processes 0 and 1 of this run have one GPU between them" in first[7]["says"]
+    assert not (tmp_path / "one card").exists()
+    assert_saved_and_drawn(tmp_path / "asked", first[8], second[8], two)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "here", "device"),
+    [
+        (None, 1, 2, "cuda:1"),
+        ("cuda", 0, 2, "cuda:0"),
+        ("cpu", 3, 4, "cpu"),
+        ("xpu:1", 0, 2, "xpu:1"),
+        ("cuda:1", 0, 1, "cuda:1"),  # one process on each machine
+    ],
+)
+def test_each_process_of_a_machine_takes_its_own_gpu(
+    name: str | None, rank: int, here: int, device: str, monkeypatch: Any
+) -> None:
+    as_started(monkeypatch, rank, here)
+    assert processes.own_device(name, cards=2) == device
+    assert processes.own_device(name, cards=0) == name, "what is not there is refused where it is opened"
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:1"])
+def test_one_gpu_for_several_processes_is_refused(name: str, monkeypatch: Any) -> None:
+    as_started(monkeypatch, 0, 2)
+    with pytest.raises(OneStepError, match=f"--device {name} is one GPU for the 2 processes .* CUDA_VISIBLE_DEVICES"):
+        processes.own_device(name, cards=4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # not told how many are here, it is taken to be all
+    with pytest.raises(OneStepError, match=f"--device {name} is one GPU for the 8 processes"):
+        processes.own_device(name, cards=4)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: Any) -> None:
+    as_started(monkeypatch, 2, 3)
+    with pytest.raises(OneStepError, match="2 GPUs, fewer than its processes"):
+        processes.own_device(None, cards=2)
+
+
+def as_started(monkeypatch: Any, rank: int, here: int) -> None:
+    """The environment that torchrun makes: ``here`` of eight processes are on this machine."""
+    for name, value in {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": here, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def assert_saved_and_drawn(folder: Path, first: Found, second: Found, plain: dict[str, torch.Tensor]) -> None:
+    """After update 3 the first process wrote a state, what had been learnt, a picture; the run is as it was."""
+    assert "state-3" in {path.name for path in folder.glob("state-*")}
+    assert first["saved"] == list(range(4, first["updates"] + 1)) and second["saved"] == []
+    assert [path.name for path in (folder / "previews").iterdir()] == ["000003.png"]
+    assert not (folder / "partial.safetensors").exists()
+    result = load_file(folder / "result.safetensors")
+    assert result.keys() == plain.keys() and all(torch.equal(result[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize(("where", "after", "error"), narrowed([FULL, CANCEL], CANCEL))

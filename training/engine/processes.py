@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,33 +38,55 @@ class Alone(OneStepError):
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Within, this process is one of those that WORLD_SIZE counts, where torchrun or accelerate has said so."""
+def joined(device: str | None = None) -> Iterator[str | None]:
+    """Within, this process is one of those that WORLD_SIZE counts, where torchrun or accelerate has said so.
+
+    device: as a person names it; what is yielded is this process's own.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
-        yield
+        yield device
         return
-    on_cards = torch.cuda.is_available()
-    if on_cards:
-        torch.cuda.set_device(_own_card())
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = own_device(device, cards)
+    if device == f"cuda:{_local_rank()}":
+        torch.cuda.set_device(device)  # what names no device of its own goes there too
     try:
-        distributed.init_process_group(BACKENDS if on_cards else "gloo", timeout=PATIENCE)
+        distributed.init_process_group(BACKENDS if cards else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise OneStepError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']:.20}, but the processes do not find each other ({_why(error)}): "
             "start them by torchrun or accelerate launch, or unset WORLD_SIZE"
         ) from None
     try:
-        yield
+        yield device
     finally:
         distributed.destroy_process_group()
 
 
-def _own_card() -> int:
-    """The card of this process. Raises OneStepError where there are fewer cards than processes on this machine."""
-    own, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+def own_device(name: str | None, cards: int) -> str | None:
+    """The device of this process where ``name`` is asked of all: the GPU of its place on the machine.
+
+    cards: GPUs that it sees. Raises OneStepError where one GPU is named to several processes of a machine, and where
+    there are fewer GPUs than processes.
+    """
+    kind, _, index = (name or "cuda").partition(":")
+    if kind != "cuda" or not cards:
+        return name
+    own, here = _local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    if index and here > 1:
+        raise OneStepError(
+            f"--device {name:.20} is one GPU for the {here} processes of this machine: leave --device out, so that "
+            "each takes a GPU of its own, and choose which by CUDA_VISIBLE_DEVICES"
+        )
+    if index:
+        return name
     if own >= cards:
         raise OneStepError(f"this machine has {cards} GPUs, fewer than its processes: start at most {cards} on it")
-    return own
+    return f"cuda:{own}"
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
@@ -149,6 +172,30 @@ def agree(facts: Mapping[str, Any]) -> None:
             f"the {count()} processes of this run have not the same {' and '.join(other)}: start all of them with the "
             "same command, checkpoint and files"
         )
+
+
+def refuse_shared(device: torch.device) -> None:
+    """Raises OneStepError, in every process, where two of them have one GPU. device: this process's."""
+    if count() == 1:
+        return
+    own = torch.tensor(list(hashlib.sha256(_card(device).encode()).digest()), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(count())]
+    with _met():
+        distributed.all_gather(every, own)
+    ranks = [at for at, one in enumerate(every) if sum(torch.equal(one, other) for other in every) > 1]
+    if ranks:
+        raise OneStepError(
+            f"processes {' and '.join(map(str, ranks))} of this run have one GPU between them: start one for each GPU, "
+            "by torchrun or accelerate launch, which tell each its LOCAL_RANK; CUDA_VISIBLE_DEVICES chooses the GPUs"
+        )
+
+
+def _card(device: torch.device) -> str:
+    """What only this GPU is called, on any machine; on a CPU, which processes share, what only this process is."""
+    if device.type != "cuda":
+        return f"process {rank()}"
+    found = torch.cuda.get_device_properties(device)
+    return str(getattr(found, "uuid", None) or f"{platform.node()} {device}")
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:

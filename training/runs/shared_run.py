@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.errors import OneStepError
@@ -47,10 +48,12 @@ class Led(Run):
 
 @contextmanager
 def entered(
-    folder: Path, config: dict[str, Any], existing: str, adjustable: tuple[str, ...] = ()
+    folder: Path, config: dict[str, Any], device: torch.device, existing: str, adjustable: tuple[str, ...] = ()
 ) -> Iterator[tuple[Run, bool]]:
     """As `run.opened`, in every process: the first opens the folder, then the others follow it. Raises OneStepError too
-    where there are more processes than samples in a batch, where they are not of one run, or do not see one folder."""
+    where there are more processes than samples in a batch or than GPUs, where they are not of one run, or do not see
+    one folder. device: where this process trains."""
+    processes.refuse_shared(device)
     processes.agree({name: config[name] for name in ("settings", "prompts", "base", "recipe")})
     processes.own(config["settings"]["batch"])
     if processes.is_first():
