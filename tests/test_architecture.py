@@ -8,6 +8,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -135,12 +136,18 @@ SOURCES = [path for path in FILES if path.suffix == ".py"]
 SHIPPED = [path for path in SOURCES if path.parts[0] in MAY_IMPORT or str(path) in ("__init__.py", "__main__.py")]
 
 
+@cache
 def parsed(path: PurePosixPath) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
 
 
-def imported(path: PurePosixPath) -> Iterator[tuple[str, int]]:
+@cache
+def imported(path: PurePosixPath) -> tuple[tuple[str, int], ...]:
     """Each module a file imports, anywhere in it, relative ones written out from `onestep`; and the line."""
+    return tuple(_imported(path))
+
+
+def _imported(path: PurePosixPath) -> Iterator[tuple[str, int]]:
     package = ["onestep", *path.parent.parts]
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):

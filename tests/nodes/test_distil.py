@@ -116,7 +116,7 @@ def test_cancel_keeps_what_is_learnt_and_the_run_goes_on(comfy_server: Any) -> N
         if name == "onestep.progress" and data["update"] >= 3:  # not every update is told
             comfy_server.interrupt(prompt_id)
 
-    steps = 40
+    steps = 14
     uncut = comfy_server.run(graph("uncut", steps=steps))
     assert uncut.status == "success", uncut.error
     cut = comfy_server.run(graph("cut", steps=steps), on_event=cancel)
