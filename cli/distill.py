@@ -16,6 +16,7 @@ from typing import Any
 from ..core.errors import OneStepError
 from .console import EVERY, Console, RunFailed, Silent, duration, to_go
 from .model import at_native_size, open_host, read_prompts, read_settings
+from .plan import shell_of
 
 CURVE = ("distance", "content", "variety", "spread")
 
@@ -47,23 +48,49 @@ def _run(args: Namespace, console: Console) -> None:
         console.note(f"no run to continue in {folder.name[:100]}: started anew")
     host = open_host(args.model, settings.targets, args.device, stored=True, waiting=settings.streaming != "off")
     settings = at_native_size(settings, given, host)
+    if args.whole is not None:
+        _refuse_other(args.whole, host, settings)
     result = train(host, prompts, settings, folder, existing, console)
-    _check_storage(host, args.whole, result, prompts, settings, console)
+    for line in storage_lines(host, args.whole, result.path, prompts, settings):
+        console.note(line)
     console.result(_told(result), _facts(result))
 
 
-def _check_storage(
-    host: Any, whole: str | None, result: Any, prompts: list[str], settings: Any, console: Console
-) -> None:
-    """Say how far the student on a quantised base is from that on the whole one."""
-    from ..pipelines.storage import compare, stored_as
+def _refuse_other(whole: str, host: Any, settings: Any) -> None:
+    """Before anything is trained: whether its result can be checked on this unquantised base."""
+    from ..pipelines.load import located
+    from ..training.evaluation.storage import refuse_other
+    from ..training.methods import METHODS
 
-    kind = stored_as(host.network)
-    if whole is not None:
-        load = partial(open_host, whole, settings.targets, str(host.device))
-        console.note(compare(host, load, result.path, prompts, settings.size_list[0]).told())
-    elif kind:
-        console.note(f"the base is stored in {kind}: how far it is from the whole one is told by --whole MODEL")
+    if METHODS[settings.method].makes != "LoRA":
+        raise OneStepError(f"--whole checks a LoRA, and {settings.method} makes an adapter: leave --whole out")
+    refuse_other(host, shell_of(str(located(whole))).shell(settings.targets))
+
+
+def storage_lines(host: Any, whole: str | None, lora: Path, prompts: list[str], settings: Any) -> list[str]:
+    """How far the student on a quantised base is from that on the whole one."""
+    import torch
+
+    from ..core.stored import stored_as
+    from ..pipelines.places import is_quantized, place
+    from ..training.evaluation.storage import apart, predictions, tried
+    from ..training.methods import METHODS
+
+    kind, size = stored_as(host.network), settings.size_list[0]
+    if METHODS[settings.method].makes != "LoRA" or not (kind or whole):
+        return []
+    if whole is None:
+        return [f"the base is stored in {kind}: how far it is from the whole one is told by --whole MODEL"]
+
+    def compared() -> str:
+        mine = predictions(host, lora, prompts, size)
+        if not is_quantized(host.network):
+            place(host.network, torch.device("cpu"))  # before the other one takes its room
+        other = open_host(whole, settings.targets, str(host.device))
+        return apart(mine, predictions(other, lora, prompts, size)).told()
+
+    told, why = tried(compared)
+    return [told or why]
 
 
 def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: str, console: Console) -> Any:

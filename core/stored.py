@@ -7,6 +7,7 @@ A cast weight that autograd kept until backward would take more room than was sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,18 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 def is_plain(weight: Any) -> bool:
     """Whether ``weight`` is a tensor of numbers to compute with: not quantised, and of no class of its own."""
     return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor and weight.dtype in PLAIN
+
+
+def stored_as(network: nn.Module) -> str:
+    """How a network's quantised weights are stored, in a word; "" where all are plain."""
+    weights: list[Any] = [layer.weight for layer in network.modules() if is_adaptable(layer)]
+    return ", ".join(sorted({_kind(weight) for weight in weights if not is_plain(weight)}))
+
+
+def _kind(weight: Any) -> str:
+    """By bitsandbytes' own word, by that of a ComfyUI layout (TensorCoreNVFP4Layout), or by its dtype."""
+    layout = re.sub("^(TensorCore|TensorWise|Asym)|Layout$", "", getattr(weight, "_layout_cls", "")).lower()
+    return getattr(weight, "quant_type", "") or layout or str(weight.dtype).removeprefix("torch.")
 
 
 def in_float8(network: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..core.recipe import step_files
 from ..core.tensor_file import read_tensors
+from ..training.engine.prompts import lines
 from ..training.presets import PRESETS, preset
 from ..training.runs.run import CONTINUE
 from .load_lora import RecipeSocket
@@ -29,6 +30,7 @@ from .trainer import (
     shared_outputs,
     sizes_input,
 )
+from .unquantized import StorageCheck, unquantized_input
 from .widgets import BY_PRESET, given, method_input
 
 
@@ -64,7 +66,13 @@ class DistilOneStepLoRA(TrainerNode):
             search_aliases=["distillation", "train", "turbo", "few step", "lightning", "dmd", "train lora"],
             is_output_node=True,
             not_idempotent=True,
-            inputs=[*model_inputs(), *first_inputs(), lora_input(advanced=True), *run_inputs({"student_steps"})],
+            inputs=[
+                *model_inputs(),
+                *first_inputs(),
+                lora_input(advanced=True),
+                *run_inputs({"student_steps"}),
+                unquantized_input(),
+            ],
             outputs=[
                 io.LoraModel.Output(display_name="lora", tooltip="For Load LoRA Model and Save LoRA."),
                 FileName.Output(
@@ -87,15 +95,18 @@ class DistilOneStepLoRA(TrainerNode):
         method: dict[str, Any],
         preset: str,
         existing: str = CONTINUE,
+        unquantized_model: Any | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
         with named_places():
-            result = cls.train(model, clip, vae, prompts, name, existing, settings_of(method, preset, **widgets))
+            settings, check = settings_of(method, preset, **widgets), StorageCheck(unquantized_model)
+            result = cls.train(model, clip, vae, prompts, name, existing, settings, check)
             file = publish(result.path, name, LORAS)
             for step, path in enumerate(step_files(result.path, result.recipe)[1:], 2):
                 publish(path, f"{name}-{step}", LORAS)
+            said = check.told(clip, vae, result.path, lines(prompts), settings)
         made = (read_tensors(result.path), file, result.recipe, as_image(result.preview), loss_map(result.metrics))
-        return io.NodeOutput(*made, ui=seen(result, file))
+        return io.NodeOutput(*made, ui=seen(result, file, *said))
 
 
 def settings_of(method: dict[str, Any], name: str, initial_lora: str = NO_LORA, **shared: Any) -> Any:

@@ -17,6 +17,7 @@ from .places import LORAS, checked_name, files_of, run_folder, shown
 from .progress import Reporter, viewed
 from .requests import running
 from .shell import shells_of
+from .unquantized import StorageCheck
 from .widgets import widget
 
 NO_LORA = "none"
@@ -132,16 +133,29 @@ class TrainerNode(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def train(
-        cls, model: Any, clip: Any, vae: Any, prompts: str, name: str, existing: str, settings: Settings
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        prompts: str,
+        name: str,
+        existing: str,
+        settings: Settings,
+        check: StorageCheck | None = None,
     ) -> Result:
-        """The whole run, with its progress in the node."""
+        """The whole run, with its progress in the node. check: looks at the result before the base is gone."""
         name, texts = checked_name(name), check_prompts(lines(prompts))
         # a page sends the graph along, a script does not
         has_panel = bool(cls.hidden.extra_pnginfo)
         with running(name) as asked, adapted(model, clip, vae, targets=settings.targets) as host:
             report = Reporter(cls.hidden.unique_id, name, asked, has_panel)
             shells = shells_of(model, vae, settings.targets)
-            return distil(host, texts, settings, run_folder(name), existing=existing, report=report, shells=shells)
+            if check is not None:
+                check.refuse_other(host, settings)
+            result = distil(host, texts, settings, run_folder(name), existing=existing, report=report, shells=shells)
+            if check is not None:
+                check.look(host, result.path, texts, settings)
+            return result
 
 
 def seen(result: Result, file: str, *more: str) -> dict[str, Any]:

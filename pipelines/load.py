@@ -44,13 +44,7 @@ def load(
     blocks keep a single file's weights of fp8 as they are, to be trained on. waiting: whether the network stays on the
     CPU until it is trained on the device, which may be too small for it. Raises OneStepError with what to do.
     """
-    device = torch.device(device)
-    path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
-    if not path.exists():
-        raise OneStepError(
-            f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
-            "or a .safetensors file of SD1.5, SD2 or SDXL"
-        )
+    device, path = torch.device(device), located(model)
     dtype = dtype or (torch.float32 if device.type == "cpu" else half_of(path, has_bfloat16(device)))
     pipe = (
         load_folder(path, dtype)
@@ -61,6 +55,17 @@ def load(
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     network.to("cpu" if waiting else device)
     return pipe
+
+
+def located(model: str | Path) -> Path:
+    """Where MODEL lies. Raises OneStepError where it is not there."""
+    path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
+    if not path.exists():
+        raise OneStepError(
+            f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
+            "or a .safetensors file of SD1.5, SD2 or SDXL"
+        )
+    return path
 
 
 def half_of(path: Path, bfloat16: bool) -> torch.dtype:

@@ -89,7 +89,8 @@ def test_a_trainer_offers_each_method_with_its_own_settings_all_neutral(
 def test_what_a_person_sets_first_comes_first(comfy_server: Any) -> None:
     inputs = inputs_of(comfy_server, "OneStepDistil")
     seen = [name for name, told in inputs.items() if len(told) > 1 and not told[1].get("advanced")]
-    assert seen == ["model", "clip", "vae", "prompts", "preset", "student_steps", "sizes", "name", "method"]
+    first = ["model", "clip", "vae", "prompts", "preset", "student_steps", "sizes", "name", "method"]
+    assert seen == [*first, "unquantized_model"] and list(inputs)[-1] == "unquantized_model"
 
 
 def test_a_broken_module_is_named_and_the_others_live(run_inside: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_other_packs_forms_and_broken_files_are_refused_with_what_to_load(
     assert "scale is not a finite number" in told["nan"] and "download or quantise the file again" in told["nan"]
 
 
+APART = re.compile(r"predictions differ by ([\d.]+)%, the base's own by ([\d.]+)%")
+
+
+def assert_checked_against(server: Any, base: dict[str, Any], told: dict[str, Any], twin: Path) -> None:
+    """The finished run's LoRA on the base before it was quantised, on the numbers that are stored, on another model."""
+    shutil.copyfile(twin, server.base / "models" / "checkpoints" / twin.name)
+    said = {}
+    for name in ("tiny_flux.safetensors", twin.name, "tiny_sd3.safetensors"):
+        whole = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}
+        plugs = {**told, "existing": "continue", "unquantized_model": ["whole", 0]}
+        said[name] = server.run(base | {"whole": whole, "distil": {"class_type": "OneStepDistil", "inputs": plugs}})
+    other = said.pop("tiny_sd3.safetensors")
+    assert "tiny_sd3 is of another architecture than tiny_flux_scaled: give the same base" in other.error
+    found = [APART.search(run.outputs["distil"]["text"][0]) for run in said.values()]
+    before, numbers = ([float(number) for number in match.groups()] if match else [] for match in found)
+    assert numbers == [0, 0] and all(0.1 < number < 20 for number in before) and before, (before, numbers)
+
+
 def test_a_server_trains_on_a_scaled_fp8_checkpoint_and_draws_with_the_lora(
     comfy: Any, server_with_checkpoints: Any, checkpoints: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +150,10 @@ def test_a_server_trains_on_a_scaled_fp8_checkpoint_and_draws_with_the_lora(
     }
     trained = server.run(base | {"distil": {"class_type": "OneStepDistil", "inputs": told}})
     assert trained.status == "success", trained.error
+    assert "the base is stored in fp8e4m3: how far it is" in trained.outputs["distil"]["text"][0]
+    assert_checked_against(
+        server, base, {**told, "existing": "continue"}, tmp_path / "tiny_flux_scaled_twin.safetensors"
+    )
     graph = base | {
         "lora": {"class_type": "LoraLoaderModelOnly", "inputs": lora},
         "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["texts", 1], "text": "a red dragon"}},

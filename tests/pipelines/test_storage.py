@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import save_lora
+from onestep.core.memory import noticed
 from onestep.core.randomness import normal
-from onestep.core.stored import store
+from onestep.core.stored import store, stored_as
 from onestep.pipelines.adapt import adapt
-from onestep.pipelines.storage import TIMES, compare, stored_as
+from onestep.training.evaluation.storage import TIMES, Apart, apart, predictions, refuse_other, tried
 
 
 def pair(name: str = "sd") -> tuple[Any, Any]:
@@ -46,7 +47,7 @@ def lora(host: Any, folder: Path) -> Path:
 def test_it_is_the_difference_of_predictions(name: str, tmp_path: Path) -> None:
     stored, whole = pair(name)
     file = lora(whole, tmp_path)
-    told = compare(stored, lambda: whole, file, ["a cat"], (64, 64))
+    told = compared(stored, whole, file, ["a cat"])
     found: dict[tuple[str, str], Tensor] = {}
     for kind, host in (("stored", stored), ("whole", whole)):
         host.denoiser.roles.load("made", whole.denoiser.roles.state("made"))
@@ -72,10 +73,66 @@ def test_it_is_the_difference_of_predictions(name: str, tmp_path: Path) -> None:
 def test_a_base_is_no_distance_from_itself_and_none_from_another_family(tmp_path: Path) -> None:
     stored, whole = pair()
     file = lora(whole, tmp_path)
-    same = compare(whole, lambda: whole, file, [], (64, 64))
+    same = compared(whole, whole, file, [])
     assert same.base == same.student == 0 and same.direction == pytest.approx(1)
-    with pytest.raises(OneStepError, match="of another architecture"):
-        compare(stored, lambda: pair("sd3")[1], file, [], (64, 64))
+    refuse_other(stored, whole)
+    with pytest.raises(OneStepError, match="of another architecture .* give the same base, unquantised"):
+        refuse_other(stored, pair("sd3")[1])
+
+
+def test_a_base_of_other_widths_or_depth_is_another() -> None:
+    stored, _ = pair()
+    for change in ({"block_out_channels": (64, 64)}, {"layers_per_block": 2}):
+        torch.manual_seed(0)
+        pipe = make("sd")
+        told = {**pipe.unet.config, **change}
+        pipe.unet = type(pipe.unet).from_config(told)
+        with pytest.raises(OneStepError, match="of another architecture"):
+            refuse_other(stored, adapt(pipe, device="cpu"))
+
+
+def test_where_memory_runs_out_fewer_prompts_are_asked_at_a_time(tmp_path: Path) -> None:
+    _, whole = pair()
+    file, calls = lora(whole, tmp_path), []
+
+    def full(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append(len(args[0]))
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = predictions(whole, file, ["a cat", "a dog", "a wall"], (64, 64))
+    handle = whole.network.register_forward_pre_hook(full, with_kwargs=True)
+    notes: list[str] = []
+    with noticed(notes):
+        found = predictions(whole, file, ["a cat", "a dog", "a wall"], (64, 64))
+    handle.remove()
+    assert calls[:2] == [3, 2] and set(calls[2:]) == {1} and "in slices of 1" in notes[-1]
+    torch.testing.assert_close(found.student, wanted.student, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.base, wanted.base, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_checked_is_said_and_nothing_more() -> None:
+    def failed(error: Exception) -> str:
+        def work() -> str:
+            raise error
+
+        found, why = tried(work)
+        assert found is None
+        return why
+
+    assert tried(lambda: "told") == ("told", "")
+    assert failed(OneStepError("no model")) == "the LoRA could not be checked on the unquantised base: no model"
+    assert "CUDA out of memory" in failed(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(KeyboardInterrupt):
+        tried(cancelled)
+
+
+def cancelled() -> None:
+    raise KeyboardInterrupt
+
+
+def compared(stored: Any, whole: Any, file: Path, prompts: list[str]) -> Apart:
+    return apart(*(predictions(host, file, prompts, (64, 64)) for host in (stored, whole)))
 
 
 def test_what_is_stored_is_named() -> None:
