@@ -11,7 +11,6 @@ H = log p_real(x_s) - log p_fake(x_s) (arXiv:1406.2661, Prop. 1, by the non-satu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,7 @@ class Head(nn.Module):
         self.cells = cells
         with torch.random.fork_rng(devices=[]):  # torch's layers draw their own start, which is not used
             self.enter = nn.ModuleList(nn.Conv2d(count, width, 3, 2, 1) for count in channels)
-            self.norm = nn.ModuleList(nn.GroupNorm(math.gcd(32, width), width) for _ in channels)
+            self.norm = nn.ModuleList(nn.GroupNorm(_groups(width), width) for _ in channels)
             self.leave = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in channels)
         self._start(seed)
 
@@ -70,6 +69,12 @@ class Head(nn.Module):
             for value, enter, norm, leave in parts
         ]
         return maps if self.cells else [logits.mean(1, keepdim=True) for logits in maps]
+
+
+def _groups(width: int) -> int:
+    """At most 32, of eight channels or more: where a feature is one cell, a group of one channel would norm all of it
+    away."""
+    return next(count for count in range(max(1, min(32, width // 8)), 0, -1) if width % count == 0)
 
 
 @dataclass(frozen=True)

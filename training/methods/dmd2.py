@@ -1,5 +1,5 @@
-"""DMD2 (arXiv:2405.14867): dmd with a discriminator head, whose real pictures are the teacher's own. At gan_weight 0 the
-student learns as dmd's does."""
+"""DMD2 (arXiv:2405.14867): dmd with a discriminator head, whose real pictures are the teacher's own. At gan_weight 0 a
+student is told what dmd tells it."""
 
 from __future__ import annotations
 
