@@ -96,23 +96,23 @@ def _grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
 def _in_order(targets: Mapping[str, Target], blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """The blocks that can be looked at by canonical name, in the order in which the network comes to them."""
     owners = {layer: block for block in blocks for layer in block.modules()}
-    found: dict[str, tuple[tuple[int, ...], nn.Module]] = {}
+    found: dict[nn.Module, tuple[tuple[int, ...], str]] = {}
     for name, target in targets.items():
-        place = _place(name)
-        if place is not None and target.module in owners:
-            found[place[0]] = place[1], owners[target.module]
-    return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0])}
+        place, block = _place(name), owners.get(target.module)
+        if place is not None and block is not None:
+            found[block] = min(place, found.get(block, place))
+    return {name: block for block, (_, name) in sorted(found.items(), key=lambda entry: entry[1])}
 
 
-def _place(name: str) -> tuple[str, tuple[int, ...]] | None:
-    """(the name of the block that holds the layer ``name``, its place among the others)."""
+def _place(name: str) -> tuple[tuple[int, ...], str] | None:
+    """(the place of the block that holds the layer ``name`` among the others, its name)."""
     unet, dit = _UNET.match(name), _DIT.match(name)
     if unet is not None:
         level, kind, index, inner = unet.groups()
         # a level is a residual block, then its attention, then the next residual block
         order = (10**6 if level is None else int(level), 2 * int(index) + (kind == "attentions"), int(inner or 0))
-        return unet[0].rstrip("."), order
-    return None if dit is None else (dit[0].rstrip("."), (bool(dit[1]), int(dit[2])))
+        return order, unet[0].rstrip(".")
+    return None if dit is None else ((bool(dit[1]), int(dit[2])), dit[0].rstrip("."))
 
 
 def _spread(names: Sequence[str], count: int) -> list[int]:

@@ -63,11 +63,8 @@ class Head(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """[B, n] of each of ``features`` [B, channels, rows, columns], in float32."""
-        parts = zip(features, self.enter, self.norm, self.leave, strict=True)
-        maps = [
-            leave(leaky_relu(norm(enter(value.to(enter.weight))), 0.2)).flatten(1)
-            for value, enter, norm, leave in parts
-        ]
+        like, parts = next(self.parameters()), zip(features, self.enter, self.norm, self.leave, strict=True)
+        maps = [leave(leaky_relu(norm(enter(value.to(like))), 0.2)).flatten(1) for value, enter, norm, leave in parts]
         return maps if self.cells else [logits.mean(1, keepdim=True) for logits in maps]
 
 

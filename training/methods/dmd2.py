@@ -25,7 +25,7 @@ METHOD = Method(
     name="dmd2",
     title="Distribution matching with a discriminator on the base's features",
     paper="arXiv:2405.14867",
-    forwards="8.2 + 3.6 a critic update",
+    forwards="9.6 + 3.6 a critic update + 3.1 a head update",
     plan=partial(alternating, objective=dmd, extras=Extras(head=head_turns)),
     settings=HeadSettings,
     check=check,

@@ -86,7 +86,8 @@ class HeadTurns:
     @property
     def cost(self) -> float:
         """Forwards of a sample in an update: the head's turns, and the student's term."""
-        term = self.asked * learning(self.setup.settings)
+        # the backward of the term goes through what is before the block that is looked at
+        term = self.asked * (1 + (learning(self.setup.settings) - 1) / 3)
         return self.setup.settings.own.head_updates * self.cost_of_turn + term
 
     @property
