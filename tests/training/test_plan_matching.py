@@ -63,5 +63,7 @@ def test_a_head_takes_room_for_itself_and_its_term_forwards_where_it_is_asked(ru
     assert made_of["base"] == plain["base"]
     assert half.forwards - none.forwards == pytest.approx((whole.forwards - none.forwards) * 51 / 100, rel=1e-3)
     assert 1 < whole.forwards - none.forwards < 2.5
-    twice = rung("dmd2", **told, head_updates=2).forwards - rung("dmd2", **told).forwards
-    assert 3 < twice < 3.3
+    once, twice, thrice = (rung("dmd2", **told, head_updates=count).forwards for count in (1, 2, 3))
+    assert twice - once == pytest.approx(thrice - twice) and twice - once > 3
+    punished = rung("dmd2", **told, head_penalty=1.0).forwards
+    assert 1 < punished - once < 2

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from ...core.errors import OneStepError
 from ...core.features import Features
-from ...core.memory import attempt, exhausted
+from ...core.memory import attempt, exhausted, notice
 from ...core.roles import TEACHER
 from ..data.pairs import Pairs
 from ..engine.batch import Batch
@@ -127,11 +127,13 @@ def _channels(setup: Setup, features: Features) -> list[int]:
             setup.denoise(x, levels[:1], batch.cond)
         return [value.shape[1] for value in found]
 
-    for _ in range(2):  # what else has filled the card may be gone by now
+    found, why = attempt(look)
+    if found is None:
+        notice("out of memory: the base's blocks are looked at once more")
         found, why = attempt(look)
-        if found is not None:
-            return found
-    raise exhausted("the first look at the base's blocks", why)
+    if found is None:
+        raise exhausted("the first look at the base's blocks", why)
+    return found
 
 
 def check_head(host: Host, settings: Settings) -> None:
