@@ -1,0 +1,228 @@
+"""A few-step LoRA adapted to a fine-tune, beside the LoRA as it is and a student from nothing.
+
+    python benchmarks/adapting.py --data tiles.npz --steps 1 4 --out runs/adapting
+
+A fine-tune F of `tiny` is trained first, a whole checkpoint, on recoloured tiles before other backgrounds. The donor is
+`tiny`'s own student. Both a cold run on F and an adapted one, which starts from the donor, are given shares of the
+cold run's forwards. A line of rows.jsonl is written as each row is known; it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from measure import EACH, ROLE, make_set, pictures
+from tiny_models import autoencoder, data, store, unet
+from tiny_models.loop import Plan, Training
+from torch import Tensor
+
+from onestep.cli.demo import SMALLER
+from onestep.cli.evaluate import judge_of
+from onestep.cli.lora import read_lora
+from onestep.cli.model import at_native_size, open_host, read_prompts
+from onestep.core.recipe import Recipe
+from onestep.pipelines.bundled import path_of
+from onestep.pipelines.tiny_words import pixel_words
+from onestep.training.distil import distil
+from onestep.training.evaluation.measures import bootstrap, frechet, obeyed, variety
+from onestep.training.presets import preset
+from onestep.training.settings import Settings
+
+GREY = 127
+"""The background that the tiles were laid on."""
+DARKER = 0.6
+QUIET = {"preview_every": 0, "watch_every": 0}
+
+
+# -- the fine-tune ----------------------------------------------------------------------------------------------------
+
+
+def changed(tiles: Path, seed: int = 0) -> data.Tiles:
+    """Every tile with red, green and blue in another order; what lies on grey, before a darker tile of a dungeon."""
+    with np.load(tiles, allow_pickle=False) as file:
+        images, captions, kinds = file["image"], file["caption"], file["kind"]
+    images = images[..., [1, 2, 0]]
+    words = tuple(pixel_words(image) for image in images)
+    whole = images[(kinds == "dungeon") & ((images == GREY).all(-1).mean((1, 2)) < 0.02)]
+    chosen = whole[np.random.default_rng(seed).integers(len(whole), size=len(images))]
+    behind = (images == GREY).all(-1, keepdims=True) & (kinds != "dungeon")[:, None, None, None]
+    images = np.where(behind, (chosen * DARKER).astype(np.uint8), images)
+    return data.Tiles(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), tuple(map(data.normalise, captions)), words
+    )
+
+
+def finetune(tiles: data.Tiles, folder: Path, updates: int, batch: int, rate: float = 4e-4) -> Path:
+    """`tiny` trained further on ``tiles``, as it was trained; a diffusers folder."""
+    if (folder / "model").is_dir():
+        return folder / "model"
+    pipe = StableDiffusionPipeline.from_pretrained(path_of("tiny"), torch_dtype=torch.float32)
+    modules = torch.nn.ModuleDict({"text": pipe.text_encoder, "unet": pipe.unet}).train()
+    latents = autoencoder.encode(pipe.vae, tiles.centred) * pipe.vae.config.scaling_factor
+    loss = unet.loss(modules, data.Prompts(tiles, pipe.tokenizer), unet.Shape())
+
+    def of_batch(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        return loss(latents[rows], torch.randn(batch, *latents.shape[1:], generator=generator), rows, generator)
+
+    Training(modules, Plan(updates, rate, warm_up=50, ema=0.99), folder).run(of_batch)
+    store.save(pipe, folder / "model")
+    return folder / "model"
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def settings_of(student_steps: int, share: float = 1.0, donor: Path | None = None, **changes: Any) -> Settings:
+    """A run at ``share`` of the demo's length: each of its phases, and the teacher's pairs, are so much shorter."""
+    cold = preset("Balanced", **(SMALLER | QUIET), student_steps=student_steps).with_(**changes)
+    parts = {name: round(share * getattr(cold, name)) for name in ("steps", "pairs")}
+    own = {name: round(share * getattr(cold.own, name)) for name in ("warm_start", "critic_warm_up")}
+    start = {} if donor is None else {"initial_lora": str(donor)}
+    return cold.with_(**parts, **own, **start)
+
+
+def shortened(length: float) -> dict[str, int]:
+    """The cold run's phases at ``length`` of a demo's."""
+    whole = settings_of(1, length)
+    return {"steps": whole.steps, "pairs": whole.pairs} | {
+        name: getattr(whole.own, name) for name in ("warm_start", "critic_warm_up")
+    }
+
+
+def train(model: str, prompts: list[str], settings: Settings, folder: Path) -> Path:
+    """The result of a run, made or found."""
+    if not (folder / "result.safetensors").is_file():
+        host = open_host(model, device="cpu")
+        began = time.monotonic()
+        distil(host, prompts, at_native_size(settings, set(), host), folder, existing="continue")
+        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - began))
+    return folder / "result.safetensors"
+
+
+class Measured:
+    """LoRAs beside F's own pictures, by the frozen judge."""
+
+    def __init__(self, model: str, prompts: list[str], samples: int, folder: Path) -> None:
+        self.host, self.judge = open_host(model, device="cpu"), judge_of("tiny", None)
+        self.kept = make_set(self.host, prompts, "adapting", samples, same=False)
+        self.again = replace(self.kept, name="adapting again", teachers=self.kept.students)
+        self.asked = self.judge.asked(self.kept.texts)
+        with torch.no_grad(), self.host.denoiser.roles.installed():
+            self.teacher = self.features(self.kept.teacher(self.host, folder / "teacher.safetensors"))
+            self.second = self.features(self.again.teacher(self.host, folder / "second.safetensors"))
+
+    def features(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        images = pictures(self.host, latents)
+        return self.judge.features(images), {head: one.argmax(1) for head, one in self.judge.predict(images).items()}
+
+    def untrained(self, recipe: Recipe) -> dict[str, Any]:
+        """F itself in the recipe's steps."""
+        return self._drawn({}, recipe)
+
+    def __call__(self, lora: Path) -> dict[str, Any]:
+        found = read_lora(str(lora), self.host)
+        return self._drawn(found.state, found.recipe)
+
+    def _drawn(self, state: Any, recipe: Recipe) -> dict[str, Any]:
+        with torch.no_grad(), self.host.denoiser.roles.installed():
+            self.host.denoiser.roles.load(ROLE, state)
+            return self.scores(self.features(self.kept.student(self.host, recipe)))
+
+    def scores(self, seen: tuple[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
+        """FD-local to F's pictures with its interval, the judge's agreement with the prompts, variety."""
+        features, chosen = seen
+        wanted = self.teacher[0]
+        fd = bootstrap(lambda rows: frechet(features[rows], wanted[rows]), len(features) // EACH, EACH)
+        told = {"fd": fd.value, "fd_half": fd.value - fd.low}
+        told |= {head: obeyed(chosen[head], asked) for head, asked in self.asked.items()}
+        return told | {"variety": float(variety(features, EACH).sum() / variety(wanted, EACH).sum())}
+
+
+def rows(
+    model: Path, prompts: list[str], of: int, shares: list[float], out: Path, **changes: Any
+) -> Iterator[tuple[str, float, Path]]:
+    """(name, share of the cold run's forwards, LoRA) of each row, of students of so many steps, made as it is asked
+    for; what decides comes first."""
+    donor = train("tiny", prompts, settings_of(of, **changes), out / f"donor-{of}")
+    yield "donor as it is", 0.0, donor
+    for share in shares:
+        place = out / f"adapted-{of}-{share:g}"
+        yield "adapted", share, train(str(model), prompts, settings_of(of, share, donor, **changes), place)
+    for share in (1.0, *(share for share in shares if share < 1)):
+        place = out / f"cold-{of}-{share:g}"
+        yield "cold", share, train(str(model), prompts, settings_of(of, share, **changes), place)
+
+
+def measured(args: argparse.Namespace, **changes: Any) -> list[dict[str, Any]]:
+    """Every row's scores, of which those known already are not made again."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(args.prompts)
+    model = finetune(changed(args.data), args.out / "F", args.updates, args.batch)
+    scorer = Measured(str(model), prompts, args.samples, args.out)
+    path = args.out / "rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def add(line: dict[str, Any]) -> None:
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    if not lines:
+        add({"row": "F, 25 steps", "steps": 25, **scorer.scores(scorer.teacher)})
+        add({"row": "F, 25 steps, another seed", "steps": 25, **scorer.scores(scorer.second)})
+    known = {(line["row"], line["steps"], line.get("share")) for line in lines}
+    for steps in args.steps:
+        for name, share, lora in rows(model, prompts, steps, args.shares, args.out, **changes):
+            if (name, steps, share) not in known:
+                seconds = json.loads((lora.parent / "seconds.json").read_text())
+                add({"row": name, "steps": steps, "share": share, "seconds": seconds, **scorer(lora)})
+        recipe = read_lora(str(lora), scorer.host).recipe
+        if (f"F, {steps} steps", steps, None) not in known:
+            add({"row": f"F, {steps} steps", "steps": steps, **scorer.untrained(recipe)})
+    return lines
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """The rows as a table."""
+    heads = ("row", "steps", "share of the cold run", "FD-local to F", "group", "colour", "brightness", "variety")
+    told = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for line in lines:
+        share = f"{line['share']:.0%}" if "share" in line else ""
+        scores = [f"{line[name]:.3f}" for name in ("group", "colour", "brightness", "variety")]
+        fd = f"{line['fd']:.2f} ±{line['fd_half']:.2f}"
+        told.append("| " + " | ".join([line["row"], str(line["steps"]), share, fd, *scores]) + " |")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=".npz with image [N, 32, 32, 3], caption and kind")
+    parser.add_argument("--prompts", default="pipelines/tiny/prompts.txt")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the students")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="of the cold run's forwards")
+    parser.add_argument("--length", type=float, default=1.0, help="of the cold run, in demos")
+    parser.add_argument("--updates", type=int, default=600, help="of F's own training")
+    parser.add_argument("--batch", type=int, default=64, help="of F's own training")
+    parser.add_argument("--samples", type=int, default=768)
+    parser.add_argument("--out", type=Path, default=Path("runs/adapting"))
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    told = "\n".join(table(measured(args, **shortened(args.length))))
+    print(told)
+    if args.table:
+        args.table.write_text(told + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
