@@ -15,13 +15,17 @@ from torch import Tensor
 
 from onestep.core.families import bind_diffusers
 from onestep.core.families_table import natural
+from onestep.core.features import Features
 from onestep.core.lora_file import save_lora
 from onestep.core.roles import Roles
+from onestep.pipelines.networks import blocks_of
 
 pytestmark = pytest.mark.comfy
 
 # Flux' rotary positions are float32 in both hosts, and so are diffusers' RMS norms: float64 does not help there.
 DTYPES = {**dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64), **dict.fromkeys(("sd35", "flux"), torch.float32)}
+FEATURES = {"sd15": 9, "sdxl": 14, "sd3": 2, "sd35": 2, "flux": 2}
+"""Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -53,9 +57,14 @@ def in_diffusers(name: str, folder: Path) -> dict[str, Tensor]:
     save_file(inputs, folder / f"{name}.inputs.safetensors")
     save_lora(folder / f"{name}.lora.safetensors", state, case.family)
     told = {"family": case.family, "dtype": str(dtype).removeprefix("torch."), "unet_config": small.IN_COMFY[name]}
+    told["features"] = FEATURES[name]
     (folder / f"{name}.json").write_text(json.dumps(told))
     plain = case.run(network, inputs)
-    return {"plain": plain, **adapted(case, network, targets, state, inputs)}
+    looked_at = Features({target.name: target for target in targets}, blocks_of(network), FEATURES[name])
+    with torch.no_grad(), looked_at.kept(inputs["x"]) as found:
+        case.run(network, inputs)
+    features = {f"feature {name}": value for name, value in zip(looked_at.names, found, strict=True)}
+    return {"plain": plain, **features, **adapted(case, network, targets, state, inputs)}
 
 
 def adapted(case: small.Case, network: Any, targets: Any, state: Any, inputs: small.Inputs) -> dict[str, Tensor]:
@@ -125,6 +134,18 @@ def test_prediction_and_every_gradient_agree(name: str, hosts: dict[str, Any]) -
     for key, value in ours.items():
         # A gradient of (nearly) nothing, such as the last block's unused queries, is measured against the largest.
         assert float((comfys[key] - value).norm()) < tolerance * max(float(value.norm()), 1e-3 * scale), key
+
+
+@pytest.mark.parametrize("name", small.IN_COMFY)
+def test_both_hosts_look_at_the_same_blocks(name: str, hosts: dict[str, Any]) -> None:
+    """What a discriminator's head reads is, of each block, the same picture in both."""
+    ours, comfys, _, tolerance = hosts[name]
+    names = [key for key in ours if key.startswith("feature")]
+    assert names == [key for key in ours if key in comfys and key.startswith("feature")]
+    assert len(names) == FEATURES[name]
+    for key in names:
+        assert ours[key].ndim == 4 and float(ours[key].std()) > 0.01
+        assert gap(comfys[key], ours[key]) < tolerance, key
 
 
 @pytest.mark.parametrize("name", small.IN_COMFY)

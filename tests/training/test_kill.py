@@ -15,7 +15,10 @@ from narrowed import narrowed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and sends SIGKILL")
 RUNNER = Path(__file__).parents[1] / "support" / "kill_runner.py"
-MAKING = {"cdm": "pairs", "agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples", "sun": "segments"}
+MAKING = {
+    **{"cdm": "pairs", "dmd2": "pairs", "agd": "trajectories", "guidance-lora": "trajectories"},
+    **{"nct": "triples", "sun": "segments"},
+}
 """The methods that make their data first, and its folder."""
 
 

@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmd": {"anchor": 0.5},
     "regression": {},
     "vsd": {},
+    "dmd2": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0},
     "guidance-lora": {"states": 2},
 }
 

@@ -1,4 +1,4 @@
-"""What a plan counts of pictures that are shared, of rarer anchors, and of a LoRA for each step."""
+"""What a plan counts of pictures that are shared, of rarer anchors, of a LoRA for each step and of a head."""
 
 from __future__ import annotations
 
@@ -49,3 +49,21 @@ def test_a_lora_for_each_step_takes_room_for_itself_and_for_no_second_base(rung:
     assert two["base"] == one["base"]
     assert two["student@2"] == two["student"] == one["student"] and two["ema@2"] == one["ema"]
     assert two["student moments"] == 2 * one["student moments"]
+
+
+def test_a_head_takes_room_for_itself_and_its_term_forwards_where_it_is_asked(rung: Any) -> None:
+    """float32: its factors, their gradients, AdamW's two moments or, without a first, one; no second base."""
+    told = {"steps": 100, "gan_start": 0.5, "gan_ramp": 0.0}
+    none, half = (rung("dmd2", **told, gan_weight=weight) for weight in (0.0, 1.0))
+    whole = rung("dmd2", **{**told, "gan_start": 0.0}, gan_weight=1.0)
+    plain, made_of = rung("dmd", steps=100).peak.made_of, half.peak.made_of
+    channels = layouts.sd15().unet.config.block_out_channels[-1]
+    head = 4 * (9 * channels * 256 + 256 + 2 * 256 + 256 + 1)
+    assert made_of["head"] == head and made_of["head moments"] == head + 6 * 4  # the steps taken
+    assert made_of["base"] == plain["base"]
+    assert half.forwards - none.forwards == pytest.approx((whole.forwards - none.forwards) * 51 / 100, rel=1e-3)
+    assert 1 < whole.forwards - none.forwards < 2.5
+    once, twice, thrice = (rung("dmd2", **told, head_updates=count).forwards for count in (1, 2, 3))
+    assert twice - once == pytest.approx(thrice - twice) and twice - once > 3
+    punished = rung("dmd2", **told, head_penalty=1.0).forwards
+    assert 1 < punished - once < 2

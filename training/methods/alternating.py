@@ -22,8 +22,10 @@ from ..engine.student import STUDENT, BackwardSimulation, Drawn
 from ..engine.trainer import EMA
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
+from .discriminator import HEAD
 from .distribution_matching import CRITIC, DistributionMatching, Scores
 from .diversity_anchor import DiversityAnchor
+from .head_turns import GAN, HeadTurns
 from .off_trajectory import OffTrajectory
 from .regression import Regression
 
@@ -38,11 +40,13 @@ AtStep = Callable[[DistributionMatching, NoiseSchedule, Drawn], DistributionMatc
 
 @dataclass(frozen=True)
 class Extras:
-    """What a method for students of several steps has besides. simulate: how a picture of the student comes about."""
+    """What a method has besides. simulate: how a picture of a student of several steps comes about. head: makes the
+    turns of a discriminator head."""
 
     simulate: BackwardSimulation | None = None
     at_step: AtStep | None = None
     off: OffTrajectory | None = None
+    head: Callable[[Setup, Pairs, BackwardSimulation], HeadTurns] | None = None
 
 
 def alternating(setup: Setup, objective: Objective, extras: Extras | None = None) -> Plan:
@@ -57,7 +61,8 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     diversity, anchors = _diversity(setup)
     if diversity is not None:
         simulate = replace(simulate, first=1)
-    turns = Turns(setup, objective, extras, simulate, regress, diversity)
+    head = extras.head(setup, pairs, simulate) if extras.head else None
+    turns = Turns(setup, objective, extras, simulate, regress, diversity, head)
     follow = partial(setup.denoise.roles.lerp, CRITIC, STUDENT, own.follow) if own.follow else nothing
     # theta_F <- (1 - share) theta_F + share theta: after the student's update (IDA, SenseFlow, arXiv:2506.00523), or
     # after the critic's (CDM's merge, arXiv:2605.06376)
@@ -69,15 +74,18 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     scale = SMALL_GRADIENTS if own.matching_scale == "mean" else 1.0
     student = Turn(STUDENT, turns.match, settings.learning_rate, 0.0, then=after["student"], half_scale=scale)
     learn, warm_up = learning(settings), own.critic_warm_up if settings.steps else 0
+    of_head = head.turns if head else []
+    ahead = [replace(turn, falls=False) for turn in (critic, *of_head[:1])]
+    drawn = (pairs.blocks, pairs.solve_cost) if head else (0, 0.0)
     return Plan(
-        [STUDENT, CRITIC],
+        [STUDENT, CRITIC, *([HEAD] if head else [])],
         [
             Phase("warm start", own.warm_start, [warm], learn, pairs.blocks, pairs.solve_cost),
-            Phase("critic", warm_up, [replace(critic, falls=False)], simulate.cost + learn),
+            Phase("critic", warm_up, ahead, simulate.cost + learn + (head.cost_of_turn if head else 0.0), *drawn),
             Phase(
                 settings.method,
                 settings.steps,
-                [critic] * own.critic_updates + [student],
+                [critic] * own.critic_updates + of_head + [student],
                 turns.cost,
                 *_made(turns, pairs, anchors),
                 turns.rare,
@@ -99,7 +107,9 @@ def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
 def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, float]:
     """The updates of the run up to which the matching makes data, and what an update of these makes, in the mean."""
     own, found = turns.own, []
-    if own.anchor:
+    if turns.head is not None:  # it draws pairs in each update, and the anchor finds them made
+        found.append((max(0, pairs.blocks - turns.first), pairs.solve_cost))
+    elif own.anchor:
         found.append((own.anchor_every * max(0, pairs.blocks - turns.first), pairs.solve_cost / own.anchor_every))
     if anchors is not None:
         found.append((anchors.blocks, anchors.solve_cost))
@@ -138,6 +148,7 @@ class Turns:
     simulate: BackwardSimulation
     regress: Loss
     diversity: Loss | None = None
+    head: HeadTurns | None = None
     _kept: dict[tuple[int, ...], Drawn] = field(default_factory=dict, compare=False)
 
     # -- the critic ---------------------------------------------------------------------------------------------------
@@ -158,7 +169,8 @@ class Turns:
         """The samples of the update's first turn, and the student's pictures of them. They are a function of these and
         of the student, which stays as it is while the critic learns: a run that goes on between two of its turns makes
         them again."""
-        first = self.setup.prompts.batch(batch.step - batch.step % (self.own.critic_updates + 1), batch.samples)
+        turns = self.own.critic_updates + 1 + (len(self.head.turns) if self.head else 0)
+        first = self.setup.prompts.batch(batch.step - batch.step % turns, batch.samples)
         key = (first.step, *first.samples)
         if key not in self._kept:
             for other in [other for other in self._kept if other[0] != first.step]:
@@ -177,12 +189,14 @@ class Turns:
         drawn = self.simulate(batch)
         objective = self.at(update, drawn)
         cotangent, scores = objective.cotangent(denoise, batch, drawn.x0)
+        pull, judged = self.head.pull(batch, drawn.x0, self.index(update)) if self.head else (None, {})
+        cotangent = cotangent if pull is None else cotangent + pull
         drawn.x0.backward(cotangent * (share / len(batch)))
         if self.extras.off is not None:
             self.extras.off(denoise, batch, drawn, objective, share)
-        numbers = score_metrics(scores)
+        numbers = {**score_metrics(scores), **judged}
         # with the student's answer goes what its pass held for backward, before the anchors' graph takes the room
-        del drawn, objective, cotangent, scores
+        del drawn, objective, cotangent, scores, pull
         return {**numbers, **self._beside(batch, share, update)}
 
     def _beside(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
@@ -230,12 +244,14 @@ class Turns:
         pictures = 1 if own.critic_pictures == "shared" else own.critic_updates
         terms = [learn / own.anchor_every if own.anchor else 0.0, learn if self.diversity else 0.0]
         off = 0.0 if self.extras.off is None else learn + scores
-        return pictures * picture + own.critic_updates * learn + picture - 1 + learn + scores + off + sum(terms)
+        terms += [off, self.head.cost if self.head else 0.0]
+        return pictures * picture + own.critic_updates * learn + picture - 1 + learn + scores + sum(terms)
 
     @property
     def rare(self) -> Mapping[str, float]:
         """`Phase.rare`."""
-        return {ANCHOR: 1 / self.own.anchor_every, PICTURE: 1 / self.own.critic_updates}
+        rare = {ANCHOR: 1 / self.own.anchor_every, PICTURE: 1 / self.own.critic_updates}
+        return rare | ({GAN: self.head.asked} if self.head else {})
 
 
 def score_metrics(scores: Scores) -> Mapping[str, Any]:

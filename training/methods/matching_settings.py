@@ -15,8 +15,8 @@ from .guidance_scale import RandomScale, Scale
 
 
 @dataclass(frozen=True)
-class MatchingSettings:
-    """Of the methods with a critic."""
+class TermSettings:
+    """What the student learns by: matching, guidance, and regression on the teacher's pairs."""
 
     matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term; 1 = none.", 0, 30)
     matching_weight: float = setting(
@@ -29,6 +29,12 @@ class MatchingSettings:
     anchor: float = setting(
         0.25, "Weight of regression on the teacher's pairs beside the matching; keeps composition.", 0, 100
     )
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """The critic as it learns."""
+
     critic_start: str = setting(
         "base", "What the critic begins as: the base, or the donor, the initial LoRA.", choices=("base", "donor")
     )
@@ -37,10 +43,15 @@ class MatchingSettings:
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
     follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """Where on the noise scale the terms look, and how errors weigh there."""
+
     separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
-
     critic_weight: str = setting(
         "v",
         "How the critic's error weighs over noise levels: as an error of v, of the noise (eps: DMD2), of a flow "
@@ -53,6 +64,12 @@ class MatchingSettings:
         "picture, or as their mean, of one size for all (DMD2, FastGen).",
         choices=("sum", "mean"),
     )
+
+
+@dataclass(frozen=True)
+class CourseSettings:
+    """What changes in the course of a run, and what keeps the terms within bounds."""
+
     guidance_schedule: str = setting(
         "constant",
         "Whether matching_guidance stays as it is, is drawn for each sample between it and guidance_end, or goes from "
@@ -72,6 +89,12 @@ class MatchingSettings:
     level_high_end: float = setting(
         0.0, "Greatest noise level at the end of the run, to which level_high goes; 0 = as level_high.", 0, 1
     )
+
+
+@dataclass(frozen=True)
+class FollowSettings:
+    """When the critic follows the student, and whose pictures it learns from."""
+
     follow_after: str = setting(
         "student", "After whose updates the critic follows: the student's (IDA) or its own.", choices=(STUDENT, CRITIC)
     )
@@ -81,6 +104,12 @@ class MatchingSettings:
         "them, with new noise.",
         choices=("fresh", "shared"),
     )
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """What holds a student to the teacher's own way, and a LoRA for each of its steps."""
+
     anchor_every: int = setting(
         1, "Updates from one anchor to the next, which then has that many times the weight.", 1, 1000
     )
@@ -97,6 +126,12 @@ class MatchingSettings:
         "A LoRA for each of the student's steps, in as many files: what two steps ask for differs. One-Step nodes and "
         "OneStepPipeline draw with them.",
     )
+
+
+@dataclass(frozen=True)
+class MatchingSettings(AnchorSettings, FollowSettings, CourseSettings, LevelSettings, CriticSettings, TermSettings):
+    """Of the methods with a critic: the fields in the order of the classes from the last to the first, in which graphs
+    keep their values."""
 
     def check(self, run: Settings) -> None:
         for name in ("level_high", "level_high_end"):

@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import clone_inputs
 from onestep.core.families import FAMILIES, bind_comfy, detect
+from onestep.core.features import Features
 from onestep.core.lora_file import fit, load_lora
 from onestep.core.roles import Roles
 from onestep.core.targets import Target, is_adaptable
+from onestep.nodes.adapt import BLOCKS
 
 
 class SmallUNet(BASE):
@@ -79,6 +81,15 @@ def adapted(family, network, targets, state, inputs):
         for letter, factor in zip("AB", factors, strict=True):
             out[f"{letter}|{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
     return out
+
+
+def features(family, network, targets, inputs, count):
+    """What each of ``count`` blocks gives, by its name."""
+    blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
+    looked_at = Features({target.name: target for target in targets}, blocks, count)
+    with torch.no_grad(), looked_at.kept(inputs["x"]) as found:
+        predict(family, network, inputs)
+    return {f"feature {name}": value for name, value in zip(looked_at.names, found, strict=True)}
 
 
 def by_lora_loader(family, model, path, inputs):
@@ -143,8 +154,8 @@ def without_reason(family, targets, network):
 
 
 def run(folder, case):
-    config = json.loads((folder / f"{case}.json").read_text())
-    family, config, dtype = config["family"], config["unet_config"], getattr(torch, config["dtype"])
+    told = json.loads((folder / f"{case}.json").read_text())
+    family, config, dtype = told["family"], told["unet_config"], getattr(torch, told["dtype"])
     weights, inputs = (load_file(folder / f"{case}.{part}.safetensors") for part in ("weights", "inputs"))
     lora = folder / f"{case}.lora.safetensors"
     model = build(family, config, dtype)
@@ -154,6 +165,7 @@ def run(folder, case):
     state = fit(load_lora(lora, [target.name for target in targets]).state, targets)
     with torch.no_grad():
         out = {"plain": predict(family, network, inputs)}
+    out |= features(family, network, targets, inputs, told["features"])
     out |= adapted(family, network, targets, state, inputs)
     out["merged"], complaints = by_lora_loader(family, model, lora, inputs)
     native = native_lora(network, folder / f"{case}.native.safetensors")

@@ -1,0 +1,122 @@
+"""What a network gives at some of its blocks while it answers, as pictures [B, channels, rows, columns].
+
+Blocks are known by the canonical names of the layers in them, so that both hosts are looked at in the same places.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import OneStepError
+from .targets import Target
+
+PICTURE = {
+    "JointTransformerBlock": 1,
+    "JointBlock": 1,
+    "FluxTransformerBlock": 1,
+    "FluxSingleTransformerBlock": 1,
+    "DoubleStreamBlock": 0,
+}
+"""By the class of a block that gives text and picture: where in what it gives the picture is."""
+JOINT = "SingleStreamBlock"
+"""ComfyUI's block whose tokens are the text's, then the picture's."""
+PATCH = 2
+"""Latents along a side of one token of SD3 and Flux."""
+
+_UNET = re.compile(r"(?:down_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\.")
+_DIT = re.compile(r"(single_)?transformer_blocks\.(\d+)\.")
+
+
+class Features:
+    """``count`` of ``blocks``, spread over a U-Net's encoder and middle, or over a transformer: one is the middle of
+    either. targets: the adapted layers, by which blocks are named. Raises OneStepError where fewer can be looked at."""
+
+    def __init__(self, targets: Mapping[str, Target], blocks: Iterable[nn.Module], count: int) -> None:
+        found = _in_order(targets, blocks)
+        if len(found) < count:
+            raise OneStepError(
+                f"{count} of this base's blocks are to be looked at, and {len(found)} with adapted layers can be"
+                + (": lower head_blocks" if found else ": choose a method without a discriminator head")
+            )
+        self.names = [list(found)[place] for place in _spread(list(found), count)]
+        self._blocks = [found[name] for name in self.names]
+
+    @contextmanager
+    def kept(self, latents: Tensor) -> Iterator[list[Tensor]]:
+        """Within, one call of the network about ``latents`` [B, C, h, w] leaves its features, one a block."""
+        kept: dict[int, Tensor] = {}
+        found: list[Tensor] = []
+
+        def keep(place: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # a copy: ComfyUI's Flux writes what the next block adds into the same memory
+            kept[place] = as_picture(type(block).__name__, output, latents.shape[-2:]).clone()
+            if len(kept) == len(self._blocks):
+                found.extend(kept[place] for place in range(len(kept)))
+
+        handles = [block.register_forward_hook(partial(keep, place)) for place, block in enumerate(self._blocks)]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def as_picture(kind: str, output: Any, size: Sequence[int]) -> Tensor:
+    """[B, channels, rows, columns] of what a block of class ``kind`` gives for latents of ``size`` (h, w)."""
+    value = output[PICTURE.get(kind, 0)] if isinstance(output, tuple | list) else output
+    if value.ndim == 4:
+        return value  # type: ignore[no-any-return]
+    rows, columns = _cells(size, PATCH) if kind == JOINT else _grid(value.shape[1], size)
+    return value[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]
+
+
+def _cells(size: Sequence[int], stride: int) -> tuple[int, int]:
+    return math.ceil(size[0] / stride), math.ceil(size[1] / stride)
+
+
+def _grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a picture's tokens, each of a square of 1, 2, 4, ... latents."""
+    for power in range(max(size).bit_length() + 1):
+        rows, columns = _cells(size, 2**power)
+        if rows * columns == tokens:
+            return rows, columns
+    raise OneStepError(
+        f"a block of this base gives {tokens} tokens for latents of {tuple(size)}, which are no picture's: choose a "
+        "method without a discriminator head"
+    )
+
+
+def _in_order(targets: Mapping[str, Target], blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that can be looked at by canonical name, in the order in which the network comes to them."""
+    owners = {layer: block for block in blocks for layer in block.modules()}
+    found: dict[nn.Module, tuple[tuple[int, ...], str]] = {}
+    for name, target in targets.items():
+        place, block = _place(name), owners.get(target.module)
+        if place is not None and block is not None:
+            found[block] = min(place, found.get(block, place))
+    return {name: block for block, (_, name) in sorted(found.items(), key=lambda entry: entry[1])}
+
+
+def _place(name: str) -> tuple[tuple[int, ...], str] | None:
+    """(the place of the block that holds the layer ``name`` among the others, its name)."""
+    unet, dit = _UNET.match(name), _DIT.match(name)
+    if unet is not None:
+        level, kind, index, inner = unet.groups()
+        # a level is a residual block, then its attention, then the next residual block
+        order = (10**6 if level is None else int(level), 2 * int(index) + (kind == "attentions"), int(inner or 0))
+        return order, unet[0].rstrip(".")
+    return None if dit is None else ((bool(dit[1]), int(dit[2])), dit[0].rstrip("."))
+
+
+def _spread(names: Sequence[str], count: int) -> list[int]:
+    """Places of ``count`` names: the last of equal parts of a U-Net's, the middles of equal parts of a
+    transformer's."""
+    at = 1.0 if names[0].startswith(("down_blocks", "mid_block")) else 0.5
+    return [math.ceil((part + at) * len(names) / count) - 1 for part in range(count)]

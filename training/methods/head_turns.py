@@ -1,0 +1,144 @@
+"""The head's own turns in a run, and the term that it gives the student's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ...core.errors import OneStepError
+from ...core.features import Features
+from ...core.memory import attempt, exhausted, notice
+from ...core.roles import TEACHER
+from ..data.pairs import Pairs
+from ..engine.batch import Batch
+from ..engine.levels import UniformTime
+from ..engine.setup import Setup
+from ..engine.student import BackwardSimulation
+from ..engine.turns import Turn, learning
+from ..host import Host
+from ..settings import Settings
+from .discriminator import HEAD, LOSSES, Discriminator, Head
+
+GAN = "discriminator's term"
+"""What a profile of a run calls it."""
+
+
+@dataclass(frozen=True)
+class HeadTurns:
+    """pairs: whose pictures are the real ones. simulate: how a picture of the student comes about."""
+
+    setup: Setup
+    discriminator: Discriminator
+    pairs: Pairs
+    simulate: BackwardSimulation
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Of an update."""
+        own = self.setup.settings.own
+        return [Turn(HEAD, self.teach, own.head_learning_rate, 0.0)] * own.head_updates
+
+    def teach(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        """The head's loss on the teacher's pictures and on the student's of the same prompts."""
+        drawn, (_, real) = self.pairs.draw(batch, update)
+        batch = replace(drawn, sliced=batch.sliced)
+        with torch.no_grad():
+            fake = self.simulate(batch).x0
+        loss, numbers = self.discriminator.head_loss(self.setup.denoise, batch, real, fake)
+        (share * loss).backward()
+        return numbers
+
+    def pull(self, batch: Batch, x: Tensor, index: int) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """What the student's cotangent at ``index`` of its updates has of the discriminator, [B, ...] or None, and
+        numbers. The first update asks as well, for nothing: what the term needs is known before a night has passed."""
+        weight = self.weight(index)
+        if not weight and (index or not self.setup.settings.own.gan_weight):
+            return None, {}
+        with record_function(GAN):
+            found, numbers = self.discriminator.cotangent(self.setup.denoise, batch, x)
+        return (weight * found if weight else None), numbers
+
+    def weight(self, index: int) -> float:
+        """w at ``index`` of the student's updates."""
+        own, along = self.setup.settings.own, index / max(1, self.setup.settings.steps)
+        if own.gan_ramp == 0:
+            return float(own.gan_weight) if along >= own.gan_start else 0.0
+        # w(t) = w clip((t - t_0) / T, 0, 1)
+        return float(own.gan_weight * min(1.0, max(0.0, (along - own.gan_start) / own.gan_ramp)))
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> float:
+        """The share of the student's updates in which the term is asked for."""
+        own, steps = self.setup.settings.own, max(1, self.setup.settings.steps)
+        if not own.gan_weight:
+            return 0.0
+        first = math.ceil(own.gan_start * steps) if own.gan_ramp == 0 else math.floor(own.gan_start * steps) + 1
+        return (max(0, steps - first) + (first > 0)) / steps
+
+    @property
+    def cost(self) -> float:
+        """Forwards of a sample in an update: the head's turns, and the student's term."""
+        # the backward of the term goes through what is before the block that is looked at
+        term = self.asked * (1 + (learning(self.setup.settings) - 1) / 3)
+        return self.setup.settings.own.head_updates * self.cost_of_turn + term
+
+    @property
+    def cost_of_turn(self) -> float:
+        return self.simulate.cost + self.discriminator.forwards
+
+
+# -- how a head comes about -------------------------------------------------------------------------------------------
+
+
+def head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
+    """Adds a head of the settings to the roles."""
+    own, host = setup.settings.own, setup.host
+    features = features_of(host, setup.settings)
+    channels = _channels(setup, features)
+    head = Head(channels, own.head_width, own.head_cells, setup.settings.seed).to(host.device)
+    setup.denoise.roles.add_module(HEAD, head)
+    levels = UniformTime(own.head_level_low, own.head_level_high)
+    loss = LOSSES[own.head_loss]
+    return HeadTurns(
+        setup, Discriminator(head, features, loss, levels, own.head_penalty, own.head_penalty_noise), pairs, simulate
+    )
+
+
+def features_of(host: Host, settings: Settings) -> Features:
+    """What the head of such a run looks at. Raises OneStepError where there is nothing to look at."""
+    return Features(host.denoiser.roles.targets, host.blocks, settings.own.head_blocks)
+
+
+def _channels(setup: Setup, features: Features) -> list[int]:
+    """Of each feature, as one forward of one sample shows."""
+    batch, levels = setup.prompts.batch(0, [0]), setup.recipe.levels(setup.denoise.schedule)
+
+    def look() -> list[int]:
+        x = torch.zeros(1, *batch.shape, device=batch.device)
+        with torch.no_grad(), setup.denoise.roles.use(TEACHER), features.kept(x) as found:
+            setup.denoise(x, levels[:1], batch.cond)
+        return [value.shape[1] for value in found]
+
+    found, why = attempt(look)
+    if found is None:
+        notice("out of memory: the base's blocks are looked at once more")
+        found, why = attempt(look)
+    if found is None:
+        raise exhausted("the first look at the base's blocks", why)
+    return found
+
+
+def check_head(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where the base has no blocks that a head could look at, and for levels out of order."""
+    features_of(host, settings)
+    own = settings.own
+    if own.head_level_low >= own.head_level_high:
+        raise OneStepError(f"head_level_low {own.head_level_low} must be below head_level_high {own.head_level_high}")
