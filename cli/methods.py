@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .console import Console
@@ -13,9 +13,11 @@ SHOWN = ("name", "title", "paper", "forwards", "makes")
 
 def run(args: Namespace, console: Console) -> None:
     from ..training.methods import METHODS
+    from ..training.presets import PRESETS
 
     rows = [{key: getattr(method, key) for key in SHOWN} for method in METHODS.values()]
     lines = [line for row in rows for line in (f"{row['name']:<16}{row['title']}", f"{'':<16}{_more(row)}")]
+    lines += ["", "Presets, by the outcome that you want:", *(f"{name:<16}{p.about}" for name, p in PRESETS.items())]
     console.result(page() if args.markdown else "\n".join(lines), rows)
 
 
@@ -39,7 +41,12 @@ def page() -> str:
         "Forwards are work, as `onestep plan sd15` counts it where nothing is computed again in backward; the anchor "
         "on the teacher's pairs is among them. A backward takes about one more where whole blocks are computed again.",
         "## Presets",
-        _table(("preset", "what it changes"), [(name, _changes(values)) for name, values in PRESETS.items()]),
+        "By the outcome that you want. What our own measurements (`docs/benchmarks.md`) do not speak of, several steps "
+        "and donors, follows recipes that exist as code; none of it is measured on a GPU yet.",
+        _table(
+            ("preset", "what it is made of", "what it changes", "and with an `initial_lora`"),
+            [(name, p.about, _changes(p.values), _changes(p.with_donor)) for name, p in PRESETS.items()],
+        ),
         "## What every run has",
         _settings(described(Settings)),
     ]
@@ -53,7 +60,7 @@ def _rows(methods: Any) -> list[tuple[str, ...]]:
     return [(f"`{m.name}`", m.title, m.makes, m.paper, m.forwards) for m in methods.values()]
 
 
-def _changes(values: dict[str, Any]) -> str:
+def _changes(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in values.items())
 
 

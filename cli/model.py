@@ -9,8 +9,8 @@ from typing import Any
 
 from ..core.errors import OneStepError
 from ..training.engine.prompts import read_prompts as prompts_of
-from ..training.presets import PRESETS, preset
-from ..training.settings import Settings, nearest, size_list
+from ..training.presets import preset
+from ..training.settings import Settings, size_list
 
 
 def open_host(
@@ -49,14 +49,13 @@ def read_prompts(file: str) -> list[str]:
 
 def read_settings(args: Namespace) -> tuple[Settings, set[str]]:
     """Preset, --method, --steps, --size, --seed and --set as settings, with the names of those that the person gave."""
-    if args.preset not in PRESETS:
-        raise OneStepError(f"no preset {args.preset[:60]!r}{nearest(args.preset, PRESETS)}")
     texts = dict(_pair(text) for text in args.set)
     named = {"method": args.method, "steps": args.steps, "sizes": args.size, "seed": args.seed}
     texts |= {name: value for name, value in named.items() if value is not None}
     given = set(texts)
-    method = {"method": texts.pop("method")} if "method" in texts else {}
-    return preset(args.preset, **method).with_texts(texts), given
+    # what a preset is made of hangs on these
+    first = {name: texts.pop(name) for name in ("method", "initial_lora") if name in texts}
+    return preset(args.preset, **first).with_texts(texts), given
 
 
 def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:

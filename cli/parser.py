@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..core.errors import OneStepError
+from ..training import presets
 from ..training.methods import METHODS
-from ..training.presets import PRESETS
 from ..training.settings import Settings, described
 
 MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
 DEBUG = "show the whole trace of an error"
 RESTART = "delete the run in RUN and start anew"
 DEFAULT = "(default: %(default)s)"
+PRESET = (
+    f"the outcome you want: {', '.join(presets.PRESETS)} (default: {presets.DEFAULT}; with a --method alone, what that "
+    "has by itself). See: onestep methods"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +78,7 @@ def _distill(made: Parser) -> None:
     add("--size", metavar="WxH", help="in pixels, several with commas (default: the model's own)")
     add("--seed", metavar="N", help=_help("seed"))
     add("--out", required=True, metavar="RUN", help="folder of the run")
-    add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
+    add("--preset", metavar="NAME", help=PRESET)
     whole = "the same base unquantised, where MODEL is stored in fp8 or less: the LoRA is checked against it at the end"
     add("--whole", metavar="MODEL", help=whole)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting below; may be repeated")
@@ -96,7 +100,7 @@ def _plan(made: Parser) -> None:
     add("--card", metavar="CARD", help="a size, like 12GB, or a name, like 'RTX 3060' (default: the card found)")
     add("--method", metavar="NAME", help="how the student learns; see: onestep methods")
     add("--size", metavar="WxH", help="in pixels (default: the model's own)")
-    add("--preset", metavar="NAME", default="Balanced", help=f"{', '.join(PRESETS)} {DEFAULT}")
+    add("--preset", metavar="NAME", help=PRESET)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of a run; may be repeated")
     made.set_defaults(steps=None, seed=None)
     _json(made)
@@ -252,8 +256,19 @@ def _settings_help() -> str:
     for kind, names in owners.items():
         if described(kind):
             lines += ["", f"of {' and '.join(names)} alone:", *_described(kind)]
-    changes = {name: ", ".join(f"{key}={value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
-    return "\n".join([*lines, "", "presets:", *(f"  {name:<10}{text}" for name, text in changes.items())])
+    return "\n".join([*lines, "", "presets:", *_presets()])
+
+
+def _presets() -> list[str]:
+    """Each preset with what it is made of, and what it changes."""
+    lines = []
+    for name, made in presets.PRESETS.items():
+        lines += textwrap.wrap(f"{name:<15}{made.about}", 110, initial_indent="  ", subsequent_indent=" " * 17)
+        for title, values in (("", made.values), ("with initial_lora: ", made.with_donor)):
+            changes = title + ", ".join(f"{key}={value}" for key, value in values.items())
+            indent = " " * 17
+            lines += textwrap.wrap(changes, 110, initial_indent=indent, subsequent_indent=indent) if values else []
+    return lines
 
 
 def _described(kind: Any) -> list[str]:

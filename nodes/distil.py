@@ -8,8 +8,9 @@ from comfy_api.latest import io
 
 from ..core.recipe import step_files
 from ..core.tensor_file import read_tensors
+from ..training import presets
 from ..training.engine.prompts import lines
-from ..training.presets import PRESETS, preset
+from ..training.presets import preset
 from ..training.runs.run import CONTINUE
 from .load_lora import RecipeSocket
 from .places import LORAS, named_places, path_of, publish
@@ -34,18 +35,22 @@ from .unquantized import StorageCheck, unquantized_input
 from .widgets import BY_PRESET, given, method_input
 
 
+def preset_input() -> Any:
+    tooltip = f"The outcome you want.\n{presets.presets_told()}"
+    return io.Combo.Input("preset", options=list(presets.PRESETS), default=presets.DEFAULT, tooltip=tooltip)
+
+
+def steps_input() -> Any:
+    options = [BY_PRESET, "1", "2", "4"]
+    return io.Combo.Input("student_steps", options=options, default=BY_PRESET, tooltip=help_of("student_steps"))
+
+
 def first_inputs() -> list[Any]:
     """What a person sets."""
     names = makers_of("LoRA")
     return [
-        io.Combo.Input(
-            "preset",
-            options=list(PRESETS),
-            default="Balanced",
-            tooltip="Fast: regression on the teacher's pairs. Balanced: that, then distribution matching. Best: "
-            "longer, with a surer critic. Adapt: from a few-step LoRA made for another base, your initial_lora.",
-        ),
-        io.Combo.Input("student_steps", options=["1", "2", "4"], default="1", tooltip=help_of("student_steps")),
+        preset_input(),
+        steps_input(),
         sizes_input(),
         name_input("my-one-step", "models/loras/onestep"),
         method_input(names, BY_PRESET, methods_told(names)),
@@ -112,7 +117,8 @@ class DistilOneStepLoRA(TrainerNode):
 def settings_of(method: dict[str, Any], name: str, initial_lora: str = NO_LORA, **shared: Any) -> Any:
     """The preset ``name``, then what the widgets set. method: {"method": its name, and its own settings}."""
     changes = given({**shared, **method})
-    changes["student_steps"] = int(changes["student_steps"])
+    if "student_steps" in changes:
+        changes["student_steps"] = int(changes["student_steps"])
     if initial_lora != NO_LORA:
         changes["initial_lora"] = str(path_of(initial_lora, LORAS))
     return preset(name, **changes)

@@ -15,9 +15,8 @@ from ..training.plan.cards import Card, card_of, found_card
 from ..training.plan.ladder import planned
 from ..training.plan.picture import bar
 from ..training.plan.text import told
-from ..training.presets import PRESETS
 from ..training.runs.config import SECOND_ORDER
-from .distil import settings_of
+from .distil import preset_input, settings_of, steps_input
 from .places import shown
 from .shell import Shell
 from .trainer import makers_of, methods_told, run_inputs, sizes_input
@@ -43,8 +42,8 @@ class PlanDistillation(io.ComfyNode):  # type: ignore[misc]
                 io.String.Input(
                     "card", default="", tooltip="A size, like 12GB, or a name, like RTX 3060; empty = the card here."
                 ),
-                io.Combo.Input("preset", options=list(PRESETS), default="Balanced", tooltip="As in the trainer."),
-                io.Combo.Input("student_steps", options=["1", "2", "4"], default="1", tooltip="As in the trainer."),
+                preset_input(),
+                steps_input(),
                 sizes_input(),
                 method_input(names, BY_PRESET, methods_told(names)),
                 io.Vae.Input("vae", optional=True, tooltip="Counts the decoding of previews too."),

@@ -23,10 +23,10 @@ from .shells import of_host
 def distill(
     pipe: Any,
     prompts: Sequence[str] | Path,
-    method: str = "dmd",
+    method: str | None = None,
     *,
     out: str | Path = "runs/onestep",
-    preset: str = "Balanced",
+    preset: str | None = None,
     existing: str = "stop",
     device: torch.device | str | None = None,
     report: Report | None = None,
@@ -34,7 +34,9 @@ def distill(
 ) -> Result:
     """Distil a loaded pipeline, or MODEL as `load` takes it, on ``prompts`` into ``out``/result.safetensors.
 
-    prompts: 200 to 1000 that you would really use, or a file with one a line. preset: Fast, Balanced or Best.
+    prompts: 200 to 1000 that you would really use, or a file with one a line. preset: the outcome that you want, of
+    `training.presets`; Overnight where nothing is said. method: in place of the preset's; without one, with that
+    method's own defaults.
     existing: "continue" (with other steps and pairs than it had, if you like), "restart" or "stop" where ``out``
     already holds a run. report: called with a `Progress` before the first update and after each; True after one ends
     the run early. device: where it trains; by default where the pipeline lies, and a path goes to the GPU where there
@@ -56,10 +58,10 @@ def distill(
         host.release()
 
 
-def _settings(method: str, name: str, changes: dict[str, Any]) -> Settings:
+def _settings(method: str | None, name: str | None, changes: dict[str, Any]) -> Settings:
     # a path is a text here, as in Result.path given for initial_lora
     plain = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items()}
-    return presets.preset(name, **{"method": method, **plain})
+    return presets.preset(name, **({"method": method} if method else {}), **plain)
 
 
 def _prompts(prompts: Sequence[str] | Path) -> list[str]:

@@ -26,14 +26,14 @@ from .engine.turns import Numbers
 from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
-from .runs.config import config_of, header_of, license_note
-from .runs.made import in_files, write_made
+from .runs.config import config_of, license_note
+from .runs.made import Writer
 from .runs.run import STOP, NotSaved, Run, leave
 from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
-from .watch.eta import Pace
+from .watch.eta import Pace, length_told
 from .watch.monitor import watching
 from .watch.progress import Progress, Report, Request, Result, Stopped, requested
 
@@ -93,8 +93,9 @@ class _Session:
         self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
         self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
         recipe = self.method.recipe(host, settings)
-        self.usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
-        self.notes = [*filter(None, (self.method.note(settings), taken, self.usage, license_note(host, settings)))]
+        usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
+        self.write = Writer(host, prompts, settings, run.folder, recipe, usage)
+        self.notes = [*filter(None, (self.method.note(settings), taken, usage, license_note(host, settings)))]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
 
@@ -113,6 +114,7 @@ class _Session:
             self.checkpoints = stack.enter_context(hooked(self.host, self.layout.recompute))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(*self.layout.counted(self.trainer.plan)), watching(self.setup)
+            self.notes.append(length_told(self.trainer.plan, self.settings.batch))
             self.notes += self.run.short_of_room(size_of(self.trainer), self.layout.disk)
             if goes_on:
                 self._restore()
@@ -132,7 +134,7 @@ class _Session:
         place, guidance_input = folder / "embeddings", self.method.guidance_input
         with processes.first_alone():
             prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
-        return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
+        return Setup(host, settings, prompts, folder, self.write.recipe)
 
     def _forget_roles(self, before: set[str]) -> None:
         """The host is as it was: a second run on it starts from nothing, and frees nothing twice."""
@@ -172,7 +174,7 @@ class _Session:
         asked = Request(processes.same(requested(self.report(self._progress(phase, numbers, preview))).value))
         if Request.SAVE in asked:
             self._save()
-            self._write("partial.safetensors", self.monitor.shown)
+            self._write_partial()
         if Request.SAMPLE in asked:
             self.report(self._progress(phase, {}, self.monitor.preview(self.update)))
         return asked
@@ -261,7 +263,10 @@ class _Session:
         if given and not isinstance(error, Stopped | NotSaved | OutOfMemory | processes.Alone):
             return
         if self.update and self.trainer.whole and not self.trainer.stuck:
-            leave(error, self._save, lambda: self._write("partial.safetensors", self.monitor.shown))
+            leave(error, self._save, self._write_partial)
+
+    def _write_partial(self) -> None:
+        self.write("partial.safetensors", self.monitor.shown, self.update)
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
@@ -269,13 +274,13 @@ class _Session:
         if self.saved != (self.update, self.finished_at):
             self._save()
         role = self.monitor.better()
-        path, check = self._write("result.safetensors", role)
+        path, check = self.write("result.safetensors", role, self.update)
         for partial in self.run.folder.glob("partial*.safetensors"):
             partial.unlink(missing_ok=True)
         processes.wait()
         return Result(
             path=path,
-            recipe=in_files(self.trainer.recipe, path.name, self.host),
+            recipe=self.write.made(path.name),
             metrics=self.run.metrics(),
             run=self.run.folder,
             role=role,
@@ -285,16 +290,3 @@ class _Session:
             notes=self._all_notes(),
             preview=self.monitor.preview(self.update) if self.settings.preview_every else None,
         )
-
-    def _write(self, name: str, role: str) -> tuple[Path, str]:
-        """The result of ``role``, and what its load-back proved; of several processes the first one writes it."""
-        path, recipe = self.run.folder / name, in_files(self.trainer.recipe, name, self.host)
-        if not processes.is_first():
-            return path, ""
-        return path, write_made(path, role, self.host, recipe, self._header(role), self.usage)
-
-    def _header(self, role: str) -> dict[str, str]:
-        return header_of(self.host, self.texts, self.settings, self.run.folder.name) | {
-            "onestep.role": role,
-            "ss_steps": str(self.update),
-        }

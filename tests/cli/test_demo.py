@@ -40,8 +40,8 @@ def test_a_short_demo(onestep: Command, tmp_path):
 
 def test_the_demo_is_a_preset_with_fewer_steps():
     settings = settings_of(parse(["demo"]))
-    assert settings.method == PRESETS["Balanced"]["method"]
-    assert settings.steps < PRESETS["Balanced"]["steps"] and 0 < GOAL < 1
+    assert settings.method == PRESETS["Balanced"].values["method"]
+    assert settings.steps < PRESETS["Balanced"].values["steps"] and 0 < GOAL < 1
 
 
 def test_its_prompts_are_bundled():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import pytest
+from whole_runs import run
 
 from onestep.training.engine import making
 from onestep.training.engine.turns import Phase, Plan, Turn
-from onestep.training.watch.eta import MEASURED, Pace
+from onestep.training.watch.eta import MEASURED, Pace, length_told
 
 TURN = Turn("student", lambda batch, share, update: {}, 1e-4)
 
@@ -42,6 +44,23 @@ def test_the_time_to_go_is_right_where_the_costs_are(at: int, monkeypatch: pytes
         pace.add(update, 0.25 * learning + 0.1 * data)
     learning, data = made.costs(at, 50)
     assert pace.left(at) == pytest.approx(0.25 * learning + 0.1 * data) and pace.left(50) == 0
+
+
+def test_what_a_run_says_of_its_length() -> None:
+    """Before it begins, updates and samples; after the first of them, once, how long the rest takes."""
+    told = length_told(plan(), 8)
+    assert told.startswith("50 updates (warm start 20, matching 30) of 8 samples: 400 samples; after 10 of them")
+    assert length_told(Plan(["student"], [Phase("few", 3, [TURN])]), 2) == "3 updates (few 3) of 2 samples: 6 samples"
+    pace = Pace(Plan(["student"], [Phase("long", 1000, [TURN])]))
+    said = [note for update in range(30) for note in pace.add(update, 2.0)]
+    assert said == ["by its first 10 updates here the rest takes about 33 min"]  # 990 updates of 2 s
+
+
+def test_a_run_says_it_before_its_first_update(tmp_path: Path) -> None:
+    told: list[tuple[bool, tuple[str, ...]]] = []
+    run(tmp_path / "run", report=lambda now: told.append((now.preparing, now.notes)))
+    length = "9 updates (warm start 3, critic 2, dmd 4) of 4 samples: 36 samples"
+    assert any(preparing and length in notes for preparing, notes in told)
 
 
 def test_data_that_is_still_to_be_made_is_reckoned_in() -> None:

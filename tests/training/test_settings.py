@@ -179,13 +179,36 @@ def test_texts_that_make_no_sense_are_refused(texts: dict[str, str], words: str)
 
 
 def test_presets_are_changes_to_the_defaults() -> None:
-    for name, changes in PRESETS.items():
-        assert preset(name).flat() == {**settings_for(changes["method"]).flat(), **changes}
+    for name, made in PRESETS.items():
+        defaults = settings_for(made.values["method"]).flat()
+        assert preset(name).flat() == {**defaults, **made.values}
+        assert made.about.endswith(".") and set(made.with_donor) <= set(defaults)
     assert preset("Fast", rank=8).rank == 8
     # what another method has not is left out
     assert preset("Best", method="sun").flat() == {**settings_for("sun").flat(), "steps": 3000, "pairs": 4096}
-    with pytest.raises(OneStepError, match="no preset 'Slow': the presets are Fast, Balanced, Best, Adapt"):
+    assert preset("Overnight", method="sun", steps=3).flat() == {**settings_for("sun").flat(), "steps": 3}
+    with pytest.raises(OneStepError, match="no preset 'Slow'; known are Adapt, Overnight, Weekend, One step, Guidance"):
         preset("Slow")
+    with pytest.raises(OneStepError, match="did you mean 'Overnight'"):
+        preset("Overnite")
+    assert preset(None) == preset("Overnight")
+    assert preset(None, method="dmd", rank=8) == settings_for("dmd", rank=8), "a method alone: its own defaults"
+
+
+@pytest.mark.parametrize("name", ["one-step", "One step", "ONE_STEP"])
+def test_one_step_starts_from_the_best_that_there_is(name: str) -> None:
+    """The donor where there is one, for student and critic alike; else regression."""
+    cold, warm = preset(name), preset(name, initial_lora="donor.safetensors")
+    assert cold.own.warm_start > 0 and cold.own.critic_start == "base" and cold.student_steps == 1
+    assert warm.own.warm_start == 0 and warm.own.critic_start == "donor"
+    assert warm.learning_rate < cold.learning_rate and warm.own.anchor == 0 < cold.own.anchor
+    assert preset(name, initial_lora="donor.safetensors", learning_rate=0.5).learning_rate == 0.5
+
+
+def test_the_outcomes_are_what_they_say() -> None:
+    assert [preset(name).student_steps for name in ("Overnight", "Weekend", "One step")] == [4, 2, 1]
+    assert preset("Weekend").own.step_loras and preset("Guidance only").method == "guidance-lora"
+    assert preset("Adapt").own.critic_start == "donor" and preset("Adapt").own.warm_start == 0
 
 
 def test_settings_are_json() -> None:

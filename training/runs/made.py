@@ -3,14 +3,43 @@ module; read back before they count."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...core.adapter_file import check_adapter, save_adapter
 from ...core.lora_file import save_lora
 from ...core.recipe import Recipe, step_names
+from ..engine import processes
 from ..engine.student import STUDENT
 from ..host import Host
+from ..settings import Settings
+from .config import header_of
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes a run's files into its folder. recipe: how they are drawn; usage: the same in words."""
+
+    host: Host
+    texts: list[str]
+    settings: Settings
+    folder: Path
+    recipe: Recipe
+    usage: str
+
+    def __call__(self, name: str, role: str, update: int, told: dict[str, str] | None = None) -> tuple[Path, str]:
+        """The file ``name`` of what ``role`` holds after ``update``, and what its load-back proved; of several
+        processes the first one writes it. told: more for its header."""
+        path = self.folder / name
+        if not processes.is_first():
+            return path, ""
+        header = header_of(self.host, self.texts, self.settings, self.folder.name) | (told or {})
+        header |= {"onestep.role": role, "ss_steps": str(update)}
+        return path, write_made(path, role, self.host, self.made(name), header, self.usage)
+
+    def made(self, name: str) -> Recipe:
+        """The recipe as the file ``name`` has it."""
+        return in_files(self.recipe, name, self.host)
 
 
 def in_files(recipe: Recipe, name: str, host: Host) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ...core.words import duration
 from ..engine import making
 from ..engine.turns import Plan
 from .slowdown import Slowdown
@@ -29,7 +30,12 @@ class Pace:
             self.making.add(made - before, making_cost)
         learnt = max(seconds - (made - before), 0.0)
         self.learning.add(learnt, learning)
-        return self.slowdown(learning, learnt)
+        return [*self._first(update), *self.slowdown(learning, learnt)]
+
+    def _first(self, update: int) -> list[str]:
+        """What the first updates say, once, where more than a minute is left."""
+        left = self.left(update + 1) if self.updates == MEASURED else 0.0
+        return [f"by its first {MEASURED} updates here the rest takes about {duration(left)}"] if left > 60 else []
 
     def left(self, update: int) -> float:
         """Seconds from ``update`` to the end; as the prior has it, or NaN, while too few updates were measured."""
@@ -38,6 +44,13 @@ class Pace:
             return self.prior * (learning + making_cost) if self.prior else math.nan
         known = self.making if self.making.seconds else self.learning
         return self.learning.each * learning + known.each * making_cost
+
+
+def length_told(plan: Plan, batch: int) -> str:
+    """How much a run sees, before it begins."""
+    phases = ", ".join(f"{phase.name} {phase.updates:,}" for phase in plan.phases if phase.updates)
+    seen = f"{plan.updates:,} updates ({phases}) of {batch:,} samples: {plan.updates * batch:,} samples"
+    return f"{seen}; after {MEASURED} of them it says how long the rest takes" if plan.updates > MEASURED else seen
 
 
 class Rate:
