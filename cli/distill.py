@@ -50,10 +50,26 @@ def _run(args: Namespace, console: Console) -> None:
     settings = at_native_size(settings, given, host)
     if args.whole is not None:
         _refuse_other(args.whole, host, settings)
-    result = train(host, prompts, settings, folder, existing, console)
+    result = train(host, prompts, settings, folder, existing, console, origin=_origin(args, settings))
     for line in storage_lines(host, args.whole, result.path, prompts, settings):
         console.note(line)
+    answer(result, console)
+
+
+def answer(result: Any, console: Console) -> None:
+    """What a run has made."""
     console.result(_told(result), _facts(result))
+
+
+def _origin(args: Namespace, settings: Any) -> dict[str, str]:
+    """Where the run's parts lie, for `onestep choose`: bundled models have a name alone."""
+    model = Path(args.model).expanduser()
+    places = {"model": str(model.resolve()) if model.exists() else args.model, "prompts": _whole_path(args.prompts)}
+    return places | ({"initial_lora": _whole_path(settings.initial_lora)} if settings.initial_lora else {})
+
+
+def _whole_path(name: str) -> str:
+    return str(Path(name).expanduser().resolve())
 
 
 def _refuse_other(whole: str, host: Any, settings: Any) -> None:
@@ -93,15 +109,27 @@ def storage_lines(host: Any, whole: str | None, lora: Path, prompts: list[str], 
     return [told or why]
 
 
-def train(host: Any, prompts: list[str], settings: Any, folder: Path, existing: str, console: Console) -> Any:
-    """`training.distil.distil` with a progress bar, a curve in text, and a clean end on Ctrl-C."""
+def train(
+    host: Any,
+    prompts: list[str],
+    settings: Any,
+    folder: Path,
+    existing: str,
+    console: Console,
+    *,
+    updates: bool = True,
+    origin: dict[str, str] | None = None,
+) -> Any:
+    """`training.distil.distil` with a progress bar, a curve in text, and a clean end on Ctrl-C. updates: whether any
+    are made."""
     from ..pipelines.shells import of_host
     from ..training.distil import distil
 
     shown, shells = Shown(console), partial(of_host, host)
     try:
         with cancellable(host, console), shown:
-            return distil(host, prompts, settings, folder, existing=existing, report=shown.report, shells=shells)
+            how: Any = {"report": shown.report, "shells": shells, "train": updates, "origin": origin}
+            return distil(host, prompts, settings, folder, existing=existing, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_cancelled(folder, shown.updates)) from None
     except OneStepError as error:

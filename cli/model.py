@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import OneStepError
 from ..training.engine.prompts import read_prompts as prompts_of
 from ..training.presets import preset
+from ..training.runs.files import read_json
 from ..training.settings import Settings, size_list
 
 
@@ -56,6 +57,18 @@ def read_settings(args: Namespace) -> tuple[Settings, set[str]]:
     # what a preset is made of hangs on these
     first = {name: texts.pop(name) for name in ("method", "initial_lora") if name in texts}
     return preset(args.preset, **first).with_texts(texts), given
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The config of the run in ``folder``. Raises OneStepError for a folder that is no run's."""
+    if not (folder / "config.json").is_file():
+        raise OneStepError(
+            f"{str(folder)[-200:]} is no run's folder (it holds no config.json): name the one given as --out"
+        )
+    config = read_json(folder / "config.json")
+    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)):
+        raise OneStepError(f"{folder / 'config.json'} is not a run's: restore the file")
+    return config
 
 
 def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:

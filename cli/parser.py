@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..core.errors import OneStepError
 from ..training import presets
-from ..training.methods import METHODS
-from ..training.settings import Settings, described
+from ..training.settings import CHOICES, Settings, described
+from .settings_help import settings_help
 
 MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
 DEBUG = "show the whole trace of an error"
@@ -179,6 +178,21 @@ def _inspect(made: Parser) -> None:
     _json(made)
 
 
+def _choose(made: Parser) -> None:
+    made.description = (
+        "Rank the students that the run in RUN has kept, draw them side by side (RUN/choice.png), and make the best the"
+        " result. The run itself stays as it is, finished or not, and may go on."
+    )
+    add = made.add_argument
+    add("run", metavar="RUN", help="the folder of a run")
+    by = f"of {', '.join(CHOICES)}, on the watch's fixed prompts and noise; less is better {DEFAULT}"
+    add("--by", default=CHOICES[0], choices=CHOICES, metavar="MEASURE", help=by)
+    add("--model", metavar="MODEL", help="the checkpoint that it was made with (default: as the run says)")
+    add("--prompts", metavar="FILE", help="the prompts that it was made with (default: as the run says)")
+    _device(made)
+    _json(made)
+
+
 def _report(made: Parser) -> None:
     made.description = (
         "One picture of a run to share: card, versions, settings, seconds an update, the curve, the last preview."
@@ -218,6 +232,7 @@ def _json(made: Parser) -> None:
 
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
+    "choose": ("make the best of the students that a run has kept its result", _choose),
     "plan": ("say what a run needs of a card before it starts", _plan),
     "generate": ("draw pictures, with or without a LoRA", _generate),
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),
@@ -240,46 +255,10 @@ def _help_with_settings(made: Parser) -> None:
     plain = made.format_help
 
     def format_help() -> str:
-        made.epilog = _settings_help()
+        made.epilog = settings_help()
         return plain()
 
     made.format_help = format_help  # type: ignore[method-assign]
-
-
-def _settings_help() -> str:
-    """Every setting with its default, range and help, for the end of `distill --help`."""
-    lines = ["settings (--set KEY=VALUE; the preset's values win over these defaults):"]
-    lines += _described(Settings)
-    owners: dict[Any, list[str]] = {}
-    for method in METHODS.values():
-        owners.setdefault(method.settings, []).append(method.name)
-    for kind, names in owners.items():
-        if described(kind):
-            lines += ["", f"of {' and '.join(names)} alone:", *_described(kind)]
-    return "\n".join([*lines, "", "presets:", *_presets()])
-
-
-def _presets() -> list[str]:
-    """Each preset with what it is made of, and what it changes."""
-    lines = []
-    for name, made in presets.PRESETS.items():
-        lines += textwrap.wrap(f"{name:<15}{made.about}", 110, initial_indent="  ", subsequent_indent=" " * 17)
-        for title, values in (("", made.values), ("with initial_lora: ", made.with_donor)):
-            changes = title + ", ".join(f"{key}={value}" for key, value in values.items())
-            indent = " " * 17
-            lines += textwrap.wrap(changes, 110, initial_indent=indent, subsequent_indent=indent) if values else []
-    return lines
-
-
-def _described(kind: Any) -> list[str]:
-    """Each setting of a dataclass with its default, range and help."""
-    lines = []
-    for entry in described(kind):
-        meta = entry.metadata
-        bounds = "|".join(meta["choices"]) or (f"{meta['low']}..{meta['high']}" if meta["low"] is not None else "")
-        about = f"{meta['help']} [{entry.default if entry.default != '' else 'empty'}{'; ' + bounds if bounds else ''}]"
-        lines += textwrap.wrap(f"{entry.name:<22}{about}", 110, initial_indent="  ", subsequent_indent=" " * 24)
-    return lines
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -19,13 +19,13 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..core.errors import OneStepError
 from ..training.methods import METHODS
-from ..training.runs.files import read_json, read_rows, write_bytes
+from ..training.runs.files import read_rows, write_bytes
 from ..training.settings import Settings, described
 from .console import Console, duration
 from .doctor import devices, version
 from .figure import curve, stacked, text
+from .model import run_config
 
 KEY = "onestep.report"
 PACKAGES = ("torch", "diffusers", "triton", "bitsandbytes")
@@ -36,8 +36,6 @@ WIDTH = 900
 
 def run(args: Namespace, console: Console) -> None:
     folder = Path(args.run).expanduser()
-    if not (folder / "config.json").is_file():
-        raise OneStepError(f"{args.run} is no run's folder (it holds no config.json): name the one given as --out")
     facts, rows = facts_of(folder), metrics_of(folder)
     path = Path(args.out).expanduser() if args.out else folder / "report.png"
     write_bytes(path, picture(facts, rows, last_preview(folder)))
@@ -46,9 +44,7 @@ def run(args: Namespace, console: Console) -> None:
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What is told of the run in ``folder``."""
-    config, rows = read_json(folder / "config.json"), metrics_of(folder)
-    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)):
-        raise OneStepError(f"{folder / 'config.json'} is not a run's: restore the file")
+    config, rows = run_config(folder), metrics_of(folder)
     measured = [row for row in rows if finite(row.get("distance"))]
     return {
         "versions": {"onestep": version("onestep-diffusion"), **numbers_of(config.get("versions"))},

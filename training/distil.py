@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
-from .engine.setup import Setup, hooked
+from .engine.setup import Setup, hooked, roles_as_before
 from .engine.student import STUDENT, add_student, mean_device
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
 from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
+from .runs import candidates
 from .runs.config import config_of, license_note
 from .runs.made import Writer
 from .runs.run import STOP, NotSaved, Run, leave
@@ -33,6 +34,7 @@ from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
+from .watch.choice import chosen
 from .watch.eta import Pace, length_told
 from .watch.monitor import watching
 from .watch.progress import Progress, Report, Request, Result, Stopped, requested
@@ -52,17 +54,22 @@ def distil(
     existing: str = STOP,
     report: Report | None = None,
     shells: Shells | None = None,
+    train: bool = True,
+    origin: Mapping[str, str] | None = None,
 ) -> Result:
     """Distil ``host``'s checkpoint on ``prompts`` into ``folder``/result.safetensors.
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
     other ``steps`` and ``pairs`` (sun: ``steps``); what changes over a run, the step size and nct's noise levels, is
     then as in a run of so many. One that was finished early counts as finished until it is given other steps. shells:
-    of ``host``; on a card the run is then fitted to it, and says how. Raises OneStepError for bad input, before it has
-    written anything, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after
-    the state and partial.safetensors are saved.
+    of ``host``; on a card the run is then fitted to it, and says how. train: without, a run that is there makes no
+    update and chooses its result anew. origin: of its parts, for its config. Raises OneStepError for bad input, before
+    it has written anything, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through,
+    after the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
+    if not (train or Run(folder).states()):
+        raise OneStepError(f"there is no run in {folder} whose result could be chosen: train one first")
     for size in settings.size_list:
         host.latent_shape(size)
     initial = initial_state(host, settings, takes_over=METHODS[settings.method].recipe is recipe_of)
@@ -70,10 +77,12 @@ def distil(
     METHODS[settings.method].check(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings, METHODS[settings.method].recipe(host, settings))
+    config |= {"origin": dict(origin)} if origin else {}
     # whatever the caller switched off around us: a run needs gradients
     run_there = entered(folder, config, host.device, existing, METHODS[settings.method].adjustable)
     with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
-        return _Session(host, prompts, run.as_begun(settings), run, report, initial, shells).run_all(goes_on)
+        session = _Session(host, prompts, run.as_begun(settings), run, report, initial, shells)
+        return session.run_all(goes_on, train)
 
 
 class _Session:
@@ -101,7 +110,7 @@ class _Session:
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def run_all(self, goes_on: bool) -> Result:
+    def run_all(self, goes_on: bool, train: bool) -> Result:
         with ExitStack() as stack:
             self.layout = laid_out(self.run, self.host, self.settings, self.shells, len(self.texts))
             self.host.memory_required, self.notes = self.layout.beyond, [*self.layout.notes, *self.notes]
@@ -110,12 +119,13 @@ class _Session:
             stack.enter_context(self.layout.training(self.host))
             with processes.first_alone():
                 self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
-            stack.callback(self._forget_roles, set(self.host.denoiser.roles.names()))
+            stack.enter_context(roles_as_before(self.host))
             self.checkpoints = stack.enter_context(hooked(self.host, self.layout.recompute))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(*self.layout.counted(self.trainer.plan)), watching(self.setup)
             self.notes.append(length_told(self.trainer.plan, self.settings.batch))
-            self.notes += self.run.short_of_room(size_of(self.trainer), self.layout.disk)
+            beside = self.layout.disk + candidates.size_of(self.host.denoiser.roles, EMA, self.settings)
+            self.notes += self.run.short_of_room(size_of(self.trainer), beside)
             if goes_on:
                 self._restore()
                 self._adjust()
@@ -123,7 +133,8 @@ class _Session:
                 self._save()
             try:
                 self.monitor.prepare(self.setup, self.method.reference, self._tick)
-                self._train()
+                if train:
+                    self._train()
             except BaseException as error:
                 self._leave(error)
                 raise
@@ -135,11 +146,6 @@ class _Session:
         with processes.first_alone():
             prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
         return Setup(host, settings, prompts, folder, self.write.recipe)
-
-    def _forget_roles(self, before: set[str]) -> None:
-        """The host is as it was: a second run on it starts from nothing, and frees nothing twice."""
-        for role in set(self.host.denoiser.roles.names()) - before:
-            self.host.denoiser.roles.drop(role)
 
     def _trainer(self) -> Trainer:
         add_student(self.host, self.settings, self.initial, self.method.adapter)
@@ -164,6 +170,7 @@ class _Session:
             numbers |= seen
             self.run.log({"update": self.update + 1, "phase": phase, "seconds": time.monotonic() - began, **numbers})
             self.update += 1
+            self.monitor.keep(self.update)
             self._save_if_due()
             if Request.FINISH in self._answer(phase, numbers, preview):
                 self.finished_at = total
@@ -273,8 +280,9 @@ class _Session:
     def _finish(self) -> Result:
         if self.saved != (self.update, self.finished_at):
             self._save()
-        role = self.monitor.better()
-        path, check = self.write("result.safetensors", role, self.update)
+        with chosen(self.monitor, self.settings, self.update, self._tick) as choice:
+            path, check = self.write("result.safetensors", choice.role, choice.update, choice.told)
+        self.notes += [choice.note] if choice.note else []
         for partial in self.run.folder.glob("partial*.safetensors"):
             partial.unlink(missing_ok=True)
         processes.wait()
@@ -283,10 +291,10 @@ class _Session:
             recipe=self.write.made(path.name),
             metrics=self.run.metrics(),
             run=self.run.folder,
-            role=role,
+            role=choice.role,
             check=check,
             updates=self.update,
             seconds=self._seconds(),
             notes=self._all_notes(),
-            preview=self.monitor.preview(self.update) if self.settings.preview_every else None,
+            preview=choice.preview or (self.monitor.preview(self.update) if self.settings.preview_every else None),
         )

@@ -14,6 +14,10 @@ from ..core.licences import told_licenses
 
 MOST_STEPS = 64
 """That a recipe can hold."""
+LAST = "last"
+"""No choice: the result is what a run ends with."""
+CHOICES = ("distance", "content")
+"""Measures of the watch by which the best student can be chosen; less is better."""
 
 
 def setting(
@@ -128,6 +132,20 @@ class Settings:
         "on = the base lies in the host's memory and is copied to the card block by block, the same to the bit; "
         "auto = where the plan finds that it does not fit otherwise.",
         choices=("auto", "on", "off"),
+    )
+    candidate_every: int = setting(
+        100,
+        "Updates between students that are kept in the run's folder, each half as large as the result, for its end, or "
+        "onestep choose, to choose from; 0 = none.",
+        0,
+        1_000_000,
+    )
+    candidates: int = setting(12, "Most of them; where there are more, every second one goes.", 2, 1000)
+    choose_by: str = setting(
+        LAST,
+        "Which student is the result: the last, or of all that are kept the one with the least of a measure on the "
+        "watch's fixed prompts and noise.",
+        choices=(LAST, *CHOICES),
     )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).

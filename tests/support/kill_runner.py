@@ -149,7 +149,8 @@ def settings_for(method: str) -> Any:
     from small_host import small
 
     if method == "dmd":
-        return small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2)
+        kept = {"candidate_every": 1, "candidates": 3, "choose_by": "distance"}
+        return small(warm_start=2, critic_warm_up=1, steps=3, critic_updates=1, save_every=2, watch_every=2, **kept)
     quiet = {"watch_every": 0, "preview_every": 0, "warm_up": 1, "ema": 0.5, "sizes": "16x16", "batch": 2, "pairs": 4}
     theirs: dict[str, dict[str, Any]] = {
         "cdm": {

@@ -51,6 +51,8 @@ def left(folder: Path) -> dict[str, Any]:
             "trajectories/*",
             "triples/*",
             "segments/*",
+            "candidates/*",
+            "choice.*",
             "state-*/state.safetensors",
         )
         for path in sorted(folder.glob(pattern))

@@ -46,3 +46,16 @@ def hooked(host: Host, grade: str) -> Iterator[Checkpoints]:
             yield checkpoints
         finally:
             checkpoints.remove()
+
+
+@contextmanager
+def roles_as_before(host: Host) -> Iterator[None]:
+    """Within, roles may be added; after, they are dropped: a second run on ``host`` starts from nothing, and frees
+    nothing twice."""
+    roles = host.denoiser.roles
+    before = set(roles.names())
+    try:
+        yield
+    finally:
+        for role in set(roles.names()) - before:
+            roles.drop(role)

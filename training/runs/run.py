@@ -3,7 +3,8 @@
 config.json            what the run is; a run of another config is refused, but for what may be adjusted
 state-N/               roles, optimisers and counters after N updates; whole once it holds `complete`
 metrics.jsonl          the untrained student's measures, then one line an update
-embeddings/ pairs/ trajectories/ triples/ segments/   caches; deleting them costs time, nothing else
+embeddings/ pairs/ anchors/ trajectories/ triples/ segments/   caches; deleting them costs time, nothing else
+candidates/            students that the end chooses from, in bfloat16; choice.json, choice.png: which, and why
 previews/              what the student is to draw above what it draws, same prompts and noise
 result.safetensors     the LoRA; partial.safetensors where the run was cancelled
 """
@@ -18,20 +19,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import OneStepError
 from ...core.tensor_file import read_tensors, write_tensors
 from ..settings import Settings, nearest
+from . import candidates
 from .files import CONTENT, content_of, in_gb, read_json, read_rows, room_at, write_bytes, write_json
+from .lock import locked
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
-FREE = ("save_every", "licenses", "streaming")
+FREE = ("save_every", "licenses", "streaming", "candidate_every", "candidates", "choose_by")
 """Settings that change nothing of what is learnt: a run goes on with others."""
-KINDS = ("pairs", "trajectories", "triples", "segments")
+KINDS = ("pairs", "anchors", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""
 TEXTS = "embeddings"
 Changes = dict[str, tuple[Any, Any]]
@@ -165,6 +168,7 @@ class Run:
         """Drop the metrics of updates that the state after ``update`` does not know."""
         kept = [line for line in self.metrics() if line["update"] <= update]
         write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        candidates.forget_after(self.folder, update)
 
 
 def leave(error: BaseException, save: Callable[[], None], write: Callable[[], Any]) -> None:
@@ -198,7 +202,7 @@ def opened(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OneStepError(f"the run's folder {folder} cannot be made: {error.strerror}. Choose another one") from None
-    with _locked(folder / "run.lock"):
+    with locked(folder / "run.lock"):
         if existing == RESTART and (folder / "config.json").is_file():
             _clear(folder)
         for leftover in folder.glob(".state-*.part"):
@@ -260,39 +264,17 @@ def _is_json(value: Any) -> bool:
 def _clear(folder: Path) -> None:
     """Delete what a run made; its config last, so that a clearing that was killed is known and done again. Embeddings
     stay: they are named by what they are of."""
-    for path in [*folder.glob("state-[0-9]*"), folder / "previews", *(folder / name for name in KINDS)]:
+    made = (folder / name for name in ("previews", candidates.FOLDER, *KINDS))
+    for path in [*folder.glob("state-[0-9]*"), *made]:
         (path / "complete").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("metrics.jsonl", "result.safetensors", "partial.safetensors", "reference.safetensors", "config.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An operating-system lock, which dies with its process: a killed run leaves nothing to clean up."""
-    try:
-        file = open(path, "a+b")  # noqa: SIM115  (closed below; opening and locking fail for different reasons)
-    except OSError as error:
-        raise OneStepError(
-            f"nothing can be written in {path.parent}: {error.strerror}. Choose another folder"
-        ) from None
-    with file:
-        try:
-            _lock(file)
-        except OSError:
-            raise OneStepError(
-                f"the run in {path.parent} is being trained by another process: wait for it, or give another name"
-            ) from None
-        yield
-
-
-def _lock(file: BinaryIO) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for name in (
+        "metrics.jsonl",
+        "result*.safetensors",
+        "partial*.safetensors",
+        "reference.*",
+        "choice.*",
+        "config.json",
+    ):
+        for path in folder.glob(name):
+            path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.roles import Roles
 from ..engine import optimizer as adam
 from ..engine.trainer import Trainer
 
@@ -22,9 +23,7 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     roles = trainer.host.denoiser.roles
     tensors: dict[str, Tensor] = {}
     for role in roles.names():
-        for name, (a, b) in roles.state(role).items() if roles.learns(role) else ():
-            tensors[f"{role}/{name}/a"], tensors[f"{role}/{name}/b"] = a, b
-        tensors |= {f"{role}/{name}": value for name, value in roles.modules.state(role).items()}
+        tensors |= learnt(roles, role)
     numbers: dict[str, float] = {}
     for role, optimizer in trainer.optimizers.items():
         packed, plain = adam.pack(optimizer, role)
@@ -32,6 +31,16 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         numbers |= plain
     counters = {name: copy(getattr(trainer, name)) for name in COUNTERS}
     return tensors, {"numbers": numbers, "counters": counters, "notes": trainer.notes}
+
+
+def learnt(roles: Roles, role: str) -> dict[str, Tensor]:
+    """What ``role`` has learnt, of each step where it has several, and its adapter module: the live tensors by name."""
+    tensors: dict[str, Tensor] = {}
+    for part in roles.steps.parts(role):
+        for name, (a, b) in roles.state(part).items() if roles.learns(part) else ():
+            tensors[f"{part}/{name}/a"], tensors[f"{part}/{name}/b"] = a, b
+        tensors |= {f"{part}/{name}": value for name, value in roles.modules.state(part).items()}
+    return tensors
 
 
 def size_of(trainer: Trainer) -> int:
@@ -45,11 +54,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], notes: dict[str, Any])
     """Write a snapshot into the live factors and optimisers."""
     roles = trainer.host.denoiser.roles
     for role in roles.names():
-        for name, (a, b) in roles.state(role).items() if roles.learns(role) else ():
-            a.copy_(tensors[f"{role}/{name}/a"])
-            b.copy_(tensors[f"{role}/{name}/b"])
-        for name, value in roles.modules.state(role).items():
-            value.copy_(tensors[f"{role}/{name}"])
+        for name, value in learnt(roles, role).items():
+            value.copy_(tensors[name])
     moments = {key: value for key, value in tensors.items() if "/" not in key}
     for role, optimizer in trainer.optimizers.items():
         adam.unpack(optimizer, role, moments, notes["numbers"])

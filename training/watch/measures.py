@@ -77,7 +77,10 @@ class Watch:
 
     def __call__(self, host: Host, recipe: Recipe, role: str) -> Numbers:
         """The measures of ``role`` at ``recipe``."""
-        found = self.student(host, recipe, role)
+        return self.measured(host, self.student(host, recipe, role))
+
+    def measured(self, host: Host, found: Tensor) -> Numbers:
+        """The measures of a student's latents on the watch's prompts and noise."""
         numbers = compare(found, self.teacher, min(EACH, len(self.noise)))
         if "plain" not in self.latents:
             return numbers

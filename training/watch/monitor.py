@@ -16,6 +16,7 @@ from ..engine.setup import Setup
 from ..engine.student import STUDENT
 from ..engine.trainer import EMA
 from ..engine.turns import Numbers
+from ..runs import candidates
 from .measures import EACH, Watch
 from .previews import write_grid
 from .reference import Reference, by_teacher
@@ -62,6 +63,16 @@ class Monitor:
         path = self._path(update)
         return path if path.is_file() else self._draw(self.watch, update)
 
+    def keep(self, update: int) -> None:
+        """Keep the student as a candidate, where one is due; nothing of one that nobody looks at."""
+        if self.watch is not None:
+            candidates.keep(self.folder, update, self.host.denoiser.roles, self.shown, self.settings)
+
+    def preview_of(self, name: str) -> Path | None:
+        """A preview under a name of its own of what the role that is shown holds now."""
+        watch = self.watch
+        return None if watch is None or not self.settings.preview_every else self._draw(watch, name)
+
     def gain(self, update: int, distance: float) -> float:
         """Updates since the distance last fell; one that is no number neither falls nor is ever the best."""
         if math.isfinite(distance) and (self.best is None or distance < self.best["distance"]):
@@ -79,22 +90,23 @@ class Monitor:
         measured = watch(self.host, self.recipe, self.shown)
         return measured | {"no_gain": self.gain(update, measured["distance"])} | peak(self.host.device)
 
-    def _draw(self, watch: Watch, update: int) -> Path | None:
+    def _draw(self, watch: Watch, update: int | str) -> Path | None:
         """None where there is no memory to decode it in: a run goes on without a picture of itself."""
         found, why = attempt(lambda: self._drawn(watch, update))
         if found is None:
             notice(f"out of memory: previews that could not be decoded are left out ({why})")
         return found
 
-    def _drawn(self, watch: Watch, update: int) -> Path:
+    def _drawn(self, watch: Watch, update: int | str) -> Path:
         rows = torch.arange(0, len(watch.noise), min(EACH, len(watch.noise)))[: self.settings.preview_samples]
         student = watch.student(self.host, self.recipe, self.shown)
         above = watch.reference.above(self.host, watch.latents, rows)
         write_grid(self._path(update), [*above, self.host.decode(student[rows])])
         return self._path(update)
 
-    def _path(self, update: int) -> Path:
-        return self.folder / "previews" / f"{update:06d}.png"
+    def _path(self, update: int | str) -> Path:
+        """Of the preview after ``update``, or of that name."""
+        return self.folder / "previews" / f"{update if isinstance(update, str) else f'{update:06d}'}.png"
 
 
 def peak(device: torch.device) -> Numbers:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..runs.files import write_bytes
@@ -22,11 +22,31 @@ def grid(rows: list[Tensor], least: int = 64) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
+def labelled(rows: list[tuple[str, Tensor]], width: int = 190, size: int = 15) -> Image.Image:
+    """``grid`` of the rows' pictures, with what is said of each row at its left."""
+    pictures = grid([row for _, row in rows])
+    whole = Image.new("RGB", (pictures.width + width, pictures.height), "white")
+    whole.paste(pictures, (width, 0))
+    pen, font, height = ImageDraw.Draw(whole), ImageFont.load_default(size), pictures.height / len(rows)
+    for at, (words, _) in enumerate(rows):
+        pen.multiline_text((GAP + 6, at * height + 6), words, "black", font)
+    return whole
+
+
+def write_labelled(path: Path, rows: list[tuple[str, Tensor]]) -> None:
+    """``labelled(rows)`` as a PNG at ``path``."""
+    _write(path, labelled(rows))
+
+
 def write_grid(path: Path, rows: list[Tensor]) -> None:
     """``grid(rows)`` as a PNG at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, grid(rows))
+
+
+def _write(path: Path, image: Image.Image) -> None:
     buffer = io.BytesIO()
-    grid(rows).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
