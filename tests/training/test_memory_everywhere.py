@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "regression": {},
     "vsd": {},
     "dmd2": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0},
+    "f-distill": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0, "divergence": "kl"},
     "guidance-lora": {"states": 2},
 }
 

@@ -117,7 +117,10 @@ def test_flags_must_be_flags(value: Any) -> None:
         ({"method": "guidance-lora", "teacher_steps": 65}, "set teacher_steps to at most 64"),
         ({"method": "dmdd"}, "no method 'dmdd'; did you mean 'dmd'?"),
         ({"method": "dmd", "push": 2.0}, "dmd has no setting 'push': it belongs to sun"),
-        ({"method": "sun", "critic_rank": 2}, "it belongs to dmd and cdm and dmd2 and pg-sb and tdm and vsd"),
+        (
+            {"method": "sun", "critic_rank": 2},
+            "it belongs to dmd and cdm and dmd2 and f-distill and pg-sb and tdm and vsd",
+        ),
         ({"rnak": 2}, "dmd has no setting 'rnak'; did you mean 'rank'?"),
         ({"follow": 0.1, "critic_rank": 8, "rank": 16}, "set critic_rank to 0"),
         ({"sizes": ""}, "size '' is not WIDTHxHEIGHT"),

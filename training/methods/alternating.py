@@ -232,6 +232,7 @@ class Turns:
         settings, at_step = self.setup.settings, self.extras.at_step
         made = self.objective(settings, self.index(update) / max(1, settings.steps))
         made = replace(made, critic_weight=WEIGHTS[self.own.critic_weight])
+        made = self.head.weighed(made) if self.head else made
         return made if at_step is None else at_step(made, self.setup.denoise.schedule, drawn)
 
     # -- what it costs ------------------------------------------------------------------------------------------------
@@ -257,6 +258,8 @@ class Turns:
 def score_metrics(scores: Scores) -> Mapping[str, Any]:
     """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
     numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std()}
+    if scores.logit is not None:
+        numbers["logit"] = scores.logit.mean()
     if scores.fake is None:
         return numbers
     delta, pull = scores.fake - scores.real, scores.real - scores.x

@@ -3,8 +3,8 @@ r"""A discriminator head on the frozen base's features: a small module beside it
     L_H = E[l_real(H(x_s))] + E[l_fake(H(G(z)_s))] + lambda |H(x_s) - H((x + s n)_s)|^2,   x_s = alpha x + sigma noise
     L_G = E[l_G(H(G(z)_s))]
 
-l is the non-saturating loss (DMD2, arXiv:2405.14867, Eq. 4) or the hinge (LADD, arXiv:2403.12015, section 3); the last
-term is the approximate R1 penalty of APT (arXiv:2501.08316, Eq. 3). H reads what the base, without an adapter, gives at
+l is the non-saturating loss (DMD2, arXiv:2405.14867, section 4.3) or the hinge (LADD, arXiv:2403.12015, section 3); the
+last term is the approximate R1 penalty of APT (arXiv:2501.08316). H reads what the base, without an adapter, gives at
 some of its blocks when it is asked for x_s; what is real are the teacher's own pictures. At its best
 H = log p_real(x_s) - log p_fake(x_s) (arXiv:1406.2661, Prop. 1, by the non-saturating loss).
 """
@@ -24,7 +24,7 @@ from ...core.cond import Cond
 from ...core.denoiser import Denoiser
 from ...core.features import Features
 from ...core.roles import TEACHER
-from ...core.schedule import add_noise
+from ...core.schedule import NoiseSchedule, add_noise
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, UniformTime
 
@@ -93,7 +93,8 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Discriminator:
-    """head: H. features: what it reads. penalty, spread: lambda and s of the approximate R1 penalty."""
+    """head: H. features: what it reads. penalty, spread: lambda and s of the approximate R1 penalty. note: is told of
+    the student's pictures that the head learns from: their batch, levels [B] and logits [B]."""
 
     head: Callable[[Sequence[Tensor]], Logits]
     features: Features
@@ -101,6 +102,7 @@ class Discriminator:
     levels: LevelSampler = UniformTime()
     penalty: float = 0.0
     spread: float = 0.1
+    note: Callable[[NoiseSchedule, Batch, Tensor, Tensor], None] | None = None
 
     @property
     def forwards(self) -> int:
@@ -126,6 +128,8 @@ class Discriminator:
         with torch.no_grad():
             seen = self._seen_together(denoise, batch, asked, sigma)
         h_real, h_fake, *h_moved = (self.head(features) for features in seen)
+        if self.note is not None:
+            self.note(schedule, batch, sigma, averaged(_itself, h_fake))
         loss = averaged(self.loss.real, h_real) + averaged(self.loss.fake, h_fake)
         numbers = {"head_real": averaged(_itself, h_real), "head_fake": averaged(_itself, h_fake)}
         for moved_logits in h_moved:
@@ -161,6 +165,10 @@ class Discriminator:
         with denoise.roles.use(TEACHER), self.features.kept(x_s) as found:
             denoise(x_s, sigma, cond)
         return found
+
+    def logit(self, features: Sequence[Tensor]) -> Tensor:
+        """H [B], the mean over blocks and cells, of ``features``."""
+        return averaged(_itself, self.head(features))
 
 
 def averaged(each: Callable[[Tensor], Tensor], logits: Logits) -> Tensor:

@@ -12,6 +12,7 @@ A method is a choice of the plug-ins below; its run is `alternating`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -25,6 +26,7 @@ from ...core.roles import TEACHER
 from ...core.schedule import NoiseSchedule, add_noise, expand
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
+from .discriminator import Discriminator
 from .guidance_scale import Scale, added, guided, scale_of
 
 CRITIC = "critic"
@@ -36,7 +38,7 @@ class Scores:
 
     real: teacher with prompt. null: teacher with the null condition, or None unasked. fake: critic, None unasked.
     fake_null: critic with the null condition, None unless its own guidance is on. guided: D^k of the teacher, None
-    where there is no guidance.
+    where there is no guidance. logit [B]: the discriminator's, None where there is none.
     """
 
     x: Tensor
@@ -47,6 +49,7 @@ class Scores:
     fake: Tensor | None = None
     fake_null: Tensor | None = None
     guided: Tensor | None = None
+    logit: Tensor | None = None
 
 
 Renoise = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
@@ -80,7 +83,8 @@ dmd_weight = DmdWeight()
 class DistributionMatching:
     """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; it is taught without.
     rescale: phi of both (`guidance_scale.guided`). matching: a_DM. guidance_levels: None puts the guidance term at the
-    matching term's level. null_rate: share of samples on which the critic learns the null condition.
+    matching term's level. null_rate: share of samples on which the critic learns the null condition. judge: whose logit
+    of x_s the scores have.
     """
 
     guidance: Scale = 2.0
@@ -97,6 +101,7 @@ class DistributionMatching:
     null_rate: float = 0.0
     rescale: float = 0.0
     importance: Importance | None = None
+    judge: Discriminator | None = None
 
     @property
     def forwards(self) -> int:
@@ -145,15 +150,22 @@ class DistributionMatching:
         answers: dict[str, Tensor] = {}
         for some in [[one] for one in asked] if batch.sliced else [asked]:
             blocks = [(role, len(x) * len([*rows])) for role, rows in groupby(role for role, _, _ in some)]
-            with denoise.roles.rows(blocks):
+            with denoise.roles.rows(blocks), self._judging(x_s, some[0][1]) as seen:
                 conds = Cond.concat([cond for _, _, cond in some])
                 answer = denoise(torch.cat([x_s] * len(some)), sigma.repeat(len(some)), conds)
+            if self.judge is not None and seen:
+                # the teacher with the prompt comes first
+                answers["logit"] = self.judge.logit([value[: len(x)] for value in seen])
             answers |= zip([name for _, name, _ in some], answer.chunk(len(some)), strict=True)
         scores = Scores(x, x_s, sigma, **answers)
         if scores.null is None:
             return scores
         k = scale_of(self.guidance, batch)
         return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale))
+
+    def _judging(self, x_s: Tensor, first: str) -> AbstractContextManager[list[Tensor]]:
+        """Within, a forward whose first answer is ``first`` leaves the teacher's features."""
+        return nullcontext([]) if self.judge is None or first != "real" else self.judge.features.kept(x_s)
 
     def _asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
         """(role, answer's name, conditions) of each row block; critic blocks last."""

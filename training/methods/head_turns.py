@@ -20,10 +20,12 @@ from ..engine.batch import Batch
 from ..engine.levels import UniformTime
 from ..engine.setup import Setup
 from ..engine.student import BackwardSimulation
-from ..engine.turns import Turn, learning
+from ..engine.turns import Turn, learning, nothing
 from ..host import Host
 from ..settings import Settings
 from .discriminator import HEAD, LOSSES, Discriminator, Head
+from .distribution_matching import DistributionMatching, Scores
+from .f_divergence import Ratios
 
 GAN = "discriminator's term"
 """What a profile of a run calls it."""
@@ -31,18 +33,33 @@ GAN = "discriminator's term"
 
 @dataclass(frozen=True)
 class HeadTurns:
-    """pairs: whose pictures are the real ones. simulate: how a picture of the student comes about."""
+    """pairs: whose pictures are the real ones. simulate: how a picture of the student comes about. ratios: by which the
+    matching's gradient is weighed, None for not at all."""
 
     setup: Setup
     discriminator: Discriminator
     pairs: Pairs
     simulate: BackwardSimulation
+    ratios: Ratios | None = None
 
     @property
     def turns(self) -> list[Turn]:
         """Of an update."""
         own = self.setup.settings.own
-        return [Turn(HEAD, self.teach, own.head_learning_rate, 0.0)] * own.head_updates
+        then = nothing if self.ratios is None else self.ratios.settle
+        return [Turn(HEAD, self.teach, own.head_learning_rate, 0.0, then=then)] * own.head_updates
+
+    def weighed(self, objective: DistributionMatching) -> DistributionMatching:
+        """``objective`` with the ratios' weight, where there are any."""
+        ratios = self.ratios
+        if ratios is None:
+            return objective
+
+        def h(scores: Scores) -> Tensor:
+            assert scores.logit is not None
+            return ratios(self.setup.denoise.schedule, scores.sigma, scores.logit)
+
+        return replace(objective, judge=self.discriminator, ratio=h)
 
     def teach(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """The head's loss on the teacher's pictures and on the student's of the same prompts."""
@@ -98,18 +115,30 @@ class HeadTurns:
 # -- how a head comes about -------------------------------------------------------------------------------------------
 
 
-def head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
-    """Adds a head of the settings to the roles."""
+def head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation, ratios: Ratios | None = None) -> HeadTurns:
+    """Adds a head of the settings to the roles, and ``ratios`` to what is kept with it."""
     own, host = setup.settings.own, setup.host
     features = features_of(host, setup.settings)
-    channels = _channels(setup, features)
-    head = Head(channels, own.head_width, own.head_cells, setup.settings.seed).to(host.device)
-    setup.denoise.roles.add_module(HEAD, head)
-    levels = UniformTime(own.head_level_low, own.head_level_high)
-    loss = LOSSES[own.head_loss]
-    return HeadTurns(
-        setup, Discriminator(head, features, loss, levels, own.head_penalty, own.head_penalty_noise), pairs, simulate
+    head = Head(_channels(setup, features), own.head_width, own.head_cells, setup.settings.seed)
+    if ratios is not None:
+        head.ratios = ratios
+    setup.denoise.roles.add_module(HEAD, head.to(host.device))
+    discriminator = Discriminator(
+        head,
+        features,
+        LOSSES[own.head_loss],
+        UniformTime(own.head_level_low, own.head_level_high),
+        own.head_penalty,
+        own.head_penalty_noise,
+        None if ratios is None else ratios.note,
     )
+    return HeadTurns(setup, discriminator, pairs, simulate, ratios)
+
+
+def weighing_head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
+    """With the ratios of f-distill's settings."""
+    own = setup.settings.own
+    return head_turns(setup, pairs, simulate, Ratios(own.divergence, own.ratio_low, own.ratio_high, own.ratio_memory))
 
 
 def features_of(host: Host, settings: Settings) -> Features:
