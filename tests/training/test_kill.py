@@ -16,8 +16,8 @@ from narrowed import narrowed
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and sends SIGKILL")
 RUNNER = Path(__file__).parents[1] / "support" / "kill_runner.py"
 MAKING = {
-    **{"cdm": "pairs", "dmd2": "pairs", "f-distill": "pairs", "agd": "trajectories", "guidance-lora": "trajectories"},
-    **{"nct": "triples", "sun": "segments"},
+    **{"cdm": "pairs", "dmd2": "pairs", "f-distill": "pairs", "ladd": "pairs"},
+    **{"agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples", "sun": "segments"},
 }
 """The methods that make their data first, and its folder."""
 

@@ -10,7 +10,7 @@ import torch
 from oracles import stable_diffusion_levels
 
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule, log_snr
-from onestep.training.engine.levels import NormalLogSNR, UniformTime, at, v_weight, vsd_weight
+from onestep.training.engine.levels import LogitNormalTime, NormalLogSNR, UniformTime, at, v_weight, vsd_weight
 
 SHARES = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
 
@@ -33,6 +33,17 @@ def test_normal_log_snr_is_normal(schedule: NoiseSchedule) -> None:
     np.testing.assert_allclose(cdf, SHARES[1:].numpy(), atol=1e-9)
     ends = NormalLogSNR()(schedule, torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert bool(ends.isfinite().all())
+
+
+@pytest.mark.parametrize("schedule", [VPSchedule.scaled_linear(), FlowSchedule()])
+def test_logit_normal_time_is_normal(schedule: NoiseSchedule) -> None:
+    """The logit of the share of time has mean 1, deviation 0.5: quantiles by the error function, to a time's step."""
+    share = schedule.share_of(LogitNormalTime(1.0, 0.5)(schedule, SHARES[1:-1])).numpy()
+    logit = np.log(share / (1 - share))
+    cdf = [0.5 * (1 + math.erf((value - 1.0) / 0.5 / math.sqrt(2))) for value in logit.tolist()]
+    np.testing.assert_allclose(cdf, SHARES[1:-1].numpy(), atol=5e-3)
+    ends = LogitNormalTime(1.0, 0.5)(schedule, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert bool(ends.isfinite().all()) and bool((ends > 0).all())
 
 
 @pytest.mark.parametrize("time", [0, 200, 700, 999])

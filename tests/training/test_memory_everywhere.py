@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vsd": {},
     "dmd2": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0},
     "f-distill": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0, "divergence": "kl"},
+    "ladd": {"head_blocks": 2, "head_warm_up": 2},
     "guidance-lora": {"states": 2},
 }
 

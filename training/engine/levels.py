@@ -28,6 +28,18 @@ class UniformTime:
 
 
 @dataclass(frozen=True)
+class LogitNormalTime:
+    """A share s(m + d n) of the network's own time, n ~ N(0, 1), s the logistic function (arXiv:2403.03206, Eq. 19)."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __call__(self, schedule: NoiseSchedule, u: Tensor) -> Tensor:
+        bounded = u.clamp(1e-9, 1 - 1e-9)
+        return schedule.sigma_at(torch.sigmoid(self.mean + self.deviation * torch.special.ndtri(bounded)))
+
+
+@dataclass(frozen=True)
 class NormalLogSNR:
     """lambda ~ N(mean, std^2): EDM's log-normal sigma (arXiv:2206.00364, table 1) is mean 1.2, std 1.2."""
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ...core.errors import OneStepError
 from ...core.features import Features
 from ...core.memory import attempt, exhausted, notice
 from ...core.roles import TEACHER
 from ..data.pairs import Pairs
 from ..engine.batch import Batch
-from ..engine.levels import UniformTime
+from ..engine.levels import LevelSampler, UniformTime
 from ..engine.setup import Setup
 from ..engine.student import BackwardSimulation
 from ..engine.turns import Turn, learning, nothing
@@ -103,42 +102,45 @@ class HeadTurns:
     @property
     def cost(self) -> float:
         """Forwards of a sample in an update: the head's turns, and the student's term."""
-        # the backward of the term goes through what is before the block that is looked at
-        term = self.asked * (1 + (learning(self.setup.settings) - 1) / 3)
-        return self.setup.settings.own.head_updates * self.cost_of_turn + term
+        return self.setup.settings.own.head_updates * self.cost_of_turn + self.asked * cost_of_term(self.setup.settings)
 
     @property
     def cost_of_turn(self) -> float:
         return self.simulate.cost + self.discriminator.forwards
 
 
+def cost_of_term(settings: Settings) -> float:
+    """Forwards of a sample: the backward goes through what is before the block that is looked at, about a third."""
+    return 1 + (learning(settings) - 1) / 3
+
+
 # -- how a head comes about -------------------------------------------------------------------------------------------
 
 
 def head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation, ratios: Ratios | None = None) -> HeadTurns:
-    """Adds a head of the settings to the roles, and ``ratios`` to what is kept with it."""
-    own, host = setup.settings.own, setup.host
-    features = features_of(host, setup.settings)
-    head = Head(_channels(setup, features), own.head_width, own.head_cells, setup.settings.seed)
-    if ratios is not None:
-        head.ratios = ratios
-    setup.denoise.roles.add_module(HEAD, head.to(host.device))
-    discriminator = Discriminator(
-        head,
-        features,
-        LOSSES[own.head_loss],
-        UniformTime(own.head_level_low, own.head_level_high),
-        own.head_penalty,
-        own.head_penalty_noise,
-        None if ratios is None else ratios.note,
-    )
-    return HeadTurns(setup, discriminator, pairs, simulate, ratios)
+    """Of a head that gives the student a term beside the matching. ratios: as `HeadTurns` has them."""
+    own = setup.settings.own
+    levels = UniformTime(own.head_level_low, own.head_level_high)
+    return HeadTurns(setup, add_head(setup, levels, ratios), pairs, simulate, ratios)
 
 
 def weighing_head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
     """With the ratios of f-distill's settings."""
     own = setup.settings.own
     return head_turns(setup, pairs, simulate, Ratios(own.divergence, own.ratio_low, own.ratio_high, own.ratio_memory))
+
+
+def add_head(setup: Setup, levels: LevelSampler, ratios: Ratios | None = None) -> Discriminator:
+    """A discriminator whose head is among the roles, and ``ratios`` with what is kept of it."""
+    own, host = setup.settings.own, setup.host
+    features = features_of(host, setup.settings)
+    head = Head(_channels(setup, features), own.head_width, own.head_cells, setup.settings.seed)
+    if ratios is not None:
+        head.ratios = ratios
+    setup.denoise.roles.add_module(HEAD, head.to(host.device))
+    note = None if ratios is None else ratios.note
+    penalty = own.head_penalty, own.head_penalty_noise
+    return Discriminator(head, features, LOSSES[own.head_loss], levels, *penalty, note)
 
 
 def features_of(host: Host, settings: Settings) -> Features:
@@ -166,8 +168,5 @@ def _channels(setup: Setup, features: Features) -> list[int]:
 
 
 def check_head(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where the base has no blocks that a head could look at, and for levels out of order."""
+    """Raises OneStepError where the base has no blocks that a head could look at."""
     features_of(host, settings)
-    own = settings.own
-    if own.head_level_low >= own.head_level_high:
-        raise OneStepError(f"head_level_low {own.head_level_low} must be below head_level_high {own.head_level_high}")
