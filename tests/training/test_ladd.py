@@ -33,7 +33,7 @@ def test_updates_bring_the_student_to_its_teacher(case: Case, loss: str) -> None
     """With the best head of the student as it is, at one level: |m_s - m_t| falls with each of the first updates."""
     world, gaps = World(case), []
     recipe, level = Recipe.for_student(world.schedule, 1, "unet", ()), 0.4
-    for step in range(60):
+    for step in range(100):
         batch = world.batch(step=step)
         sigma = world.schedule.sigma_at(torch.tensor([level], dtype=torch.float64))
         head = BestHead(world)

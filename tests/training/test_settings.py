@@ -65,12 +65,13 @@ def test_the_ends_of_every_range_are_allowed() -> None:
     """Each alone, beside whatever it needs."""
     beside = {"steps": {"warm_start": 1}, "warm_start": {"steps": 1}, "batch": {"accumulation": 1}}
     beside |= {"accumulation": {"batch": 4096}, "level_low": {"level_high": 1.0}, "level_high": {"level_low": 0.0}}
-    beside |= {"guidance_low": {"guidance_high": 30.0}}
+    beside |= {"guidance_low": {"guidance_high": 30.0}, "head_level_low": {"head_level_high": 1.0}}
+    beside |= {"head_level_high": {"head_level_low": 0.0}}
     for entry, method in ALL:
         if entry.metadata["low"] is None:
             continue
         for value in (entry.metadata["low"], entry.metadata["high"]):
-            if (entry.name, value) in (("level_low", 1), ("level_high", 0)):
+            if (entry.name.removeprefix("head_"), value) in (("level_low", 1), ("level_high", 0)):
                 continue
             made = settings_for(method, **{**beside.get(entry.name, {}), entry.name: value})
             assert made.flat()[entry.name] == value
