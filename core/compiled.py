@@ -1,12 +1,19 @@
-"""Networks that torch.compile has wrapped or changed: the plain network inside, and hooks that act in spite of it."""
+"""torch.compile: the plain network inside what it has wrapped, hooks that act in spite of it, and blocks compiled with
+their adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
+import torch
 from torch import nn
+
+GRAPHS = 64
+"""Graphs of one block: a role map has two, with and without gradients; then sizes."""
 
 
 def unwrapped(module: Any) -> Any:
@@ -47,3 +54,36 @@ def uncompiled(module: Any) -> Iterator[None]:
         yield
     finally:
         compile_again()
+
+
+@contextmanager
+def compiled_blocks(blocks: Iterable[nn.Module], roles: Any, **settings: Any) -> Iterator[None]:
+    """Within, the forward of each of ``blocks`` is compiled with the adapters that ``roles`` add in it: one whole graph
+    for each role map, which torch guards, and none anew from one turn to the next. Hooks on a block itself, such as
+    checkpointing's, stay outside of its graph.
+
+    blocks: none inside another. settings: torch.compile's own, such as ``backend``. No two threads run compiled blocks
+    at once.
+    """
+    known = inspect.signature(torch.compile).parameters
+    settings = {"fullgraph": True, **settings}
+    # each block's graphs are counted apart, where torch can
+    settings |= {
+        name: value for name, value in (("recompile_limit", GRAPHS), ("isolate_recompiles", True)) if name in known
+    }
+    lock, chosen = RLock(), list(dict.fromkeys(blocks))
+    for block in chosen:
+        block.forward = _under_roles(torch.compile(block.forward, **settings), roles, lock)
+    try:
+        yield
+    finally:
+        for block in chosen:
+            del block.forward
+
+
+def _under_roles(forward: Callable[..., Any], roles: Any, lock: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with lock, roles.traced():
+            return forward(*args, **kwargs)
+
+    return run

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -17,9 +19,13 @@ class PerThread(Generic[T]):
     def __init__(self, usual: T) -> None:
         self._usual = usual
         self._set: dict[int, T] = {}
+        self.traced = usual
+        """What a compiler sees, which cannot tell threads apart: whoever runs what it compiled writes it before."""
 
     def get(self, thread: int | None = None) -> T:
         """This thread's, or that of the thread of an identifier."""
+        if torch.compiler.is_compiling():
+            return self.traced
         return self._set.get(threading.get_ident() if thread is None else thread, self._usual)
 
     @contextmanager

@@ -87,6 +87,15 @@ class Roles:
         """The role map that this thread's running forward obeys."""
         return self.active_here()
 
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """Within, a compiler sees this thread's role map (core.compiled)."""
+        self._active.traced = self.active_here()
+        try:
+            yield
+        finally:
+            self._active.traced = RoleMap()
+
     # -- the adapters -------------------------------------------------------------------------------------------------
 
     def add(self, role: str, rank: int, seed: int, device: torch.device | str = "cpu") -> None:
