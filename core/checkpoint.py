@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .errors import OneStepError
-from .recomputed import recomputed
+from .recomputed import BLOCKS, FEED_FORWARDS, recomputed
 from .roles import Roles
 
 CHANGED = (
@@ -43,16 +43,19 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], roles: Roles) -> Iterator[Non
 
 
 class Checkpoints:
-    """``blocks`` under checkpoints of a ``grade`` (see core.recomputed), which may change between two passes."""
+    """``blocks`` under checkpoints of a ``grade`` (see core.recomputed), which may change between two passes. whole:
+    whether nothing inside a block may hang on it, as where blocks are compiled: their feed-forwards are then computed
+    again with all of the block."""
 
-    def __init__(self, blocks: Iterable[nn.Module], roles: Roles, grade: str) -> None:
-        self._blocks, self._roles = list(blocks), roles
+    def __init__(self, blocks: Iterable[nn.Module], roles: Roles, grade: str, whole: bool = False) -> None:
+        self._blocks, self._roles, self._whole = list(blocks), roles, whole
         self._hooks: list[_Hooks] = []
         self.use(grade)
 
     def use(self, grade: str) -> None:
         """From here on. A graph of before is run backward as it was made."""
         self.remove()
+        grade = BLOCKS if self._whole and grade == FEED_FORWARDS else grade
         self._hooks = [_Hooks(block, self._roles) for block in dict.fromkeys(recomputed(self._blocks, grade))]
         self.grade = grade
 
@@ -144,6 +147,7 @@ class _Frame:
 
     def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles) -> None:
         self._block, self._roles, self._role_map = block, roles, roles.active
+        self._forward = block.forward  # a compiled one may be given up before backward
         self._args, self._kwargs = tuple(map(_Input, args)), {name: _Input(value) for name, value in kwargs.items()}
         devices = {value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         self._autocasts = [_autocast_now(kind) for kind in sorted({"cpu", *(device.type for device in devices)})]
@@ -197,7 +201,7 @@ class _Frame:
             stack.enter_context(saved_tensors_hooks(collect, _as_it_is))
             args = tuple(_apart(entry.value) for entry in self._args)
             args, kwargs = _own_inputs(self._block, args, {name: _apart(e.value) for name, e in self._kwargs.items()})
-            self._block.forward(*args, **kwargs)
+            self._forward(*args, **kwargs)
 
 
 class _Input:

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import nn
 
+from .memory import is_out_of_memory, notice
+
 GRAPHS = 64
 """Graphs of one block: a role map has two, with and without gradients; then sizes."""
+NOT_COMPILED = "blocks are not compiled, and run as they are ({}): set compile_blocks to false, or see docs/kernels.md"
 
 
 def unwrapped(module: Any) -> Any:
@@ -59,31 +62,81 @@ def uncompiled(module: Any) -> Iterator[None]:
 @contextmanager
 def compiled_blocks(blocks: Iterable[nn.Module], roles: Any, **settings: Any) -> Iterator[None]:
     """Within, the forward of each of ``blocks`` is compiled with the adapters that ``roles`` add in it: one whole graph
-    for each role map, which torch guards, and none anew from one turn to the next. Hooks on a block itself, such as
-    checkpointing's, stay outside of its graph.
+    for each role map and shape, which torch guards, and none anew from one turn to the next. Hooks on a block itself,
+    such as checkpointing's, stay outside of its graph. Where compiling fails, `core.memory.notice` says so, and all
+    that is not compiled yet runs as it is. Afterwards the blocks are as they were.
 
-    blocks: none inside another. settings: torch.compile's own, such as ``backend``. No two threads run compiled blocks
-    at once.
+    blocks: none inside another, and nothing with hooks of Python's own state inside them but ``roles``. settings:
+    torch.compile's own, such as ``backend``. No two threads run compiled blocks at once.
     """
-    known = inspect.signature(torch.compile).parameters
-    settings = {"fullgraph": True, **settings}
-    # each block's graphs are counted apart, where torch can
-    settings |= {
-        name: value for name, value in (("recompile_limit", GRAPHS), ("isolate_recompiles", True)) if name in known
-    }
-    lock, chosen = RLock(), list(dict.fromkeys(blocks))
-    for block in chosen:
-        block.forward = _under_roles(torch.compile(block.forward, **settings), roles, lock)
-    try:
+    why = lacking()
+    if why:
+        notice(NOT_COMPILED.format(why))
         yield
+        return
+    # a shape's graph is its own, whichever came before it: so a run that is continued has the graphs of one that is not
+    settings = {"fullgraph": True, "dynamic": False, "recompile_limit": GRAPHS, "isolate_recompiles": True, **settings}
+    compiled = _Blocks(list(dict.fromkeys(blocks)), roles, settings)
+    try:
+        with _backward_compiled_at_once():
+            yield
     finally:
-        for block in chosen:
-            del block.forward
+        compiled.give_back()
 
 
-def _under_roles(forward: Callable[..., Any], roles: Any, lock: Any) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with lock, roles.traced():
-            return forward(*args, **kwargs)
+def lacking() -> str:
+    """Why blocks cannot be compiled with this torch; "" where they can, if its back end finds its compilers."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        return f"torch {torch.__version__} counts the graphs of all blocks together; torch 2.13 does not"
+    return ""
 
-    return run
+
+def _backward_compiled_at_once() -> AbstractContextManager[Any]:
+    """Within, a graph's backward is compiled as its forward is, where torch can: what fails does so in a forward."""
+    from torch._functorch import config
+
+    known = hasattr(config, "force_non_lazy_backward_lowering")
+    return config.patch(force_non_lazy_backward_lowering=True) if known else nullcontext()
+
+
+class _Blocks:
+    """The blocks whose forwards are compiled. A block's forward of before is in ``_before`` until it is given back."""
+
+    def __init__(self, blocks: list[nn.Module], roles: Any, settings: dict[str, Any]) -> None:
+        self._lock, self._roles, self._before = RLock(), roles, {block: vars(block).get("forward") for block in blocks}
+        for block in blocks:
+            block.forward = self._run(block.forward, settings)
+
+    def give_back(self) -> None:
+        while self._before:
+            block, forward = self._before.popitem()
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+    def _run(self, plain: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+        compiled = torch.compile(plain, **settings)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with self._lock, self._roles.traced():
+                    return compiled(*args, **kwargs)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                why = _first_line(error)
+            # what is wrong in the block itself is wrong here too, and raised
+            output = plain(*args, **kwargs)
+            # a graph of before is run backward by the forward that made it: a checkpoint holds on to that
+            self.give_back()
+            notice(NOT_COMPILED.format(why))
+            return output
+
+        return run
+
+
+def _first_line(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)  # what a back end raised, which torch wraps
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:160] if lines else type(error).__name__

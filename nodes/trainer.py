@@ -23,6 +23,8 @@ from .widgets import widget
 NO_LORA = "none"
 # A name that fits text inputs and the lists of files alike.
 FileName = io.Custom("STRING,COMBO")
+DIFFUSERS_ALONE = {"compile_blocks"}
+"""Settings that are no widgets. ComfyUI's blocks take its transformer_options, which is not tried compiled."""
 HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
 
 
@@ -88,7 +90,7 @@ def run_inputs(without: set[str]) -> list[Any]:
         tooltip="Where a run of this name is there: go on from its last state (same settings, but for "
         "steps and pairs), begin anew, or stop with a word.",
     )
-    first = {"sizes", "initial_lora"} | without
+    first = {"sizes", "initial_lora", *DIFFUSERS_ALONE} | without
     return [existing, *(widget(entry, advanced=True) for entry in described(Settings) if entry.name not in first)]
 
 

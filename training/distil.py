@@ -19,7 +19,7 @@ from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
-from .engine.setup import Setup, hooked, roles_as_before
+from .engine.setup import Setup, roles_as_before
 from .engine.student import STUDENT, add_student, mean_device
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
@@ -120,7 +120,7 @@ class _Session:
             with processes.first_alone():
                 self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
             stack.enter_context(roles_as_before(self.host))
-            self.checkpoints = stack.enter_context(hooked(self.host, self.layout.recompute))
+            self.checkpoints = stack.enter_context(self.layout.hooked(self.host))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(*self.layout.counted(self.trainer.plan)), watching(self.setup)
             self.notes.append(length_told(self.trainer.plan, self.settings.batch))

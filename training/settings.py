@@ -147,6 +147,11 @@ class Settings:
         "watch's fixed prompts and noise.",
         choices=(LAST, *CHOICES),
     )
+    compile_blocks: bool = setting(
+        False,
+        "Compile the network's blocks with their adapters by torch.compile: minutes before the first updates, fewer "
+        "operations from then on. A diffusers pipeline alone; where it fails, the run goes on uncompiled and says so.",
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""

@@ -131,8 +131,17 @@ def _fresh() -> Any:
     torch.compiler.reset()
 
 
+BROAD = pytest.mark.broad  # compiling takes its time
+
+
 @pytest.mark.parametrize(
-    "kind, checkpointing", [("transformer", False), *((kind, True) for kind in KINDS)], ids=lambda value: str(value)
+    "kind, checkpointing",
+    [
+        ("resnet", True),
+        pytest.param("transformer", False, marks=BROAD),
+        *(pytest.param(kind, True, marks=BROAD) for kind in KINDS if kind != "resnet"),
+    ],
+    ids=str,
 )
 def test_whole_blocks_have_the_eager_numbers_and_one_graph_for_each_role_map(kind: str, checkpointing: bool) -> None:
     """Also after their factors were written to, and nothing is compiled after the first turn."""
@@ -160,8 +169,9 @@ def test_whole_blocks_have_the_eager_numbers_and_one_graph_for_each_role_map(kin
     assert "forward" not in network.block.__dict__
 
 
-def test_a_back_end_with_a_graph_for_backward_has_the_same_numbers() -> None:
-    network, roles = made("transformer")
+@pytest.mark.parametrize("kind", ["resnet", pytest.param("transformer", marks=BROAD)])
+def test_a_back_end_with_a_graph_for_backward_has_the_same_numbers(kind: str) -> None:
+    network, roles = made(kind)
     for name in MAPS:
         right = turn(network, roles, name, True)
         blocks = [network.block]

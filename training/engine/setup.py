@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.checkpoint import Checkpoints, clone_inputs
+from ...core.compiled import compiled_blocks
 from ...core.denoiser import Denoiser
 from ...core.gates import gated_layers
 from ...core.recipe import Recipe
@@ -35,15 +36,17 @@ class Setup:
 
 
 @contextmanager
-def hooked(host: Host, grade: str) -> Iterator[Checkpoints]:
+def hooked(host: Host, grade: str, compiled: bool = False) -> Iterator[Checkpoints]:
     """Within, the host's network is as it is trained: its gates keep less; adapters first; then copies of what the host
-    overwrites; then checkpoints around both, of ``grade`` (core.recomputed), of all blocks where they are streamed."""
+    overwrites; then checkpoints around both, of ``grade`` (core.recomputed), of all blocks where they are streamed.
+    compiled: whether its blocks are, with what hangs in them."""
     roles = host.denoiser.roles
     streaming = streamed(host.network, host.blocks, host.device) if host.streamed else nullcontext()
     with gated_layers(host.network), streaming, roles.installed(), clone_inputs(host.in_place):
-        checkpoints = Checkpoints(host.blocks, roles, BLOCKS if host.streamed else grade)
+        checkpoints = Checkpoints(host.blocks, roles, BLOCKS if host.streamed else grade, whole=compiled)
         try:
-            yield checkpoints
+            with compiled_blocks(host.blocks, roles) if compiled else nullcontext():
+                yield checkpoints
         finally:
             checkpoints.remove()
 

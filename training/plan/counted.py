@@ -11,7 +11,7 @@ from .rehearse import Rehearsed, rehearse
 
 KEPT = 16
 # what a rehearsal sets itself, or what nothing of it depends on
-FREE = ("batch", "accumulation", "rank", "pairs", "watch_samples", "seed", "negative", "streaming")
+FREE = ("batch", "accumulation", "rank", "pairs", "watch_samples", "seed", "negative", "streaming", "compile_blocks")
 
 _kept: OrderedDict[str, Rehearsed] = OrderedDict()
 

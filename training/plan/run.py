@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ...core.checkpoint import Checkpoints
 from ...core.errors import OneStepError
 from ...core.recomputed import BLOCKS, NOTHING
+from ..engine.setup import hooked
 from ..engine.trainer import Trainer
 from ..engine.turns import Plan
 from ..host import Host, Shells
@@ -60,6 +61,10 @@ class Layout:
                 yield
         finally:
             host.streamed = False
+
+    def hooked(self, host: Host) -> AbstractContextManager[Checkpoints]:
+        """`engine.setup.hooked`, as it is laid out."""
+        return hooked(host, self.recompute, self.settings.compile_blocks)
 
     def place(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         """Have ``trainer`` lie so from its first update on."""
