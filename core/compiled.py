@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import RLock
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from .memory import is_out_of_memory, notice
 
 GRAPHS = 64
 """Graphs of one block: a role map has two, with and without gradients; then sizes."""
+COMPILER = ("torch._dynamo", "torch._functorch", "torch._inductor")
+"""Of whose code torch's compiler is made."""
 NOT_COMPILED = "blocks are not compiled, and run as they are ({}): set compile_blocks to false, or see docs/kernels.md"
 
 
@@ -77,10 +81,11 @@ def compiled_blocks(blocks: Iterable[nn.Module], roles: Any, **settings: Any) ->
     # a shape's graph is its own, whichever came before it: so a run that is continued has the graphs of one that is not
     settings = {"fullgraph": True, "dynamic": False, "recompile_limit": GRAPHS, "isolate_recompiles": True, **settings}
     compiled = _Blocks(list(dict.fromkeys(blocks)), roles, settings)
+    token = _compiled.set(compiled)
     try:
-        with _backward_compiled_at_once():
-            yield
+        yield
     finally:
+        _compiled.reset(token)
         compiled.give_back()
 
 
@@ -91,12 +96,15 @@ def lacking() -> str:
     return ""
 
 
-def _backward_compiled_at_once() -> AbstractContextManager[Any]:
-    """Within, a graph's backward is compiled as its forward is, where torch can: what fails does so in a forward."""
-    from torch._functorch import config
-
-    known = hasattr(config, "force_non_lazy_backward_lowering")
-    return config.patch(force_non_lazy_backward_lowering=True) if known else nullcontext()
+def gave_up(error: Exception) -> bool:
+    """Whether ``error``, which came out of a forward and its backward, passed through torch's compiler, and blocks that
+    were compiled are so no more: both can be made again."""
+    blocks = _compiled.get()
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    if blocks is None or is_out_of_memory(error) or not any(name.startswith(COMPILER) for name in modules):
+        return False
+    blocks.give_up(error)
+    return True
 
 
 class _Blocks:
@@ -125,15 +133,23 @@ class _Blocks:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                why = _first_line(error)
+                trouble = error
             # what is wrong in the block itself is wrong here too, and raised
             output = plain(*args, **kwargs)
             # a graph of before is run backward by the forward that made it: a checkpoint holds on to that
-            self.give_back()
-            notice(NOT_COMPILED.format(why))
+            self.give_up(trouble)
             return output
 
         return run
+
+    def give_up(self, error: Exception) -> None:
+        """All run as they are from here on, and whoever listens is told why."""
+        _compiled.set(None)
+        self.give_back()
+        notice(NOT_COMPILED.format(_first_line(error)))
+
+
+_compiled: ContextVar[_Blocks | None] = ContextVar("compiled", default=None)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onestep.core import compiled
 from onestep.core.checkpoint import Checkpoints, checkpoint_blocks
-from onestep.core.compiled import compiled_blocks
+from onestep.core.compiled import compiled_blocks, gave_up
 from onestep.core.memory import noticed
 from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING
 from onestep.core.roles import TEACHER, Roles
@@ -123,13 +123,27 @@ def test_one_that_fails_leaves_the_run_the_eager_numbers(good: int, checkpointin
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_one_whose_backward_fails(checkpointing: bool) -> None:
-    """It does so in a forward, where a block can still run as it is."""
+    """torch compiles it in backward: whoever made the forward makes both again."""
     network, roles = made()
     right = turn(network, roles)
     how = checkpoint_blocks(network, roles) if checkpointing else nullcontext()
     with told() as notes, how, compiled_blocks(network, roles, backend=without_backward):
+        with pytest.raises(RuntimeError, match="no compiler for backward") as raised:
+            turn(network, roles)
+        assert gave_up(raised.value)
         close(turn(network, roles), right)
     assert len(notes) == 1 and "no compiler for backward" in notes[0]
+
+
+def test_other_errors_are_nobodys_reason_to_go_on() -> None:
+    """Nor a compiler's own where nothing of ours is compiled."""
+    network, roles = made()
+    with told() as notes, compiled_blocks(network, roles, backend="eager"):
+        assert not gave_up(RuntimeError("another")) and not gave_up(torch.OutOfMemoryError("out of memory"))
+        assert "forward" in vars(network[0])
+    with pytest.raises(RuntimeError) as raised:
+        torch.compile(lambda x: x.sin(), backend=Failing())(torch.ones(2))
+    assert not gave_up(raised.value) and not notes
 
 
 def test_a_block_that_is_no_whole_graph() -> None:

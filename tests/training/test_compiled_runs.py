@@ -89,14 +89,26 @@ def test_a_streamed_run_is_the_resident_one(tmp_path: Path) -> None:
     assert factors(tmp_path / "on" / "result.safetensors") == factors(tmp_path / "off" / "result.safetensors")
 
 
-def test_one_that_cannot_be_compiled_is_the_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_forward(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("no compiler here")
+
+
+def no_backward(graph: Any, inputs: Any) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=no_forward)(graph, inputs)
+
+
+@pytest.mark.parametrize("backend", [no_forward, no_backward])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_one_that_cannot_be_compiled_is_the_eager_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any, checkpointing: bool
+) -> None:
     """To the bit, with a line in what the run says."""
-
-    def none(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no compiler here")
-
-    monkeypatch.setattr(setup, "compiled_blocks", partial(compiled_blocks, backend=none))
-    found = run(tmp_path / "compiled", small(**FEW, compile_blocks=True))
-    run(tmp_path / "eager", small(**FEW))
-    assert factors(tmp_path / "compiled" / "result.safetensors") == factors(tmp_path / "eager" / "result.safetensors")
+    how = FEW | {"checkpointing": checkpointing, "watch_every": 0, "preview_every": 0}
+    monkeypatch.setattr(setup, "compiled_blocks", partial(compiled_blocks, backend=backend))
+    found = run(tmp_path / "compiled", small(**how, compile_blocks=True))
+    run(tmp_path / "eager", small(**how))
+    states = [read_tensors(tmp_path / name / "state-3" / "state.safetensors") for name in ("compiled", "eager")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert sum("no compiler here" in note for note in found.notes) == 1

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from ...core.checkpoint import Checkpoints
+from ...core.compiled import gave_up
 from ...core.memory import OutOfMemory, attempt, exhausted, release
 from ...core.recipe import Recipe
 from ...core.recomputed import BLOCKS, heavier
@@ -104,7 +105,12 @@ class Trainer:
     def accumulate(self, turn: Turn, update: int, number: int = 0) -> Numbers:
         """Gradients and numbers of a turn's loss over its batch, in the micro-batches that fit into memory."""
         while True:
-            found, why = attempt(lambda: self._accumulated(turn, update, number))
+            try:
+                found, why = attempt(lambda: self._accumulated(turn, update, number))
+            except Exception as error:
+                if gave_up(error):
+                    continue
+                raise
             if found is not None:
                 break
             self._lessen(turn.role, why)
