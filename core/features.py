@@ -35,17 +35,18 @@ _DIT = re.compile(r"(single_)?transformer_blocks\.(\d+)\.")
 
 
 class Features:
-    """``count`` of ``blocks``, spread over a U-Net's encoder and middle, or over a transformer: one is the middle of
-    either. targets: the adapted layers, by which blocks are named. Raises OneStepError where fewer can be looked at."""
+    """``count`` of ``blocks``, or all where there are fewer, spread over a U-Net's encoder and middle, or over a
+    transformer: one is the middle of either. targets: the adapted layers, by which blocks are named. Raises
+    OneStepError where there are none."""
 
     def __init__(self, targets: Mapping[str, Target], blocks: Iterable[nn.Module], count: int) -> None:
         found = _in_order(targets, blocks)
-        if len(found) < count:
+        if not found:
             raise OneStepError(
-                f"{count} of this base's blocks are to be looked at, and {len(found)} with adapted layers can be"
-                + (": lower head_blocks" if found else ": choose a method without a discriminator head")
+                "this base has no blocks with adapted layers that a discriminator's head could look at: choose a "
+                "method without a head"
             )
-        self.names = [list(found)[place] for place in _spread(list(found), count)]
+        self.names = [list(found)[place] for place in _spread(list(found), min(count, len(found)))]
         self._blocks = [found[name] for name in self.names]
 
     @contextmanager
@@ -89,7 +90,7 @@ def _grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
             return rows, columns
     raise OneStepError(
         f"a block of this base gives {tokens} tokens for latents of {tuple(size)}, which are no picture's: choose a "
-        "method without a discriminator head"
+        "method without a head"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import comfy.model_base
 import comfy.model_management as management
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
@@ -25,6 +24,7 @@ from ..core.families import bind_comfy, detect, select
 from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
+from ..core.weights_hash import hash_of
 from .attention import differentiable_attention
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
@@ -98,7 +98,7 @@ class ComfyHost:
 
     @cached_property
     def base_hash(self) -> str:
-        return hash_of(self.network)
+        return hash_of([self.network])
 
     @cached_property
     def encoder_hash(self) -> str:
@@ -138,12 +138,18 @@ class ComfyHost:
     def decode(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
             made = self.vae.decode(self.model.process_latent_out(latents.detach().cpu()))
-        pictures = made.movedim(-1, 1).to("cpu", torch.float32, copy=True).clamp(0, 1)
-        with torch.inference_mode(False):
-            pictures = pictures.clone()
-            if self._training:
-                self._load()  # the VAE may have taken its place
-        return pictures
+        return self._after_vae(made.movedim(-1, 1)).clamp_(0, 1)
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._after_vae(self.model.process_latent_in(self.vae.encode(pictures.movedim(1, -1))))
+
+    @torch.inference_mode(False)
+    def _after_vae(self, made: Tensor) -> Tensor:
+        """An ordinary copy on the CPU; the network again where it is trained: the VAE may have taken its place."""
+        if self._training:
+            self._load()
+        return made.to("cpu", torch.float32, copy=True).clone()
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
@@ -241,16 +247,6 @@ def _avoid_half(copy: Any) -> None:
     for module in copy.model.diffusion_model.modules():
         if hasattr(module, "comfy_cast_weights"):
             module.comfy_cast_weights = True
-
-
-def hash_of(network: nn.Module) -> str:
-    """Of all weights, by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

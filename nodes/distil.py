@@ -13,7 +13,7 @@ from ..training.engine.prompts import lines
 from ..training.presets import preset
 from ..training.runs.run import CONTINUE
 from .load_lora import RecipeSocket
-from .places import LORAS, named_places, path_of, publish
+from .places import LORAS, named_places, path_of, pictures_folder, publish
 from .progress import as_image, loss_map
 from .trainer import (
     HIDDEN,
@@ -121,6 +121,8 @@ def settings_of(method: dict[str, Any], name: str, initial_lora: str = NO_LORA, 
         changes["student_steps"] = int(changes["student_steps"])
     if initial_lora != NO_LORA:
         changes["initial_lora"] = str(path_of(initial_lora, LORAS))
+    if "real_pictures" in changes:
+        changes["real_pictures"] = str(pictures_folder(changes["real_pictures"]))
     return preset(name, **changes)
 
 

@@ -89,6 +89,15 @@ def run_folder(name: str) -> Path:
     return folder
 
 
+def pictures_folder(name: str) -> Path:
+    """The folder ``name`` of ComfyUI's input folder. Raises OneStepError for what is no folder's name there."""
+    root = Path(folder_paths.get_input_directory())
+    folder = root / checked_name(name)
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise OneStepError(f"real_pictures {name[:80]!r} leads out of ComfyUI's input folder: put the pictures there")
+    return folder
+
+
 @contextmanager
 def named_places() -> Iterator[None]:
     """Within, a OneStepError names places as ComfyUI's user knows them (``output/...``), not this machine's paths."""

@@ -125,6 +125,11 @@ class Shell:
             return config["context_embedder_config"]["params"]["in_features"], config["adm_in_channels"]
         return config["context_in_dim"], config["vec_in_dim"]
 
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """As many as ``pictures``, without numbers."""
+        height, width = pictures.shape[2:]
+        return torch.empty(len(pictures), *self.latent_shape((width, height)), device=self.device)
+
     def decode(self, latents: Tensor) -> Tensor:
         """The first picture in the place of each, while the decoder's weights are there; without a decoder, none of its
         work."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from ..core.families import bind_diffusers, detect, select
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
+from ..core.weights_hash import hash_of
 from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
@@ -281,14 +281,3 @@ class DiffusersHost:
     def on_device(self, *modules: Any) -> AbstractContextManager[None]:
         """Within, ``modules`` lie on the training device; afterwards again where they were."""
         return on_device(self.device, *modules)
-
-
-def hash_of(modules: Sequence[nn.Module]) -> str:
-    """Of all weights of ``modules``, by name."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

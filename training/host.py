@@ -72,6 +72,11 @@ class Host(Protocol):
         """[B, C, h, w] latents in the model's own scale -> [B, 3, H, W] pictures in [0, 1], on the CPU, float32."""
         ...
 
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] pictures in [0, 1] -> [B, C, h, w] latents in the model's own scale, of which ``decode`` makes
+        them."""
+        ...
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """(C, h, w) of latents for a picture of ``size`` (width, height) in pixels. OneStepError where it does not
         fit."""

@@ -76,7 +76,7 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     learn, warm_up = learning(settings), own.critic_warm_up if settings.steps else 0
     of_head = head.turns if head else []
     ahead = [replace(turn, falls=False) for turn in (critic, *of_head[:1])]
-    drawn = (pairs.blocks, pairs.solve_cost) if head else (0, 0.0)
+    drawn = (pairs.blocks, pairs.solve_cost) if head and head.draws_pairs else (0, 0.0)
     return Plan(
         [STUDENT, CRITIC, *([HEAD] if head else [])],
         [
@@ -107,7 +107,9 @@ def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
 def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, float]:
     """The updates of the run up to which the matching makes data, and what an update of these makes, in the mean."""
     own, found = turns.own, []
-    if turns.head is not None:  # it draws pairs in each update, and the anchor finds them made
+    if (
+        turns.head is not None and turns.head.draws_pairs
+    ):  # it draws pairs in each update, and the anchor finds them made
         found.append((max(0, pairs.blocks - turns.first), pairs.solve_cost))
     elif own.anchor:
         found.append((own.anchor_every * max(0, pairs.blocks - turns.first), pairs.solve_cost / own.anchor_every))

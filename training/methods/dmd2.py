@@ -3,16 +3,22 @@ student is told what dmd tells it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from ..host import Host
 from ..settings import Settings
 from .alternating import Extras, alternating
 from .dmd import dmd
-from .head_settings import HeadSettings
+from .head_settings import HeadSettings, PicturesSettings
 from .head_turns import check_head, head_turns
 from .matching_settings import check_matching
 from .method import Method
+
+
+@dataclass(frozen=True)
+class Dmd2Settings(PicturesSettings, HeadSettings):
+    """dmd's, the head's, and whose pictures are real."""
 
 
 def check(host: Host, settings: Settings) -> None:
@@ -27,6 +33,6 @@ METHOD = Method(
     paper="arXiv:2405.14867",
     forwards="9.6 + 3.6 a critic update + 3.1 a head update",
     plan=partial(alternating, objective=dmd, extras=Extras(head=head_turns)),
-    settings=HeadSettings,
+    settings=Dmd2Settings,
     check=check,
 )

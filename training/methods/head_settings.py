@@ -40,7 +40,7 @@ class DiscriminatorSettings:
 
 
 @dataclass(frozen=True)
-class TermSettings:
+class GanSettings:
     """The discriminator's term beside the matching. Weights are DMD2's and FastGen's for SDXL."""
 
     gan_weight: float = setting(
@@ -57,7 +57,7 @@ class TermSettings:
 
 
 @dataclass(frozen=True)
-class HeadSettings(DiscriminatorSettings, TermSettings, MatchingSettings):
+class HeadSettings(DiscriminatorSettings, GanSettings, MatchingSettings):
     """dmd's, then of the term, then of the head."""
 
     def check(self, run: Settings) -> None:
@@ -66,3 +66,14 @@ class HeadSettings(DiscriminatorSettings, TermSettings, MatchingSettings):
             raise OneStepError(
                 f"head_level_low {self.head_level_low} must be below head_level_high {self.head_level_high}"
             )
+
+
+@dataclass(frozen=True)
+class PicturesSettings:
+    """Whose pictures are real."""
+
+    real_pictures: str = setting(
+        "",
+        "A folder of pictures that are to count as real, empty = the teacher's own, so that "
+        "none are needed. They are cut to the run's sizes.",
+    )

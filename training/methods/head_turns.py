@@ -15,6 +15,7 @@ from ...core.features import Features
 from ...core.memory import attempt, exhausted, notice
 from ...core.roles import TEACHER
 from ..data.pairs import Pairs
+from ..data.real_pictures import RealPictures, pictures_in
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, UniformTime
 from ..engine.setup import Setup
@@ -31,13 +32,28 @@ GAN = "discriminator's term"
 
 
 @dataclass(frozen=True)
+class TeachersPictures:
+    """The pairs' ends, looked at under their own prompts."""
+
+    pairs: Pairs
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, Tensor]:
+        """(like ``batch``, of pairs; their pictures [B, C, h, w])."""
+        batch, (_, real) = self.pairs.draw(batch, update)
+        return batch, real
+
+    def looked_at(self, batch: Batch) -> Batch:
+        return batch
+
+
+@dataclass(frozen=True)
 class HeadTurns:
-    """pairs: whose pictures are the real ones. simulate: how a picture of the student comes about. ratios: by which the
-    matching's gradient is weighed, None for not at all."""
+    """real: the pictures that are. simulate: how a picture of the student comes about. ratios: by which the matching's
+    gradient is weighed, None for not at all."""
 
     setup: Setup
     discriminator: Discriminator
-    pairs: Pairs
+    real: TeachersPictures | RealPictures
     simulate: BackwardSimulation
     ratios: Ratios | None = None
 
@@ -61,12 +77,12 @@ class HeadTurns:
         return replace(objective, judge=self.discriminator, ratio=h)
 
     def teach(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        """The head's loss on the teacher's pictures and on the student's of the same prompts."""
-        drawn, (_, real) = self.pairs.draw(batch, update)
+        """The head's loss on real pictures and on the student's, the teacher's being of the same prompts."""
+        drawn, real = self.real.draw(batch, update)
         batch = replace(drawn, sliced=batch.sliced)
         with torch.no_grad():
             fake = self.simulate(batch).x0
-        loss, numbers = self.discriminator.head_loss(self.setup.denoise, batch, real, fake)
+        loss, numbers = self.discriminator.head_loss(self.setup.denoise, self.real.looked_at(batch), real, fake)
         (share * loss).backward()
         return numbers
 
@@ -77,8 +93,12 @@ class HeadTurns:
         if not weight and (index or not self.setup.settings.own.gan_weight):
             return None, {}
         with record_function(GAN):
-            found, numbers = self.discriminator.cotangent(self.setup.denoise, batch, x)
+            found, numbers = self.told(batch, x)
         return (weight * found if weight else None), numbers
+
+    def told(self, batch: Batch, x: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+        """The discriminator's cotangent of the student's x [B, ...] of ``batch``, and numbers."""
+        return self.discriminator.cotangent(self.setup.denoise, self.real.looked_at(batch), x)
 
     def weight(self, index: int) -> float:
         """w at ``index`` of the student's updates."""
@@ -105,6 +125,10 @@ class HeadTurns:
         return self.setup.settings.own.head_updates * self.cost_of_turn + self.asked * cost_of_term(self.setup.settings)
 
     @property
+    def draws_pairs(self) -> bool:
+        return isinstance(self.real, TeachersPictures)
+
+    @property
     def cost_of_turn(self) -> float:
         return self.simulate.cost + self.discriminator.forwards
 
@@ -121,7 +145,16 @@ def head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation, ratios:
     """Of a head that gives the student a term beside the matching. ratios: as `HeadTurns` has them."""
     own = setup.settings.own
     levels = UniformTime(own.head_level_low, own.head_level_high)
-    return HeadTurns(setup, add_head(setup, levels, ratios), pairs, simulate, ratios)
+    return HeadTurns(setup, add_head(setup, levels, ratios), real_pictures(setup, pairs), simulate, ratios)
+
+
+def real_pictures(setup: Setup, pairs: Pairs) -> TeachersPictures | RealPictures:
+    """A person's own, encoded, where the settings have them; else the teacher's."""
+    if not getattr(setup.settings.own, "real_pictures", ""):
+        return TeachersPictures(pairs)
+    own = RealPictures(setup, setup.folder / "pictures")
+    own.prepare()
+    return own
 
 
 def weighing_head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
@@ -168,5 +201,7 @@ def _channels(setup: Setup, features: Features) -> list[int]:
 
 
 def check_head(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where the base has no blocks that a head could look at."""
+    """Raises OneStepError where the base has no blocks that a head could look at, or a folder no pictures."""
     features_of(host, settings)
+    if getattr(settings.own, "real_pictures", ""):
+        pictures_in(settings.own.real_pictures)

@@ -16,15 +16,15 @@ from ..engine.setup import Setup
 from ..engine.student import STUDENT, BackwardSimulation
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, on_data
 from ..settings import Settings, setting
-from .discriminator import HEAD, LOSSES, Discriminator
-from .head_settings import DiscriminatorSettings
-from .head_turns import HeadTurns, add_head, check_head, cost_of_term
+from .discriminator import HEAD, LOSSES
+from .head_settings import DiscriminatorSettings, PicturesSettings
+from .head_turns import HeadTurns, add_head, check_head, cost_of_term, real_pictures
 from .method import Method
 from .regression import Regression
 
 
 @dataclass(frozen=True)
-class LaddSettings(DiscriminatorSettings):
+class LaddSettings(PicturesSettings, DiscriminatorSettings):
     """The head's, where it looks, and what comes before."""
 
     head_blocks: int = setting(
@@ -59,18 +59,16 @@ class LaddSettings(DiscriminatorSettings):
 class Learning:
     """The student's turn: <x, sg(G)>.backward() with G the discriminator's alone, and the anchor beside it."""
 
-    setup: Setup
-    discriminator: Discriminator
-    simulate: BackwardSimulation
+    head: HeadTurns
     regress: Loss
 
     def learn(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        x0 = self.simulate(batch).x0
-        cotangent, numbers = self.discriminator.cotangent(self.setup.denoise, batch, x0)
+        x0 = self.head.simulate(batch).x0
+        cotangent, numbers = self.head.told(batch, x0)
         x0.backward(cotangent * (share / len(batch)))
         numbers = {**numbers, "x_mean": x0.detach().mean(), "x_std": x0.detach().std()}
         del x0, cotangent
-        anchor = self.setup.settings.own.anchor
+        anchor = self.head.setup.settings.own.anchor
         return {**numbers, **(self.regress(batch, share * anchor, update) if anchor else {})}
 
 
@@ -81,23 +79,30 @@ def plan(setup: Setup) -> Plan:
     regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
     simulate = BackwardSimulation(setup.denoise, setup.recipe)
     discriminator = add_head(setup, LogitNormalTime(own.level_mean, own.level_deviation))
-    head = HeadTurns(setup, discriminator, pairs, simulate)
-    student = Turn(STUDENT, Learning(setup, discriminator, simulate, regress).learn, settings.learning_rate, 0.0)
+    head = HeadTurns(setup, discriminator, real_pictures(setup, pairs), simulate)
+    student = Turn(STUDENT, Learning(head, regress).learn, settings.learning_rate, 0.0)
     warm = Turn(STUDENT, regress, own.warm_start_rate)
     learn, made = learning(settings), (pairs.blocks, pairs.solve_cost)
     update = own.head_updates * head.cost_of_turn + simulate.cost - 1 + learn + cost_of_term(settings)
+    of_head = made if head.draws_pairs else (0, 0.0)
     ahead = own.head_warm_up if settings.steps else 0
     return Plan(
         [STUDENT, HEAD],
         [
             Phase("warm start", own.warm_start, [warm], learn, *made),
-            Phase("head", ahead, [replace(head.turns[0], falls=False)], head.cost_of_turn, *made),
+            Phase(
+                "head",
+                ahead,
+                [replace(head.turns[0], falls=False)],
+                head.cost_of_turn,
+                *(made if head.draws_pairs else (0, 0.0)),
+            ),
             Phase(
                 settings.method,
                 settings.steps,
                 [*head.turns, student],
                 update + (learn if own.anchor else 0.0),
-                *made,
+                *(made if own.anchor else of_head),
             ),
         ],
     )

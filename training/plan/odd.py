@@ -35,9 +35,12 @@ def prime(primes: Sequence[int], sizes: set[int]) -> int:
 
 
 def without_donor(settings: Settings) -> Settings:
-    """A critic that begins as the donor is as large as one that begins as the base: it needs none to be counted."""
-    donor = settings.flat().get("critic_start") == "donor" and not settings.initial_lora
-    return settings.with_(critic_start="base") if donor else settings
+    """A critic that begins as the donor is as large as one that begins as the base: it needs none to be counted; and a
+    head that looks at a person's pictures no more than one that looks at the teacher's."""
+    told = settings.flat()
+    donor = told.get("critic_start") == "donor" and not settings.initial_lora
+    changes = {"critic_start": "base"} if donor else {}
+    return settings.with_(**changes, **({"real_pictures": ""} if told.get("real_pictures") else {}))
 
 
 def tensors_of(network: nn.Module) -> list[Tensor]:
