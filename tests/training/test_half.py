@@ -73,9 +73,9 @@ def test_in_other_dtypes_there_is_no_scale(tmp_path: Path) -> None:
 
 def test_an_overflow_drops_the_step(tmp_path: Path) -> None:
     """float16 ends at 65504: the gradient is infinite, nothing moves, and it is counted."""
-    _, trainer, turn = critic_gradient(tmp_path, torch.float16, 2.0**60)
+    gradient, trainer, turn = critic_gradient(tmp_path, torch.float16, 2.0**60)
     before = [p.detach().clone() for p in trainer.host.denoiser.roles.parameters("critic")]
-    trainer._apply(turn, 1e-3, {})
+    trainer._apply(turn, 1e-3, {"critic_norm": float(gradient.norm())})
     assert trainer.dropped == 1 and trainer.bad == {"critic": 1}
     after = trainer.host.denoiser.roles.parameters("critic")
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -77,7 +78,8 @@ class Trainer:
             rate = adam.rate(index, phase.updates if turn.falls else 10**9, turn.learning_rate, self.settings)
             found = self.accumulate(turn, update, number)
             self.whole = False
-            self.numbers |= found | {f"{turn.role}_norm": self._apply(turn, rate, found)}
+            self._apply(turn, rate, found)
+            self.numbers |= found
             self.place = (update, number + 1)
             self.whole = True
         return dict(self.numbers)
@@ -103,7 +105,8 @@ class Trainer:
         return f"{half or 'Lower'} learning_rate or guidance, then restart"
 
     def accumulate(self, turn: Turn, update: int, number: int = 0) -> Numbers:
-        """Gradients and numbers of a turn's loss over its batch, in the micro-batches that fit into memory."""
+        """Gradients and numbers of a turn's loss over its batch, the norm of all gradients among them, in the
+        micro-batches that fit into memory. A card is waited for once."""
         while True:
             try:
                 found, why = attempt(lambda: self._accumulated(turn, update, number))
@@ -115,12 +118,17 @@ class Trainer:
                 break
             self._lessen(turn.role, why)
         # outside of what is tried again: where memory ran out in one process, the others wait here, once
-        processes.sum_gradients(self.host.denoiser.roles.parameters(turn.role))
-        return processes.sum_numbers(found)
+        parameters = self.host.denoiser.roles.parameters(turn.role)
+        processes.sum_gradients(parameters)
+        name = f"{turn.role}_norm"
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        numbers = read({**found, name: norm})
+        norm_of_all = {name: numbers.pop(name)}  # every process has it
+        return processes.sum_numbers(numbers) | norm_of_all
 
-    def _accumulated(self, turn: Turn, update: int, number: int) -> Numbers:
+    def _accumulated(self, turn: Turn, update: int, number: int) -> dict[str, Any]:
         self.optimizers[turn.role].zero_grad(set_to_none=True)
-        total: Numbers = {}
+        total: dict[str, Any] = {}
         scale = turn.half_scale if self.in_half else 1.0
         for batch in self.batches(update * self.plan.turns + number):
             self.host.poll()
@@ -131,16 +139,17 @@ class Trainer:
             for value in self.host.denoiser.roles.parameters(turn.role):
                 if value.grad is not None:
                     value.grad.div_(scale)
-        return read(total)
+        return total
 
-    def _apply(self, turn: Turn, rate: float, numbers: Numbers) -> float:
-        """Clip and step; a step with anything that is no number is dropped and counted. The gradient's norm before
-        clipping."""
+    def _apply(self, turn: Turn, rate: float, numbers: Numbers) -> None:
+        """Clip and step; a step with anything that is no number is dropped and counted."""
         role, optimizer = turn.role, self.optimizers[turn.role]
         optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"] = rate, (turn.beta1, 0.99)
         parameters = [p for p in self.host.denoiser.roles.parameters(role) if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
-        if not all(map(math.isfinite, [norm, *numbers.values()])):
+        if self.settings.max_grad_norm:
+            norm = torch.full((), numbers[f"{role}_norm"], device=self.host.device)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        if not all(map(math.isfinite, numbers.values())):
             self.bad[role], self.dropped = self.bad.get(role, 0) + 1, self.dropped + 1
         else:
             self.bad[role] = 0
@@ -150,7 +159,6 @@ class Trainer:
                 self._average()
             turn.then()
         optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _average(self) -> None:
         """The running mean moves towards the student."""

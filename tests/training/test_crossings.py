@@ -1,0 +1,50 @@
+"""How often a card is waited for: on the meta device, which stands for it, each read and each copy from it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_host import SmallHost, setup_of, small
+
+from onestep.training.engine.student import add_student
+from onestep.training.engine.trainer import EMA, Trainer
+from onestep.training.methods import METHODS
+from onestep.training.plan.meter import Meter
+
+READS = ("read", "to the host")
+
+
+def on_meta() -> SmallHost:
+    host = SmallHost()
+    host.network.to("meta")
+    host.device = torch.device("meta")
+    return host
+
+
+def waits(folder: Path, **changes: Any) -> tuple[int, int]:
+    """Of the last update, when all data is made; and how many turns it has."""
+    settings = small(**{"steps": 2, "batch": 4, "accumulation": 2, "preview_every": 0, "watch_every": 0, **changes})
+    host, meter = on_meta(), Meter()
+    with meter:
+        setup = setup_of(host, settings, folder)
+        add_student(host, settings, None)
+        host.denoiser.roles.copy("student", EMA)
+        trainer = Trainer(host, settings, setup.recipe, setup.prompts, METHODS[settings.method].plan(setup))
+        with host.denoiser.roles.installed():
+            for update in range(trainer.plan.updates):
+                before = {name: meter.crossings[name] for name in READS}
+                trainer.step(update)
+    phase, _ = trainer.plan.at(trainer.plan.updates - 1)
+    return sum(meter.crossings[name] - before[name] for name in READS), len(phase.turns)
+
+
+@pytest.mark.parametrize("method", ["regression", "dmd", "vsd"])
+def test_a_card_is_waited_for_once_a_turn(method: str, tmp_path: Path) -> None:
+    """However many micro-batches it has: losses, scores and the gradient's norm are read together."""
+    few = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 2, "anchor": 0.0} if method != "regression" else {}
+    # the pairs of both updates are the first's
+    found, turns = waits(tmp_path, method=method, pairs=4, **few)
+    assert found == turns
