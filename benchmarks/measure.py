@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from measure_features import DISTANCES, SHARES, look, of_latents
-from measure_states import read_state
+from measure_states import ROLES, read_state
 from measure_table import table
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class Set:
                     for rows in torch.arange(len(self.teachers)).split(32)
                 ]  # fmt: skip
             write_tensors(file, {"x": torch.cat(drawn)})
-        return read_tensors(file)["x"]
+        return read_tensors(file)["x"][: len(self.teachers)]
 
     def student(self, host: Any, recipe: Recipe) -> Tensor:
         """The latents of the role that is measured."""
@@ -141,7 +141,7 @@ def score(args: argparse.Namespace) -> None:
         }
         wanted = {kept.name: judge.features(pictures(host, teachers[kept.name])) for kept in judged}
         theirs = {kept.name: seen(host, teachers[kept.name], kept) for kept in watched}
-        files = sorted(args.states.glob("*/*-*.safetensors"))
+        files = sorted(args.states.glob(f"*/*-{args.role}.safetensors"))
         random.Random(0).shuffle(files)
         for file in files:
             name = f"{file.parent.name}/{file.stem}"
@@ -175,11 +175,13 @@ def main() -> None:
     parser.add_argument("--states", type=Path, nargs="+", required=True)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--samples", type=int, default=768)
+    parser.add_argument("--role", default="*", choices=("*", *ROLES), help="whose states are scored")
     parser.add_argument("--watched", type=int, default=64)
+    parser.add_argument("--times", type=float, default=2.0, help="of the best state's FD-local: those that are ranked")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.what == "table":
-        table(args.states, args.out)
+        table(args.states, args.out, args.times)
         return
     (args.states,) = args.states
     score(args)

@@ -51,7 +51,7 @@ def measures(lines: list[Line]) -> dict[str, Read]:
     found: dict[str, Read] = {}
     for name in names:
         if name.startswith("today: variety") or name.startswith("today: spread"):
-            found[f"|1 - {name[7:]}|"] = lambda line, kept, name=name: abs(1 - line[kept][name])
+            found[f"today: {name[7:]}, from 1"] = lambda line, kept, name=name: abs(1 - line[kept][name])
         elif "#" not in name:
             found[name] = lambda line, kept, name=name: line[kept][name]
     found["today: distance + content"] = lambda line, kept: sum(
@@ -81,35 +81,38 @@ def correlations(lines: list[Line], key: str) -> tuple[float, list[tuple[str, fl
     return own, sorted(rows, key=lambda row: -(row[1] + row[2]))
 
 
-def table(folders: list[Path], out: Path | None, most: int = 20) -> None:
-    """Write, or print, the correlations of each folder's states, and of all measures over the folders."""
+def table(folders: list[Path], out: Path | None, times: float = 2.0, most: int = 20) -> None:
+    """Write, or print, the correlations of each folder's states within ``times`` of its best."""
     told: list[str] = []
     for folder in folders:
         lines = read_lines(folder)
         for key, word in (("fd", "the teacher's pictures"), ("fd_real", "real pictures")):
             if key in lines[0]["judge 0"]:
-                told += section(folder.name, lines, key, word, most)
+                told += section(folder.name, lines, key, word, times, most)
     if out is None:
         print("\n".join(told))
     else:
         out.write_text("\n".join(told) + "\n", "utf-8")
 
 
-def section(name: str, lines: list[Line], key: str, word: str, most: int) -> list[str]:
-    kept = near_best(lines, key)
+def section(name: str, lines: list[Line], key: str, word: str, times: float, most: int) -> list[str]:
+    kept = near_best(lines, key, times)
     values = judged(lines, key)
     if len(kept) < 4:
-        return [f"{name}, FD-local to {word}: {len(kept)} of {len(lines)} states within 2x of the best: too few", ""]
+        return [
+            f"{name}, FD-local to {word}: {len(kept)} of {len(lines)} states within {times:g}x of the best: too few",
+            "",
+        ]
     own, rows = correlations(kept, key)
     _, everywhere = correlations(lines, key)
     over_all = {row[0]: row[3] for row in everywhere}
-    shown = rows[:most] + [row for row in rows[most:] if row[0].startswith(("today", "|1"))]
+    shown = rows[:most] + [row for row in rows[most:] if row[0].startswith(("today", "latents", "denoising"))]
     return [
         f"## {name}, FD-local to {word}",
         "",
-        f"{len(lines)} states, FD-local {min(values):.2f} to {max(values):.2f}; {len(kept)} of them within 2x of the "
-        f"best. The judge's own rank correlation from one set of prompts and noises to the other, over these: "
-        f"{own:.2f}; over all {spearman(judged(lines, key, 0), judged(lines, key, 1)):.2f}.",
+        f"{len(lines)} states, FD-local {min(values):.2f} to {max(values):.2f}; {len(kept)} of them within "
+        f"{times:g}x of the best. The judge's own rank correlation from one set of prompts and noises to the other, "
+        f"over these: {own:.2f}; over all {spearman(judged(lines, key, 0), judged(lines, key, 1)):.2f}.",
         "",
         "| measure | one set of 64 | another | both, 128 | both, all states |",
         "|---|---|---|---|---|",

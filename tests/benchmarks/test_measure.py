@@ -70,7 +70,7 @@ def test_states_are_made_scored_and_ranked(
     measure_states.make("tiny", "guided", prompts, tmp_path, 6, 1, **short | {"steps": 2}, **matching)
     args = Namespace(
         model="tiny", judge=None, prompts=str(tmp_path / "prompts.txt"), states=tmp_path, reference=None, samples=8,
-        watched=8,
+        watched=8, role="*",
     )  # fmt: skip
     measure.score(args)
     lines = measure_table.read_lines(tmp_path)
