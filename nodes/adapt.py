@@ -170,22 +170,25 @@ class ComfyHost:
         before = management.in_training
         management.in_training = self._training = True
         try:
-            management.unload_all_models()
+            with torch.inference_mode():
+                management.unload_all_models()
             self._load()
             yield
         finally:
             management.in_training, self._training = before, False
 
     def _load(self) -> None:
-        """Put the network on the training device, and the others off it where it is a graphics card."""
-        for loaded in management.current_loaded_models[:]:
-            if self.device.type != "cpu" and loaded.model is not None and loaded.model is not self.patcher:
-                management.unload_model_and_clones(loaded.model)
-        if self.streamed:  # none of ComfyUI's business: it is asked for room, and neither moves nor counts the network
-            management.free_memory(self.memory_required, self.device)
-        else:
+        """Put the network on the training device, and the others off it where it is a graphics card. ComfyUI moves
+        models in its own mode, as everywhere: others' quantised weights could not be patched again otherwise."""
+        with torch.inference_mode():
+            for loaded in management.current_loaded_models[:]:
+                if self.device.type != "cpu" and loaded.model is not None and loaded.model is not self.patcher:
+                    management.unload_model_and_clones(loaded.model)
+            if self.streamed:  # none of ComfyUI's business: it is asked for room, and neither moves nor counts it
+                management.free_memory(self.memory_required, self.device)
+                return
             management.load_models_gpu([self.patcher], memory_required=self.memory_required)
-            make_ordinary(self.network)
+        make_ordinary(self.network)
 
     def check_file(self, path: Path) -> str:
         return check_file(self.model, list(self.denoiser.roles.targets.values()), self.family, path)
@@ -198,7 +201,8 @@ class ComfyHost:
         self.denoiser.roles.remove()
         for role in self.denoiser.roles.names():
             self.denoiser.roles.drop(role)
-        management.unload_model_and_clones(self.patcher)
+        with torch.inference_mode():
+            management.unload_model_and_clones(self.patcher)
         self.denoiser.roles.targets.clear()
         self.__dict__ = {"name": self.name, "family": self.family}
         gc.collect()

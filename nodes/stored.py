@@ -45,7 +45,12 @@ def _keeping(kind: Any) -> Any:
             return kind.forward(self, input, *args, **kwargs)
         return _Kept.apply(input, self, kind)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        # ComfyUI moves models in inference mode, in which an ordinary quantised tensor cannot be wrapped again
+        with torch.inference_mode(False):
+            return kind._apply(self, fn, recurse)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "_apply": _apply, "__module__": kind.__module__})
 
 
 def _settle(layer: Any, x: Tensor) -> None:

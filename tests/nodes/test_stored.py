@@ -83,6 +83,31 @@ def test_the_teacher_is_what_comfyui_draws(hosts: Any) -> None:
         assert told["drawn"] <= least, (kind, told)
 
 
+STACKS: dict[str, list[str]] = {
+    "flux": ["scaled"],
+    "sd15": KINDS["sd15"],
+    "sd3": KINDS["sd3"],
+    "flux, all": KINDS["flux"],
+}
+
+
+@pytest.mark.parametrize("name", narrowed(STACKS, "flux"))
+def test_loras_on_a_quantised_base_are_part_of_the_teacher_as_they_are_drawn(
+    name: str, comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two of core's loaders, one after the other; the plain MODEL is drawn as before."""
+    source = checkpoints / f"tiny_{name.split(',')[0]}.safetensors"
+    comfy.run_script(SUPPORT / "quantised_files.py", source, tmp_path, *STACKS[name])
+    files = [tmp_path / f"{source.stem}_{kind}.safetensors" for kind in STACKS[name]]
+    for line in run_inside("stored_hosts", "--loras", *files).strip().splitlines():
+        ((file, told),) = json.loads(line).items()
+        kind = file.removeprefix(f"{source.stem}_").removesuffix(".safetensors")
+        rounding = ROUNDING.get(kind.split("-")[0], 0.0)
+        assert told["effect"] > 0.05 and told["apart"] * told["effect"] <= rounding, (file, told)
+        wanted = STORED.get(kind.split("-")[0], STORED.get(kind, "float8_e4m3fn"))
+        assert f"torch.{wanted}" in told["stored"] and all(told["known"]) and told["again"] == 0, (file, told)
+
+
 @pytest.mark.broad
 def test_plain_float8_is_trained_as_it_is_stored(
     comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path

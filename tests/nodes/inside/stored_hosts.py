@@ -1,4 +1,7 @@
-"""stored_hosts.py CHECKPOINT... [--fp8]: a quantised base as a host, against its twin, and what ComfyUI draws."""
+"""stored_hosts.py CHECKPOINT... [--fp8] [--loras]: a quantised base as a host, against its twin and what is drawn.
+
+--loras: with two LoRAs plugged onto it, and that alone.
+"""
 
 import json
 import sys
@@ -14,7 +17,7 @@ from onestep.nodes.adapt import adapted
 from onestep.nodes.denoiser import ComfyDenoiser
 
 OPTIONS = {"dtype": torch.float8_e4m3fn} if "--fp8" in sys.argv else {}
-PATHS = [path for path in sys.argv[1:] if path != "--fp8"]
+PATHS = [path for path in sys.argv[1:] if not path.startswith("--")]
 
 
 def load(path, options=OPTIONS):
@@ -53,8 +56,8 @@ def learnt(model):
         return teacher, y.detach(), gradients, stored, host.base_hash
 
 
-def drawn(model):
-    """The teacher in training, and the plugged MODEL itself: relative difference of one prediction."""
+def predicted(model):
+    """One prediction of the teacher in training, and of the plugged MODEL itself."""
     with torch.inference_mode():
         with adapted(model, None, None) as host:
             cond, sigma = told(host, 2), host.denoiser.schedule.sigma_of_time(torch.tensor([900.0, 200.0]).double())
@@ -63,8 +66,52 @@ def drawn(model):
                 ours = host.denoiser(x, sigma, cond)
             schedule, guidance = host.denoiser.schedule, host.denoiser.guidance
         management.load_models_gpu([model])
-        theirs = ComfyDenoiser(model.model, schedule, Roles([]), guidance)(x, sigma, cond)
-        return float((ours - theirs).norm() / theirs.norm())
+        return ours, ComfyDenoiser(model.model, schedule, Roles([]), guidance)(x, sigma, cond)
+
+
+def drawn(model):
+    """Their relative difference."""
+    ours, theirs = predicted(model)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def with_loras(model):
+    """As two of core's LoRA loaders make it: on every linear layer of its blocks, the second at half strength."""
+    draw, stacked = torch.Generator().manual_seed(5), model
+    layers = [(n, m) for n, m in model.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
+    for strength in (1.0, 0.5):
+        state = {}
+        for name, layer in layers:
+            for part, shape in (("lora_up", (layer.out_features, 2)), ("lora_down", (2, layer.in_features))):
+                key = f"diffusion_model.{name}.{part}.weight"
+                state[key] = torch.randn(shape, generator=draw) * 0.3 * shape[1] ** -0.5
+        with torch.inference_mode():
+            stacked, _ = comfy.sd.load_lora_for_models(stacked, None, state, strength, 0.0)
+    assert len(stacked.patches) >= len(layers) and all(len(found) == 2 for found in stacked.patches.values())
+    return stacked
+
+
+def stacked(path):
+    """Of the LoRAs: their effect, how far training's teacher is from what is drawn as a share of it, what is stored
+    afterwards, whether the bases are told apart, and what is left of them on the plain MODEL."""
+    model = load(path)
+    plain = predicted(model)[1]
+    ours, theirs = predicted(with_loras(model))
+    with adapted(with_loras(load(path)), None, None) as host, host.training():
+        with torch.inference_mode():
+            management.unload_all_models()  # as a VAE does that needs the room
+        host._load()
+        weights = [m.weight for m in host.network.modules() if getattr(m, "weight", None) is not None]
+        stored = sorted({str(getattr(weight, "storage_dtype", weight.dtype)) for weight in weights})
+        hashed = host.base_hash
+    with adapted(with_loras(load(path)), None, None) as again, adapted(load(path), None, None) as bare:
+        known = [again.base_hash == hashed, bare.base_hash != hashed]
+    size = float((theirs - plain).norm())
+    return {"effect": size / float(plain.norm()), "apart": float((ours - theirs).norm()) / size} | {
+        "stored": stored,
+        "known": known,
+        "again": float((predicted(model)[1] - plain).norm()),
+    }
 
 
 def apart(mine, other):
@@ -72,6 +119,9 @@ def apart(mine, other):
 
 
 for path in PATHS:
+    if "--loras" in sys.argv:
+        print(json.dumps({path.split("/")[-1]: stacked(path)}))
+        continue
     mine = learnt(load(path))
     twin = learnt(load(path.replace(".safetensors", "_twin.safetensors"), {}))
     scale = max(float(g.abs().max()) for g in twin[2][1:])
