@@ -80,6 +80,12 @@ def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = Non
         return {name: _tensor(file, header, name) for name in (header.tensors if names is None else names)}
 
 
+def read_tensor(path: str | os.PathLike[str], header: Header, name: str) -> Tensor:
+    """One tensor of a file whose header has been read, as `read_tensors` does."""
+    with _opened(Path(path)) as file:
+        return _tensor(file, header, name)
+
+
 def map_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU, read as they are used: only for a file that is never written again. What is
     written to them stays in memory."""

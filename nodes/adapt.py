@@ -29,6 +29,7 @@ from .attention import differentiable_attention
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
 from .origin import made_of, name_of
+from .refusals import refuse_patches, refuse_variant
 from .stored import keep_stored, refuse_broken, refuse_foreign
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
@@ -251,50 +252,3 @@ def _avoid_half(copy: Any) -> None:
     for module in copy.model.diffusion_model.modules():
         if hasattr(module, "comfy_cast_weights"):
             module.comfy_cast_weights = True
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def refuse_patches(model: Any) -> None:
-    """What changes more than weights and sampling could not be differentiated, or would be lost in the LoRA."""
-    found = _strange_options(model) + [
-        f"the object patch {key}" for key in model.object_patches if key != "model_sampling"
-    ]
-    wrappers = [(kind, name) for kind, named in model.wrappers.items() for name, kept in named.items() if kept]
-    found += sorted({f"the wrapper {name or kind}" for kind, name in wrappers})
-    for attribute, word in (
-        ("weight_wrapper_patches", "a weight wrapper"),
-        ("injections", "an injection"),
-        ("hook_patches", "a hook"),
-        ("additional_models", "an additional model"),
-    ):
-        found += [f"{word} ({key})" for key, value in getattr(model, attribute, {}).items() if value]
-    if found:
-        raise OneStepError(
-            f"the MODEL to distil carries {', '.join(found)[:200]}: plug in the model before that node; LoRAs "
-            f"and ModelSampling "
-            "nodes may stay, they are part of the teacher"
-        )
-
-
-def _strange_options(model: Any) -> list[str]:
-    options = dict(model.model_options)
-    inner = options.pop("transformer_options", {})
-    found = [f"the option {name}" for name, value in options.items() if value and name != "disable_cfg1_optimization"]
-    for name, value in inner.items():
-        patches = [key for key, entry in value.items() if entry] if isinstance(value, dict) else [""] * bool(value)
-        found += [f"the patch {name} {key}".rstrip() for key in patches]
-    return found
-
-
-def refuse_variant(family: str, model: Any) -> None:
-    """Models of a known network that are told more than a text."""
-    config = model.model_config.unet_config
-    channels = config.get("in_channels", model.latent_format.latent_channels)
-    if channels != model.latent_format.latent_channels:
-        raise OneStepError(
-            f"this model takes {channels} input channels (inpainting, depth or editing): use a text-to-image base"
-        )
-    if family == "unet" and model.adm_channels and not isinstance(model, comfy.model_base.SDXL):
-        raise OneStepError(f"{type(model).__name__} is told more than a text: use SD1.5, SD2 or the SDXL base")

@@ -19,10 +19,11 @@ from ..core.licences import Part
 from ..core.roles import Roles
 from ..training.host import Shells
 from ..training.plan.trace import DECODE
-from .adapt import BLOCKS, IN_PLACE, refuse_patches, refuse_variant
+from .adapt import BLOCKS, IN_PLACE
 from .attention import differentiable_attention
 from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
 from .origin import name_of
+from .refusals import refuse_patches, refuse_variant
 from .stored import hollow_weight, is_quantised, keep_stored, take_room
 
 META = torch.device("meta")

@@ -1,13 +1,12 @@
 """A few-step checkpoint of a base, as a LoRA of that base.
 
-The base is a host; of the few-step model a folder's weights are read a layer at a time. What enters the layers is seen
+The base is a host; of the few-step model the weights are read a layer at a time. What enters the layers is seen
 by drawing a few prompts with the base, again for each handful of layers, so that their second moments take no more room
 than two of the largest layer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,9 @@ from ..core.recipe import Recipe
 from ..core.roles import TEACHER
 from ..core.sampling import sample
 from ..core.targets import Target
-from ..core.tensor_file import read_header, read_tensors
-from .adapt import DiffusersHost, denoiser_of, network_of
-from .load import load
+from .adapt import DiffusersHost, denoiser_of
+from .few_step import FewStep
 from .networks import prediction_of
-from .weights import STEMS, best_variant, variants
 
 ROLE, SEED = "extracted", 0
 Tick = Callable[[int, int], None]
@@ -50,47 +47,6 @@ class Extracted:
     check: str
     licences: str
     beside: int = 0
-
-
-class FewStep:
-    """The network of a few-step checkpoint, by the base's names: of a diffusers folder read as it is needed, of
-    anything else loaded. prediction: what it answers, as its scheduler says; "" where nothing does."""
-
-    def __init__(self, model: str | Path, base: Any) -> None:
-        folder = Path(model).expanduser() / ("unet" if hasattr(base, "unet") else "transformer")
-        self.name, self._places, self._loaded = Path(model).name, dict[str, Path](), dict[str, Tensor]()
-        if folder.is_dir():
-            stem = STEMS["diffusers"]
-            variant = best_variant(folder, stem, network_of(base).dtype)
-            files = [folder / name for name in variants(folder, stem)[variant]]
-            self._places = {name: file for file in files for name in read_header(file).tensors}
-            self.prediction = _prediction_in(folder.parent)
-        else:
-            pipe = load(model, dtype=network_of(base).dtype)
-            self._loaded, self.prediction = network_of(pipe).state_dict(), prediction_of(pipe.scheduler)
-
-    def names(self) -> set[str]:
-        return set(self._places or self._loaded)
-
-    def tensor(self, name: str) -> Tensor:
-        """As it is stored. Raises OneStepError where there is none."""
-        if name in self._places:
-            return read_tensors(self._places[name], [name])[name]
-        if name not in self._loaded:
-            raise OneStepError(f"{self.name[:80]} has no {name}: give a checkpoint of the same base")
-        return self._loaded[name]
-
-    def weight(self, target: Target) -> Tensor:
-        return self.tensor(f"{target.name}.weight").float()
-
-
-def _prediction_in(folder: Path) -> str:
-    """What the scheduler of a diffusers folder says that its network answers; "" where it says nothing."""
-    try:
-        told = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        return str(told.get("prediction_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def extract_lora(

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from ..core.errors import OneStepError
+from ..core.tensor_file import read_header
 from .quiet import attempt
 from .single_scaled import BESIDE, PACKED
 
@@ -41,6 +42,8 @@ def load_part(folder: Path, entry: Any, dtype: torch.dtype) -> Any:
     """One module. entry: of model_index.json, [library, class]."""
     cls = _class_of(folder, entry)
     variant = best_variant(folder, STEMS[entry[0]], dtype)
+    if not _has_quantiser(folder):
+        _refuse_whole_numbers(folder, variants(folder, STEMS[entry[0]])[variant])
     module, info = attempt(
         folder,
         lambda: cls.from_pretrained(
@@ -71,6 +74,25 @@ def _refuse_quantised(folder: Path, more: Iterable[str]) -> None:
                 f"{folder.parent.name[:60]}/{folder.name} holds {key[-80:]}: its weights are quantised, and a folder's "
                 "are read plain. Use it in fp16, bf16 or fp32, or a single file in scaled fp8"
             )
+
+
+def _has_quantiser(folder: Path) -> bool:
+    """Whether the module says which of diffusers' or transformers' quantisers reads its weights."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _refuse_whole_numbers(folder: Path, files: Iterable[str]) -> None:
+    """diffusers would take them for the weights' own numbers."""
+    for name in files:
+        for key, entry in read_header(folder / name).tensors.items():
+            if key.endswith((".weight", ".bias")) and not entry.dtype.is_floating_point:
+                raise OneStepError(
+                    f"{folder.parent.name[:60]}/{folder.name} holds {key[-80:]} as {entry.dtype}: its weights are "
+                    "quantised, and a folder's are read plain. Use it in fp16, bf16 or fp32"
+                )
 
 
 def best_variant(folder: Path, stem: str, dtype: torch.dtype) -> str:

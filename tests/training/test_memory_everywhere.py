@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from narrowed import narrowed
 from small_host import SmallHost, small
+from tiny_pipelines import sd
 from torch import Tensor
 from whole_runs import factors, newest, run
 
 from onestep.core import tensor_file
 from onestep.core.memory import is_out_of_memory
 from onestep.core.tensor_file import read_tensors
+from onestep.pipelines.adapt import adapt
 from onestep.training.runs import run as runs
 from onestep.training.runs.run import NotSaved
 
@@ -31,20 +34,35 @@ METHODS: dict[str, dict[str, Any]] = {
     "dmd2": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0},
     "f-distill": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0, "divergence": "kl"},
     "ladd": {"head_blocks": 2, "head_warm_up": 2},
+    "pg-sb": {},
+    "cdm": {"student_steps": 2},
+    "tdm": {"student_steps": 2},
     "guidance-lora": {"states": 2},
+    "agd": {"states": 2},
+    "nct": {"control": "soft-edges", "control_width": 8, "noise_levels": 2, "final_rate": 1.0},
+    "sun": {},
 }
 
 
-class Full(SmallHost):
-    """Its ``at``-th forward finds no memory; those after it do. calls: forwards so far."""
+def attention_host() -> Any:
+    """With cross-attention, where adapters of agd and sun sit."""
+    torch.manual_seed(0)
+    return adapt(sd(), device="cpu")
 
-    calls, at, error = 0, -1, ERRORS[0]
+
+@dataclass
+class Full:
+    """A host whose ``at``-th forward finds no memory; those after it do. calls: forwards so far."""
+
+    host: Any
+    at: int = -1
+    error: Exception = ERRORS[0]
+    calls: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.network.register_forward_pre_hook(self._ask)
+        self.host.network.register_forward_pre_hook(self._ask, with_kwargs=True)
 
-    def _ask(self, module: Any, args: tuple[Any, ...]) -> None:
+    def _ask(self, module: Any, args: Any, kwargs: Any) -> None:
         self.calls += 1
         if self.calls == self.at:
             raise self.error
@@ -55,17 +73,26 @@ def near(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(float((a[n] - b[n]).abs().max()) < 5e-3 for n in a)
 
 
-@pytest.mark.parametrize("method", narrowed(METHODS, "dmd", "regression"))
-def test_a_run_goes_on_wherever_it_finds_no_memory_once(tmp_path: Path, method: str) -> None:
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-step LoRA of the small checkpoint."""
+    settings = small(method="regression", steps=1, start=0.6, watch_every=0, preview_every=0)
+    return run(tmp_path_factory.mktemp("lora") / "run", settings).path
+
+
+@pytest.mark.parametrize("method", narrowed(METHODS, "dmd", "nct"))
+def test_a_run_goes_on_wherever_it_finds_no_memory_once(tmp_path: Path, method: str, lora: Path) -> None:
     """Nine places from the first forward to the last: pictures, reference, turns of each role, watch and preview."""
-    own = {"sizes": "32x32", "steps": 2, "watch_every": 1, "preview_every": 1, "learning_rate": 1e-4}
-    settings = small(method=method, **own, **METHODS[method])
-    plain = Full()
-    whole = run(tmp_path / "whole", settings, host=plain)
+    own = {"sizes": "32x32", "steps": 2, "watch_every": 1, "preview_every": 1, "learning_rate": 1e-4, "batch": 2}
+    own |= {"initial_lora": str(lora)} if method == "nct" else {}
+    own |= {"sizes": "16x16", "pairs": 4, "segment_steps": 2} if method == "sun" else {}
+    settings = small(method=method, **own | METHODS[method])
+    made = attention_host if method in ("agd", "sun") else SmallHost
+    plain = Full(made())
+    whole = run(tmp_path / "whole", settings, host=plain.host)
     for number, at in enumerate(torch.linspace(1, plain.calls, 9).long().tolist()):
-        host = Full()
-        host.at, host.error = at, ERRORS[number % len(ERRORS)]
-        found = run(tmp_path / f"{at}", settings, host=host)
+        host = Full(made(), at, ERRORS[number % len(ERRORS)])
+        found = run(tmp_path / f"{at}", settings, host=host.host)
         assert host.calls > plain.calls and any("out of memory" in note for note in found.notes), (at, found.notes)
         assert near(read_tensors(found.path), read_tensors(whole.path)), at
 
