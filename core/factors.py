@@ -20,6 +20,12 @@ def leaf(value: Tensor, device: torch.device | str) -> Tensor:
     return value.detach().to(device, torch.float32, copy=True).contiguous().requires_grad_(True)
 
 
+@torch.inference_mode(False)
+def initial_b(target: Target, rank: int, device: torch.device | str) -> Tensor:
+    """B = 0, a leaf as `leaf` makes it, where it will lie."""
+    return torch.zeros(target.shape_b(rank), dtype=torch.float32, device=device, requires_grad=True)
+
+
 def initial(target: Target, rank: int, seed: int) -> Tensor:
     """A ~ U(-1, 1) / sqrt(fan in), drawn from (seed, target name) alone."""
     shape = target.shape_a(rank)

@@ -25,7 +25,7 @@ from .casts import Casts
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State as State
-from .factors import blended, initial, leaf, lerp
+from .factors import blended, initial, initial_b, leaf, lerp
 from .hook import hook
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
@@ -106,7 +106,7 @@ class Roles:
         if rank < 1:
             raise OneStepError(f"rank must be at least 1, not {rank}: 16 to 128 is usual, 64 the default")
         self._factors[role] = {
-            name: (leaf(initial(target, rank, seed), device), leaf(torch.zeros(target.shape_b(rank)), device))
+            name: (leaf(initial(target, rank, seed), device), initial_b(target, rank, device))
             for name, target in self.targets.items()
         }
         self._lineage[role] = seed

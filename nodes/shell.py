@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
+import comfyui_version
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -98,6 +99,15 @@ class Shell:
         self.denoiser.roles = Roles(bound, port_of(self.network, self.family))
         return self
 
+    @property
+    def configuration(self) -> str:
+        """What its count hangs on beside its weights' shapes: its configuration, its layers, and whose code runs
+        them."""
+        told = sorted((name, repr(value)) for name, value in self._config.items())
+        kinds = type(self.model.model_sampling).__mro__, self.model.manual_cast_dtype, self.denoiser.guidance
+        decoder = [(tuple(value.shape), value.dtype) for value in self._decoder.parameters()] if self._decoder else None
+        return repr((comfyui_version.__version__, told, kinds, repr(self.network), repr(self._decoder), decoder))
+
     def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         return self.with_sizes(self.texts(prompts), size)
 
@@ -140,7 +150,7 @@ class Shell:
         weights = [torch.empty_like(weight) for weight in self._decoder.parameters()]
         dtype = next(self._decoder.parameters()).dtype
         with record_function(DECODE):
-            picture: Tensor = self._decoder.decode(latents[:1].to(dtype)).float().cpu()
+            picture: Tensor = self._decoder.decode(latents[:1].to(META, dtype)).float().cpu()
         del weights
         return picture.expand(len(latents), -1, -1, -1)
 

@@ -61,6 +61,15 @@ class Shell(DiffusersHost):
     encoders: int = 0
     encoder_hash = base_hash = "none"
 
+    @property
+    def configuration(self) -> str:
+        """What its count hangs on beside its weights' shapes: the configurations, and whose code runs them."""
+        parts = self.network, self.pipe.vae, self.pipe.scheduler
+        # names that begin so are diffusers' own notes, a set in no order among them
+        told = [sorted(entry for entry in part.config.items() if not entry[0].startswith("_")) for part in parts]
+        kinds = [type(part).__name__ for part in parts]
+        return repr((diffusers.__version__, kinds, told, self.pipe.vae.dtype, self.tokens, self.encoders))
+
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
         """Zeros in the place of texts, in their shapes; meanwhile the encoders are there."""
