@@ -16,9 +16,12 @@ from ..training.plan.ladder import planned
 from ..training.plan.picture import bar
 from ..training.plan.text import told
 from ..training.runs.config import SECOND_ORDER
-from .distil import preset_input, settings_of, steps_input
+from ..training.settings import Settings
+from .distil import preset_input, steps_input
+from .distil import settings_of as of_lora
 from .places import shown
 from .shell import Shell
+from .train_adapter import settings_of as of_adapter
 from .trainer import makers_of, methods_told, run_inputs, sizes_input
 from .widgets import BY_PRESET, method_input
 
@@ -28,13 +31,13 @@ class PlanDistillation(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = makers_of("LoRA")
+        names = [*makers_of("LoRA"), *makers_of("adapter")]
         return io.Schema(
             node_id="OneStepPlan",
             display_name="Plan Distillation",
             category="OneStep/training",
-            description="What Distil One-Step LoRA would need of a graphics card with these settings, and what would "
-            "make it fit: counted in a minute, on any machine. Nothing is trained.",
+            description="What Distil One-Step LoRA or Train Adapter would need of a graphics card with these settings, "
+            "and what would make it fit: counted in a minute, on any machine. Nothing is trained.",
             search_aliases=["memory", "vram", "estimate", "fit", "card"],
             is_output_node=True,
             inputs=[
@@ -73,6 +76,14 @@ class PlanDistillation(io.ComfyNode):  # type: ignore[misc]
         plan = planned(shell.name, shell.shell, settings, card_of(card) if card.strip() else here())
         text, picture = told(plan), torch.from_numpy(np.array(bar(plan), np.float32) / 255)[None]
         return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
+
+
+def settings_of(method: dict[str, Any], preset: str, **widgets: Any) -> Settings:
+    """As the trainer of what is made has them: one of adapters knows no preset, and draws in its own steps."""
+    if method["method"] in makers_of("adapter"):
+        widgets.pop("student_steps", None)
+        return of_adapter(method, **widgets)
+    return of_lora(method, preset, **widgets)
 
 
 def here() -> Card | None:

@@ -14,13 +14,15 @@ from onestep.pipelines.shells import of_folder
 from onestep.training.methods import settings_for
 from onestep.training.plan.rungs import Way, rung_of
 
+ADAPTERS = ("agd", "nct", "sun")
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., str], tmp_path: Path) -> None:
     folders = [root / "pipelines" / "tiny" / name for name in ("tiny", "tiny-flow")]
     said = run_inside("plan", tmp_path / "bar.png", *folders).strip().splitlines()
-    *plans, text = (json.loads(line) for line in said[-3:])
+    *plans, text = (json.loads(line) for line in said[-3 - len(ADAPTERS) :])
+    plans, adapters = plans[: len(folders)], plans[len(folders) :]
     settings = settings_for(method="regression", sizes="32x32", rank=8, batch=2, steps=1, watch_samples=4)
     for folder, plan in zip(folders, plans, strict=True):
         rung, shell = plan["rungs"][0], of_folder(folder)
@@ -30,6 +32,15 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
         assert rung["made_of"]["student"] == ours.peak.made_of["student"]
         assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
         assert rung["parts"].keys() == ours.parts.keys()
+    for name, plan in zip(ADAPTERS, adapters, strict=True):
+        few = {"sizes": "32x32", "batch": 2, "steps": 1, "watch_samples": 4}
+        ours = rung_of(of_folder(folders[0]).shell, settings_for(method=name, **few), None, Way(2))
+        (rung,) = plan["rungs"]
+        # the adapter and what learns of it; its own layers lie in the same places
+        assert rung["made_of"]["student"] == ours.peak.made_of["student"] > 0
+        assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
+        assert rung["parts"].keys() == ours.parts.keys()
+        assert f", {name} at 32x32, batch 2" in plan["said"] and "GiB of tensors as it is set" in plan["said"]
     assert (
         "RTX 3060: 10.1 GiB for tensors" in text and "A run fits by itself with micro-batch 4, no checkpointing" in text
     )

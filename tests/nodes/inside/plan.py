@@ -1,5 +1,6 @@
-"""plan.py OUT.png FOLDER...: what the plan counts of the tiny MODELs in these folders, a line of JSON each; then the
-node's own table and picture of the first."""
+"""plan.py OUT.png FOLDER...: what the plan counts of the tiny MODELs in these folders, a line of JSON each; of the
+first what each adapter's run would need, by the node's settings and in its words, a line each; then the node's own
+table and picture of the first."""
 
 import json
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from onestep.nodes.plan import PlanDistillation
+from onestep.nodes.plan import PlanDistillation, settings_of
 from onestep.nodes.shell import Shell
 from onestep.nodes.tiny_models.model import load_tiny
+from onestep.nodes.trainer import makers_of
 from onestep.training.methods import settings_for
 from onestep.training.plan.cards import card_of
 from onestep.training.plan.ladder import planned
@@ -23,9 +25,16 @@ with torch.inference_mode():
         model, _, vae = load_tiny(folder)
         shell = Shell(model, vae, "all")
         print(json.dumps(facts(planned(shell.name, shell.shell, settings, card_of("8GB")))))
+        assert " at 0x" not in shell.configuration  # by which a count is found again on another day
         # the plugged model is as it was
         assert not any(value.is_meta for part in (model.model, vae.first_stage_model) for value in part.parameters())
     model, _, vae = load_tiny(folders[0])
+    few = {"student_steps": "1", "sizes": "32x32", "batch": 2, "steps": 1, "watch_samples": 4}
+    for name in makers_of("adapter"):
+        said = PlanDistillation.execute(model, "", "Balanced", {"method": name}, vae=vae, **few).result[0]
+        shell = Shell(model, vae, "all")
+        told = facts(planned(shell.name, shell.shell, settings_of({"method": name}, "Balanced", **few), None))
+        print(json.dumps({"said": said, **told}))
     widgets = {"student_steps": "1", "sizes": "32x32", "rank": 4, "batch": 4}
     answer = PlanDistillation.execute(model, "RTX 3060", "Fast", {"method": "by preset"}, vae=vae, **widgets)
 text, picture = answer.result
