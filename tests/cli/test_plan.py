@@ -40,6 +40,20 @@ def test_without_a_card_the_run_is_counted_as_it_is_set(onestep: Command) -> Non
     assert said.code == 0 and "no card here" in said.out and "say --card to have it fitted" in said.out
 
 
+@pytest.mark.broad
+def test_sdxl_is_counted_at_a_size_that_is_no_square(onestep: Command) -> None:
+    """Of as many pixels as a square of 1004: hardly less than at 1024x1024, and the same way either way round."""
+    few = ("--method", "regression", "--set", "watch_every=0", "--set", "preview_every=0", "--json")
+    found = {}
+    for size in ("832x1216", "1216x832", "1024x1024"):
+        said = onestep("plan", "sdxl", *few, "--set", f"sizes={size}")
+        told = json.loads(said.out)
+        assert said.code == 0 and told["settings"]["sizes"] == size
+        found[size] = told["rungs"][0]["bytes"]
+    assert found["832x1216"] == pytest.approx(found["1216x832"], rel=1e-3)
+    assert 0.9 < found["832x1216"] / found["1024x1024"] < 1
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

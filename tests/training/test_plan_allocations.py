@@ -20,12 +20,12 @@ LASTING = ("base", "student", "critic", "ema", "student moments", "critic moment
 
 
 def settings_of(method: str, batch: int, **more: Any) -> Settings:
-    run = {"sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch, "steps": 4}
+    run = {"sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch, "steps": 4} | more
     few = {"teacher_steps": 1, "watch_samples": 4}
     alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1}
     own = {entry.name for entry in described(METHODS[method].settings)}
     several = {"student_steps": 4} if method in ("cdm", "tdm") else {}
-    return settings_for(method=method, **several, **run, **few, **({} if alone.keys() - own else alone), **more)
+    return settings_for(method=method, **several, **run, **few, **({} if alone.keys() - own else alone))
 
 
 def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> int:
@@ -55,3 +55,13 @@ def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
     settings, real = settings_of(method, 3), host()
     measured = trained(real, settings, tmp_path, BLOCKS, True)
     assert predicted(settings, real, BLOCKS, True) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", narrowed(GRADES, BLOCKS))
+@pytest.mark.parametrize("size", narrowed(["104x152", "152x104", "96x32"], "104x152"))
+def test_so_is_a_picture_that_is_no_square(size: str, recompute: str, tmp_path: Path) -> None:
+    """The first an eighth of 832x1216, in whose U-Net levels of odd widths and heights meet."""
+    settings, real = settings_of("dmd", 2, sizes=size), host()
+    measured = trained(real, settings, tmp_path, recompute, True)
+    assert measured > 4 * 2**20
+    assert predicted(settings, real, recompute, True) == pytest.approx(measured, rel=0.01)

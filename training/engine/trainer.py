@@ -73,7 +73,7 @@ class Trainer:
         if self.place[0] != update:
             self.place, self.numbers = (update, 0), {}
         phase, index = self.plan.at(update)
-        self._forget_moments(update)
+        self.forget_moments(update)
         for number, turn in list(enumerate(phase.turns))[self.place[1] :]:
             rate = adam.rate(index, phase.updates if turn.falls else 10**9, turn.learning_rate, self.settings)
             found = self.accumulate(turn, update, number)
@@ -84,7 +84,7 @@ class Trainer:
             self.whole = True
         return dict(self.numbers)
 
-    def _forget_moments(self, update: int) -> None:
+    def forget_moments(self, update: int) -> None:
         """What no turn to come reads is freed before a graph takes the room: a warm start's first moments; and what
         lies on the host goes there."""
         for role, optimizer in self.optimizers.items():

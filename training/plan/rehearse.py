@@ -26,6 +26,7 @@ from ..engine.trainer import EMA, Trainer
 from ..engine.turns import Phase, Plan, Turn
 from ..host import Host
 from ..methods import METHODS
+from ..methods.alternating import ANCHOR
 from ..settings import Settings
 from ..watch.measures import Watch
 from ..watch.reference import by_teacher
@@ -139,6 +140,7 @@ class _Rehearsal:
             slices = _First(settings.batch // settings.accumulation, "the watch's pictures")
             watch = Watch.prepare(setup, self.method.reference(setup), slices=slices) if watched else None
         for update in range(trainer.plan.updates):
+            trainer.forget_moments(update)  # before others are made, as they are in a run
             self._have_moments(trainer, trainer.plan.at(update)[0])
             with part(OPTIMIZER):
                 trainer.step(update)
@@ -208,7 +210,7 @@ class _Rehearsal:
                 for name in [part, *(name for name, around in count.within.items() if around == part != name)]:
                     times[name] = times.get(name, 0) + phase.rare.get(name, 1)
             times.pop(MADE, None)
-            found.append(PhaseWork(phase.name, phase.updates, times, bool(phase.fresh_cost)))
+            found.append(PhaseWork(phase.name, phase.updates, times, self._draws[phase.name]))
         return tuple(found)
 
     def _beside(self) -> Beside:
@@ -217,6 +219,12 @@ class _Rehearsal:
         asked = replace(ours, teacher_steps=self.asked.teacher_steps, second_order=self.asked.second_order)
         played = max(phase.fresh_cost for phase in self._plan.phases)
         wanted = max(phase.fresh_cost for phase in method.plan(replace(self.setup, settings=asked)).phases)
+        # where there are more data than updates, every phase that learns of them makes some
+        updates = sum(phase.updates for phase in self._plan.phases)
+        many = replace(self.setup, settings=replace(ours, batch=1, pairs=min(updates + 1, 10**6)))
+        self._draws = {
+            phase.name: phase.rare.get(ANCHOR, 1.0) if phase.fresh_cost else 0.0 for phase in method.plan(many).phases
+        }
         of_teacher = method.reference is by_teacher
         texts = (TEXTS, "embeddings")
         kept = {path.name: self._each(path) for path in sorted(self.folder.iterdir()) if path.name not in texts}

@@ -9,12 +9,13 @@ from .trace import Count
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """parts: how often each is done in an update. draws: whether it learns of data that is made once and kept."""
+    """parts: how often each is done in an update. draws: in which share of its updates it learns of data that is made
+    once and kept."""
 
     name: str
     updates: int
     parts: dict[str, float]
-    draws: bool
+    draws: float
 
 
 @dataclass(frozen=True)

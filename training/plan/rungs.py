@@ -90,11 +90,11 @@ def rung_of(shells: Shells, settings: Settings, card: Card | None, way: Way) -> 
 
 
 def _state(played: Rehearsed, settings: Settings, way: Way) -> float:
-    """Bytes of a state: what learns, the mean of it, and the moments."""
-    small = EIGHT_BIT if settings.optimizer == "adamw8bit" else 1.0
-    of_role = {role: played.count.most(role, way.micro, settings.rank) for role in ROLES}
-    moments = sum(played.count.most(f"{role} moments", way.micro, settings.rank) for role in ROLES)
-    return sum(of_role.values()) + small * moments
+    """Bytes of a state where there is most in one: what learns, the mean of it, and the moments that are there at
+    once, for first moments go as their phase ends."""
+    small, most = EIGHT_BIT if settings.optimizer == "adamw8bit" else 1.0, played.count.most
+    roles, moments = most(way.micro, settings.rank, *ROLES), [f"{role} moments" for role in ROLES]
+    return roles + small * most(way.micro, settings.rank, *moments)
 
 
 def peaks_of(played: Rehearsed, settings: Settings, way: Way, base: Stored | None = None) -> dict[str, Peak]:
@@ -119,7 +119,7 @@ def _with(peak: Peak, more: dict[str, int]) -> Peak:
 def _in_step(played: Rehearsed, settings: Settings, way: Way, small: float) -> int:
     """Of the moments on the host, what a step has on the card: both of AdamW's for a part of the tensors at most."""
     labels = [label for label in played.count.labels if label.endswith(" moments")]
-    every = max((played.count.most(label, way.micro, settings.rank) for label in labels), default=0)
+    every = max((played.count.most(way.micro, settings.rank, label) for label in labels), default=0)
     return int(small * min(every, 2 * 4 * host_moments.PART))
 
 
@@ -146,5 +146,5 @@ def _crossing(played: Rehearsed, turns: dict[str, float], settings: Settings, wa
         return 0.0
     steps = {name.rpartition(", ")[2]: times for name, times in turns.items() if ", " in name}
     small = EIGHT_BIT if settings.optimizer == "adamw8bit" else 1.0
-    moved = sum(times * played.count.most(role, way.micro, settings.rank) for role, times in steps.items())
+    moved = sum(times * played.count.most(way.micro, settings.rank, role) for role, times in steps.items())
     return 2 * small * moved / LINK

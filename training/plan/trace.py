@@ -141,11 +141,11 @@ class Count:
             if name
         }
 
-    def most(self, label: str, batch: int, rank: int) -> int:
-        """The most bytes alive at once under a label, of whatever part; 0 for one that there is not."""
-        if label not in self.labels:
-            return 0
-        return int(self._running(Scale(self.p, self.r, batch, rank).array(self.deltas), label).max())
+    def most(self, batch: int, rank: int, *labels: str) -> int:
+        """The most bytes alive at once under all of ``labels``, of whatever part; 0 for those that there are not."""
+        bytes = Scale(self.p, self.r, batch, rank).array(self.deltas)
+        numbers = [self.labels.index(label) for label in labels if label in self.labels]
+        return int(np.cumsum(np.where(np.isin(self.label, numbers), bytes, 0)).max())
 
     def _running(self, bytes: np.ndarray, label: str) -> np.ndarray:
         """Bytes alive under a label at each instant."""

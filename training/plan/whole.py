@@ -105,6 +105,6 @@ def _times(every: int, played: Rehearsed) -> int:
 
 def _samples(played: Rehearsed, settings: Settings) -> int:
     """Whose data is made in the whole run, at the most: all that are kept, where there are as many updates."""
-    drawing = sum(phase.updates for phase in played.phases if phase.draws)
+    drawing = math.ceil(sum(phase.updates * phase.draws for phase in played.phases))
     blocks = max(-(-settings.pairs // settings.batch), len(settings.size_list))
     return min(blocks, drawing) * settings.batch
