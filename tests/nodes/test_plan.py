@@ -36,9 +36,8 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
         few = {"sizes": "32x32", "batch": 2, "steps": 1, "watch_samples": 4}
         ours = rung_of(of_folder(folders[0]).shell, settings_for(method=name, **few), None, Way(2))
         (rung,) = plan["rungs"]
-        # the adapter and what learns of it; its own layers lie in the same places
+        # the same adapter in the same places, and the same parts of its run
         assert rung["made_of"]["student"] == ours.peak.made_of["student"] > 0
-        assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
         assert rung["parts"].keys() == ours.parts.keys()
         assert f", {name} at 32x32, batch 2" in plan["said"] and "GiB of tensors as it is set" in plan["said"]
     assert (

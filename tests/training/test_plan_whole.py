@@ -28,7 +28,7 @@ PROMPTS = ["a red dragon", "a blue wall", "a wall"]
 ONE_FLOP_A_SECOND = Card("made for a test", 2**40, 1e-12 / OF_FLOPS, 1e-12 / OF_FLOPS, 1e12)
 """Seconds on it are FLOPs: nothing else counts beside them."""
 SHARED = {"sizes": "32x32", "rank": 8, "batch": 2, "pairs": 4, "teacher_steps": 2, "watch_every": 2}
-SHARED |= {"watch_samples": 4, "preview_every": 2, "preview_samples": 1}
+SHARED |= {"watch_samples": 4, "preview_every": 2, "preview_samples": 1, "candidate_every": 0}
 RUNS = {
     # of two blocks of pairs the warm start makes one
     "dmd": {"steps": 2, "warm_start": 1, "critic_warm_up": 1, "critic_updates": 1},
