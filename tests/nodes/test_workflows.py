@@ -16,16 +16,19 @@ from small_runs import SMALL
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 DISTIL, SAMPLE, NEGATIVE = "1 distil a checkpoint", "2 draw in one step", "4 negative prompt at CFG 1"
-CORE = "3 draw with core nodes"
+CORE, CHAIN = "3 draw with core nodes", "10 a LoRA for each step"
 # Those that train besides the first: how many pictures stand side by side, and what the node says at the end.
 TRAINED = [
     ("5 train a negative adapter", 2, "load it with Apply Negative Adapter"),
     ("6 train a guidance adapter", 3, "load it with Apply Guidance Adapter"),
     ("7 train a control", 3, "load it with Load Control Adapter"),
     ("8 variety from the base", 2, "onestep/tiny-8.safetensors"),
+    ("9 adapt a few-step LoRA", 3, "onestep/tiny-9.safetensors"),
 ]
-NAMES = sorted([DISTIL, SAMPLE, CORE, NEGATIVE, *(name for name, *_ in TRAINED)])
+NAMES = sorted([DISTIL, SAMPLE, CORE, NEGATIVE, CHAIN, *(name for name, *_ in TRAINED)])
 BUNDLED = "bundled-tiny-one-step.safetensors"
+TWO = ("bundled-tiny-two-steps.safetensors", "bundled-tiny-two-steps-2.safetensors")
+COMES_WITH_IT = (BUNDLED, *TWO, "bundled-tiny-night-style.safetensors")
 TRAINERS = ("OneStepDistil", "OneStepTrainAdapter")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "OneStepSample")
 TITLE, PREVIEW, LEAST_WIDTH = 30, 225, 225  # in the front end's pixels
@@ -147,6 +150,34 @@ def test_the_same_picture_without_a_node_of_ours(comfy_server: Any, root: Path) 
     assert core.shape == (4, 256, 256, 3) and np.abs(core - drawn).max() <= 1 and core.std() > 5
 
 
+def test_a_lora_for_each_step_without_a_node_of_ours(comfy_server: Any, root: Path) -> None:
+    """The template's chain, and One-Step Sample's picture of both files: to the last of 255 levels. Each file acts at
+    its own step."""
+    graph = workflow(root, f"api/{CHAIN}")
+    ours = [node["class_type"] for node in graph.values() if node["class_type"].startswith("OneStep")]
+    assert ours == ["OneStepLoadTinyModel"], "but for the bundled model itself"
+    loaders = {key: node["inputs"] for key, node in graph.items() if "lora_name" in node["inputs"]}
+    assert sorted(told["lora_name"] for told in loaders.values()) == sorted(TWO)
+    (show,) = [key for key, node in graph.items() if node["class_type"] == "PreviewImage"]
+    core = np.stack(comfy_server.images(comfy_server.run(graph), show)).astype(int)
+    swapped = copy.deepcopy(graph)
+    for key, told in loaders.items():
+        swapped[key]["inputs"]["lora_name"] = TWO[told["lora_name"] == TWO[0]]
+    other = np.stack(comfy_server.images(comfy_server.run(swapped), show)).astype(int)
+    first, second = (next(key for key, told in loaders.items() if told["lora_name"] == name) for name in TWO)
+    (start,) = [n["inputs"] for n in graph.values() if n["inputs"].get("add_noise") == "enable"]
+    (last,) = [key for key, n in graph.items() if n["inputs"].get("add_noise") == "disable"]
+    plugs = {name: start[name] for name in ("positive", "latent_image")}
+    loader = {"model": loaders[first]["model"], "lora_name": TWO[0], "recipe": "from the file"}
+    graph[first] = {"class_type": "OneStepLoadLoRA", "inputs": loader}
+    drawn = {**plugs, "model": [first, 0], "recipe": [first, 1], "seed": start["noise_seed"]}
+    graph[last] = {"class_type": "OneStepSample", "inputs": drawn}
+    alone = {key: node for key, node in graph.items() if key != second and node["inputs"] is not start}
+    drawn = np.stack(comfy_server.images(comfy_server.run(alone), show)).astype(int)
+    assert core.shape == (4, 256, 256, 3) and np.abs(core - drawn).max() <= 1 and core.std() > 5
+    assert np.abs(core - other).mean() > 1
+
+
 def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
     """Both are drawn from the same noise; the steered books are less red."""
     drawn = [parts(p, 2) for p in shown(comfy_server, comfy_server.run(workflow(root, f"api/{NEGATIVE}")))]
@@ -178,7 +209,7 @@ def test_it_needs_no_file_that_the_pack_or_the_graph_does_not_bring(root: Path, 
     """And what was trained once is not trained again."""
     for node in workflow(root, f"api/{name}").values():
         files = {key: node["inputs"].get(key) for key in ("lora_name", "adapter", "control_name", "initial_lora")}
-        assert all(isinstance(v, list) or v in (None, "none", BUNDLED) for v in files.values()), files
+        assert all(isinstance(v, list) or v in (None, "none", *COMES_WITH_IT) for v in files.values()), files
         assert node["inputs"].get("existing", "continue") == "continue"
 
 
@@ -190,7 +221,7 @@ def test_what_is_compared_is_drawn_from_the_same_noise(root: Path, name: str) ->
             told = node["inputs"]
             seeds.setdefault(told["latent_image"][0], []).append(told.get("seed", told.get("noise_seed")))
     assert all(len(set(found)) == 1 for found in seeds.values()), seeds
-    assert name == CORE or any(len(found) > 1 for found in seeds.values())
+    assert name in (CORE, CHAIN) or any(len(found) > 1 for found in seeds.values())
 
 
 def flat(graph: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
         return check_adapter(path, roles.modules[role], family)
     parts = roles.steps.parts(role)
     if len(parts) > 1:
-        usage += (
-            f" Each step has a LoRA of its own ({', '.join(recipe.files)}): Load One-Step LoRA takes them all; with "
+        usage = usage.rstrip(".") + (
+            f". Each step has a LoRA of its own ({', '.join(recipe.files)}): Load One-Step LoRA takes them all; with "
             "ComfyUI's own nodes it is one KSampler (Advanced) for each step, behind that step's LoRA."
         )
     places = [path.with_name(name) for name in recipe.files] or [path]
