@@ -19,10 +19,11 @@ from tiny_models import store
 
 from onestep.cli.model import native_size, open_host, read_prompts
 from onestep.core import randomness
+from onestep.core.extraction import weight_of
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import initial_latents, teacher_sample
-from onestep.pipelines.extract import extract_lora
+from onestep.pipelines.extract import FewStep, extract_lora
 from onestep.training.engine.inputs import automatic_start
 from onestep.training.methods.regression import pseudo_huber
 
@@ -72,27 +73,28 @@ def few_step(prompts: list[str], folder: Path, updates: int, batch: int, pairs: 
 def rows(few: Path, ranks: list[int], prompts: list[str], out: Path) -> Iterator[dict[str, Any]]:
     """What is kept, of each rank: plain, with the distance of the pictures where there are prompts; whitened by
     these."""
+    base = open_host("tiny", device="cpu")
+    new = FewStep(few, base.pipe)
+    wanted = {name: new.weight(target) - weight_of(target) for name, target in base.denoiser.roles.targets.items()}
     for rank in ranks:
         for whitened in (False, True):
-            host = open_host("tiny", device="cpu")
-            found = extract_lora(
-                host, few, out / f"rank-{rank}.safetensors", rank, recipe_of(host), prompts if whitened else ()
-            )
-            deltas = max(float((b @ a).abs().max()) for a, b in flat(found.state))
+            host, file = open_host("tiny", device="cpu"), out / f"rank-{rank}.safetensors"
+            found = extract_lora(host, few, file, rank, recipe_of(host), prompts if whitened else ())
             yield {
                 "rank": rank,
                 "whitened": whitened,
                 "weights": found.whole.weights,
                 "outputs": found.whole.outputs,
                 "apart": found.apart,
-                "largest delta": deltas,
-                "MiB": (out / f"rank-{rank}.safetensors").stat().st_size / 2**20,
+                "largest error": max(error(found.state[name], wanted[name]) for name in found.state),
+                "MiB": file.stat().st_size / 2**20,
             }
 
 
-def flat(state: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A [r, in] and B [out, r] of each layer, a kernel's taps among the inputs."""
-    return ((a.flatten(1), b.flatten(1)) for a, b in state.values())
+def error(factors: tuple[torch.Tensor, torch.Tensor], wanted: torch.Tensor) -> float:
+    """max |B A - W| of a layer, over max |W|."""
+    a, b = (factor.flatten(1) for factor in factors)
+    return float((b @ a - wanted.flatten(1)).abs().max() / wanted.abs().max())
 
 
 def main() -> None:
