@@ -46,6 +46,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     Shapes as in `attention`. Returns the output [B, H, Sq, Dv] and lse [B, H, Sq], float32 at least; lse is -inf for a
     query that may look nowhere. Outputs o_i merge to sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i).
     """
+    if not autocast(q):
+        return _in_float32(q, k, v, mask)
     with torch.autocast(q.device.type, enabled=False):  # or float32 would end at the products
         return _in_float32(q, k, v, mask)
 
@@ -124,6 +126,8 @@ def _choice(q: Tensor) -> str:
         return "xformers" if q.is_cuda and _trial_of("xformers", q) == WORKS else "sdpa"
     if wanted not in _BACKENDS:
         raise ValueError(f"ONESTEP_ATTENTION is {wanted!r}: set it to auto, {', '.join(_BACKENDS)}")
+    if q.is_meta:  # a run that is counted: nothing to try, and fused kernels keep what torch's keeps
+        return "reference" if wanted == "reference" else "sdpa"
     state = _trial_of(wanted, q)
     if state != WORKS:
         raise ValueError(f"ONESTEP_ATTENTION asks for {wanted}, which fails here ({state[:200]}): set it to auto")

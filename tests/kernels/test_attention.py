@@ -125,6 +125,16 @@ def test_an_unknown_or_failing_choice_is_refused_with_the_reason(monkeypatch):
         attention(q, k, v)
 
 
+@pytest.mark.parametrize("name", ["auto", "sdpa", "xformers", "reference"])
+def test_a_run_is_counted_whichever_is_asked_for(name, monkeypatch):
+    """On the meta device nothing can be tried, and the back end of the card need not be installed here."""
+    monkeypatch.setenv("ONESTEP_ATTENTION", name)
+    q, k = (torch.empty(2, 3, tokens, 8, device="meta", requires_grad=True) for tokens in (5, 7))
+    out = attention(q, k, k)
+    out.sum().backward()
+    assert out.shape == (2, 3, 5, 8) and q.grad.shape == q.shape
+
+
 def test_the_first_call_may_come_under_inference_mode(monkeypatch):
     monkeypatch.setenv("ONESTEP_ATTENTION", "sdpa")
     with torch.inference_mode():

@@ -45,3 +45,12 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
     )
     picture = np.asarray(Image.open(tmp_path / "bar.png"))
     assert picture.shape[1] == 960 and picture.std() > 20
+
+
+def test_comfyui_makes_the_room_that_the_run_has_counted(
+    random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    """Whenever the network comes back to the card; and the back end that ONESTEP_ATTENTION names is trained with."""
+    told = json.loads(run_inside("plan_room", random_tiny["tiny"], tmp_path / "run").strip().splitlines()[-1])
+    assert told["counted"] > 2**20 and told["asked"] and set(told["asked"]) == {told["counted"]}, told
+    assert 0 < told["learnt"] < told["calls"], told
