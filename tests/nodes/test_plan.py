@@ -34,9 +34,12 @@ def test_a_model_is_counted_in_both_hosts(root: Path, run_inside: Callable[..., 
         assert rung["parts"].keys() == ours.parts.keys()
     for name, plan in zip(ADAPTERS, adapters, strict=True):
         few = {"sizes": "32x32", "batch": 2, "steps": 1, "watch_samples": 4}
-        ours = rung_of(of_folder(folders[0]).shell, settings_for(method=name, **few), None, Way(2))
+        shell = of_folder(folders[0])
+        shell.tokens = 77
+        ours = rung_of(shell.shell, settings_for(method=name, **few), None, Way(2))
         (rung,) = plan["rungs"]
-        # the same adapter in the same places, and the same parts of its run
+        # the same adapter in the same places, and the same parts and work of its run
+        assert rung["forwards_a_sample"] == pytest.approx(ours.forwards, rel=0.03)
         assert rung["made_of"]["student"] == ours.peak.made_of["student"] > 0
         assert rung["parts"].keys() == ours.parts.keys()
         assert f", {name} at 32x32, batch 2" in plan["said"] and "GiB of tensors as it is set" in plan["said"]
