@@ -131,6 +131,13 @@ def all_files() -> Iterator[PurePosixPath]:
                 yield relative
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Six hundred trees are no burden for the tests of other files."""
+    yield
+    parsed.cache_clear()
+
+
 FILES = list(all_files())
 SOURCES = [path for path in FILES if path.suffix == ".py"]
 SHIPPED = [path for path in SOURCES if path.parts[0] in MAY_IMPORT or str(path) in ("__init__.py", "__main__.py")]

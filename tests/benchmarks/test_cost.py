@@ -42,6 +42,7 @@ def test_rows_act_and_the_doubled_form_is_the_same_steering(name: str) -> None:
         assert float((found["doubled form"] - found["NAG"]).abs().max()) < 1e-4 * away["NAG"] * scale
 
 
+@pytest.mark.broad
 def test_a_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     wanted = ["--networks", "toy-sd3", "--rounds", "2", "--rows", "NAG", "CFG", "--compile", "eager"]

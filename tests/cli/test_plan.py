@@ -17,7 +17,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_large_card_takes_a_run_as_it_is_set(onestep: Command) -> None:
-    said = onestep("plan", "tiny", "--card", "RTX 3060", "--set", "checkpointing=false")
+    said = onestep("plan", "tiny", "--card", "RTX 3060", "--preset", "Balanced", "--set", "checkpointing=false")
     assert said.code == 0
     assert "rank 64 on all layers; RTX 3060: 10.1 GiB for tensors" in said.out
     assert "fits: micro-batch 4, no checkpointing" in said.out and "A run fits as it is set" in said.out

@@ -35,6 +35,7 @@ def test_one_block_is_the_middle(name: str) -> None:
     assert looking(on_meta(name), 1).names == [MIDDLES[name]]
 
 
+@pytest.mark.broad
 def test_several_are_spread_in_the_networks_order() -> None:
     network = on_meta("sdxl")
     names = looking(network, 4).names

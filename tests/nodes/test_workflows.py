@@ -250,7 +250,9 @@ def test_no_node_covers_another(root: Path, name: str) -> None:
         assert apart, f"{one} and {other} of {name}: {a}, {b}"
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["litegraph", "nodes2"])
+@pytest.mark.parametrize(
+    "vue", [pytest.param(False, id="litegraph"), pytest.param(True, id="nodes2", marks=pytest.mark.broad)]
+)
 def test_the_front_end_loads_both_and_shows_a_run(
     distilled: Any, comfy_server: Any, open_page: Any, root: Path, tmp_path: Path, vue: bool
 ) -> None:

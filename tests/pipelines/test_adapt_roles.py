@@ -100,7 +100,7 @@ def copies(network: torch.nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", narrowed(MAKERS, "sd", "sd3"))
+@pytest.mark.parametrize("name", narrowed(MAKERS, "sd"))
 def test_each_base_weight_exists_once(name: str) -> None:
     """At three points of a step, and a role adds its adapters alone."""
     host = adapt(make(name))

@@ -138,6 +138,7 @@ def test_frames_are_noised_to_the_share_and_drawn_in_one_step(tmp_path: Path) ->
     assert len(found) == 2 and not torch.equal(*found)
 
 
+@pytest.mark.broad
 @pytest.mark.slow
 def test_a_compiled_callable_draws_the_same(tmp_path: Path) -> None:
     pipe = loaded("sd", RECIPES["one step"], tmp_path)

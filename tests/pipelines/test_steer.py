@@ -155,6 +155,7 @@ def test_half_precision_is_the_same_but_for_its_rounding(name: str, mode: str, d
     assert dtype == torch.bfloat16 or 4 * rounding < 0.5 * (acting - plain).abs().mean()
 
 
+@pytest.mark.broad
 @pytest.mark.slow
 @pytest.mark.parametrize("name", narrowed(["sd15", "sd35", "flux"], "sd15"))
 def test_a_compiled_network_follows_each_steering(name: str) -> None:

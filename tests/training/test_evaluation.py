@@ -104,6 +104,7 @@ def test_variety_is_that_of_the_gaussians_flow():
     assert found == pytest.approx(once / many, rel=1e-4)
 
 
+@pytest.mark.broad
 def test_frechet_to_the_teacher_is_that_of_two_gaussians():
     """One prompt: both rows are Gaussian, so the distance is |dm|^2 + D (s - s')^2, doubled rows and all."""
     host, table, pictures = table_of(800, ["two"], batch=400)

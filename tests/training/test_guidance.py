@@ -269,6 +269,7 @@ class Scripted:
         return self.seen
 
 
+@pytest.mark.broad
 def test_steps_are_seen_as_often_as_guidance_is_large_there() -> None:
     """The second always, a later one by what stood at the one before it, in proportion to the largest so far."""
     for apart, wanted in (
@@ -326,6 +327,7 @@ def agd_run(folder: Path, existing: str = "stop", poll: Any = None) -> Any:
         host.release()
 
 
+@pytest.mark.broad
 def test_a_killed_agd_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = agd_run(tmp_path / "whole" / "run")
     with pytest.raises(Cancelled):

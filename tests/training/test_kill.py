@@ -30,7 +30,7 @@ def records_of(method: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("method", narrowed(["dmd", *MAKING], "dmd", "cdm"))
+@pytest.mark.parametrize("method", narrowed(["dmd", *MAKING], "dmd"))
 def test_every_resume_ends_as_the_uninterrupted_run(method: str) -> None:
     """The result's file, state with moments and counters, metrics, pictures and what the method has made to learn
     from."""
@@ -51,7 +51,7 @@ def test_enough_were_killed_and_in_the_worst_places() -> None:
     assert {"a forward"} <= {record["event"][0] for record in killed if record["event"][1] != "save"}
 
 
-@pytest.mark.parametrize("method", narrowed(MAKING, "cdm"))
+@pytest.mark.parametrize("method", narrowed(MAKING))
 def test_what_a_method_makes_first_is_killed_too(method: str) -> None:
     """In the middle of a block's file and behind its rename, and the same within a save."""
     whole, *killed = records_of(method)

@@ -11,6 +11,7 @@ from typing import Any
 import layout_pipelines as layouts
 import pytest
 import torch
+from narrowed import narrowed
 from small_host import SmallHost, small
 from torch import Tensor
 from whole_runs import Cancelled, factors, newest, run
@@ -61,7 +62,10 @@ def test_whatever_is_computed_again_the_same_is_learnt(begun: dict[str, tuple[Re
     assert learnt[0] == learnt[1] == learnt[2]
 
 
-@pytest.mark.parametrize(("first", "last"), [(NOTHING, FEED_FORWARDS), (FEED_FORWARDS, BLOCKS), (NOTHING, BLOCKS)])
+@pytest.mark.parametrize(
+    ("first", "last"),
+    narrowed([(NOTHING, FEED_FORWARDS), (FEED_FORWARDS, BLOCKS), (NOTHING, BLOCKS)], (FEED_FORWARDS, BLOCKS)),
+)
 def test_a_run_that_goes_down_equals_one_that_began_there(
     begun: dict[str, tuple[Result, float]], first: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

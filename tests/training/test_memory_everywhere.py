@@ -80,7 +80,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("lora") / "run", settings).path
 
 
-@pytest.mark.parametrize("method", narrowed(METHODS, "dmd", "nct"))
+@pytest.mark.parametrize("method", narrowed(METHODS, "dmd"))
 def test_a_run_goes_on_wherever_it_finds_no_memory_once(tmp_path: Path, method: str, lora: Path) -> None:
     """Nine places from the first forward to the last: pictures, reference, turns of each role, watch and preview."""
     own = {"sizes": "32x32", "steps": 2, "watch_every": 1, "preview_every": 1, "learning_rate": 1e-4, "batch": 2}

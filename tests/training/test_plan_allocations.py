@@ -9,7 +9,7 @@ import pytest
 from allocated import host, trained
 from narrowed import narrowed
 
-from onestep.core.recomputed import BLOCKS, GRADES
+from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, GRADES
 from onestep.pipelines.shells import of_host
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.plan.rehearse import OPTIMIZER, rehearse
@@ -39,7 +39,7 @@ def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> in
     )
 
 
-@pytest.mark.parametrize("recompute", GRADES)
+@pytest.mark.parametrize("recompute", narrowed(GRADES, FEED_FORWARDS))
 @pytest.mark.parametrize(("batch", "sliced"), narrowed([(1, True), (4, False), (4, True)], (4, True)))
 def test_the_peak_of_an_update_is_what_the_cpu_allocates(
     batch: int, sliced: bool, recompute: str, tmp_path: Path
@@ -50,7 +50,7 @@ def test_the_peak_of_an_update_is_what_the_cpu_allocates(
     assert predicted(settings, real, recompute, sliced) == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("method", narrowed([name for name in METHODS if name != "dmd"], "regression", "tdm", "agd"))
+@pytest.mark.parametrize("method", narrowed([name for name in METHODS if name != "dmd"], "regression", "agd"))
 def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
     settings, real = settings_of(method, 3), host()
     measured = trained(real, settings, tmp_path, BLOCKS, True)
@@ -58,7 +58,7 @@ def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", narrowed(GRADES, BLOCKS))
-@pytest.mark.parametrize("size", narrowed(["104x152", "152x104", "96x32"], "104x152"))
+@pytest.mark.parametrize("size", narrowed(["104x152", "152x104", "96x32"], "96x32"))
 def test_so_is_a_picture_that_is_no_square(size: str, recompute: str, tmp_path: Path) -> None:
     """The first an eighth of 832x1216, in whose U-Net levels of odd widths and heights meet."""
     settings, real = settings_of("dmd", 2, sizes=size), host()

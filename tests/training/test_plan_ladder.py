@@ -131,6 +131,7 @@ def test_moments_of_eight_bits_and_what_lies_on_the_host_take_what_they_take(
     assert few["optimiser"].made_of["moments"] == 800
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_base_stored_in_fp8_is_what_a_base_in_fp8_is_counted_at(kind: torch.dtype) -> None:
     """Reckoned from 16 bits, and rehearsed with layers that were stored so, scales for each row among them."""

@@ -29,11 +29,13 @@ def rung() -> Any:
     return found
 
 
+@pytest.mark.broad
 def test_an_anchor_every_fourth_update_is_a_quarter_of_one(rung: Any) -> None:
     none, each, fourth = (rung(anchor=a, anchor_every=n).forwards for a, n in ((0.0, 1), (0.25, 1), (0.25, 4)))
     assert fourth - none == pytest.approx((each - none) / 4)
 
 
+@pytest.mark.broad
 def test_three_turns_that_share_a_picture_save_two(rung: Any) -> None:
     """What one critic turn more costs, less its learning, is the picture."""
     fresh, shared = (
@@ -51,6 +53,7 @@ def test_a_lora_for_each_step_takes_room_for_itself_and_for_no_second_base(rung:
     assert two["student moments"] == 2 * one["student moments"]
 
 
+@pytest.mark.broad
 def test_a_head_takes_room_for_itself_and_its_term_forwards_where_it_is_asked(rung: Any) -> None:
     """float32: its factors, their gradients, AdamW's two moments or, without a first, one; no second base."""
     told = {"steps": 100, "gan_start": 0.5, "gan_ramp": 0.0}

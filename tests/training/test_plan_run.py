@@ -82,6 +82,7 @@ def test_checkpointing_is_taken_by_itself_where_it_is_needed(
     assert "micro-batch 1, checkpointing" in notes[0]
 
 
+@pytest.mark.broad
 def test_no_more_is_computed_again_than_must_be(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
     """The run takes it by itself, learns the same to the bit, and stays there when it goes on."""
     how = settings()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from narrowed import narrowed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -79,7 +80,7 @@ def tensors_in(file: Path) -> int:
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("method", narrowed(RUNS, "regression"))
 def test_a_whole_run_is_what_was_planned(method: str, host: DiffusersHost, tmp_path: Path) -> None:
     how, run = settings(method), tmp_path / "run"
     work = flops_of(lambda: distil(host, PROMPTS, how, run))

@@ -221,7 +221,7 @@ class _Rehearsal:
         wanted = max(phase.fresh_cost for phase in method.plan(replace(self.setup, settings=asked)).phases)
         # where there are more data than updates, every phase that learns of them makes some
         updates = sum(phase.updates for phase in self._plan.phases)
-        many = replace(self.setup, settings=replace(ours, batch=1, pairs=min(updates + 1, 10**6)))
+        many = replace(self.setup, settings=replace(ours, batch=1, accumulation=1, pairs=min(updates + 1, 10**6)))
         self._draws = {
             phase.name: phase.rare.get(ANCHOR, 1.0) if phase.fresh_cost else 0.0 for phase in method.plan(many).phases
         }
