@@ -23,7 +23,7 @@ from onestep.core.extraction import weight_of
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import initial_latents, teacher_sample
-from onestep.pipelines.extract import FewStep, extract_lora
+from onestep.pipelines.extract import Drawn, FewStep, extract_lora
 from onestep.training.engine.inputs import automatic_start
 from onestep.training.methods.regression import pseudo_huber
 
@@ -71,8 +71,7 @@ def few_step(prompts: list[str], folder: Path, updates: int, batch: int, pairs: 
 
 
 def rows(few: Path, ranks: list[int], prompts: list[str], out: Path) -> Iterator[dict[str, Any]]:
-    """What is kept, of each rank: plain, with the distance of the pictures where there are prompts; whitened by
-    these."""
+    """What is kept, of each rank, plain and whitened by ``prompts``, and how far the pictures of these are apart."""
     base = open_host("tiny", device="cpu")
     new = FewStep(few, base.pipe)
     wanted = {name: new.weight(target) - weight_of(target) for name, target in base.denoiser.roles.targets.items()}
@@ -80,12 +79,14 @@ def rows(few: Path, ranks: list[int], prompts: list[str], out: Path) -> Iterator
         for whitened in (False, True):
             host, file = open_host("tiny", device="cpu"), out / f"rank-{rank}.safetensors"
             found = extract_lora(host, few, file, rank, recipe_of(host), prompts if whitened else ())
+            # of a plain extraction the pictures are not drawn: here they are, of the same prompts
+            apart = found.apart if whitened else Drawn(host, recipe_of(host), prompts, None).apart(found.state, new)
             yield {
                 "rank": rank,
                 "whitened": whitened,
                 "weights": found.whole.weights,
                 "outputs": found.whole.outputs,
-                "apart": found.apart,
+                "apart": apart,
                 "largest error": max(error(found.state[name], wanted[name]) for name in found.state),
                 "MiB": file.stat().st_size / 2**20,
             }
