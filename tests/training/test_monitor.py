@@ -59,6 +59,14 @@ def test_the_untrained_student_is_measured_once_in_a_run(tmp_path: Path) -> None
     assert [entry["no_gain"] for entry in result.metrics if "no_gain" in entry] == [0, 3, 6, 9]
 
 
+def test_no_gain_is_told_of_a_student_that_does_not_learn(tmp_path: Path) -> None:
+    """In a critic's warm-up it is drawn as it was, and its distance cannot fall."""
+    result = run(tmp_path / "run", small(warm_start=2, critic_warm_up=4, steps=2, watch_every=1, ema=0.0))
+    told = {line["update"]: "no_gain" in line for line in result.metrics}
+    assert told == {update: not 3 <= update <= 6 for update in range(9)}
+    assert len({line["distance"] for line in result.metrics if 2 <= line["update"] <= 6}) == 1
+
+
 def test_a_run_that_only_gets_worse_keeps_no_untrained_state(tmp_path: Path) -> None:
     """Its last two states stay, and it ends with a result of what it learnt."""
     host = SmallHost()

@@ -73,6 +73,10 @@ class Phase:
     fresh_cost: float = 0.0
     rare: Mapping[str, float] = field(default_factory=dict)
 
+    def teaches(self, role: str) -> bool:
+        """Whether one of its turns is this role's."""
+        return any(turn.role == role for turn in self.turns)
+
 
 @dataclass(frozen=True)
 class Plan:

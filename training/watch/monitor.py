@@ -45,16 +45,20 @@ class Monitor:
         if latents is None:
             write_tensors(path, self.watch.latents)
 
-    def __call__(self, update: int, last: bool) -> tuple[Numbers, Path | None]:
+    def __call__(self, update: int, last: bool, learns: bool = True) -> tuple[Numbers, Path | None]:
         """Measures and preview after ``update`` updates, where they are due: before the first and after the last too.
 
-        Without measures the numbers are empty; without a preview its path is None.
+        Without measures the numbers are empty; without a preview its path is None. learns: whether the student did, as
+        in a critic's warm-up it does not: nothing is said of a gain then.
         """
         if self.watch is None:
             return {}, None
         measured = _due(self.settings.watch_every, update, last)
         drawn = _due(self.settings.preview_every, update, last)
-        return self._measure(self.watch, update) if measured else {}, self._draw(self.watch, update) if drawn else None
+        numbers = self._measure(self.watch, update) if measured else {}
+        if not learns:
+            numbers = {name: value for name, value in numbers.items() if name != "no_gain"}
+        return numbers, self._draw(self.watch, update) if drawn else None
 
     def preview(self, update: int) -> Path | None:
         """The preview after ``update``, drawn here where none was due; None where the run watches nothing."""
