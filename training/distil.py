@@ -168,7 +168,9 @@ class _Session:
             self.notes += self.pace.add(self.update, time.monotonic() - began)
             seen, preview = self.monitor(self.update + 1, self.update + 1 == total, phase.teaches(STUDENT))
             numbers |= seen
-            self.run.log({"update": self.update + 1, "phase": phase.name, "seconds": time.monotonic() - began, **numbers})
+            self.run.log(
+                {"update": self.update + 1, "phase": phase.name, "seconds": time.monotonic() - began, **numbers}
+            )
             self.update += 1
             self.monitor.keep(self.update)
             self._save_if_due()
