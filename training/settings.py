@@ -161,7 +161,11 @@ class Settings:
             for entry in described(part):
                 check_value(entry.name, getattr(part, entry.name), entry.metadata, entry.type)
         if self.batch % self.accumulation:
-            raise OneStepError(f"accumulation {self.accumulation} must divide batch {self.batch}")
+            fitting = ", ".join(str(count) for count in range(1, self.batch + 1) if self.batch % count == 0)
+            raise OneStepError(
+                f"accumulation {self.accumulation} must divide batch {self.batch}: set it to one of {fitting:.60}, or "
+                "choose another batch"
+            )
         self.size_list  # noqa: B018  (refuses what is no size)
         told_licenses(self.licenses)
         self.own.check(self)
