@@ -43,7 +43,7 @@ def distil(name: str, method: str, own: dict[str, Any] | None = None, **changes:
     plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2]}
     plan = {"preset": "Fast", "steps": 2, "student_steps": "1", "rank": 4, "sizes": "32x32"}
     more = {"teacher_steps": 2, "guidance": 3.0, "seed": 0, "name": name, "existing": "restart"}
-    told = {**small(method, **QUICK, **(own or {})), **plan, **more, **plugs, "prompts": f"{PROMPT}\na blue wall"}
+    told = {**small(method, **(QUICK | (own or {}))), **plan, **more, **plugs, "prompts": f"{PROMPT}\na blue wall"}
     told |= changes
     if method not in ADAPTER_METHODS:
         return {"class_type": "OneStepDistil", "inputs": told}
