@@ -162,19 +162,17 @@ class _Session:
         while self.update < total and self.finished_at != total:
             began = time.monotonic()
             phase = self.trainer.plan.at(self.update)[0]
-            numbers = self.trainer.step(self.update)
+            found = self.trainer.step(self.update)
             if self.trainer.stuck >= self.settings.patience:
                 self._roll_back()
             self.notes += self.pace.add(self.update, time.monotonic() - began)
             seen, preview = self.monitor(self.update + 1, self.update + 1 == total, phase.teaches(STUDENT))
-            numbers |= seen
-            self.run.log(
-                {"update": self.update + 1, "phase": phase.name, "seconds": time.monotonic() - began, **numbers}
-            )
+            found |= seen
+            self.run.log({"update": self.update + 1, "phase": phase.name, "seconds": time.monotonic() - began, **found})
             self.update += 1
             self.monitor.keep(self.update)
             self._save_if_due()
-            if Request.FINISH in self._answer(phase.name, numbers, preview):
+            if Request.FINISH in self._answer(phase.name, found, preview):
                 self.finished_at = total
                 self.trainer.notes.append(f"finished early, after {self.update} of {total} updates")
 
