@@ -12,9 +12,8 @@ from .settings import Settings, described, nearest
 
 DEFAULT = "Overnight"
 """Four steps are what a night on one card buys for a model of SDXL's size."""
-
-
 LENGTH = ("steps", "pairs")
+"""What an adapter takes of a preset, which is of LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,6 @@ def preset(name: str | None, **changes: Any) -> Settings:
     known = {"method", *(entry.name for entry in (*described(Settings), *described(METHODS[method].settings)))}
     started = {**chosen.values, **(chosen.with_donor if changes.get("initial_lora") else {})}
     if METHODS[method].makes == "adapter":
-        # an adapter is for a student of which a preset of LoRAs knows nothing: it says for how long
         known = set(LENGTH)
     values = {key: value for key, value in started.items() if key in known}
     return settings_for(**{**values, **changes})

@@ -107,9 +107,8 @@ def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
 def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, float]:
     """The updates of the run up to which the matching makes data, and what an update of these makes, in the mean."""
     own, found = turns.own, []
-    if (
-        turns.head is not None and turns.head.draws_pairs
-    ):  # it draws pairs in each update, and the anchor finds them made
+    if turns.head is not None and turns.head.draws_pairs:
+        # in each update, and the anchor finds them made
         found.append((max(0, pairs.blocks - turns.first), pairs.solve_cost))
     elif own.anchor:
         found.append((own.anchor_every * max(0, pairs.blocks - turns.first), pairs.solve_cost / own.anchor_every))
