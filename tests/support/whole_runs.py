@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_host import PROMPTS, SmallHost, small
 
@@ -96,3 +97,12 @@ def at_call(number: int, error: BaseException) -> Callable[[], None]:
             raise error
 
     return poll
+
+
+def cancelled_and_whole(folder: Path, settings: Settings, poll: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is left of a run that is cancelled at its ``poll``-th poll and goes on, and of one that nobody stops."""
+    run(folder / "whole" / "run", settings)
+    with pytest.raises(Cancelled):
+        run(folder / "cut" / "run", settings, host=SmallHost(on_poll=at_call(poll, Cancelled())))
+    run(folder / "cut" / "run", settings, existing="continue")
+    return left(folder / "cut" / "run"), left(folder / "whole" / "run")

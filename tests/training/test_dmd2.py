@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_host import SmallHost, setup_of, small
 from torch import Tensor
-from whole_runs import Cancelled, at_call, factors, left, newest, run
+from whole_runs import cancelled_and_whole, factors, newest, run
 
 from onestep.core.errors import OneStepError
 from onestep.core.tensor_file import read_tensors
@@ -154,11 +154,7 @@ def test_a_head_learns_to_tell_real_from_fake(prediction: str, tmp_path: Path) -
 @pytest.mark.parametrize("poll", [14, 23, 31])
 def test_a_run_that_is_stopped_ends_as_if_not(poll: int, tmp_path: Path) -> None:
     settings = small(method="dmd2", gan_start=0.3, gan_ramp=0.3, gan_weight=1.0, head_updates=2, anchor=0.5)
-    run(tmp_path / "whole" / "run", settings)
-    with pytest.raises(Cancelled):
-        run(tmp_path / "cut" / "run", settings, host=SmallHost(on_poll=at_call(poll, Cancelled())))
-    run(tmp_path / "cut" / "run", settings, existing="continue")
-    whole, cut = left(tmp_path / "whole" / "run"), left(tmp_path / "cut" / "run")
+    cut, whole = cancelled_and_whole(tmp_path, settings, poll)
     assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]
 
 

@@ -15,7 +15,7 @@ from best_head import THREE, BestHead, best, looking_at
 from mutations import must_fail, mutant
 from oracles import CASES, Array, At, Case, World, drawn, rows
 from small_host import SmallHost, small
-from whole_runs import Cancelled, at_call, factors, left, newest, run
+from whole_runs import cancelled_and_whole, factors, newest, run
 
 from onestep.core.tensor_file import read_tensors
 from onestep.training.methods import f_divergence
@@ -199,11 +199,7 @@ def test_by_the_reverse_kl_it_is_dmd2(prediction: str, tmp_path: Path) -> None:
 def test_a_run_that_is_stopped_ends_as_if_not(poll: int, tmp_path: Path) -> None:
     """With the means, which are of the state."""
     settings = small(method="f-distill", divergence="kl", head_updates=2, **LEARNING)
-    run(tmp_path / "whole" / "run", settings)
-    with pytest.raises(Cancelled):
-        run(tmp_path / "cut" / "run", settings, host=SmallHost(on_poll=at_call(poll, Cancelled())))
-    run(tmp_path / "cut" / "run", settings, existing="continue")
-    whole, cut = left(tmp_path / "whole" / "run"), left(tmp_path / "cut" / "run")
+    cut, whole = cancelled_and_whole(tmp_path, settings, poll)
     assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]
     state = read_tensors(newest(tmp_path / "cut" / "run") / "state.safetensors")
     assert bool((state["head/ratios.ratio"] != 1).any()) and state["head/ratios.weight"].shape == (1,)

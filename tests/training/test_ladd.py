@@ -13,7 +13,7 @@ from best_head import BestHead, looking_at
 from mutations import must_fail, mutant
 from oracles import CASES, At, Case, World
 from small_host import SmallHost, setup_of, small
-from whole_runs import Cancelled, at_call, factors, left, newest, run
+from whole_runs import cancelled_and_whole, factors, newest, run
 
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
@@ -129,11 +129,7 @@ def test_a_run_learns_without_a_critic(prediction: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("poll", [16, 27])
 def test_a_run_that_is_stopped_ends_as_if_not(poll: int, tmp_path: Path) -> None:
     settings = small(method="ladd", head_blocks=2, head_warm_up=1, head_penalty=0.5, anchor=0.3, student_steps=2)
-    run(tmp_path / "whole" / "run", settings)
-    with pytest.raises(Cancelled):
-        run(tmp_path / "cut" / "run", settings, host=SmallHost(on_poll=at_call(poll, Cancelled())))
-    run(tmp_path / "cut" / "run", settings, existing="continue")
-    whole, cut = left(tmp_path / "whole" / "run"), left(tmp_path / "cut" / "run")
+    cut, whole = cancelled_and_whole(tmp_path, settings, poll)
     assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]
     other = run(tmp_path / "other" / "run", settings.with_(head_penalty=0.0))
     assert factors(other.path) != factors(tmp_path / "whole" / "run" / "result.safetensors")
