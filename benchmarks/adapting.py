@@ -11,29 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from measure import EACH, ROLE, make_set, pictures
+from judged import Judged, train
 from tiny_models import autoencoder, data, store, unet
 from tiny_models.loop import Plan, Training
 from torch import Tensor
 
 from onestep.cli.demo import SMALLER
-from onestep.cli.evaluate import judge_of
 from onestep.cli.lora import read_lora
-from onestep.cli.model import at_native_size, open_host, read_prompts
-from onestep.core.recipe import Recipe
+from onestep.cli.model import read_prompts
 from onestep.pipelines.bundled import path_of
 from onestep.pipelines.tiny_words import pixel_words
-from onestep.training.distil import distil
-from onestep.training.evaluation.measures import bootstrap, frechet, obeyed, variety
 from onestep.training.presets import preset
 from onestep.training.settings import Settings
 
@@ -99,55 +93,6 @@ def shortened(length: float) -> dict[str, int]:
     }
 
 
-def train(model: str, prompts: list[str], settings: Settings, folder: Path) -> Path:
-    """The result of a run, made or found."""
-    if not (folder / "result.safetensors").is_file():
-        host = open_host(model, device="cpu")
-        began = time.monotonic()
-        distil(host, prompts, at_native_size(settings, set(), host), folder, existing="continue")
-        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - began))
-    return folder / "result.safetensors"
-
-
-class Measured:
-    """LoRAs beside F's own pictures, by the frozen judge."""
-
-    def __init__(self, model: str, prompts: list[str], samples: int, folder: Path) -> None:
-        self.host, self.judge = open_host(model, device="cpu"), judge_of("tiny", None)
-        self.kept = make_set(self.host, prompts, "adapting", samples, same=False)
-        self.again = replace(self.kept, name="adapting again", teachers=self.kept.students)
-        self.asked = self.judge.asked(self.kept.texts)
-        with torch.no_grad(), self.host.denoiser.roles.installed():
-            self.teacher = self.features(self.kept.teacher(self.host, folder / "teacher.safetensors"))
-            self.second = self.features(self.again.teacher(self.host, folder / "second.safetensors"))
-
-    def features(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        images = pictures(self.host, latents)
-        return self.judge.features(images), {head: one.argmax(1) for head, one in self.judge.predict(images).items()}
-
-    def untrained(self, recipe: Recipe) -> dict[str, Any]:
-        """F itself in the recipe's steps."""
-        return self._drawn({}, recipe)
-
-    def __call__(self, lora: Path) -> dict[str, Any]:
-        found = read_lora(str(lora), self.host)
-        return self._drawn(found.state, found.recipe)
-
-    def _drawn(self, state: Any, recipe: Recipe) -> dict[str, Any]:
-        with torch.no_grad(), self.host.denoiser.roles.installed():
-            self.host.denoiser.roles.load(ROLE, state)
-            return self.scores(self.features(self.kept.student(self.host, recipe)))
-
-    def scores(self, seen: tuple[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
-        """FD-local to F's pictures with its interval, the judge's agreement with the prompts, variety."""
-        features, chosen = seen
-        wanted = self.teacher[0]
-        fd = bootstrap(lambda rows: frechet(features[rows], wanted[rows]), len(features) // EACH, EACH)
-        told = {"fd": fd.value, "fd_half": fd.value - fd.low}
-        told |= {head: obeyed(chosen[head], asked) for head, asked in self.asked.items()}
-        return told | {"variety": float(variety(features, EACH).sum() / variety(wanted, EACH).sum())}
-
-
 def rows(
     model: Path, prompts: list[str], of: int, shares: list[float], out: Path, **changes: Any
 ) -> Iterator[tuple[str, float, Path]]:
@@ -168,7 +113,7 @@ def measured(args: argparse.Namespace, **changes: Any) -> list[dict[str, Any]]:
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(args.prompts)
     model = finetune(changed(args.data), args.out / "F", args.updates, args.batch)
-    scorer = Measured(str(model), prompts, args.samples, args.out)
+    scorer = Judged(str(model), prompts, args.samples, args.out)
     path = args.out / "rows.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
