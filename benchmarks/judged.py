@@ -1,4 +1,4 @@
-"""LoRAs beside pictures of their teacher and, where they are given, real ones, by the frozen judge of the tiny models."""
+"""LoRAs beside pictures of their teacher and, where they are given, real ones, by the tiny models' frozen judge."""
 
 from __future__ import annotations
 

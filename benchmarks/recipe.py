@@ -3,9 +3,9 @@
     python benchmarks/recipe.py --model tiny --steps 1 4 --ablation --reference tiles.npz --out runs/recipe/tiny
     python benchmarks/recipe.py --model tiny --steps 1 4 --reference tiles.npz --out runs/recipe/tiny
 
---ablation: regression alone, dmd alone and both, each from nothing; dmd alone spends on updates what the teacher's pairs
-cost the others. Else every switch goes on from one warm start, with a critic of its own. A line of rows.jsonl is written
-as each row is known; it goes on where it was stopped.
+--ablation: regression alone, dmd alone and both, each from nothing; dmd alone spends on updates what the teacher's
+pairs cost the others. Else every switch goes on from one warm start, with a critic of its own. A line of rows.jsonl is
+written as each row is known; it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class Table:
 
     def made(self, kind: str, name: str, settings: Settings, seed: int = 0) -> Path:
         """The LoRA of a row, made and scored unless it is known."""
-        key = {"part": kind, "row": name, "steps": self.args.now, "seed": seed}
-        folder = self.args.out / f"{kind}-{self.args.now}-{name.replace(' ', '-').replace('/', '-')}-{seed}"
+        key = {"part": kind, "row": name, "steps": settings.student_steps, "seed": seed}
+        folder = self.args.out / f"{kind}-{settings.student_steps}-{name.replace(' ', '-').replace('/', '-')}-{seed}"
         known = [line for line in self.lines if key.items() <= line.items()]
         if not known:
             self._pairs(folder, settings)
@@ -201,8 +201,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not table.lines:
         scores = table.judged.scores
         table.add({"part": "model", "row": "teacher, another seed", "steps": 0, **scores(table.judged.second)})
-    for args.now in args.steps:
-        rows = Rows(args, prompts, args.now)
+    for steps in args.steps:
+        rows = Rows(args, prompts, steps)
         start = table.made("start", "warm start", rows.warm())
         made = rows.ablation() if args.ablation else rows.switches(start)
         for name, settings in made:
@@ -212,7 +212,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
                 table.made("ablation" if args.ablation else "switch", name, settings)
             except OneStepError as error:
                 print(f"{name}: {error}", flush=True)
-        key = {"part": "model", "row": "untrained", "steps": args.now}
+        key = {"part": "model", "row": "untrained", "steps": steps}
         if not any(key.items() <= line.items() for line in table.lines):
             table.add({**key, **table.judged.untrained(read_lora(str(start), table.judged.host).recipe)})
     return table.lines
@@ -231,13 +231,13 @@ def markdown(lines: list[dict[str, Any]]) -> list[str]:
         "brightness",
         "variety",
     ]
-    told = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for line in lines:
         pairs = [f"{line[name]:.2f} ±{line[f'{name}_half']:.2f}" if name in line else "" for name in ("fd", "fd_real")]
         scores = [f"{line[name]:.3f}" for name in ("group", "colour", "brightness", "variety")]
         updates = str(line.get("updates", ""))
-        told.append("| " + " | ".join([line["row"], str(line["steps"]), updates, *pairs, *scores]) + " |")
-    return told
+        rows.append("| " + " | ".join([line["row"], str(line["steps"]), updates, *pairs, *scores]) + " |")
+    return rows
 
 
 def main() -> None:
