@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from tiny_pipelines import make, randomise
 from torch import Tensor, nn
 
 from onestep.core.errors import OneStepError
-from onestep.core.lora_file import save_lora
+from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.memory import noticed
 from onestep.core.randomness import normal
+from onestep.core.recipe import Recipe, step_names
 from onestep.core.stored import store, stored_as
 from onestep.pipelines.adapt import adapt
 from onestep.training.evaluation.storage import TIMES, Apart, apart, predictions, refuse_other, tried
@@ -89,6 +91,23 @@ def test_a_base_of_other_widths_or_depth_is_another() -> None:
         pipe.unet = type(pipe.unet).from_config(told)
         with pytest.raises(OneStepError, match="of another architecture"):
             refuse_other(stored, adapt(pipe, device="cpu"))
+
+
+def test_each_level_is_asked_of_its_own_steps_file(tmp_path: Path) -> None:
+    """Of two steps, from 999 and from 499: the first file answers at 980, 750 and 500, the second at 250."""
+    _, whole = pair()
+    recipe = replace(Recipe((999.0, 499.0)), files=step_names("steps.safetensors", 2))
+    (first, second), expected = [tmp_path / name for name in recipe.files], []
+    for size, path in ((1.0, first), (-2.0, second)):
+        loaded = load_lora(lora(whole, tmp_path))
+        state = {name: (a, size * b) for name, (a, b) in loaded.state.items()}
+        save_lora(path, state, loaded.family)
+        expected.append(predictions(whole, path, ["a cat"], (64, 64)).student)
+        save_lora(path, state, loaded.family, recipe.to_json())
+    found = predictions(whole, first, ["a cat"], (64, 64)).student
+    torch.testing.assert_close(found, torch.cat([expected[0][:3], expected[1][3:]]))
+    assert float((expected[0] - expected[1])[3:].norm()) > 0.01
+    assert set(whole.denoiser.roles.names()) == {"made"}
 
 
 def test_where_memory_runs_out_fewer_prompts_are_asked_at_a_time(tmp_path: Path) -> None:

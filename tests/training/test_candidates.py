@@ -14,8 +14,9 @@ from whole_runs import Cancelled, at_call, left, run
 from onestep.core.errors import OneStepError
 from onestep.core.memory import noticed
 from onestep.core.tensor_file import read_header, read_tensors
+from onestep.training.engine.spacing import number, spacing
 from onestep.training.runs import candidates
-from onestep.training.runs.candidates import kept, spacing
+from onestep.training.runs.candidates import kept
 
 
 def thinned(updates: int, every: int, most: int) -> list[int]:
@@ -37,6 +38,7 @@ def test_every_second_goes_where_they_are_too_many(every: int, most: int, tmp_pa
     for update in range(1, 70):
         candidates.keep(tmp_path, update, host.denoiser.roles, "student", settings)
         assert list(kept(tmp_path)) == thinned(update, every, most)
+        assert len(kept(tmp_path)) == number(update, settings)
         assert all(at % spacing(update, settings) == 0 for at in kept(tmp_path))
     assert most / 2 <= len(kept(tmp_path)) <= most
 

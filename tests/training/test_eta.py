@@ -49,7 +49,9 @@ def test_the_time_to_go_is_right_where_the_costs_are(at: int, monkeypatch: pytes
 def test_what_a_run_says_of_its_length() -> None:
     """Before it begins, updates and samples; after the first of them, once, how long the rest takes."""
     told = length_told(plan(), 8)
-    assert told.startswith("50 updates (warm start 20, matching 30) of 8 samples: 400 samples; after 10 of them")
+    assert told == (
+        "50 updates (warm start 20, matching 30) of 8 samples: 400 samples; the first 10 say how long that takes"
+    )
     assert length_told(Plan(["student"], [Phase("few", 3, [TURN])]), 2) == "3 updates (few 3) of 2 samples: 6 samples"
     pace = Pace(Plan(["student"], [Phase("long", 1000, [TURN])]))
     said = [note for update in range(30) for note in pace.add(update, 2.0)]

@@ -21,8 +21,7 @@ from onestep.training.engine.prompts import embed
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.plan.cards import OF_FLOPS, Card
 from onestep.training.plan.kernels import ON_CPU
-from onestep.training.plan.rungs import Rung, Way, rung_of
-from onestep.training.plan.whole import STATES
+from onestep.training.plan.rungs import STATES, Rung, Way, rung_of
 from onestep.training.settings import Settings
 
 PROMPTS = ["a red dragon", "a blue wall", "a wall"]
@@ -82,7 +81,7 @@ def tensors_in(file: Path) -> int:
 
 @pytest.mark.parametrize("method", narrowed(RUNS, "regression"))
 def test_a_whole_run_is_what_was_planned(method: str, host: DiffusersHost, tmp_path: Path) -> None:
-    how, run = settings(method), tmp_path / "run"
+    how, run = settings(method).with_(candidate_every=1), tmp_path / "run"
     work = flops_of(lambda: distil(host, PROMPTS, how, run))
     texts = flops_of(lambda: embed(host, PROMPTS, how, tmp_path, guidance_input=METHODS[method].guidance_input))
     whole = planned(host, how).whole
@@ -93,7 +92,9 @@ def test_a_whole_run_is_what_was_planned(method: str, host: DiffusersHost, tmp_p
     assert max(map(tensors_in, states)) == pytest.approx(whole.disk["states"] / STATES, rel=0.001)
     # a file of pairs has a header of a hundred bytes or two, which grows as its batch's size is written
     assert size_of(run / "pairs") == pytest.approx(whole.disk["pairs"], rel=0.05)
-    assert set(whole.disk) == {"states", "pairs"}
+    kept = sum(map(tensors_in, (run / "candidates").iterdir()))
+    assert kept == pytest.approx(whole.disk["candidates"], rel=1e-6) and kept
+    assert set(whole.disk) == {"states", "candidates", "pairs"}
     # an embedding for each prompt, and the null one
     assert size_of(run / "embeddings") == pytest.approx((len(PROMPTS) + 1) * whole.text, rel=0.01)
 

@@ -14,6 +14,8 @@ from ...core.errors import OneStepError
 from ...core.lora_file import fit, load_lora
 from ...core.memory import Slices, attempt
 from ...core.randomness import normal
+from ...core.recipe import Recipe, step_files
+from ...core.step_roles import part_of
 from ..host import Host
 
 ROLE = "storage-check"
@@ -63,10 +65,10 @@ def refuse_other(stored: Host, whole: Host) -> None:
 
 @torch.no_grad()
 def predictions(host: Host, lora: Path, prompts: Sequence[str], size: tuple[int, int]) -> Predictions:
-    """Of a host's base and of ``lora`` on it, for the first prompts; the same noise on every host."""
+    """Of a host's base and of ``lora`` on it, for the first prompts; the same noise on every host. Where each step has
+    a file, each level is its own step's."""
     roles, texts = host.denoiser.roles, list(prompts[:MOST_PROMPTS]) or [""]
-    targets = list(roles.targets.values())
-    roles.load(ROLE, fit(load_lora(lora, list(roles.targets), host.family).state, targets), host.device)
+    _load(host, lora)
     cond, shape = host.encode(texts, size).to(host.device), host.latent_shape(size)
 
     def some(rows: list[int]) -> Tensor:
@@ -86,6 +88,19 @@ def predictions(host: Host, lora: Path, prompts: Sequence[str], size: tuple[int,
         return Predictions(*torch.cat(parts, dim=2))
     finally:
         roles.drop(ROLE)
+
+
+def _load(host: Host, lora: Path) -> None:
+    roles = host.denoiser.roles
+    names, targets = list(roles.targets), list(roles.targets.values())
+    told = load_lora(lora, names, host.family).recipe
+    recipe = None if told is None else Recipe.from_json(told)
+    files = [lora] if recipe is None else step_files(lora, recipe)
+    for step, file in enumerate(files):
+        state = fit(load_lora(file, names, host.family).state, targets)
+        roles.load(part_of(ROLE, step), state, host.device)
+    if recipe is not None and len(files) > 1:
+        roles.steps.split(ROLE, recipe.timesteps)
 
 
 def apart(stored: Predictions, whole: Predictions) -> Apart:

@@ -17,6 +17,7 @@ from ..host import Host, Shells
 from ..settings import Settings
 from .cards import Card, found_card
 from .ladder import Planned, planned
+from .rungs import CANDIDATES, STATE
 from .text import in_short, line, rung_facts
 
 KEPT = "plan"
@@ -127,13 +128,14 @@ def _kept(host: Host, settings: Settings, shells: Shells, card: Card, prompts: i
         return {"line": f"what the run needs could not be counted ({why})", "rung": None}
     rung = plan.taken or plan.rungs[-1]
     whole, base = rung.whole, rung.peak.made_of.get("base", 0)
+    data = sum(bytes for name, bytes in whole.disk.items() if name not in (STATE, CANDIDATES))
     said = [line(plan), *([card.crowded] if card.crowded else []), in_short(plan, prompts)]
     return {
         "line": said[0],
         "lines": said,
         "rung": None if plan.taken is None else rung_facts(plan.taken),
         "beyond": max(0, rung.peak.bytes - base),
-        "disk": sum(bytes for name, bytes in whole.disk.items() if name != "states") + prompts * whole.text,
+        "disk": data + prompts * whole.text,
         "costs": whole.costs | {FRESH: whole.fresh},
         "forward": whole.forward,
     }

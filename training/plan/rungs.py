@@ -7,6 +7,7 @@ from typing import Any
 
 from ...core.recomputed import BLOCKS, FEED_FORWARDS, NOTHING
 from ..engine import host_moments
+from ..engine.spacing import KEPT_AS, number
 from ..engine.student import STUDENT
 from ..engine.trainer import EMA
 from ..host import Host, Shells
@@ -27,6 +28,9 @@ in tiles."""
 ROLES = (STUDENT, CRITIC, EMA)
 EIGHT_BIT = 0.25 * (1 + 4 / 256)
 """Of float32's bytes: a byte a number, and a float32 for each 256 of them."""
+STATE, CANDIDATES = "states", "candidates"
+STATES = 3
+"""That a run keeps, the one among them that is being written."""
 LINK = 12e9
 """Bytes a second between host and card: a PCIe link of 16 lanes of version 3, or 8 of version 4."""
 WORDS = {BLOCKS: "checkpointing", FEED_FORWARDS: "checkpointing of feed-forwards", NOTHING: "no checkpointing"}
@@ -85,7 +89,8 @@ def rung_of(shells: Shells, settings: Settings, card: Card | None, way: Way) -> 
     part = max((name for name in peaks if name not in YIELDING), key=lambda name: peaks[name].bytes)
     last = next(phase for phase in reversed(played.phases) if phase.updates)
     seconds = _seconds(played, last.parts, chosen, way, card, base) if card else 0.0
-    whole = whole_of(played, chosen, way.micro, card, _state(played, chosen, way))
+    kept = {STATE: STATES * _state(played, chosen, way), CANDIDATES: _candidates(played, chosen, way)}
+    whole = whole_of(played, chosen, way.micro, card, kept)
     return Rung(way, peaks[part], part, whole.costs[last.name], seconds, peaks, whole)
 
 
@@ -95,6 +100,12 @@ def _state(played: Rehearsed, settings: Settings, way: Way) -> float:
     small, most = EIGHT_BIT if settings.optimizer == "adamw8bit" else 1.0, played.count.most
     roles, moments = most(way.micro, settings.rank, *ROLES), [f"{role} moments" for role in ROLES]
     return roles + small * most(way.micro, settings.rank, *moments)
+
+
+def _candidates(played: Rehearsed, settings: Settings, way: Way) -> float:
+    """Bytes of all that are kept at the end: the running mean, or the student, in fewer bytes than float32's."""
+    updates = sum(phase.updates for phase in played.phases)
+    return number(updates, settings) * KEPT_AS.itemsize / 4 * played.count.most(way.micro, settings.rank, STUDENT)
 
 
 def peaks_of(played: Rehearsed, settings: Settings, way: Way, base: Stored | None = None) -> dict[str, Peak]:

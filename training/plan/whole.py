@@ -11,8 +11,6 @@ from ..watch.measures import EACH
 from .cards import Card
 from .rehearse import DECODE, FORWARD, REFERENCE, WATCH, Rehearsed
 
-STATES = 3
-"""That a run keeps, the one among them that is being written."""
 LAUNCH = 10e-6
 """Seconds in which a fast processor hands the card an operation: it may not be quicker than that."""
 TEACHER, WATCHING = "teacher's data", "watch and previews"
@@ -32,8 +30,8 @@ class Whole:
     forward: float = 0.0
 
 
-def whole_of(played: Rehearsed, settings: Settings, micro: int, card: Card | None, states: float) -> Whole:
-    """Of a run of ``settings`` in micro-batches of ``micro``. states: bytes of one state."""
+def whole_of(played: Rehearsed, settings: Settings, micro: int, card: Card | None, kept: dict[str, float]) -> Whole:
+    """Of a run of ``settings`` in micro-batches of ``micro``. kept: bytes of its states and candidates."""
     once = _Once(played, settings, micro, card)
     forward = once.work(FORWARD)
     costs = {phase.name: once.update(phase.parts) / forward for phase in played.phases}
@@ -42,8 +40,9 @@ def whole_of(played: Rehearsed, settings: Settings, micro: int, card: Card | Non
     if card is not None:
         timed = _Once(played, settings, micro, card, timed=True)
         seconds = {name: value for name, value in _seconds(timed).items() if value}
-    disk = {"states": round(STATES * states)}
-    disk |= {name: round(bytes * _samples(played, settings)) for name, bytes in played.beside.kept.items()}
+    samples = _samples(played, settings)
+    every = kept | {name: bytes * samples for name, bytes in played.beside.kept.items()}
+    disk = {name: round(bytes) for name, bytes in every.items() if bytes}
     size = timed.work(FORWARD) if card is not None else 0.0
     return Whole(seconds, disk, played.beside.text, costs, fresh, size)
 

@@ -14,22 +14,13 @@ from ...core.errors import OneStepError
 from ...core.memory import notice
 from ...core.roles import Roles
 from ...core.tensor_file import read_header, read_tensors, write_tensors
+from ..engine.spacing import KEPT_AS
+from ..engine.spacing import number as number
+from ..engine.spacing import spacing as spacing
 from ..settings import Settings
 from .state import learnt
 
 FOLDER = "candidates"
-KEPT_AS = torch.bfloat16
-"""As fine as what the factors' products are added to, where a base computes in it; half of what a LoRA file takes."""
-
-
-def spacing(update: int, settings: Settings) -> int:
-    """Updates from one to the next where a run has done ``update``: ``candidate_every``, doubled until there are no
-    more than ``candidates``; 0 = none. Each spacing's updates are among those of the one before: a run that goes on
-    from an earlier state finds, or makes again, all that it is to have at its end."""
-    every = settings.candidate_every
-    while every and update // every > settings.candidates:
-        every *= 2
-    return every
 
 
 def keep(folder: Path, update: int, roles: Roles, role: str, settings: Settings) -> None:

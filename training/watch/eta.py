@@ -50,7 +50,7 @@ def length_told(plan: Plan, batch: int) -> str:
     """How much a run sees, before it begins."""
     phases = ", ".join(f"{phase.name} {phase.updates:,}" for phase in plan.phases if phase.updates)
     seen = f"{plan.updates:,} updates ({phases}) of {batch:,} samples: {plan.updates * batch:,} samples"
-    return f"{seen}; after {MEASURED} of them it says how long the rest takes" if plan.updates > MEASURED else seen
+    return f"{seen}; the first {MEASURED} say how long that takes" if plan.updates > MEASURED else seen
 
 
 class Rate:
