@@ -51,7 +51,9 @@ class Casts:
 
     def _cast(self, factors: State, dtype: torch.dtype, device: torch.device) -> State:
         every = [value for pair in factors.values() for value in pair]
-        sizes = [-(-value.numel() // ALIGNED) * ALIGNED for value in every]
+        # on the meta device nothing is read, and bytes are to grow with the rank alone
+        step = 1 if every[0].is_meta else ALIGNED
+        sizes = [-(-value.numel() // step) * step for value in every]
         # cast where they lie: a mean in the host's memory crosses to the card once, and in the smaller dtype
         flat = torch.empty(sum(sizes), dtype=dtype, device=every[0].device)
         torch.ops.aten._foreach_copy_.default(_pieces(flat, sizes, every), every)

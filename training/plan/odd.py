@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import prod
 
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ def sizes_of(host: Host, settings: Settings) -> set[int]:
         tokens = host.encode([PROMPT], size).text.shape[1]
         rows = {part * height * width // 4 + more for part in (1, 4) for more in (0, tokens)}
         sizes |= {channels, height, width, tokens, *size, *rows}
+    # of all factors of a role, which are cast into one row
+    sizes.add(sum(prod(target.shape_a(1)) + prod(target.shape_b(1)) for target in host.denoiser.roles.targets.values()))
     return (sizes | {value for value in asdict(settings.own).values() if type(value) is int}) - {0}
 
 
