@@ -116,6 +116,10 @@ class Rows:
         self.default = default(steps, steps=args.length)
         self.cost = costs(args.model, prompts, self.default)
 
+    def wanted(self, name: str) -> bool:
+        """Whether this row was asked for."""
+        return not self.args.rows or name in self.args.rows
+
     @property
     def budget(self) -> float:
         """Forwards of a sample of the batch in the default's critic and matching phases."""
@@ -143,10 +147,14 @@ class Rows:
         """Each alone, from ``start``."""
         several = {} if self.steps == 1 else OF_SEVERAL
         for name, changes in {"default": {}, **several, **ONE_AND_MORE}.items():
+            if not self.wanted(name):
+                continue
             chosen = default(self.steps, seed=seed, **{"warm_start": 1, "steps": self.args.length, **changes})
             cost = costs(self.args.model, self.prompts, chosen)
             updates = (self.budget - getattr(chosen.own, "critic_warm_up", 0) * cost.critic) / cost.matching
             yield name, chosen.with_(steps=round(updates), warm_start=0, initial_lora=str(start))
+        if not self.wanted("regression"):
+            return
         more = round(self.budget / self.cost.regression)
         changes = {name: getattr(self.default, name) for name in ("batch", "pairs", "student_steps", "checkpointing")}
         alone = preset("Fast", **changes, **QUIET, seed=seed, steps=more, learning_rate=RATE, initial_lora=str(start))
@@ -206,7 +214,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         start = table.made("start", "warm start", rows.warm())
         made = rows.ablation() if args.ablation else rows.switches(start)
         for name, settings in made:
-            if args.rows and name not in args.rows:
+            if not rows.wanted(name):
                 continue
             try:
                 table.made("ablation" if args.ablation else "switch", name, settings)
