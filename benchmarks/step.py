@@ -24,11 +24,11 @@ import torch
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.denoiser import EpsDenoiser
-from onestep.core.families import bind_diffusers
+from onestep.core.families import bind_diffusers, blocks_of
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER, Roles
 from onestep.core.schedule import VPSchedule
-from onestep.pipelines.networks import NETWORKS, blocks_of
+from onestep.pipelines.networks import NETWORKS
 from onestep.training.engine.batch import Batch
 from onestep.training.engine.student import STUDENT, generate
 from onestep.training.methods.distribution_matching import CRITIC, DistributionMatching

@@ -23,10 +23,9 @@ from overhead import THIN
 from step import LAYOUTS
 
 from onestep.core.checkpoint import checkpoint_blocks
-from onestep.core.families import bind_diffusers
+from onestep.core.families import bind_diffusers, blocks_of
 from onestep.core.roles import Roles
 from onestep.core.streaming import footprint, streamed
-from onestep.pipelines.networks import blocks_of
 
 GIB = 2**30
 PASSES = ("forward", "forward and backward")

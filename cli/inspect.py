@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from ..core.ksampler import by_sigmas, core_nodes, same_sigmas
 from ..core.licences import KEY, Source, license_line, sources_in
 from ..core.lora_file import LoraFile, load_lora
 from ..core.recipe import Recipe
-from ..core.schedule import FlowSchedule, VPSchedule
+from ..core.schedule import FlowSchedule
 from ..core.tensor_file import read_header
 from .console import Console
 from .lora import settings_in
 
 SETTINGS, PROMPTS, HINT = "onestep.settings", "onestep.prompts", "modelspec.usage_hint"
 LONG, LONG_HINT = 80, 1000
-SHIFTS = {"sd3": 3.0, "flux": math.exp(1.15)}  # of the bases as they are published, where the recipe does not say
 
 # By the beginning of an adapter's kind: the node that takes it, and how it is drawn with in Python.
 USES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -114,8 +113,10 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
 
 def in_comfyui(recipe: Recipe) -> dict[str, Any]:
     """ComfyUI's own nodes for the family as it is published, or why none draw it."""
-    flow = FlowSchedule(SHIFTS.get(recipe.family, 1.0) if recipe.shift is None else recipe.shift)
-    found = core_nodes(recipe, VPSchedule.scaled_linear() if recipe.family == "unet" else flow)
+    schedule = FAMILIES[recipe.family].schedule
+    if recipe.shift is not None and isinstance(schedule, FlowSchedule):
+        schedule = replace(schedule, shift=recipe.shift)
+    found = core_nodes(recipe, schedule)
     if found.general is not None and recipe.sigmas and not same_sigmas(found.general.sigmas, recipe.sigmas):
         found = by_sigmas(recipe)  # of a base with a schedule of its own
     return asdict(found) | {"words": str(found)}

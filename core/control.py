@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate, pixel_unshuffle
 from . import randomness
 from .adapter_module import Call
 from .errors import OneStepError
+from .families import FAMILIES
 from .targets import Target
 
 WIDEST, DEEPEST, MOST_PLACES = 4096, 16, 256
@@ -64,12 +65,12 @@ class ControlConfig:
 
 
 def places_of(family: str, targets: Mapping[str, Target]) -> tuple[Place, ...]:
-    """Where a control acts: in a U-Net behind its first convolution, each block of its encoder and its middle; in SD3
-    and Flux on the image stream as it enters the blocks. Raises OneStepError where the entry is not adapted."""
-    entry = {"unet": "conv_in", "sd3": "pos_embed.proj", "flux": "x_embedder"}[family]
+    """Where a control acts: in a U-Net behind its first convolution, each block of its encoder and its middle; in a
+    transformer on the image stream as it enters the blocks. Raises OneStepError where the entry is not adapted."""
+    entry = FAMILIES[family].entry
     if entry not in targets:
         raise OneStepError(f"a control adapter acts on {entry}, which is not adapted here: set targets to all")
-    layers = {entry: 1} | (_encoder(targets) if family == "unet" else {})
+    layers = {entry: 1} | (_encoder(targets) if FAMILIES[family].unet else {})
     return tuple(Place(name, targets[name].out_rows, stride) for name, stride in layers.items())
 
 
@@ -215,7 +216,7 @@ def new_adapter(
     """A new adapter for a network. control: (name, channels). size: (W, H) of a picture in pixels; shape: (C, h, w) of
     its latents. width: 0 = that of the network's first layer, 320 at most."""
     places = places_of(family, targets)
-    patch = 1 if family == "unet" else 2
+    patch = FAMILIES[family].patch
     cell = patch * (size[1] // shape[1])
     latents = shape[0] * patch**2 if sees_latents else 0
     width = width or min(places[0].channels, AUTOMATIC_WIDTH)

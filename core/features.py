@@ -15,20 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import OneStepError
+from .families import block_of
+from .families.family import Block
 from .targets import Target
 
-PICTURE = {
-    "JointTransformerBlock": 1,
-    "JointBlock": 1,
-    "FluxTransformerBlock": 1,
-    "FluxSingleTransformerBlock": 1,
-    "DoubleStreamBlock": 0,
-}
-"""By the class of a block that gives text and picture: where in what it gives the picture is."""
-JOINT = "SingleStreamBlock"
-"""ComfyUI's block whose tokens are the text's, then the picture's."""
 PATCH = 2
-"""Latents along a side of one token of SD3 and Flux."""
+"""Latents along a side of one token where text and picture are one sequence."""
 
 _UNET = re.compile(r"(?:down_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\.")
 _DIT = re.compile(r"(single_)?transformer_blocks\.(\d+)\.")
@@ -57,7 +49,7 @@ class Features:
 
         def keep(place: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # a copy: ComfyUI's Flux writes what the next block adds into the same memory
-            kept[place] = as_picture(type(block).__name__, output, latents.shape[-2:]).clone()
+            kept[place] = as_picture(block_of(block), output, latents.shape[-2:]).clone()
             if len(kept) == len(self._blocks):
                 found.extend(kept[place] for place in range(len(kept)))
 
@@ -69,12 +61,12 @@ class Features:
                 handle.remove()
 
 
-def as_picture(kind: str, output: Any, size: Sequence[int]) -> Tensor:
-    """[B, channels, rows, columns] of what a block of class ``kind`` gives for latents of ``size`` (h, w)."""
-    value = output[PICTURE.get(kind, 0)] if isinstance(output, tuple | list) else output
+def as_picture(block: Block, output: Any, size: Sequence[int]) -> Tensor:
+    """[B, channels, rows, columns] of what ``block`` gives for latents of ``size`` (h, w)."""
+    value = output[block.picture] if isinstance(output, tuple | list) else output
     if value.ndim == 4:
         return value  # type: ignore[no-any-return]
-    rows, columns = _cells(size, PATCH) if kind == JOINT else _grid(value.shape[1], size)
+    rows, columns = _cells(size, PATCH) if block.joint else _grid(value.shape[1], size)
     return value[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]
 
 

@@ -21,47 +21,14 @@ from ..kernels.steering import limited
 from ..kernels.steering import nag as nag
 from ..kernels.steering import nasa as nasa
 from .errors import OneStepError
+from .families import FAMILIES, STEERING
+from .families.family import Numbers as Numbers
 
 MODES = ("nasa", "nag", "vsf", "perp")
 LAYERS = ("all", "decoder")
 
 
-class Numbers(NamedTuple):
-    """What a mode is steered by; each number's meaning is in `Steering`."""
-
-    scale: float
-    tau: float = 2.5
-    alpha: float = 0.25
-    order: float = 1
-    offset: float = 0.1
-
-
-DEFAULTS = {
-    "unet": {
-        "nasa": Numbers(0.25),
-        "nag": Numbers(3.0, alpha=0.5),
-        "vsf": Numbers(1.0),
-        "perp": Numbers(10.0),
-    },
-    "sd3": {
-        "nasa": Numbers(0.25),
-        "nag": Numbers(5.0, alpha=0.125),
-        "vsf": Numbers(3.5),
-        "perp": Numbers(10.0),
-    },
-    "flux": {
-        "nasa": Numbers(0.25),
-        "nag": Numbers(5.0, order=2),
-        "vsf": Numbers(3.5, offset=0.0),
-        "perp": Numbers(10.0),
-    },
-    "wan": {
-        "nasa": Numbers(0.25),
-        "nag": Numbers(11.0, tau=3.5, alpha=0.5),
-        "vsf": Numbers(1.7, offset=0.2),
-        "perp": Numbers(10.0),
-    },
-}
+DEFAULTS = STEERING
 """By family and mode, what a Steering without numbers of its own is steered by.
 
 NAG: its authors' pipelines and workflows for few-step SDXL, SD3.5-turbo, Flux and Wan. VSF: its authors' examples, who
@@ -148,7 +115,7 @@ class Steering:
 
     def of_family(self, family: str) -> Steering:
         """With every number: this one's own, else the family's. OneStepError where it has no such layers."""
-        if self.layers != "all" and family != "unet":
+        if self.layers != "all" and not (family in FAMILIES and FAMILIES[family].unet):
             raise OneStepError(
                 f"steering's layers are {self.layers!r}, which only U-Nets have, and this is {family}: set layers=all"
             )

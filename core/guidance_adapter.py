@@ -26,7 +26,8 @@ from ..kernels import attention
 from .adapter_module import Call
 from .cond import Cond
 from .errors import OneStepError
-from .families_table import natural
+from .families import FAMILIES
+from .families.table import natural
 from .randomness import generator
 from .targets import Target
 
@@ -34,9 +35,6 @@ FEATURES = 64
 HEADS = 4
 SHARE = 0.02
 """An adapter's parameters, as a share of its base's."""
-ATTENTION = r"(.+\.attn2)\.to_out\.0"
-OFFSET = r"transformer_blocks\.\d+\.attn\.to_out\.0|single_transformer_blocks\.\d+\.proj_out"
-POOLED = "time_text_embed.text_embedder.linear_1"
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: fl
     sites = tuple((name, targets[name].out_rows) for name in _sites(targets, family))
     if not sites:
         raise OneStepError(f"this {family!r} base has none of the layers that an adapter adds to: use targets=all")
-    cls: Any = GuidanceAttention if family == "unet" else GuidanceOffset
+    cls: Any = GuidanceAttention if FAMILIES[family].cross_attention else GuidanceOffset
     text = _text_width(targets, family, sites)
     wanted = share * sum(target.out_rows * math.prod(target.shape_a(1)) for target in targets.values())
 
@@ -224,12 +222,12 @@ def with_guidance(cond: Cond, w: float) -> Cond:
 
 
 def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
-    pattern = ATTENTION if family == "unet" else OFFSET
-    return sorted((name for name in targets if re.fullmatch(pattern, name)), key=natural)
+    return sorted((name for name in targets if re.fullmatch(FAMILIES[family].ends, name)), key=natural)
 
 
 def _text_width(targets: Mapping[str, Target], family: str, sites: Sequence[tuple[str, int]]) -> int:
-    name = sites[0][0].replace("to_out.0", "to_k") if family == "unet" else POOLED
+    known = FAMILIES[family]
+    name = sites[0][0].replace("to_out.0", "to_k") if known.cross_attention else known.summary
     return targets[name].in_features if name in targets else 0
 
 

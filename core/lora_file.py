@@ -1,7 +1,8 @@
 """LoRA files that ComfyUI's LoraLoader and diffusers' load_lora_weights both read, and the reading of everybody else's.
 
-Written: U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without. Both hosts map every one
-of these keys; of peft's names for U-Nets ComfyUI loses the attention. May import torch and core.
+Written: in the family's dialect, U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without.
+Both hosts map every one of these keys; of peft's names for U-Nets ComfyUI loses the attention. May import torch and
+core.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .adapter_file import refuse_adapter
 from .errors import OneStepError
-from .families import FAMILIES
+from .families import FAMILIES, choices
 from .lora_keys import (
     GUESTS,
     TEXT_ENCODER,
@@ -40,15 +41,6 @@ MAX_RANK = 4096
 MAX_BYTES = 4 * 2**30
 
 State = dict[str, tuple[Tensor, Tensor]]
-
-# modelspec's words for a base (kohya's sai_model_spec), by its family and, for a U-Net, the width of its text.
-ARCHITECTURES = {
-    ("unet", 768): "stable-diffusion-v1/lora",
-    ("unet", 1024): "stable-diffusion-v2-512/lora",
-    ("unet", 2048): "stable-diffusion-xl-v1-base/lora",
-    ("sd3", None): "stable-diffusion-3/lora",
-    ("flux", None): "flux-1-dev/lora",
-}
 
 
 class AnotherBase(OneStepError):
@@ -164,14 +156,11 @@ def fit(state: Mapping[str, tuple[Tensor, Tensor]], targets: Sequence[Target]) -
 
 
 def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str | None) -> str:
-    found = metadata.get("onestep.family") or family_of_keys(keys) or wanted
-    # Attention layers alone are named alike in SD3 and Flux: what is wanted decides then.
-    if wanted == "flux" and found == "sd3" and "onestep.family" not in metadata:
-        found = "flux"
+    found = metadata.get("onestep.family") or family_of_keys(keys, wanted) or wanted
     if found not in FAMILIES:
         raise OneStepError(
             f"{Path(path).name[:80]} holds no LoRA of a known model "
-            f"(its first key: {next(iter(keys), '')[:80]!r}). Use a LoRA of SD1.5, SD2, SDXL, SD3 or Flux."
+            f"(its first key: {next(iter(keys), '')[:80]!r}). Use a LoRA of {choices()}."
         )
     if wanted is not None and wanted != found:
         raise OneStepError(
@@ -285,5 +274,6 @@ def _derived_metadata(path: Path, state: Mapping[str, tuple[Tensor, Tensor]], fa
         "modelspec.title": path.stem,
     }
     text_widths = (a.shape[1] for name, (a, _) in state.items() if name.endswith("attn2.to_k"))
-    known = ARCHITECTURES.get((family, next(text_widths, None) if family == "unet" else None))
+    words = FAMILIES[family].architecture
+    known = words.get(next(text_widths, None)) or words.get(None)
     return told | ({"modelspec.architecture": known} if known else {})

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .errors import OneStepError
 from .families import FAMILIES
-from .families_table import Row
+from .families.later import LATER_KEYS
+from .families.table import Row
 
 # What is behind the path of the layer, in the dialects that exist.
 # peft's own state has the adapter's name behind lora_A.
@@ -39,19 +40,6 @@ TEXT_ENCODER = re.compile(
 # Not of the denoiser's LoRA either, and legal beside it: the trigger words' embeddings (bundles of kohya's and
 # OneTrainer's) and the marks of a v-predicting base.
 GUESTS = re.compile(r"bundle_emb\.|emb_params$|(v_pred|ztsnr)$")
-
-# Other families' blocks, by what gives them away in a key.
-FOREIGN = {
-    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
-    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
-    r"(noise|context)_refiner[._]|(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": "Z-Image or Lumina 2",
-    r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
-    r"distilled_guidance_layer": "Chroma",
-    r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",
-    r"double_stream_blocks[._]\d": "HiDream",
-    r"joint_transformer_blocks[._]\d": "AuraFlow",
-    r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",
-}
 
 PREFIXES = (
     "diffusion_model.",
@@ -100,26 +88,27 @@ class KeyMap:
         return self._places.get(_flat(bare))
 
 
-def family_of_keys(keys: Iterable[str]) -> str | None:
-    """The family whose blocks the keys name, or None. Attention alone does not tell Flux from SD3; SD3 is said then."""
+def family_of_keys(keys: Iterable[str], wanted: str | None = None) -> str | None:
+    """The family whose layers the keys name, or None. Where several have such layers, as attention alone, it is the
+    ``wanted`` one, or the first."""
     text = "\n".join(keys)
-    if re.search(r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|^unet\.", text, re.M):
-        return "unet"
-    if re.search(r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d", text):
-        return "flux"
-    return "sd3" if re.search(r"joint_blocks[._]\d|transformer_blocks[._]\d+[._](attn|norm1|ff)", text) else None
+    own = [name for name, family in FAMILIES.items() if re.search(family.keys, text)]
+    shared = [name for name, family in FAMILIES.items() if re.search(family.shared, text)]
+    if own or not shared:
+        return own[0] if own else None
+    return wanted if wanted in shared else shared[0]
 
 
 def key_of(family: str, name: str) -> tuple[str, str]:
-    """The keys under which both hosts find A and B: kohya's for U-Nets, peft's with "transformer." for the others."""
-    if family == "unet":
+    """The keys under which both hosts find A and B, in the family's dialect."""
+    if FAMILIES[family].dialect == "kohya":
         return f"{_kohya(name)}.lora_down.weight", f"{_kohya(name)}.lora_up.weight"
     return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight"
 
 
 def alpha_key_of(family: str, name: str) -> str | None:
     """Kohya's files carry alpha; diffusers refuses or misreads it beside "transformer." keys."""
-    return f"{_kohya(name)}.alpha" if family == "unet" else None
+    return f"{_kohya(name)}.alpha" if FAMILIES[family].dialect == "kohya" else None
 
 
 def refuse_kinds(keys: Iterable[str]) -> None:
@@ -155,7 +144,7 @@ def refuse_adapters(keys: Iterable[str]) -> None:
 def refuse_families(keys: Iterable[str]) -> None:
     """Raise for the LoRAs of known families that are not served."""
     for key in keys:
-        family = next((family for pattern, family in FOREIGN.items() if re.search(pattern, key)), None)
+        family = next((family for pattern, family in LATER_KEYS.items() if re.search(pattern, key)), None)
         if family is not None:
             served = ", ".join(spec.title for spec in FAMILIES.values())
             raise OneStepError(f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {served}.")

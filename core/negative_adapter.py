@@ -26,8 +26,8 @@ from .adapter_module import Call
 from .cond import Cond
 from .errors import OneStepError
 from .factors import State
-from .families_table import natural
-from .guidance_adapter import ATTENTION
+from .families import FAMILIES
+from .families.table import natural
 from .randomness import generator
 from .stored import weight_of
 from .targets import Target
@@ -182,8 +182,9 @@ def checked_scale(scale: Any) -> float:
 
 def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
     """Names of the cross-attentions, none for a family whose texts and pictures attend jointly."""
-    found = (re.fullmatch(ATTENTION, name) for name in targets if family == "unet")
-    return sorted((match[1] for match in found if match), key=natural)
+    known = FAMILIES[family]
+    ends = [name for name in targets if known.cross_attention and re.fullmatch(known.ends, name)]
+    return sorted((name.removesuffix(".to_out.0") for name in ends), key=natural)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -10,21 +10,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .families import block_of
+
 NOTHING, FEED_FORWARDS, BLOCKS = "nothing", "feed-forwards", "blocks"
 GRADES = (NOTHING, FEED_FORWARDS, BLOCKS)
 """From the fastest to the one that keeps least."""
-
-# by the classes of diffusers and of ComfyUI; Flux' single blocks have no feed-forward of their own: one product makes
-# it and the attention, and another takes both
-INNER = {
-    "BasicTransformerBlock": ("ff",),
-    "JointTransformerBlock": ("ff", "ff_context"),
-    "FluxTransformerBlock": ("ff", "ff_context"),
-    "FluxSingleTransformerBlock": ("",),
-    "JointBlock": ("x_block.mlp", "context_block.mlp"),
-    "DoubleStreamBlock": ("img_mlp", "txt_mlp"),
-    "SingleStreamBlock": ("",),
-}
 
 
 def recomputed(blocks: Iterable[nn.Module], grade: str) -> list[nn.Module]:
@@ -43,4 +33,4 @@ def heavier(grade: str) -> str | None:
 def _feed_forwards(block: nn.Module) -> Iterable[nn.Module]:
     """Those that a block has: the last of SD3's has none for the text."""
     inside = dict(block.named_modules())
-    return (inside[path] for path in INNER.get(type(block).__name__, ()) if path in inside)
+    return (inside[path] for path in block_of(block).feed_forwards if path in inside)

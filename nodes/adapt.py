@@ -20,25 +20,19 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
-from ..core.families import bind_comfy, detect, select
+from ..core.families import FAMILIES, bind_comfy, blocks_of, detect, in_place_of, select
 from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from ..core.weights_hash import hash_of
 from .attention import differentiable_attention
 from .check import check_file
-from .denoiser import ComfyDenoiser, encode, guidance_of, port_of, schedule_of, with_sizes
+from .denoiser import ComfyDenoiser, encode, port_of, refuse_lengths, schedule_of, with_sizes
 from .origin import made_of, name_of
 from .refusals import refuse_patches, refuse_variant
 from .stored import keep_stored, refuse_broken, refuse_foreign
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
-BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
-# Flux adds to its stream in place after these norms have kept it for backward.
-IN_PLACE = {
-    "DoubleStreamBlock": ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"),
-    "SingleStreamBlock": ("pre_norm",),
-}
 
 
 @contextmanager
@@ -77,19 +71,15 @@ class ComfyHost:
         self.model = self.patcher.model
         network = self.network = self.model.diffusion_model
         self.family = detect(network)
+        self._known = FAMILIES[self.family]
         config = self.model.model_config.unet_config
         targets = select(bind_comfy(self.family, network, config), self.targets)
         roles = Roles(targets, port_of(network, self.family))
         schedule = schedule_of(self.model.model_sampling)
         options = {"optimized_attention_override": differentiable_attention}
-        self.denoiser: Denoiser = ComfyDenoiser(
-            self.model, schedule, roles, guidance_of(self.model, self.family), options
-        )
+        self.denoiser: Denoiser = ComfyDenoiser(self.model, schedule, roles, self._known.guidance_of(config), options)
         self.device = torch.device(self.patcher.load_device)
-        self.blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
-        self.in_place = [
-            getattr(block, name) for block in self.blocks for name in IN_PLACE.get(type(block).__name__, ())
-        ]
+        self.blocks, self.in_place = blocks_of(network), in_place_of(network)
         self._training = False
 
     @property
@@ -104,13 +94,13 @@ class ComfyHost:
     @cached_property
     def encoder_hash(self) -> str:
         """Of what the encoder makes of two texts: that holds its weights, its LoRAs and its clip skip."""
-        return encode(self.clip, PROBE, "unet", self._pooled).fingerprint()
+        return encode(self.clip, PROBE, self._pooled).fingerprint()
 
     # -- text and pictures --------------------------------------------------------------------------------------------
 
     @property
     def _pooled(self) -> bool:
-        return self.family != "unet" or self._sdxl
+        return self._known.pooled or self._sdxl
 
     @property
     def _sdxl(self) -> bool:
@@ -121,7 +111,10 @@ class ComfyHost:
             return self.with_sizes(self.texts(prompts).to("cpu", torch.float32), size)
 
     def texts(self, prompts: Sequence[str]) -> Cond:
-        return encode(self.clip, prompts, self.family, self._pooled)
+        cond = encode(self.clip, prompts, self._pooled)
+        if self._known.lengths == "equal":
+            refuse_lengths(cond, prompts)
+        return cond
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -133,8 +126,8 @@ class ComfyHost:
     def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
         if self._sdxl:
             return with_sizes(cond, size)
-        embedded = self.denoiser.guidance == "embedded"
-        return cond.with_(guidance=torch.full((len(cond),), 3.5)) if embedded else cond
+        embedded, usual = self.denoiser.guidance == "embedded", self._known.usual_guidance
+        return cond.with_(guidance=torch.full((len(cond),), usual)) if embedded else cond
 
     def decode(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -156,7 +149,7 @@ class ComfyHost:
         width, height = size
         latent = self.model.latent_format
         factor = int(latent.spacial_downscale_ratio)
-        unit = max(8, factor * (1 if self.family == "unet" else 2))
+        unit = max(8, factor * self._known.patch)
         if width % unit or height % unit or min(width, height) < unit:
             raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
         return int(latent.latent_channels), height // factor, width // factor

@@ -21,7 +21,7 @@ from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
 from ..core.control_copy import MAKERS, ControlCopy
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
-from ..core.families import bind_comfy, detect
+from ..core.families import FAMILIES, bind_comfy, detect
 from .places import ADAPTERS, files_of, named_places, path_of, stamp
 
 MASK = "mask"
@@ -81,7 +81,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         self.patcher = patcher or comfy.model_patcher.ModelPatcher(
             adapter, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
         )
-        self.patch = 1 if family == "unet" else PATCH
+        self.patch = FAMILIES[family].patch
         self.compression_ratio = adapter.config.cell
         self.concat_mask = adapter.config.control == MASK
         self.cond_hint: Tensor | None = None
@@ -101,7 +101,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         targets = {t.name: t for t in bind_comfy(family, network, model.model_config.unet_config)}
         check_fit(self.adapter, targets)
         self.sampling = model.model_sampling
-        if family == "unet":
+        if FAMILIES[family].unet:
             paths = {module: path for path, module in network.named_modules()}
             places = [paths[targets[place.name].module] for place in self.adapter.config.places]
             found = [re.match(r"input_blocks\.(\d+)\.", path) for path in places]
@@ -116,7 +116,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return previous
         features = self._features(x_noisy, t, cond, batched_number)
-        if self.family == "unet":
+        if FAMILIES[self.family].unet:
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
         replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})

@@ -19,6 +19,7 @@ from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.denoiser import Guidance
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
 
@@ -55,19 +56,13 @@ def signal(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     return schedule.alpha(sigma).clamp_min(0.5 * math.sqrt(1 - schedule.sigma_max**2))
 
 
-def guidance_of(model: Any, family: str) -> Guidance:
-    if family != "flux":
-        return "cfg"
-    return "embedded" if model.model_config.unet_config.get("guidance_embed") else "none"
-
-
 def port_of(network: Any, family: str) -> Port | None:
     """Where ComfyUI's U-Net takes a ControlNet's residuals; None for other networks."""
 
     def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
         return more | {"control": {"input": [], "middle": residuals[-1:], "output": list(residuals[:-1])}}
 
-    return Port(network, carry) if family == "unet" else None
+    return Port(network, carry) if FAMILIES[family].unet else None
 
 
 def schedule_of(model_sampling: Any) -> NoiseSchedule:
@@ -129,14 +124,12 @@ def even_lengths(cond: Cond) -> Tensor:
     return torch.stack(rows)
 
 
-def encode(clip: Any, prompts: Any, family: str, pooled: bool) -> Cond:
+def encode(clip: Any, prompts: Any, pooled: bool) -> Cond:
     """The CLIP's conditions of ``prompts``, on the CPU, in its own dtype, in ordinary tensors."""
     with torch.inference_mode():
         made = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in prompts]
     with torch.inference_mode(False):
         parts = [Cond(_own(text), pooled=_own(told.get("pooled_output")) if pooled else None) for text, told in made]
-    if family != "unet":
-        _refuse_lengths([part.text.shape[1] for part in parts], prompts)
     return Cond.concat(parts)
 
 
@@ -144,7 +137,9 @@ def _own(value: Tensor | None) -> Any:
     return None if value is None else value.detach().to("cpu", copy=True).clone()
 
 
-def _refuse_lengths(lengths: list[int], prompts: Any) -> None:
+def refuse_lengths(cond: Cond, prompts: Any) -> None:
+    """Raises OneStepError where texts differ in length, for networks that attend to every token of a batch."""
+    lengths = [cond.text.shape[1]] if cond.mask is None else cond.mask.sum(1).tolist()
     shortest = min(lengths)
     if max(lengths) > shortest:
         number = lengths.index(max(lengths))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.adapter_file import load_adapter
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.schedule import FlowSchedule
 from .adapter_hooks import AdapterHooks, targets_of
@@ -94,7 +94,7 @@ class Guided:
     def _cond(self, x: Tensor, text: Tensor, options: dict[str, Any], kwargs: dict[str, Any]) -> Cond:
         flags = options.get("cond_or_uncond") or [0]
         scales = torch.tensor([1.0 if flag else self.guidance for flag in flags], device=x.device)
-        pooled = None if self.family == "unet" else kwargs.get("y")
+        pooled = kwargs.get("y") if FAMILIES[self.family].pooled else None
         return Cond(text, pooled=pooled, guidance=scales.repeat_interleave(len(x) // len(flags)))
 
 

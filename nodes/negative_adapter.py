@@ -14,7 +14,7 @@ from ..core.adapter_file import load_adapter
 from ..core.adapter_module import Call
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.negative_adapter import MAKERS, MOST, NegativeAttention, check_base, checked_scale
 from ..core.role_map import RoleMap
 from .adapter_hooks import AdapterHooks, targets_of
@@ -63,7 +63,7 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     does not fit.
     """
     scale, family = checked_scale(scale), detect(model.model.diffusion_model)
-    if family != "unet":
+    if not FAMILIES[family].cross_attention:
         raise OneStepError(
             f"this {family!r} model has no cross-attention that a negative adapter could act on: use Negative Steering"
         )

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_base
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 
 
 def refuse_patches(model: Any) -> None:
@@ -49,5 +50,5 @@ def refuse_variant(family: str, model: Any) -> None:
         raise OneStepError(
             f"this model takes {channels} input channels (inpainting, depth or editing): use a text-to-image base"
         )
-    if family == "unet" and model.adm_channels and not isinstance(model, comfy.model_base.SDXL):
+    if FAMILIES[family].unet and model.adm_channels and not isinstance(model, comfy.model_base.SDXL):
         raise OneStepError(f"{type(model).__name__} is told more than a text: use SD1.5, SD2 or the SDXL base")

@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..core.cond import Cond
-from ..core.families import bind_comfy, detect, select
+from ..core.families import FAMILIES, bind_comfy, blocks_of, detect, in_place_of, select
 from ..core.licences import Part
 from ..core.roles import Roles
 from ..training.host import Shells
 from ..training.plan.trace import DECODE
-from .adapt import BLOCKS, IN_PLACE
 from .attention import differentiable_attention
-from .denoiser import ComfyDenoiser, guidance_of, port_of, schedule_of, with_sizes
+from .denoiser import ComfyDenoiser, port_of, schedule_of, with_sizes
 from .origin import name_of
 from .refusals import refuse_patches, refuse_variant
 from .stored import hollow_weight, is_quantised, keep_stored, take_room
 
 META = torch.device("meta")
-TOKENS = {"unet": 77, "sd3": 77 + 256, "flux": 512}
-"""Of a text of usual length."""
 
 
 @torch.inference_mode(False)
@@ -77,6 +74,7 @@ class Shell:
     def __init__(self, model: Any, vae: Any | None, targets: str) -> None:
         refuse_patches(model)
         self.family = detect(model.model.diffusion_model)
+        self._known = FAMILIES[self.family]
         refuse_variant(self.family, model.model)
         self.name, self.device = name_of(model), META
         self.model = hollow(model.model)
@@ -85,12 +83,9 @@ class Shell:
         self._decoder = None if vae is None else hollow(vae.first_stage_model)
         self._config = self.model.model_config.unet_config
         options = {"optimized_attention_override": differentiable_attention}
-        guidance, schedule = guidance_of(self.model, self.family), schedule_of(model.model.model_sampling)
+        guidance, schedule = self._known.guidance_of(self._config), schedule_of(model.model.model_sampling)
         self.denoiser: Any = ComfyDenoiser(self.model, schedule, Roles([]), guidance, options)
-        self.blocks = [module for module in self.network.modules() if type(module).__name__ in BLOCKS]
-        self.in_place = [
-            getattr(block, name) for block in self.blocks for name in IN_PLACE.get(type(block).__name__, ())
-        ]
+        self.blocks, self.in_place = blocks_of(self.network), in_place_of(self.network)
         self.shell(targets)
 
     def shell(self, targets: str) -> Shell:
@@ -113,28 +108,19 @@ class Shell:
 
     def texts(self, prompts: Sequence[str]) -> Cond:
         """Zeros in the place of texts, in their shapes."""
-        width, pooled = self._widths()
+        width, pooled = self._known.widths(self._config)
         told = torch.zeros(len(prompts), pooled) if pooled else None
-        return Cond(torch.zeros(len(prompts), TOKENS[self.family], width), pooled=told)
+        return Cond(torch.zeros(len(prompts), self._known.tokens, width), pooled=told)
 
     def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
-        if self.family == "unet" and cond.pooled is not None:
+        if self._known.unet and cond.pooled is not None:
             return with_sizes(cond, size)
-        embedded = self.denoiser.guidance == "embedded"
-        return cond.with_(guidance=torch.full((len(cond),), 3.5)) if embedded else cond
+        embedded, usual = self.denoiser.guidance == "embedded", self._known.usual_guidance
+        return cond.with_(guidance=torch.full((len(cond),), usual)) if embedded else cond
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
         yield
-
-    def _widths(self) -> tuple[int, int]:
-        """Of a text token, and of the pooled text."""
-        config = self._config
-        if self.family == "unet":
-            return config["context_dim"], max(0, (config.get("adm_in_channels") or 0) - 6 * 256)
-        if self.family == "sd3":
-            return config["context_embedder_config"]["params"]["in_features"], config["adm_in_channels"]
-        return config["context_in_dim"], config["vec_in_dim"]
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         """As many as ``pictures``, without numbers."""

@@ -8,6 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.guidance import DEFAULTS, LAYERS, MODES, Steering
 from .steer_networks import check_layers, network_of, served
 from .steer_run import KEY, NegativeSteering
@@ -32,7 +33,6 @@ KEEP_TOLD = (
     "PERP alone: how far the negative spares what it shares with the prompt. 0 for what rivals the prompt, as another "
     "subject; 2 to 3 for what any picture can have, as dark."
 )
-FAMILIES = {"unet": "U-Nets", "sd3": "SD3", "flux": "Flux", "wan": "Wan"}
 
 
 def usual(name: str, *modes: str) -> str:
@@ -40,8 +40,12 @@ def usual(name: str, *modes: str) -> str:
     return "; ".join(f"{mode.upper()} {_by_family(name, mode)}" for mode in modes)
 
 
+def _short(family: str) -> str:
+    return FAMILIES[family].short if family in FAMILIES else family.title()
+
+
 def _by_family(name: str, mode: str) -> str:
-    found = {FAMILIES[family]: getattr(numbers[mode], name) for family, numbers in DEFAULTS.items()}
+    found = {_short(family): getattr(numbers[mode], name) for family, numbers in DEFAULTS.items()}
     values = sorted(set(found.values()))
     if len(values) == 1:
         return f"{values[0]:g}"
@@ -119,7 +123,7 @@ def steered_model(
     """A clone of MODEL that steers; ``model`` stays as it is. OneStepError for what cannot be steered so."""
     found = served(model)
     steering = steering.of_family(found.family)
-    if found.family == "unet":
+    if steering.layers != "all":
         check_layers(steering, network_of(model))
     width, pooled = found.width(network_of(model)), bool(model.model.adm_channels)
     check_negative(negative, width, pooled)

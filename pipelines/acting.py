@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.control import ControlAdapter
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.guidance import MODES, Steering
 from .adapt import DiffusersHost
 from .control import control_picture, controlled
@@ -77,8 +78,8 @@ def attention(
     family: str, cross: Mapping[str, Any] | None, joint: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
     """Of cross_attention_kwargs and joint_attention_kwargs the one that this family's network takes."""
-    if joint and family == "unet":
+    if joint and FAMILIES[family].unet:
         raise OneStepError("joint_attention_kwargs is a transformer's: give a U-Net cross_attention_kwargs")
-    if cross and family != "unet":
+    if cross and not FAMILIES[family].unet:
         raise OneStepError("cross_attention_kwargs is a U-Net's: give a transformer joint_attention_kwargs")
-    return cross if family == "unet" else joint
+    return cross if FAMILIES[family].unet else joint

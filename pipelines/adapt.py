@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
-from ..core.denoiser import PREDICTIONS, Denoiser, Guidance
+from ..core.denoiser import PREDICTIONS, Denoiser
 from ..core.errors import OneStepError
-from ..core.families import bind_diffusers, detect, select
+from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, select
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
@@ -26,15 +26,14 @@ from ..core.weights_hash import hash_of
 from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
-from .kinds import FLUX, SD, SD3, SDXL
-from .networks import NETWORKS, Extras, blocks_of, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
+from .kinds import pipeline_for
+from .networks import NETWORKS, Extras, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import channels_last, is_quantized, on_device, place
 from .steer_attention import is_steered
 from .text import encoders_of
 from .trainable import prepare
 
 PROMPTS_AT_ONCE = 16
-FLUX_DEV_GUIDANCE = 3.5  # the scale that Flux-dev is told where nothing else is asked for
 
 
 def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None = None) -> DiffusersHost:
@@ -60,7 +59,7 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
 
 def warn_of_float32(network: Any, device: torch.device) -> None:
     """Weights that diffusers loaded without being told a dtype take twice the memory on a GPU, and twice the time."""
-    half = "float16" if detect(network) == "unet" else "bfloat16"
+    half = FAMILIES[detect(network)].half
     if device.type != "cpu" and network.dtype == torch.float32:
         warnings.warn(
             f"the {type(network).__name__} is float32 on {device}: twice the memory and half the speed, or less. Load "
@@ -106,14 +105,8 @@ def denoiser_of(
         NETWORKS[family](called, extras or Extras()),
         schedule_of(pipe.scheduler),
         roles or Roles([]),
-        _guidance(family, network),
+        FAMILIES[family].guidance_of(network.config),
     )
-
-
-def _guidance(family: str, network: Any) -> Guidance:
-    if family != "flux":
-        return "cfg"
-    return "embedded" if network.config.guidance_embeds else "none"
 
 
 @dataclass
@@ -130,6 +123,7 @@ class DiffusersHost:
     def __post_init__(self) -> None:
         self.network = network_of(self.pipe)
         self.family = detect(self.network)
+        self._known = FAMILIES[self.family]
         self.name = Path(str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)).name
         self.blocks = blocks_of(self.network)
         self.in_place: list[nn.Module] = []
@@ -179,7 +173,7 @@ class DiffusersHost:
     @property
     def kind(self) -> str:
         """Whose encode_prompt the pipeline's is, one of `kinds.PIPELINES`."""
-        return SDXL if self.sdxl else {"unet": SD, "sd3": SD3, "flux": FLUX}[self.family]
+        return pipeline_for(self.network)
 
     def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
         """``cond`` with what this family reads beside the text: SDXL the sizes, Flux-dev its guidance."""
@@ -188,13 +182,13 @@ class DiffusersHost:
             ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
             return cond.with_(size=ids.expand(len(cond), 6).clone())
         if self.denoiser.guidance == "embedded":
-            return cond.with_(guidance=torch.full((len(cond),), FLUX_DEV_GUIDANCE))
+            return cond.with_(guidance=torch.full((len(cond),), self._known.usual_guidance))
         return cond
 
     @property
     def sdxl(self) -> bool:
         """Whether the U-Net is told pooled text and sizes."""
-        return self.family == "unet" and self.network.config.addition_embed_type == "text_time"
+        return self._known.unet and self.network.config.addition_embed_type == "text_time"
 
     def decode(self, latents: Tensor, generator: Any = None) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1]. generator: one, or one a picture, for an autoencoder that draws noise."""
@@ -216,12 +210,10 @@ class DiffusersHost:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
         factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        patch = 2 if self.family == "flux" else self.network.config.get("patch_size", 1)
-        unit = math.lcm(8, factor * patch)
+        unit = math.lcm(8, factor * self._known.patch)
         if width % unit or height % unit or width < unit or height < unit:
             raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
-        channels = self.network.config.in_channels // (4 if self.family == "flux" else 1)
-        return channels, height // factor, width // factor
+        return self._known.channels(self.network.config), height // factor, width // factor
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -252,7 +244,7 @@ class DiffusersHost:
             self.network.requires_grad_(False).eval()
             # diffusers' own checkpointing would recompute under whatever role is active then
             self.network.disable_gradient_checkpointing()
-            last = self.family == "unet" and self.device.type == "cuda"
+            last = self._known.unet and self.device.type == "cuda"
             with channels_last(self.network, last), fused_attention(self.network):
                 yield
         finally:

@@ -20,7 +20,7 @@ from ..core.control import check_fit, fitted
 from ..core.control_copy import MAKERS
 from ..core.controls import control_of
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.role_map import RoleMap
 from ..core.roles import Roles
 from ..core.targets import Target
@@ -76,7 +76,9 @@ def _noted(network: Any, call: Call) -> Iterator[None]:
             size=more.get("time_ids"),
         )
 
-    handle = network.register_forward_pre_hook(only_here(note), with_kwargs=True) if detect(network) == "unet" else None
+    handle = (
+        network.register_forward_pre_hook(only_here(note), with_kwargs=True) if FAMILIES[detect(network)].unet else None
+    )
     try:
         yield
     finally:

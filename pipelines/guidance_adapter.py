@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.adapter_file import load_adapter
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.guidance_adapter import MAKERS, check_base
 from ..core.roles import Roles
 from .on_network import OnNetwork, network_in, targets_in
@@ -99,9 +99,7 @@ class GuidanceDial(OnNetwork):
         cond = Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=self._scales(x))
         self._module.to(x.device)
         with self._roles.use(ROLE):
-            # Flux is told sigma where all others are told 1000 sigma, or an index
-            scale = 1000 if self._family == "flux" else 1
-            call = self._roles.capture(len(x), time.float() * scale, cond)
+            call = self._roles.capture(len(x), time.float() / FAMILIES[self._family].told, cond)
         self._begin(call)
 
     def _scales(self, x: Tensor) -> Tensor | None:

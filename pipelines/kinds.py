@@ -8,23 +8,25 @@ from typing import Any
 import diffusers
 
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 
-SD, SDXL, SD3, FLUX = PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-)
+PIPELINES = tuple(name for family in FAMILIES.values() for name in family.pipelines)
+SD, SDXL = FAMILIES["unet"].pipelines
+(SD3,) = FAMILIES["sd3"].pipelines
+(FLUX,) = FAMILIES["flux"].pipelines
+
+
+def pipeline_for(network: Any) -> str:
+    """The class of the own pipeline of a network's family: of the U-Net's two that whose texts it reads."""
+    plain, *others = FAMILIES[detect(network)].pipelines
+    return others[0] if others and network.config.get("addition_embed_type") == "text_time" else plain
 
 
 def pipeline_of(parts: Mapping[str, Any]) -> str:
     """The class of the family's own pipeline for loaded ``parts``: by the network, or else by the text encoders."""
     for network in (parts.get("unet"), parts.get("transformer")):
         if network is not None:
-            family = detect(network)
-            unet = SDXL if network.config.get("addition_embed_type") == "text_time" else SD
-            return {"unet": unet, "sd3": SD3, "flux": FLUX}[family]
+            return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if "T5" in names[1]:
         return FLUX

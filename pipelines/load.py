@@ -15,6 +15,7 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES, choices, of_class
 from ..core.stored import holds_float8
 from ..core.tensor_file import read_header
 from .bundled import path_of
@@ -138,7 +139,7 @@ def pipeline_class(folder: Path, index: dict[str, Any]) -> str:
     if name not in PIPELINES:
         raise OneStepError(
             f"{folder.name[:80]} holds a {str(name)[:60]}, which cannot be distilled: use a text-to-image pipeline "
-            "of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
+            f"of {choices()}"
         )
     return str(name)
 
@@ -147,7 +148,8 @@ def class_for(parts: Mapping[str, Any]) -> str:
     """The pipeline class for an index's entries, name -> [library, class]."""
     if _present(parts, "unet"):
         return PIPELINES[_present(parts, "text_encoder_2")]
-    return PIPELINES[2 if parts.get("transformer", ["", ""])[1] == "SD3Transformer2DModel" else 3]
+    family = of_class(parts.get("transformer", ["", ""])[1])
+    return FAMILIES[family or "flux"].pipelines[0]
 
 
 def _present(parts: Mapping[str, Any], name: str) -> bool:

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+
+UNet = UNet2DConditionModel
+Transformer = SD3Transformer2DModel | FluxTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def port_of(network: Any) -> Port | None:
             *skips, middle = (mine + theirs for mine, theirs in zip(residuals, others, strict=True))
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
-    return Port(network, carry) if detect(network) == "unet" else None
+    return Port(network, carry) if FAMILIES[detect(network)].unet else None
 
 
 def pack(x: Tensor) -> Tensor:
@@ -153,27 +157,13 @@ def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
 
 
-BLOCKS = {
-    "ResnetBlock2D",
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-}
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """What gradient checkpointing recomputes one by one: residual and transformer blocks, in the tree's order."""
-    return [module for module in network.modules() if type(module).__name__ in BLOCKS]
-
-
 def refuse_variant(family: str, network: Any, pooled_encoder: Any = None) -> None:
     """Networks of a known class that take more than noisy latents and a text.
 
     pooled_encoder: SDXL's second text encoder, whose width tells how many sizes the U-Net is told.
     """
     config = network.config
-    if family != "unet":
+    if not FAMILIES[family].unet:
         return
     if config.in_channels != config.out_channels:
         raise OneStepError(

@@ -6,6 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..core.families import FAMILIES
 from .adapt import DiffusersHost
 from .call_values import check_latents
 from .networks import pack, unpack
@@ -26,9 +27,9 @@ class Noise:
         return check_latents(latents, self._shape).to(self._host.device, torch.float32)
 
     def __call__(self, packed: bool = False) -> Tensor:
-        """packed: in the order in which Flux' scheduler would, who sees patches."""
+        """packed: in the order in which a scheduler that sees patches would."""
         height, width = self._shape[2:]
-        packed = packed and self._host.family == "flux"
+        packed = packed and FAMILIES[self._host.family].packed
         shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
         noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
         return (unpack(noise, height, width) if packed else noise).float()

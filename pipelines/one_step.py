@@ -14,10 +14,7 @@ from diffusers import (
     AutoencoderTiny,
     ConsistencyDecoderVAE,
     DiffusionPipeline,
-    FluxTransformer2DModel,
     SchedulerMixin,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -34,7 +31,7 @@ from .fast import Fast, Mode, refuse_while_fast
 from .guidance_adapter import check_guidance, read_guidance_adapter
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
-from .networks import Extras
+from .networks import Extras, Transformer, UNet
 from .noise import Generator as Generator
 from .noise import Noise
 from .one_step_lora import check_family, keep_on, load_lora_into
@@ -100,8 +97,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         text_encoder_3: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
-        unet: UNet2DConditionModel | None = None,
-        transformer: SD3Transformer2DModel | FluxTransformer2DModel | None = None,
+        unet: UNet | None = None,
+        transformer: Transformer | None = None,
         safety_checker: PreTrainedModel | None = None,
         feature_extractor: BaseImageProcessor | None = None,
         image_encoder: PreTrainedModel | None = None,

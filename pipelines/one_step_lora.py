@@ -118,7 +118,7 @@ def check_family(recipe: Recipe, network: Any) -> None:
 
 def _in_pefts_names(state: State, family: str) -> dict[str, Tensor]:
     """What diffusers reads without converting anything; one rank, as its older versions take one alpha for all."""
-    part = "unet" if family == "unet" else "transformer"
+    part = FAMILIES[family].part
     filled = of_one_rank(state)
     return {
         f"{part}.{name}.lora_{letter}.weight": factor

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.recipe import Recipe
 
 TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
@@ -69,10 +70,10 @@ class DiffusersSettings:
 
     def noise_line(self) -> str:
         """Python that draws standard normal ``noise`` in the shape that a loaded ``pipe`` takes as latents."""
-        network = "unet" if self.family == "unet" else "transformer"
-        packed = self.family == "flux"
+        known = FAMILIES[self.family]
+        network, packed = known.part, known.packed
         channels = f"pipe.{network}.config.in_channels{' // 4' if packed else ''}"
-        native = f"pipe.{network}.config.sample_size" if self.family == "unet" else "pipe.default_sample_size"
+        native = f"pipe.{network}.config.sample_size" if known.unet else "pipe.default_sample_size"
         height, width = (self.call.get(side, f"{native} * pipe.vae_scale_factor") for side in ("height", "width"))
         shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
         return f"noise = pipe.prepare_latents({shape}){'[0]' if packed else ''}"
@@ -96,7 +97,7 @@ def diffusers_settings(recipe: Recipe, embedded_guidance: float | None = None) -
 
     embedded_guidance: what Flux-dev is told; the pipeline's own default where it is None.
     """
-    settings = _vp(recipe) if recipe.family == "unet" else _flow(recipe, embedded_guidance)
+    settings = _vp(recipe) if FAMILIES[recipe.family].unet else _flow(recipe, embedded_guidance)
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
     return replace(settings, call={**settings.call, **size}, family=recipe.family)
 
@@ -135,8 +136,8 @@ def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
     stochastic = recipe.steps > 1 and (recipe.renoise or recipe.eta == 1)
     changes = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": stochastic}
     call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.timesteps]}
-    # Flux' argument of this name is the guidance that is embedded, which is no part of a recipe
-    guidance = recipe.guidance if recipe.family == "sd3" else embedded_guidance
+    # where guidance is embedded the argument of this name is that, which is no part of a recipe
+    guidance = embedded_guidance if FAMILIES[recipe.family].guidance else recipe.guidance
     call |= {} if guidance is None else {"guidance_scale": guidance}
     first = recipe.timesteps[0] / 1000
     scale = recipe.initial_noise_scale * math.hypot(1 - first, first)

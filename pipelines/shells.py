@@ -20,12 +20,13 @@ from torch.profiler import record_function
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import bind_diffusers, select
+from ..core.families import FAMILIES, bind_diffusers, of_class, select
 from ..core.roles import Roles
 from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
+from .kinds import FLUX, SD, SDXL
 from .networks import port_of
 from .text import encoders_of, t5_tokens
 
@@ -74,7 +75,7 @@ class Shell(DiffusersHost):
     def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
         """Zeros in the place of texts, in their shapes; meanwhile the encoders are there."""
         weights = torch.empty(self.encoders, dtype=torch.uint8, device=META)
-        width, pooled = _widths(self.network.config)
+        width, pooled = self._known.widths(self.network.config)
         told = torch.zeros(len(prompts), pooled) if pooled else None
         del weights
         return Cond(torch.zeros(len(prompts), self.tokens, width), pooled=told)
@@ -136,21 +137,21 @@ def of_single_file(path: Path, *, targets: str = "all", dtype: torch.dtype = tor
 def of_host(host: DiffusersHost, targets: str) -> Shell:
     """The shell of a loaded host."""
     pipe, network = host.pipe, host.network
-    part = "unet" if host.family == "unet" else "transformer"
+    part = FAMILIES[host.family].part
     parts = {part: dict(network.config), "vae": dict(pipe.vae.config)}
     classes = {part: type(network), "vae": type(pipe.vae)}
     with Meter(), META:
         modules = {name: classes[name].from_config(config) for name, config in parts.items()}
     shell = _host(host.name, modules, pipe.scheduler, network.dtype, pipe.vae.dtype)
-    shell.tokens = tokens_of(pipe, host.family)
+    shell.tokens = tokens_of(pipe, host.kind)
     shell.encoders = sum(weight.nbytes for module in encoders_of(pipe) for weight in module.parameters())
     return shell.shell(targets)
 
 
-def tokens_of(pipe: Any, family: str) -> int:
-    """Tokens of a text as a loaded pipeline pads it."""
-    clip = 0 if family == "flux" else int(pipe.tokenizer.model_max_length)
-    return clip + (0 if family == "unet" else t5_tokens(pipe))
+def tokens_of(pipe: Any, kind: str) -> int:
+    """Tokens of a text as a loaded pipeline, one of `kinds.PIPELINES`, pads it."""
+    clip = 0 if kind == FLUX else int(pipe.tokenizer.model_max_length)
+    return clip + (0 if kind in (SD, SDXL) else t5_tokens(pipe))
 
 
 def _shell(name: str, configs: Mapping[str, Any], tokens: int, targets: str, dtype: torch.dtype) -> Shell:
@@ -206,16 +207,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _tokens(folder: Path, configs: Mapping[str, Any]) -> int:
     """Of a text, as the folder's pipeline pads it."""
-    if configs.get("transformer", {}).get("_class_name") == "FluxTransformer2DModel":
-        return 512 if configs["transformer"].get("guidance_embeds") else 256
+    config = configs.get("transformer", {})
+    if of_class(config.get("_class_name", "")) == "flux":
+        return 512 if config.get("guidance_embeds") else 256
     told = _read(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     t5 = any((folder / "text_encoder_3").glob("*.safetensors"))
     return int(told) + (256 if t5 else 0)
-
-
-def _widths(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Of a text token and of the pooled text, which a network may do without (0)."""
-    if "joint_attention_dim" in config:
-        return config["joint_attention_dim"], config["pooled_projection_dim"]
-    sizes = 6 * (config.get("addition_time_embed_dim") or 0)
-    return config["cross_attention_dim"], (config.get("projection_class_embeddings_input_dim") or sizes) - sizes

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core import families_unet as unet
+from ..core.families import unet
 from ..core.targets import is_adaptable
 
 Shape = tuple[int, ...]

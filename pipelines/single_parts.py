@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 
 from ..core.errors import OneStepError
+from ..core.families import blocks_of
 from ..core.stored import FLOAT8, STORED, hold
 from ..core.tensor_file import Header, each_tensor
-from .networks import blocks_of
 from .quiet import quiet
 from .single_names import Source, Sources, clip_sources, unet_sources
 from .single_scaled import Scales, shaped

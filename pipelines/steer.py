@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..core.compiled import uncompile
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.guidance import Steering
 from .adapt import called_network, network_of
 from .heads import repeated
@@ -101,7 +101,7 @@ def _set_processors(network: Any, attentions: dict[str, Any], hooks: _Hooks, und
     """Steers ``attentions``, and modulates each text by its own pooled text where there is one, until ``undo``."""
     found, run = dict(network.attn_processors), hooks.run
     chosen: dict[str, Any]
-    if isinstance(network, UNet2DConditionModel):
+    if FAMILIES[hooks.family].cross_attention:
         chosen = {name: CrossSteered.around(found[name], run) for name in attentions}
     else:
         for name in attentions:
@@ -148,9 +148,8 @@ class _Hooks:
             )
         text = given["encoder_hidden_states"]
         self.own.check(given.get("hidden_states"), text)
-        batch = len(given["sample"] if self.family == "unet" else text)
-        self._check_batch(batch)
-        if self.family == "unet":
+        self._check_batch(len(given.get("sample", text)))
+        if FAMILIES[self.family].cross_attention:
             return None
         self.run.positive_tokens = text.shape[1]
         return (), {**given, **self._with_negative(given, text)}
@@ -169,7 +168,7 @@ class _Hooks:
         if self.latest == math.inf and self.earliest == -math.inf:
             return True  # without reading the time from the device
         first = torch.as_tensor(time).reshape(-1)[0]
-        shown = float(first) * (1000 if self.family == "flux" else 1)
+        shown = float(first) / FAMILIES[self.family].told
         # times come in the latents' dtype
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
@@ -196,8 +195,8 @@ class _Hooks:
             lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
             self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
         changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
-        if self.family == "flux":
-            # every text lies at the origin of Flux' rotary positions
+        if given.get("txt_ids") is not None:
+            # every text lies at the origin of the rotary positions
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
             changed["txt_ids"] = torch.cat([places, places.new_zeros(every.shape[1], places.shape[1])])
         return changed
@@ -212,7 +211,7 @@ class _Hooks:
         """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
         own = given["pooled_projections"]
         told = [given["timestep"]]
-        if self.family == "flux":
+        if (factor := FAMILIES[self.family].told) != 1:
             guidance = [given["guidance"]] if given.get("guidance") is not None else []
-            told = [value.to(given["hidden_states"].dtype) * 1000 for value in (*told, *guidance)]
+            told = [value.to(given["hidden_states"].dtype) / factor for value in (*told, *guidance)]
         return self.network.time_text_embed(*told, self._spread(pooled.to(own.device, own.dtype), len(own)))

@@ -6,35 +6,30 @@ import math
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES, choices, detect, of_class
 from ..core.schedule import NoiseSchedule, VPSchedule
 from .networks import schedule_of
 from .steer_attention import JOINT, is_steered
 
-CLASSES = {"unet": UNet2DConditionModel, "sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
-
 
 def family_of(network: Any) -> str:
-    for family, cls in CLASSES.items():
-        if isinstance(network, cls):
-            if is_steered(network):
-                raise OneStepError("this network is steered already: leave that `steered` first")
-            return family
-    raise OneStepError(
-        f"a {type(network).__name__} is not served by negative steering: use SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
-    )
+    kinds = (of_class(cls.__name__) for cls in type(network).__mro__)
+    family = next((family for family in kinds if family is not None), None)
+    if family is None:
+        raise OneStepError(f"a {type(network).__name__} is not served by negative steering: use {choices()}")
+    if is_steered(network):
+        raise OneStepError("this network is steered already: leave that `steered` first")
+    return family
 
 
 def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
     """The attentions that see a text and are steered, by their processors' names."""
     found = {name: network.get_submodule(name.removesuffix(".processor")) for name in network.attn_processors}
-    if family == "flux":
-        return found
-    if family == "sd3":
+    if not FAMILIES[family].cross_attention:
         # SD3.5's second attention of a block sees the picture alone
-        return {name: attn for name, attn in found.items() if attn.added_kv_proj_dim is not None}
+        return {name: attn for name, attn in found.items() if ".attn2." not in name}
     crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
     if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
         raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
@@ -55,14 +50,14 @@ def refuse_foreign(processor: Any) -> None:
 
 
 def width_of(network: Any, attentions: dict[str, Any]) -> int:
-    if isinstance(network, UNet2DConditionModel):
+    if FAMILIES[detect(network)].cross_attention:
         return next(iter(attentions.values())).cross_attention_dim
     return network.config.joint_attention_dim
 
 
 def pooled_width_of(network: Any) -> int:
     """Of the pooled text that modulates a text's tokens; 0 where none does."""
-    return 0 if isinstance(network, UNet2DConditionModel) else network.config.pooled_projection_dim
+    return 0 if FAMILIES[detect(network)].cross_attention else network.config.pooled_projection_dim
 
 
 def times_of(scheduler: Any, start: float, end: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.denoiser import guided
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.recipe import Recipe, recipe_of
 from ..core.sampling import Draw, advance, initial_latents, levels_of
 from .adapt import DiffusersHost
@@ -74,12 +75,12 @@ class StepState:
         embedded = self.config.embedded_guidance
         if guidance_scale is not None:
             scale = _checked_scale(guidance_scale)
-            # as diffusers has it: Flux embeds it, and for all others what is not above 1 is none
-            if found.family == "flux":
+            # as diffusers has it: some embed it, and for all others what is not above 1 is none
+            if FAMILIES[found.family].guidance:
                 embedded = scale
             else:
                 found = replace(found, guidance=max(scale, 1.0))
-        self._guidance_scale = found.guidance if found.family != "flux" or embedded is None else embedded
+        self._guidance_scale = found.guidance if not FAMILIES[found.family].guidance or embedded is None else embedded
         self._num_timesteps, self._interrupt = found.steps, False
         return found, embedded
 

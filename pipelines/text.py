@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from .call_values import texts_of
 from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
 from .places import on_device
@@ -187,14 +187,8 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
 
 def widths(network: Any) -> tuple[int, int | None]:
     """How wide the text tokens are that ``network`` reads, and its pooled text; None where it reads none."""
-    config = network.config
-    if detect(network) != "unet":
-        return int(config.joint_attention_dim), int(config.pooled_projection_dim)
-    width = config.cross_attention_dim
-    width = int(width if isinstance(width, int) else width[0])
-    if config.addition_embed_type != "text_time":
-        return width, None
-    return width, int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+    width, pooled = FAMILIES[detect(network)].widths(network.config)
+    return width, pooled or None
 
 
 def _checked(name: str, value: Any, shape: tuple[str | int, ...]) -> Tensor:

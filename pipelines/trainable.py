@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..core.errors import OneStepError
+from ..core.families import blocks_of
 from ..core.ordinary import make_ordinary
 from ..core.stored import PLAIN, in_float8, is_plain, serve
 from ..core.targets import Target, is_adaptable, kernel_size
-from .networks import blocks_of
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 CACHES = ("cache", "fbc_", "pyramid", "taylor")  # in the names of diffusers' hooks

@@ -21,7 +21,7 @@ class Host(Protocol):
     name: str
     """Of the checkpoint, for messages and headers."""
     family: str
-    """"unet", "sd3" or "flux": decides the LoRA's keys."""
+    """Its name in `core.families.FAMILIES`."""
     network: nn.Module
     """The denoising network."""
     denoiser: Denoiser

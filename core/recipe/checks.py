@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import OneStepError
+from ..families import FAMILIES
 
-FAMILIES = ("unet", "sd3", "flux")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_STEPS = 64
 MOST_ENTRIES = 64  # sizes, teacher LoRAs
@@ -37,7 +37,7 @@ def check_recipe(recipe: Any) -> None:
     if type(recipe.renoise) is not bool:
         raise OneStepError(f"a recipe's renoise is true or false, not {recipe.renoise!r:.40}")
     if recipe.family not in FAMILIES:
-        raise OneStepError(f"a recipe is for one of {FAMILIES}, not {recipe.family!r:.40}")
+        raise OneStepError(f"a recipe is for one of {tuple(FAMILIES)}, not {recipe.family!r:.40}")
     if recipe.prediction is not None and recipe.prediction not in PREDICTIONS:
         raise OneStepError(f"a recipe's prediction is one of {PREDICTIONS} or none, not {recipe.prediction!r:.40}")
     _check_sizes(recipe.sizes)

@@ -29,7 +29,7 @@ class Recipe:
     None stands for infinity.
     renoise: between steps, fresh noise on x0 (LCM, DMD2); otherwise deterministic, softened by eta in [0, 1] (TCD).
     guidance: classifier-free guidance scale; 1 is none. lora_scale: the strength to load the file at.
-    sizes: (width, height) in pixels it was trained at. family: "unet", "sd3" or "flux".
+    sizes: (width, height) in pixels it was trained at. family: a name in `core.families.FAMILIES`.
     prediction: what the network answers where that is not the base's own habit ("sample" for SDXL-Lightning's one
     step).
     shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as

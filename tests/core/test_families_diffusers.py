@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onestep.core import families
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES, bind_diffusers, detect, select
-from onestep.core.families_table import natural
+from onestep.core.families.table import natural
 from onestep.core.lora_keys import KeyMap, key_of
 from onestep.core.roles import Roles
 

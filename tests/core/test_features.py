@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.errors import OneStepError
-from onestep.core.families import bind_diffusers, select
+from onestep.core.families import FAMILIES, bind_diffusers, blocks_of, select
 from onestep.core.features import Features, as_picture
 from onestep.core.roles import Roles
 from onestep.core.targets import Target
-from onestep.pipelines.networks import blocks_of
 
 MIDDLES = {
     **{"sd15": "mid_block.resnets.1", "sd2": "mid_block.resnets.1", "sdxl": "mid_block.resnets.1"},
     **{"sd3": "transformer_blocks.11", "sd35_medium": "transformer_blocks.11"},
     "flux": "single_transformer_blocks.9",
 }
+
+KINDS = {kind: block for family in FAMILIES.values() for kind, block in family.blocks.items()}
 
 
 def looking(network: Any, count: int, targets: str = "all") -> Features:
@@ -91,7 +92,7 @@ def test_tokens_of_any_size_find_their_rows(size: tuple[int, int]) -> None:
     height, width = size
     for _ in range(3):
         tokens = torch.arange(height * width).view(1, -1, 1)
-        found = as_picture("BasicTransformerBlock", tokens, size)
+        found = as_picture(KINDS["BasicTransformerBlock"], tokens, size)
         assert torch.equal(found, torch.arange(height * width).view(1, 1, height, width))
         height, width = -(-height // 2), -(-width // 2)
 
@@ -101,13 +102,13 @@ def test_where_text_and_picture_are_one_sequence_the_picture_is_its_end() -> Non
     picture = torch.arange(6).view(1, 6, 1)
     joint = torch.cat([torch.full((1, 5, 1), -1), picture], 1)
     wanted = torch.arange(6).view(1, 1, 2, 3)
-    assert torch.equal(as_picture("SingleStreamBlock", joint, (4, 6)), wanted)
+    assert torch.equal(as_picture(KINDS["SingleStreamBlock"], joint, (4, 6)), wanted)
     text = torch.full((1, 5, 1), -1)
-    assert torch.equal(as_picture("DoubleStreamBlock", (picture, text), (4, 6)), wanted)
+    assert torch.equal(as_picture(KINDS["DoubleStreamBlock"], (picture, text), (4, 6)), wanted)
     for kind in ("JointBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"):
-        assert torch.equal(as_picture(kind, (text, picture), (4, 6)), wanted)
+        assert torch.equal(as_picture(KINDS[kind], (text, picture), (4, 6)), wanted)
     with pytest.raises(OneStepError, match=r"5 tokens for latents of \(4, 6\)"):
-        as_picture("BasicTransformerBlock", text, (4, 6))
+        as_picture(KINDS["BasicTransformerBlock"], text, (4, 6))
 
 
 def test_a_gradient_through_a_checkpointed_block_is_the_same() -> None:

@@ -11,11 +11,10 @@ from role_networks import scatter
 from torch import Tensor, nn
 
 from onestep.core.checkpoint import checkpoint_blocks
-from onestep.core.families import bind_diffusers
+from onestep.core.families import bind_diffusers, blocks_of
 from onestep.core.gates import NAME, Gated, gated_layers
 from onestep.core.roles import Roles
 from onestep.core.stored import store
-from onestep.pipelines.networks import blocks_of
 
 
 class Turned(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from onestep.core.checkpoint import Checkpoints, checkpoint_blocks
+from onestep.core.families import blocks_of
 from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, GRADES, NOTHING, heavier, recomputed
 from onestep.core.roles import Roles
-from onestep.pipelines.networks import blocks_of
 
 FORWARDS = {"sd15": 1, "sdxl": 1, "sd3": 2, "flux": 2}
 """Feed-forwards of a transformer block, of the picture and of the text."""

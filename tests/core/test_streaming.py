@@ -15,11 +15,10 @@ from small_networks import CASES, inputs_of, network_of
 from torch import Tensor, nn
 
 from onestep.core.checkpoint import checkpoint_blocks
-from onestep.core.families import bind_diffusers
+from onestep.core.families import bind_diffusers, blocks_of
 from onestep.core.roles import Roles
 from onestep.core.stream_link import Link, PlainLink
 from onestep.core.streaming import Stream, streamed
-from onestep.pipelines.networks import blocks_of
 
 CPU = torch.device("cpu")
 LINKS: dict[str, Callable[[], Link]] = {"at once": lambda: PlainLink(CPU), "delayed": DelayedLink}

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onestep.core.families import bind_diffusers
-from onestep.core.families_table import natural
+from onestep.core.families import bind_diffusers, blocks_of
+from onestep.core.families.table import natural
 from onestep.core.features import Features
 from onestep.core.lora_file import save_lora
 from onestep.core.roles import Roles
-from onestep.pipelines.networks import blocks_of
 
 pytestmark = pytest.mark.comfy
 

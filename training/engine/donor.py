@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.denoiser import EpsDenoiser, VDenoiser, X0Denoiser
 from ...core.errors import OneStepError
 from ...core.factors import truncated
+from ...core.families import FAMILIES
 from ...core.lora_file import AnotherBase, LoraFile, fit, load_lora
 from ...core.recipe import PRESETS, Recipe
 from ...core.recipe.by_name import preset_by_name
@@ -116,7 +117,7 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
         if not name:
             return None
         recipe = PRESETS[name]
-        if recipe.family == host.family == "unet" and not isinstance(host.denoiser, EpsDenoiser):
+        if recipe.family == host.family and FAMILIES[host.family].unet and not isinstance(host.denoiser, EpsDenoiser):
             raise OneStepError(
                 f"{name} was made for models that predict noise, and {host.name} does not: take a LoRA of its own kind"
             )

@@ -33,7 +33,7 @@ from ...core.control_copy import ControlCopy, new_copy
 from ...core.controls import control_of, visible
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
-from ...core.families import unet_parts
+from ...core.families import FAMILIES, unet_parts
 from ...core.recipe import Recipe
 from ...core.sampling import initial_latents
 from ...core.schedule import expand
@@ -148,7 +148,7 @@ def check(host: Host, settings: Settings) -> None:
     """Raises OneStepError for a control that is not known, layers that are not adapted, or a generator of many
     steps."""
     control_of(settings.own.control)
-    if settings.own.control_form == COPY and host.family != "unet":
+    if settings.own.control_form == COPY and not FAMILIES[host.family].unet:
         raise OneStepError(f"control_form copy is a ControlNet for U-Nets, {host.name} has none: set it to light")
     places_of(host.family, host.denoiser.roles.targets)
     generator_recipe(host, settings)

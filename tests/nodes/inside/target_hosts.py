@@ -23,12 +23,11 @@ from comfy_networks import MAPS, fill, place_of
 from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import clone_inputs
-from onestep.core.families import FAMILIES, bind_comfy, detect
+from onestep.core.families import FAMILIES, bind_comfy, blocks_of, detect
 from onestep.core.features import Features
 from onestep.core.lora_file import fit, load_lora
 from onestep.core.roles import Roles
 from onestep.core.targets import Target, is_adaptable
-from onestep.nodes.adapt import BLOCKS
 
 
 class SmallUNet(BASE):
@@ -85,8 +84,7 @@ def adapted(family, network, targets, state, inputs):
 
 def features(family, network, targets, inputs, count):
     """What each of ``count`` blocks gives, by its name."""
-    blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
-    looked_at = Features({target.name: target for target in targets}, blocks, count)
+    looked_at = Features({target.name: target for target in targets}, blocks_of(network), count)
     with torch.no_grad(), looked_at.kept(inputs["x"]) as found:
         predict(family, network, inputs)
     return {f"feature {name}": value for name, value in zip(looked_at.names, found, strict=True)}

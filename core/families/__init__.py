@@ -1,119 +1,55 @@
-"""Which layers of a network carry adapters, under which canonical names, in either host.
+"""The families of models that are served, each in a file of its own, and which layers of a network carry adapters.
 
 `bind_diffusers` and `bind_comfy` turn a network into its list of targets, in an order that depends on the names alone.
-Data and torch.nn: neither host is imported.
+Data and torch.nn: neither host is imported. How a family is added: docs/adding-a-family.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from . import families_dit as dit
-from . import families_unet as unet
-from .compiled import unwrapped
-from .errors import OneStepError
-from .families_table import Row, natural
-from .targets import Target, is_adaptable, out_features
+from ..compiled import unwrapped
+from ..errors import OneStepError
+from ..targets import Target, is_adaptable, out_features
+from . import unet
+from .family import Block
+from .flux import FLUX
+from .later import LATER, LATER_MARKS, WAN_STEERING
+from .sd3 import SD3
+from .table import Row, natural
+from .unet import UNET
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: how to recognise it, its table, and what is not adapted, with the reason.
-
-    marks: names of the root's children that tell ComfyUI's tree. not_adapted: (pattern of module paths, reason).
-    rows: the table of a layout. default: the largest layout known, for files that are read without their base.
-    """
-
-    title: str
-    diffusers_class: str
-    marks: tuple[str, ...]
-    default: Any
-    layout_of_canonical: Callable[[Iterable[str]], Any]
-    layout_of_comfy: Callable[[Iterable[str]], Any]
-    rows: Callable[[Any], Iterator[Row]]
-    not_adapted: tuple[tuple[str, str], ...]
-
-    def reason(self, path: str) -> str | None:
-        """Why the module of this path is not adapted, or None."""
-        return next((why for pattern, why in self.not_adapted if re.fullmatch(pattern, path)), None)
-
-    def canonical_names(self, layout: Any) -> set[str]:
-        return {name for row in self.rows(layout) for name in row.names}
-
-
-UNET = Family(
-    "the U-Net of SD1.5, SD2 and SDXL",
-    "UNet2DConditionModel",
-    ("input_blocks", "output_blocks", "time_embed"),
-    unet.Layout(),
-    unet.layout_of_canonical,
-    unet.layout_of_comfy,
-    unet.rows,
-    unet.NOT_ADAPTED,
-)
-SD3 = Family(
-    "the transformer of SD3 and SD3.5",
-    "SD3Transformer2DModel",
-    ("joint_blocks", "x_embedder", "y_embedder"),
-    dit.Layout(),
-    dit.layout_of_canonical,
-    dit.layout_of_comfy,
-    dit.sd3_rows,
-    dit.SD3_NOT_ADAPTED,
-)
-FLUX = Family(
-    "the transformer of Flux",
-    "FluxTransformer2DModel",
-    ("double_blocks", "single_blocks", "img_in", "vector_in"),
-    dit.Layout(),
-    dit.layout_of_canonical,
-    dit.layout_of_comfy,
-    dit.flux_rows,
-    dit.FLUX_NOT_ADAPTED,
-)
 FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX}
-NOT_ADAPTED = {name: family.not_adapted for name, family in FAMILIES.items()}
+"""By the name that files and recipes have for them, for ever."""
+STEERING = {name: family.steering for name, family in FAMILIES.items()} | {"wan": WAN_STEERING}
 
-# Class names of either host -> the family that we do not adapt yet.
-LATER = {
-    "PixArtTransformer2DModel": "PixArt",
-    "PixArtMS": "PixArt",
-    "QwenImageTransformer2DModel": "Qwen-Image",
-    "ZImageTransformer2DModel": "Z-Image",
-    "Lumina2Transformer2DModel": "Lumina2",
-    "NextDiT": "Lumina2 or Z-Image",
-    "ChromaTransformer2DModel": "Chroma",
-    "Chroma": "Chroma",
-    "Flux2Transformer2DModel": "Flux2",
-    "WanTransformer3DModel": "Wan",
-    "WanModel": "Wan",
-}
-# Root modules that only a later family's tree has, where its class has an earlier one's name.
-LATER_MARKS = {"double_stream_modulation_img": "Flux2", "distilled_guidance_layer": "Chroma"}
+
+def of_class(name: str) -> str | None:
+    """The name of the family whose networks have the class ``name`` in diffusers."""
+    return next((family for family, known in FAMILIES.items() if known.network == name), None)
 
 
 def detect(network: nn.Module) -> str:
-    """The family of a network of either host: "unet", "sd3" or "flux"; OneStepError, with a word, for all others."""
+    """The name of the family of a network of either host; OneStepError, with a word, for one that is not served."""
     network = unwrapped(network)
     classes = {cls.__name__ for cls in type(network).__mro__}
     children = {name for name, _ in network.named_children()}
     later = [LATER[name] for name in sorted(classes & LATER.keys())]
     later += [title for mark, title in LATER_MARKS.items() if mark in children]
     if later:
-        raise OneStepError(f"{later[0]} models cannot be adapted yet: use {_choices()}.")
+        raise OneStepError(f"{later[0]} models cannot be adapted yet: use {choices()}.")
     for name, family in FAMILIES.items():
-        if family.diffusers_class in classes or children.issuperset(family.marks):
+        if family.network in classes or children.issuperset(family.marks):
             return name
-    raise OneStepError(f"A network of class {type(network).__name__} is not known here: use {_choices()}.")
+    raise OneStepError(f"A network of class {type(network).__name__} is not known here: use {choices()}.")
 
 
 def bind_diffusers(network: nn.Module) -> list[Target]:
-    """All targets of a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel, in canonical order."""
+    """All targets of diffusers' network, in canonical order."""
     name = detect(network)
     layers = dict(_layers(network))
     known = FAMILIES[name].canonical_names(FAMILIES[name].layout_of_canonical(layers))
@@ -137,7 +73,7 @@ def bind_comfy(family: str, diffusion_model: nn.Module, config: Mapping[str, Any
 def unet_parts(network: nn.Module) -> dict[str, nn.Module]:
     """The norms and attentions inside the blocks of either host's U-Net, by diffusers' names."""
     modules, layers = dict(network.named_modules()), [path for path, _ in _layers(network)]
-    if UNET.diffusers_class in {cls.__name__ for cls in type(network).__mro__}:
+    if UNET.network in {cls.__name__ for cls in type(network).__mro__}:
         names = {ours: ours for _, ours in unet.parts(unet.layout_of_canonical(layers))}
     else:
         names = {ours: theirs for theirs, ours in unet.parts(unet.layout_of_comfy(layers))}
@@ -157,6 +93,25 @@ def part_of(name: str) -> str:
     if re.search(r"(^|\.)attn[12]?\.|^single_transformer_blocks\.\d+\.proj_out$", name):
         return "attn"
     return "mlp" if re.search(r"\.(ff|ff_context)\.net\.|\.proj_mlp$", name) else "rest"
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What gradient checkpointing recomputes one by one: a network's blocks, of either host, in the tree's order."""
+    kinds = FAMILIES[detect(network)].blocks
+    return [module for module in network.modules() if type(module).__name__ in kinds]
+
+
+def in_place_of(network: nn.Module) -> list[nn.Module]:
+    """Layers whose input ComfyUI overwrites after they have kept it for backward."""
+    kinds = FAMILIES[detect(network)].blocks
+    return [getattr(block, name) for block in blocks_of(network) for name in kinds[type(block).__name__].in_place]
+
+
+def block_of(block: nn.Module) -> Block:
+    """What is known of a block. Two families' classes may have one name: what is inside tells."""
+    inside, kind = dict(block.named_modules()), type(block).__name__
+    known = [family.blocks[kind] for family in FAMILIES.values() if kind in family.blocks]
+    return next((block for block in known if any(path in inside for path in block.feed_forwards)), Block())
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -212,7 +167,7 @@ def _advice(path: str) -> str:
 
 def _check_width(family: str, layers: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:
     """The width that the config tells must be that of the fused layers, on which their split rests."""
-    told = {"flux": config.get("hidden_size"), "sd3": config.get("depth", 0) * 64 or None}.get(family)
+    told = FAMILIES[family].width(config)
     fused = [path for path in layers if path.endswith("qkv")]
     wrong = [path for path in fused if told is not None and Target(path, layers[path]).in_features != told]
     if wrong:
@@ -220,5 +175,7 @@ def _check_width(family: str, layers: Mapping[str, nn.Module], config: Mapping[s
         raise OneStepError(f"The layer {wrong[0]} is {found} wide, but the model's configuration says {told}.")
 
 
-def _choices() -> str:
-    return "SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
+def choices() -> str:
+    """The models that are served, for a person."""
+    *most, last = ", ".join(family.models for family in FAMILIES.values()).split(", ")
+    return f"{', '.join(most)} or {last}"

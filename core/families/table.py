@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .errors import OneStepError
+from ..errors import OneStepError
+
+INPUT, REST = "input", "rest"
+"""Widths of a fused layer's parts: as many rows as the layer has inputs; an equal share of the rows that are left."""
+QKV = (INPUT, INPUT, INPUT)
 
 
 @dataclass(frozen=True)
 class Row:
-    """host: ComfyUI's module path. names: the canonical names of its output rows: one, or q, k, v, or q, k, v, mlp.
+    """host: ComfyUI's module path. names: the canonical names of its output rows, one or several. widths: of each of
+    several, `INPUT` or `REST`.
 
     swapped: a modulation whose [2 h, h] layer holds scale and shift in the other order than diffusers'. The same layer
     of another width (SD3's norm1_context of all blocks but the last: 6 h) has the same order in both hosts.
@@ -23,24 +28,37 @@ class Row:
     host: str
     names: tuple[str, ...]
     swapped: bool = False
+    widths: tuple[str, ...] = ()
 
     def slices(self, inputs: int, outputs: int) -> list[slice | None]:
-        """The output rows of each name. q, k and v are as wide as the layer's input; the MLP has what is left."""
+        """The output rows of each name, of a layer of these sizes."""
         if len(self.names) == 1:
             return [None]
-        widths = [inputs] * 3 + [outputs - 3 * inputs] * (len(self.names) - 3)
-        if sum(widths) != outputs or min(widths) <= 0:
+        rests = self.widths.count(REST)
+        left = outputs - inputs * self.widths.count(INPUT)
+        if left < rests or (left % rests if rests else left):
+            wanted = f"{'more than ' if rests else ''}{self.widths.count(INPUT)} times its inputs"
             raise OneStepError(
                 f"The layer {self.host} has {inputs} inputs and {outputs} outputs; as a fused {' + '.join(self.names)} "
-                f"it should have {'3' if len(self.names) == 3 else 'more than 3'} times its inputs. "
-                "This variant of the network is not supported."
+                f"it should have {wanted}. This variant of the network is not supported."
             )
+        widths = [inputs if width == INPUT else left // rests for width in self.widths]
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
 
     def permutation(self, inputs: int, outputs: int) -> Tensor | None:
         """[outputs] or None: host rows = canonical rows[permutation]. It is its own inverse."""
         return torch.arange(outputs).roll(inputs) if self.swapped and outputs == 2 * inputs else None
+
+    def inside(self, host: str, canonical: str) -> Row:
+        """The same row of a block at these paths."""
+        return replace(self, host=f"{host}.{self.host}", names=tuple(f"{canonical}.{name}" for name in self.names))
+
+
+def repeated(block: Iterable[Row], host: str, canonical: str, size: int) -> Iterator[Row]:
+    """The rows of ``size`` blocks alike, numbered in both hosts."""
+    for i in range(size):
+        yield from (row.inside(f"{host}.{i}", f"{canonical}.{i}") for row in block)
 
 
 def count(names: Iterable[str], pattern: str) -> int:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .families_table import Row, count
+from ..schedule import VPSchedule
+from .family import Block, Config, Family, Numbers
+from .table import Row, count
 
 # The layers of a residual block: ComfyUI's name -> diffusers' name.
 RESNET = {
@@ -142,3 +144,58 @@ def _attention(host: str, canonical: str, depth: int) -> Iterator[Row]:
         for layer in TRANSFORMER:
             path = f"transformer_blocks.{i}.{layer}"
             yield Row(f"{host}.{path}", (f"{canonical}.{path}",))
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    """SDXL's pooled text lies before the embeddings of its six sizes."""
+    if "cross_attention_dim" in config:
+        width, told = config["cross_attention_dim"], config.get("projection_class_embeddings_input_dim")
+        sizes = 6 * (config.get("addition_time_embed_dim") or 0)
+    else:
+        width, told, sizes = config["context_dim"], config.get("adm_in_channels"), 6 * 256
+    return (width if isinstance(width, int) else width[0]), max(0, (told or sizes) - sizes)
+
+
+UNET = Family(
+    title="the U-Net of SD1.5, SD2 and SDXL",
+    models="SD1.5, SD2, SDXL",
+    short="U-Nets",
+    network="UNet2DConditionModel",
+    marks=("input_blocks", "output_blocks", "time_embed"),
+    keys=r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|(?m:^unet\.)",
+    rows=rows,
+    default=Layout(),
+    layout_of_canonical=layout_of_canonical,
+    layout_of_comfy=layout_of_comfy,
+    not_adapted=NOT_ADAPTED,
+    dialect="kohya",
+    architecture={
+        768: "stable-diffusion-v1/lora",
+        1024: "stable-diffusion-v2-512/lora",
+        2048: "stable-diffusion-xl-v1-base/lora",
+    },
+    patch=1,
+    widths=_widths,
+    pooled=False,
+    lengths="repeated",
+    tokens=77,
+    schedule=VPSchedule.scaled_linear(),
+    pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    half="float16",
+    blocks={
+        "ResnetBlock2D": Block(),
+        "ResBlock": Block(),
+        "BasicTransformerBlock": Block(("ff",)),
+    },
+    unet=True,
+    cross_attention=True,
+    entry="conv_in",
+    ends=r".+\.attn2\.to_out\.0",
+    summary="add_embedding.linear_1",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(3.0, alpha=0.5),
+        "vsf": Numbers(1.0),
+        "perp": Numbers(10.0),
+    },
+)

@@ -1,0 +1,146 @@
+"""What is known of a family of models, once, for both hosts: the record that each of the families' files fills in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from ..schedule import NoiseSchedule
+from .table import Row
+
+Config = Mapping[str, Any]
+"""A network's configuration, diffusers' or ComfyUI's `unet_config`."""
+Layout = Any
+"""How many blocks a network has: each family's own."""
+
+NORM = "a norm: gains, no matrix"
+
+
+class Numbers(NamedTuple):
+    """What a mode of negative steering is steered by; each number's meaning is in `core.guidance.Steering`."""
+
+    scale: float
+    tau: float = 2.5
+    alpha: float = 0.25
+    order: float = 1
+    offset: float = 0.1
+
+
+@dataclass(frozen=True)
+class Block:
+    """A kind of block, by the name of its class in either host.
+
+    feed_forwards: paths inside of what may be computed again apart from the rest; "" is the whole block, where one
+    product makes attention and feed-forward. in_place: layers inside whose input the host overwrites after they have
+    kept it for backward. picture: where in what the block gives the picture is, if it gives several. joint: it gives
+    the text's tokens, then the picture's, in one tensor.
+    """
+
+    feed_forwards: tuple[str, ...] = ()
+    in_place: tuple[str, ...] = ()
+    picture: int = 0
+    joint: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture. Names of layers are canonical, diffusers' own, unless ComfyUI's are said.
+
+    Recognition:
+    title, models, short: for a person, "the transformer of SD3 and SD3.5", "SD3, SD3.5" and "SD3".
+    network: diffusers' class. marks: children of the root that tell ComfyUI's tree. keys: what a LoRA's keys have in no
+    other family's file. shared: what they may have as well as another's; the wanted model decides then.
+
+    Layers:
+    rows: the table of a layout. layout_of_canonical, layout_of_comfy: from the paths of a network's layers. default:
+    the largest layout known, for files that are read without their base. not_adapted: (pattern of module paths, why).
+    width: of ComfyUI's fused layers, as its configuration tells it; None where it does not.
+
+    LoRA files:
+    dialect: "kohya" is lora_unet_<path with _> with alpha, "transformer" is transformer.<path>.lora_A/B without.
+    architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
+
+    Latents, text, time:
+    patch: latents along a side of one token. packed: diffusers' in_channels counts a whole patch. widths: of a text
+    token and of the pooled text (0: none), from either host's configuration. pooled: every model reads pooled text.
+    lengths: texts of several lengths in ComfyUI, which does not pad them, are "repeated" (cross-attention does not see
+    it), or must be "equal". tokens: of a text of usual length. schedule: of the base as it is published. told: what
+    diffusers' network is told of a time, as a factor on ours. guidance: entries of the configurations that say whether
+    guidance is embedded; none for classifier-free guidance. usual_guidance: what is embedded where nobody says.
+    pipelines: diffusers' own, for text to image. half: the dtype of half the bytes in which it is trained.
+
+    Structure:
+    blocks: kinds of blocks in both hosts, as checkpointing, streaming and discriminators' heads see them. unet: levels
+    of several sizes, with ControlNets' residuals between them. cross_attention: the picture alone attends to the text;
+    else both attend jointly. entry: what writes the picture's stream at first. ends: pattern of the layers by which
+    what attention found enters the stream, where adapters add. summary: the layer that reads the text as one vector.
+    steering: by mode, the numbers of a negative where nobody gives any.
+    """
+
+    title: str
+    models: str
+    short: str
+    network: str
+    marks: tuple[str, ...]
+    keys: str
+    shared: str = "(?!)"
+
+    rows: Callable[[Layout], Iterator[Row]]
+    default: Layout
+    layout_of_canonical: Callable[[Iterable[str]], Layout]
+    layout_of_comfy: Callable[[Iterable[str]], Layout]
+    not_adapted: tuple[tuple[str, str], ...]
+    width: Callable[[Config], int | None] = lambda config: None
+
+    dialect: Literal["kohya", "transformer"] = "transformer"
+    architecture: Mapping[int | None, str] = field(default_factory=dict)
+
+    patch: int
+    packed: bool = False
+    widths: Callable[[Config], tuple[int, int]]
+    pooled: bool
+    lengths: Literal["repeated", "equal"]
+    tokens: int
+    schedule: NoiseSchedule
+    told: float = 1.0
+    guidance: tuple[str, ...] = ()
+    usual_guidance: float = 1.0
+    pipelines: tuple[str, ...]
+    half: Literal["float16", "bfloat16"] = "bfloat16"
+
+    blocks: Mapping[str, Block]
+    unet: bool = False
+    cross_attention: bool = False
+    entry: str
+    ends: str
+    summary: str
+    steering: Mapping[str, Numbers]
+
+    def reason(self, path: str) -> str | None:
+        """Why the module of this path is not adapted, or None."""
+        return next((why for pattern, why in self.not_adapted if re.fullmatch(pattern, path)), None)
+
+    def canonical_names(self, layout: Layout) -> set[str]:
+        return {name for row in self.rows(layout) for name in row.names}
+
+    def guidance_of(self, config: Config) -> Literal["cfg", "embedded", "none"]:
+        """How a model of this configuration is guided; "none" where it was made to need no guidance."""
+        if not self.guidance:
+            return "cfg"
+        return "embedded" if any(config.get(entry) for entry in self.guidance) else "none"
+
+    @property
+    def part(self) -> str:
+        """What its network is called in a pipeline."""
+        return "unet" if self.unet else "transformer"
+
+    def channels(self, config: Config) -> int:
+        """Of the latents, from diffusers' configuration."""
+        return int(config["in_channels"]) // (self.patch**2 if self.packed else 1)
+
+
+def first(config: Config, *entries: str) -> Any:
+    """The first of ``entries`` that a configuration has: the hosts name alike things differently."""
+    return next(config[entry] for entry in entries if entry in config)

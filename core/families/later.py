@@ -1,0 +1,43 @@
+"""Families that are known, and not adapted yet: by their networks' classes, their trees and their LoRAs' keys."""
+
+from __future__ import annotations
+
+from .family import Numbers
+
+# Class names of either host -> the family.
+LATER = {
+    "PixArtTransformer2DModel": "PixArt",
+    "PixArtMS": "PixArt",
+    "QwenImageTransformer2DModel": "Qwen-Image",
+    "ZImageTransformer2DModel": "Z-Image",
+    "Lumina2Transformer2DModel": "Lumina2",
+    "NextDiT": "Lumina2 or Z-Image",
+    "ChromaTransformer2DModel": "Chroma",
+    "Chroma": "Chroma",
+    "Flux2Transformer2DModel": "Flux2",
+    "WanTransformer3DModel": "Wan",
+    "WanModel": "Wan",
+}
+# Root modules that only a later family's tree has, where its class has an earlier one's name.
+LATER_MARKS = {"double_stream_modulation_img": "Flux2", "distilled_guidance_layer": "Chroma"}
+
+# By what gives them away in a LoRA's key.
+LATER_KEYS = {
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
+    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
+    r"(noise|context)_refiner[._]|(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": "Z-Image or Lumina 2",
+    r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
+    r"distilled_guidance_layer": "Chroma",
+    r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",
+    r"double_stream_blocks[._]\d": "HiDream",
+    r"joint_transformer_blocks[._]\d": "AuraFlow",
+    r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",
+}
+
+# Not trained, but steered in ComfyUI.
+WAN_STEERING = {
+    "nasa": Numbers(0.25),
+    "nag": Numbers(11.0, tau=3.5, alpha=0.5),
+    "vsf": Numbers(1.7, offset=0.2),
+    "perp": Numbers(10.0),
+}
