@@ -346,3 +346,40 @@ def test_prose_is_about_the_product_alone(folder):
             if re.search(MACHINE, line):
                 found.append(f"{path}:{number}: {line.strip()[:100]}")
     assert found == []
+
+
+WRAPPERS = ("core/families/", "pipelines/networks.py", "nodes/steer_networks.py")
+"""Where a family's classes may be named: its own file, and the wrapper of its network in each host."""
+
+
+def named_in(tree: ast.AST) -> set[str]:
+    """Every name that code uses or imports, and every text that is one name."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
+        found |= {name} if isinstance(name, str) else set()
+    return found
+
+
+def classes_of_families() -> set[str]:
+    """Of networks and their blocks, in either host, as the families' files have them."""
+    from onestep.core.families import FAMILIES
+    from onestep.core.families.later import LATER
+
+    return {*LATER, *(name for known in FAMILIES.values() for name in (known.network, *known.blocks))}
+
+
+def test_a_family_is_named_in_one_place():
+    """Elsewhere its facts are read from core.families."""
+    elsewhere = [path for path in SHIPPED if not str(path).startswith(WRAPPERS)]
+    found = {str(path): sorted(named_in(parsed(path)) & classes_of_families()) for path in elsewhere}
+    assert {path: names for path, names in found.items() if names} == {}
+    for text in (
+        "from diffusers import FluxTransformer2DModel",
+        'kinds = {"JointBlock"}',
+        "x = a.UNet2DConditionModel",
+    ):
+        assert named_in(ast.parse(text)) & classes_of_families()
+    assert not named_in(ast.parse('"""Of a UNet2DConditionModel."""\nx = "the JointBlock"')) & classes_of_families()
