@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -38,6 +39,13 @@ _register_checkout()
 # starts keep to the number too, rather than to time themselves.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("ONESTEP_TEST_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has imported stays: a collection of garbage need not walk through it, which takes half a second,
+    again and again where memory runs out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

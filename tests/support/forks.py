@@ -7,6 +7,7 @@ forking is safe (`POSSIBLE`): nothing but imports has happened in the parent, so
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -58,6 +59,7 @@ def serve(work: Callable[[list[str]], Any]) -> None:
     """Answer requests until standard input ends; in a fork, do ``work(arguments)`` and return."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the parent prints is no answer
+    gc.freeze()  # else each fork's first collection copies every page of what was loaded
     for line in sys.stdin:
         asked = json.loads(line)
         children = []

@@ -8,6 +8,7 @@ each run.
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 POOLS = ("pairs", "anchors", "trajectories", "triples", "segments")
-KILLS = {"dmd": 30, "cdm": 6, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4, "dmd2": 4, "f-distill": 4, "ladd": 4}
+KILLS = {"dmd": 21, "cdm": 6, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4, "dmd2": 4, "f-distill": 4, "ladd": 4}
 SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
 POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))
 WORST = {True: SAVING, False: POOLING}
@@ -233,15 +234,19 @@ def main() -> None:
     _load()
     import torch
     import torch._dynamo  # noqa: F401  (checkpointing reads its settings, and it takes seconds to load)
-    from PIL import Image  # noqa: F401
+    from PIL import Image
     from whole_runs import run  # noqa: F401  (loaded before the forks)
 
-    host_for("agd")
+    methods = sys.argv[1:] or list(KILLS)
+    Image.init()
+    for method in methods:
+        host_for(method), settings_for(method)
     torch.set_num_threads(1)
+    gc.freeze()  # else each fork's first collection copies every page of what was loaded
     # in memory where there is such a place: a kill loses nothing that was written, and syncing a disk takes its time
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as base:
-        for method in sys.argv[1:] or KILLS:
+        for method in methods:
             kill(Path(base), method)
 
 
