@@ -8,6 +8,7 @@ import pytest
 import torch
 from delayed_link import DelayedLink, FailingLink
 from mutations import must_fail, mutant
+from narrowed import narrowed
 from streamed_chain import CPU, Streamed, equal, sizes_of
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ def test_another_order_is_right_too_and_is_learnt(order: list[int]) -> None:
         assert made.moved(made.answer)[0] == 5
 
 
-@pytest.mark.parametrize("at", range(1, 19))
+@pytest.mark.parametrize("at", narrowed(range(1, 19), 1, 4, 9, 13, 16, 17, 18))
 def test_out_of_memory_in_a_copy_leaves_the_ring_right(at: int) -> None:
     """In whichever copy of a forward or a backward: the same work, tried again, is as if nothing had been."""
     wanted = resident(5)
@@ -138,7 +139,7 @@ def test_out_of_memory_in_a_copy_leaves_the_ring_right(at: int) -> None:
     assert failures == 1 or at > 16
 
 
-@pytest.mark.parametrize("at", range(1, 12))
+@pytest.mark.parametrize("at", narrowed(range(1, 12), 1, 4, 8, 11))
 def test_an_error_within_a_block_leaves_the_ring_right(at: int) -> None:
     wanted = resident(5)
     with Streamed(5, DelayedLink()) as made:

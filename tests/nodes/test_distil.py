@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_support import GraphRefused
+from narrowed import narrowed
 from small_runs import small
 
 from onestep.core.lora_file import load_lora
@@ -116,7 +117,7 @@ def test_cancel_keeps_what_is_learnt_and_the_run_goes_on(comfy_server: Any) -> N
         if name == "onestep.progress" and data["update"] >= 3:  # not every update is told
             comfy_server.interrupt(prompt_id)
 
-    steps = 14
+    steps = 10
     uncut = comfy_server.run(graph("uncut", steps=steps))
     assert uncut.status == "success", uncut.error
     cut = comfy_server.run(graph("cut", steps=steps), on_event=cancel)
@@ -232,7 +233,7 @@ def test_what_no_run_can_be_made_of_is_refused_as_it_is_queued(
     assert sorted((comfy_server.base / "output").rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["龙/一步", "люди 2", "हिन्दी"])
+@pytest.mark.parametrize("name", narrowed(["龙/一步", "люди 2", "हिन्दी"], "龙/一步"))
 def test_a_name_may_be_of_any_script_and_in_a_subfolder(comfy_server: Any, name: str) -> None:
     finished = comfy_server.run(graph(name, preset="Fast", steps=1))
     assert finished.status == "success", finished.error
@@ -249,7 +250,7 @@ def test_what_no_widget_offers_is_refused_by_the_server(comfy_server: Any, chang
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("kind", narrowed(["sd15", "sd3", "flux"], "sd15", "flux"))
 def test_checkpoints_of_each_layout_are_distilled_and_loaded_by_core(server_with_checkpoints: Any, kind: str) -> None:
     """A few steps of the whole method; then core's own LoraLoader takes every key of the file."""
     server, text = server_with_checkpoints, "sd3" if kind == "flux" else kind

@@ -16,6 +16,7 @@ import pytest
 import small_networks as small
 import torch
 from lora_files import random_lora
+from narrowed import narrowed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -73,7 +74,9 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
 CASES = [(case, name) for case in KINDS for name in ("automatic", "lower", "noise")]
 
 
-@pytest.mark.parametrize(("case", "name"), CASES)
+@pytest.mark.parametrize(
+    ("case", "name"), narrowed(CASES, *(case for case in CASES if case[0] != "sdxl"), ("sdxl", "automatic"))
+)
 def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: str) -> None:
     folder, found = drawn[0], drawn[1][case]
     file = folder / f"{case}-{name}.safetensors"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lora_dialects import alpha_tensors, header, kohya, none, old_diffusers, peft
 from lora_files import foreign, random_lora
+from narrowed import narrowed
 from tiny_pipelines import make
 from torch import Tensor
 
@@ -112,7 +113,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "title", "ranks"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "title", "ranks"), narrowed(CASES, *(case for case in CASES if case[0] != "sd3")), ids=str
+)
 def test_every_layer_acts_at_its_own_alpha_and_rank(name: str, title: str, ranks: Any, tmp_path: Path) -> None:
     factors = factors_of(name, ranks)
     names, alphas = (UNET if name in ("sd", "sdxl") else DIT)[title]
@@ -164,8 +167,10 @@ def test_the_recipes_strength_is_on_top(tmp_path: Path) -> None:
 # -- beside others ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
-@pytest.mark.parametrize("first", ["style", "one step"])
+ORDERS = [(name, first) for name in ("sd", "sd3", "flux") for first in ("style", "one step")]
+
+
+@pytest.mark.parametrize(("name", "first"), narrowed(ORDERS, ("sd", "style"), ("sd", "one step"), ("flux", "style")))
 def test_a_style_stays_on_in_either_order(name: str, first: str, tmp_path: Path, caplog: Any) -> None:
     """At the strength it was given."""
     few = random_lora(make(name), tmp_path / "few.safetensors", None, 0.2)

@@ -11,7 +11,7 @@ import torch
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from narrowed import narrowed
+from narrowed import narrowed, thinned
 from peft import LoraConfig
 from small_networks import CASES, inputs_of
 from steered_networks import JOINT, STEERINGS, UNETS, away, pipe_of, run, texts
@@ -139,9 +139,10 @@ def test_keys_and_values_are_kept_only_where_asked(cache: bool) -> None:
         assert torch.equal(run("sd15", other), again) and not torch.equal(again, outs[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["nasa", "nag", "vsf", "perp"])
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    thinned(5, ["sd15", "sd35", "flux"], ["nasa", "nag", "vsf", "perp"], [torch.bfloat16, torch.float16]),
+)
 def test_half_precision_is_the_same_but_for_its_rounding(name: str, mode: str, dtype: torch.dtype) -> None:
     pipe, network = pipe_of(name)
     half, narrow = pipe_of(name, dtype)

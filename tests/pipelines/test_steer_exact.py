@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
+from narrowed import thinned
 from small_networks import inputs_of, seeded
 from steered_networks import JOINT, SCALES, STEERINGS, UNETS, CrossOracle, away, doubled, pipe_of, replaced, run, texts
 from tiny_pipelines import randomise
@@ -62,9 +63,7 @@ def image_prompt(network: Any) -> dict[str, Any]:
     return {"image_embeds": [draw(2, 1, 12)]}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", JOINT)
-@pytest.mark.parametrize("length", [3, 5, 8])
+@pytest.mark.parametrize(("length", "name", "mode"), thinned(5, [3, 5, 8], JOINT, MODES))
 def test_one_picture_stream_is_the_doubled_form(name: str, mode: str, length: int) -> None:
     pipe, network = pipe_of(name)
     negative = texts(2 if length == 5 else 1, length)
@@ -200,9 +199,7 @@ def test_each_row_has_its_negative(name: str) -> None:
     close(found, torch.cat(alone).repeat_interleave(2, 0), exact(name))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [*UNETS, *JOINT])
-@pytest.mark.parametrize("rows", ["first half", "second half"])
+@pytest.mark.parametrize(("rows", "name", "mode"), thinned(3, ["first half", "second half"], [*UNETS, *JOINT], MODES))
 def test_half_of_a_batch_is_steered(name: str, mode: str, rows: Any) -> None:
     """Classifier-free guidance's null rows are those of a run without steering."""
     pipe, network = pipe_of(name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrowed import thinned
 from small_networks import inputs_of
 from steered_networks import JOINT, SCALES, UNETS, away, doubled, pipe_of, pooled, run, texts
 from tiny_pipelines import make
@@ -34,9 +35,7 @@ def of(length: int, count: int = 1, seed: int = 7) -> Cond:
 # -- pooled text ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", SCALES)
-@pytest.mark.parametrize("name", JOINT)
-@pytest.mark.parametrize("length", [3, 8])
+@pytest.mark.parametrize(("length", "name", "mode"), thinned(5, [3, 8], JOINT, SCALES))
 def test_each_text_is_modulated_by_its_own_pooled_text(name: str, mode: str, length: int) -> None:
     """As in the doubled network, whose rows have a text and its pooled text each; by VSF all are under the prompt's."""
     pipe, network = pipe_of(name)
@@ -79,8 +78,7 @@ def test_half_of_a_batch_is_under_its_negatives(name: str, rows: Any) -> None:
 # -- tokens that are none ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", SCALES)
-@pytest.mark.parametrize("name", [*UNETS, *JOINT])
+@pytest.mark.parametrize(("name", "mode"), thinned(3, [*UNETS, *JOINT], SCALES))
 def test_each_row_has_as_many_tokens_as_its_mask_says(name: str, mode: str) -> None:
     """Two negatives of two lengths in one batch are two runs, whatever lies behind the shorter; also in half of one."""
     pipe, network = pipe_of(name)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
+from narrowed import thinned
 from oracles import CASES, At, Case, World, drawn, rows
 from small_host import SmallHost, setup_of, small
 from whole_runs import Cancelled, at_call, left, run
@@ -191,14 +192,16 @@ def forwards(made: Made, update: int) -> list[tuple[int, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("anchor", [0.0, 0.5])
-@pytest.mark.parametrize(("pictures", "every"), [("fresh", 1), ("shared", 1), ("shared", 2), ("fresh", 3)])
-@pytest.mark.parametrize(("k", "apart"), [(1.0, False), (2.0, False), (2.0, True)])
+PICTURES = [("fresh", 1), ("shared", 1), ("shared", 2), ("fresh", 3)]
+GUIDED = [(1.0, False), (2.0, False), (2.0, True)]
+
+
+@pytest.mark.parametrize(("steps", "anchor", "shown", "guided"), thinned(5, [1, 2], [0.0, 0.5], PICTURES, GUIDED))
 def test_the_plan_counts_the_forwards_that_are_made(
-    tmp_path: Path, steps: int, anchor: float, pictures: str, every: int, k: float, apart: bool
+    tmp_path: Path, steps: int, anchor: float, shown: tuple[str, int], guided: tuple[float, bool]
 ) -> None:
     """Over the updates of the matching: rows without a graph are a forward each, rows with one are learnt from."""
+    (pictures, every), (k, apart) = shown, guided
     options = {"critic_updates": 3, "student_steps": steps, "steps": 6, "pairs": 4, "critic_pictures": pictures}
     options |= {"anchor": anchor, "anchor_every": every, "matching_guidance": k, "separate_levels": apart}
     with ExitStack() as stack:

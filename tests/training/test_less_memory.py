@@ -32,7 +32,7 @@ QUIET: dict[str, Any] = {"watch_every": 0, "preview_every": 0}
 
 
 def settings(**more: Any) -> Settings:
-    few = {"steps": 3, "pairs": 4, "batch": 4, "rank": 4, "teacher_steps": 1, "sizes": "32x32", "save_every": 1}
+    few = {"steps": 2, "pairs": 4, "batch": 4, "rank": 4, "teacher_steps": 1, "sizes": "32x32", "save_every": 1}
     return settings_for(method="regression", **{**few, **QUIET, **more})
 
 
@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_is_where_it_went_down_to(
     wanted, room = begun[FEED_FORWARDS]
 
     def cancel(progress: Any) -> None:
-        if progress.update == 2:
+        if progress.update == 1:
             raise Cancelled
 
     with pytest.raises(Cancelled):

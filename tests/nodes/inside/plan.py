@@ -1,6 +1,6 @@
-"""plan.py OUT.png FOLDER...: what the plan counts of the tiny MODELs in these folders, a line of JSON each; of the
-first what each adapter's run would need, by the node's settings and in its words, a line each; then the node's own
-table and picture of the first."""
+"""plan.py OUT.png ADAPTERS FOLDER...: what the plan counts of the tiny MODELs in these folders, a line of JSON each; of
+the first what the run of each of these adapters would need, by the node's settings and in its words, a line each; then
+the node's own table and picture of the first."""
 
 import json
 import sys
@@ -18,7 +18,8 @@ from onestep.training.plan.cards import card_of
 from onestep.training.plan.ladder import planned
 from onestep.training.plan.text import facts
 
-out, folders = sys.argv[1], list(map(Path, sys.argv[2:]))
+out, adapters, folders = sys.argv[1], sys.argv[2].split(","), list(map(Path, sys.argv[3:]))
+assert set(adapters) <= set(makers_of("adapter"))
 settings = settings_for(method="regression", sizes="32x32", rank=8, batch=2, steps=1, watch_samples=4)
 with torch.inference_mode():
     for folder in folders:
@@ -30,7 +31,7 @@ with torch.inference_mode():
         assert not any(value.is_meta for part in (model.model, vae.first_stage_model) for value in part.parameters())
     model, _, vae = load_tiny(folders[0])
     few = {"student_steps": "1", "sizes": "32x32", "batch": 2, "steps": 1, "watch_samples": 4}
-    for name in makers_of("adapter"):
+    for name in adapters:
         said = PlanDistillation.execute(model, "", "Balanced", {"method": name}, vae=vae, **few).result[0]
         shell = Shell(model, vae, "all")
         told = facts(planned(shell.name, shell.shell, settings_of({"method": name}, "Balanced", **few), None))
