@@ -77,7 +77,9 @@ def settings_of(args: Namespace) -> Settings:
     chosen = preset(PRESET, **SMALLER)
     if args.steps is None:
         return chosen
-    return chosen.with_(steps=args.steps, warm_start=args.steps, critic_warm_up=args.steps)
+    few = {"warm_start": args.steps, "critic_warm_up": args.steps}
+    # no more pairs than its warm start can look at
+    return chosen.with_(steps=args.steps, **few, pairs=min(chosen.pairs, chosen.batch * args.steps))
 
 
 def _compare(
