@@ -39,7 +39,9 @@ def page() -> str:
         "Made by `onestep methods --markdown`.",
         _table(("method", "what it is", "makes", "paper", "network forwards of a sample in an update"), _rows(METHODS)),
         "Forwards are work, as `onestep plan sd15` counts it where nothing is computed again in backward; the anchor "
-        "on the teacher's pairs is among them. A backward takes about one more where whole blocks are computed again.",
+        "on the teacher's pairs is among them. A backward takes about one more where whole blocks are computed again. "
+        "The steps before: of a student of N steps one is drawn, and each of its pictures (one a turn of the student, "
+        "of the critic, of the head) takes (N - 1) / 2 more, in the mean.",
         "## Presets",
         "By the outcome that you want. What our own measurements (`docs/benchmarks.md`) do not speak of, several steps "
         "and donors, follows recipes that exist as code; none of it is measured on a GPU yet.",

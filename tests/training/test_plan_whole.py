@@ -3,15 +3,12 @@ disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from flops import ONE_FLOP_A_SECOND, flops_of
 from narrowed import narrowed
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.pipelines.load import load
@@ -19,14 +16,10 @@ from onestep.pipelines.shells import of_host
 from onestep.training.distil import distil
 from onestep.training.engine.prompts import embed
 from onestep.training.methods import METHODS, settings_for
-from onestep.training.plan.cards import OF_FLOPS, Card
-from onestep.training.plan.kernels import ON_CPU
 from onestep.training.plan.rungs import STATES, Rung, Way, rung_of
 from onestep.training.settings import Settings
 
 PROMPTS = ["a red dragon", "a blue wall", "a wall"]
-ONE_FLOP_A_SECOND = Card("made for a test", 2**40, 1e-12 / OF_FLOPS, 1e-12 / OF_FLOPS, 1e12)
-"""Seconds on it are FLOPs: nothing else counts beside them."""
 SHARED = {"sizes": "32x32", "rank": 8, "batch": 2, "pairs": 4, "teacher_steps": 2, "watch_every": 2}
 SHARED |= {"watch_samples": 4, "preview_every": 2, "preview_samples": 1, "candidate_every": 0}
 RUNS = {
@@ -43,26 +36,6 @@ def settings(method: str) -> Settings:
 @pytest.fixture(scope="module")
 def host() -> DiffusersHost:
     return adapt(load("tiny", device="cpu"), targets="all", device="cpu")
-
-
-class Flops(TorchDispatchMode):
-    """Of whatever runs within, by torch's own formulas."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(ON_CPU.get(func.overloadpacket, func.overloadpacket))
-        self.total += 0 if formula is None else int(formula(*args, **(kwargs or {}), out_val=result))
-        return result
-
-
-def flops_of(work: Callable[[], object]) -> int:
-    with Flops() as counted:
-        work()
-    return counted.total
 
 
 def planned(host: DiffusersHost, how: Settings) -> Rung:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
@@ -19,6 +21,9 @@ from ..settings import Settings
 from .batch import Batch
 
 STUDENT = "student"
+EARLIER = "student's earlier steps"
+"""What a profile of a run calls the steps before the drawn one, with the share that as many as in the mean are of
+them."""
 LARGE = 16 * 2**30
 """Bytes of a card from which on the running mean lies on it."""
 NewAdapter = Callable[[Host, Settings], Any]
@@ -84,9 +89,10 @@ class BackwardSimulation:
         step = self.first + batch.choice(len(levels) - self.first, "student step")
         with torch.no_grad(), denoise.roles.use(role):
             x = initial_latents(schedule, batch.normal("latent"), levels[0], recipe.initial_noise_scale)
-            for earlier in range(step):
-                x0 = denoise(x, levels[earlier], batch.cond)
-                x = advance(schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
+            with record_function(EARLIER, repr((self.cost - 1) / step)) if step else nullcontext():
+                for earlier in range(step):
+                    x0 = denoise(x, levels[earlier], batch.cond)
+                    x = advance(schedule, recipe, earlier, levels, x, x0, lambda at: batch.normal(f"renoise {at}"))
         with denoise.roles.use(role, train=train):
             x0 = denoise(x, levels[step], batch.cond)
         lower = levels[step + 1] if step + 1 < len(levels) else torch.zeros_like(levels[step])

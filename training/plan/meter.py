@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 
+from ..engine.student import EARLIER
 from .kernels import Kernel, kernel_of, key_of
 from .trace import Trace
 
@@ -48,7 +49,7 @@ class Meter(TorchDispatchMode):
         self._storages: dict[int, _Live] = {}
         self._of_host: dict[int, Any] = {}
         self._kernels: dict[Any, Kernel] = {}
-        self._records: list[str] = []
+        self._records: list[tuple[str, float]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -184,11 +185,14 @@ class Meter(TorchDispatchMode):
     def _record(self, func: Any, args: Any) -> Any:
         """torch.profiler.record_function, by which training names its parts."""
         if func.overloadpacket is torch.ops.profiler._record_function_enter_new:
-            self._records.append(self.trace.part)
-            if not args[0].startswith("Optimizer."):  # torch's own name for a step
+            self._records.append((self.trace.part, self.trace.times))
+            if args[0] == EARLIER:  # no part of its own
+                self.trace.times = float(args[1])
+            elif not args[0].startswith("Optimizer."):  # torch's own name for a step
                 self.trace.enter(args[0])
         elif self._records:
-            self.trace.begin(self._records.pop())
+            part, self.trace.times = self._records.pop()
+            self.trace.begin(part)
         return func(*args)
 
 

@@ -1,13 +1,17 @@
-"""The batch and the rank at which a run is counted: primes that divide nothing else in it (training.plan.trace)."""
+"""What a rehearsal has that a run has not: a batch and a rank that are primes and divide nothing else in it
+(training.plan.trace), and the middle one of whatever a run draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine.batch import Batch
+from ..engine.prompts import Prompts, Size
 from ..host import Host
 from ..settings import Settings
 
@@ -49,3 +53,25 @@ def without_donor(settings: Settings) -> Settings:
 def tensors_of(network: nn.Module) -> list[Tensor]:
     """Weights and buffers."""
     return [*network.parameters(), *network.buffers()]
+
+
+class MiddleBatch(Batch):
+    """Of 1, 2, 3, 4 ... steps the 1st, 2nd, 2nd, 3rd ...: where there are several, one is before it, so that each kind
+    of work is done whatever a run would draw."""
+
+    def choice(self, high: int, stream: str) -> int:
+        return high // 2
+
+
+class MiddlePrompts(Prompts):
+    def of(self, size: Size, rows: Tensor, key: int, samples: Sequence[int]) -> Batch:
+        return MiddleBatch(**_values(super().of(size, rows, key, samples)))
+
+
+def undrawn(prompts: Prompts) -> Prompts:
+    """The same, whose batches draw nothing: their choice is the middle one."""
+    return MiddlePrompts(**_values(prompts))
+
+
+def _values(of: Batch | Prompts) -> dict[str, Any]:
+    return {entry.name: getattr(of, entry.name) for entry in fields(of)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,7 +32,7 @@ from ..watch.measures import Watch
 from ..watch.reference import by_teacher
 from .attention import as_on
 from .meter import Meter
-from .odd import BATCHES, PROMPT, RANKS, prime, sizes_of, tensors_of, without_donor
+from .odd import BATCHES, PROMPT, RANKS, prime, sizes_of, tensors_of, undrawn, without_donor
 from .rehearsed import Beside, PhaseWork
 from .rehearsed import Rehearsed as Rehearsed
 from .trace import DECODE as DECODE
@@ -116,7 +116,7 @@ class _Rehearsal:
         self.host, self.settings, self.asked, self.folder, self.meter = host, settings, asked, folder, meter
         self.recompute, self.sliced = recompute, sliced
         self.method = METHODS[settings.method]
-        self.passes: Counter[str] = Counter()
+        self.passes: dict[str, float] = defaultdict(int)
 
     def play(self) -> None:
         """In a run's own order."""
@@ -124,7 +124,7 @@ class _Rehearsal:
         method.check(host, settings)
         with self.meter.part(PROMPTS):
             prompts = embed(host, [PROMPT], settings, self.folder / TEXTS, guidance_input=method.guidance_input)
-        self.setup = Setup(host, settings, prompts, self.folder, method.recipe(host, settings))
+        self.setup = Setup(host, settings, undrawn(prompts), self.folder, method.recipe(host, settings))
         with ExitStack() as stack:
             stack.enter_context(host.training())
             stack.enter_context(hooked(host, self.recompute))
@@ -155,7 +155,7 @@ class _Rehearsal:
         self.beside = self._beside()
 
     def _pass(self, *unused: Any) -> None:
-        self.passes[self.meter.trace.part] += 1 + torch.is_grad_enabled()
+        self.passes[self.meter.trace.part] += (1 + torch.is_grad_enabled()) * self.meter.trace.times
 
     def _trainer(self) -> Trainer:
         host, settings = self.host, self.settings

@@ -35,12 +35,12 @@ class Beside:
 class Rehearsed:
     """count: of what was played. phases: of the whole run. gradients: by part, the label of the gradients that it
     makes. passes: by part, forwards of the network and, of those with a graph, backwards: how often each weight is
-    read."""
+    read, in the mean."""
 
     count: Count
     phases: tuple[PhaseWork, ...]
     gradients: dict[str, str]
-    passes: dict[str, int]
+    passes: dict[str, float]
     beside: Beside
 
     def entered(self, part: str) -> int:

@@ -7,7 +7,7 @@ so the bytes alive at every instant are known for any batch and rank, and their 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,16 +31,18 @@ class Cost:
 class Trace:
     """Events in order: at each, so many bytes come alive (or die, below 0) under a label within a part.
 
-    within: the part around a part, where there is one. entered: how often a part was, from which other. counts: how
-    often each operation ran in each part.
+    within: the part around a part, where there is one. entered: how often a part was, from which other. times: how
+    often what runs is counted: as often as it is done in the mean, where that differs. counts: how often each operation
+    ran in each part, so counted.
     """
 
     within: dict[str, str] = field(default_factory=dict)
     part: str = ""
+    times: float = 1
     parts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     deltas: list[int] = field(default_factory=list)
-    counts: Counter[tuple[str, Cost]] = field(default_factory=Counter)
+    counts: dict[tuple[str, Cost], float] = field(default_factory=lambda: defaultdict(int))
     entered: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def enter(self, part: str) -> None:
@@ -60,7 +62,7 @@ class Trace:
         self.deltas.append(bytes)
 
     def ran(self, cost: Cost) -> None:
-        self.counts[self.part, cost] += 1
+        self.counts[self.part, cost] += self.times
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Count:
     labels: tuple[str, ...]
     label: np.ndarray
     deltas: np.ndarray
-    counts: dict[str, dict[Cost, int]]
+    counts: dict[str, dict[Cost, float]]
     within: dict[str, str]
     entered: dict[tuple[str, str], int]
 
@@ -114,7 +116,7 @@ class Count:
     def of(cls, trace: Trace, p: int, r: int) -> Count:
         names, parts = np.unique(np.array(trace.parts), return_inverse=True)
         labels, label = np.unique(np.array(trace.labels), return_inverse=True)
-        counts: dict[str, dict[Cost, int]] = {}
+        counts: dict[str, dict[Cost, float]] = {}
         for (part, cost), times in trace.counts.items():
             counts.setdefault(part, {})[cost] = times
         deltas, around = np.array(trace.deltas, dtype=np.int64), (dict(trace.within), dict(trace.entered))
@@ -164,12 +166,12 @@ class Count:
             made_of[there] = int(running[there].max())
         return Peak(int(alive[at]), made_of)
 
-    def flops(self, part: str, batch: int, rank: int) -> int:
-        """FLOPs of ``part`` at ``batch`` samples a micro-batch, once."""
+    def flops(self, part: str, batch: int, rank: int) -> float:
+        """FLOPs of ``part`` at ``batch`` samples a micro-batch, once: in the mean."""
         scale = Scale(self.p, self.r, batch, rank)
         return sum(scale(cost.flops) * times for cost, times in self.counts.get(part, {}).items())
 
-    def moved(self, part: str, batch: int, rank: int) -> int:
+    def moved(self, part: str, batch: int, rank: int) -> float:
         """Bytes read and written."""
         scale = Scale(self.p, self.r, batch, rank)
         return sum(sum(map(scale, cost.moved)) * times for cost, times in self.counts.get(part, {}).items())
@@ -181,6 +183,6 @@ class Count:
             whole += times * of(scale(cost.flops), sum(map(scale, cost.moved)), cost.width)
         return whole
 
-    def operations(self, part: str) -> int:
+    def operations(self, part: str) -> float:
         """Operations that are more than a view."""
         return sum(self.counts.get(part, {}).values())
