@@ -22,10 +22,12 @@ LASTING = ("base", "student", "critic", "ema", "student moments", "critic moment
 def settings_of(method: str, batch: int, **more: Any) -> Settings:
     run = {"sizes": "64x64", "rank": 8, "batch": batch, "pairs": batch, "steps": 4} | more
     few = {"teacher_steps": 1, "watch_samples": 4}
-    alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1}
+    # the matching alone, a head's turns and its term in each update
+    alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1, "gan_start": 0.0, "gan_ramp": 0.0}
+    alone |= {"head_warm_up": 0}
     own = {entry.name for entry in described(METHODS[method].settings)}
     several = {"student_steps": 4} if method in ("cdm", "tdm") else {}
-    return settings_for(method=method, **several, **run, **few, **({} if alone.keys() - own else alone))
+    return settings_for(method=method, **several, **run, **few, **{n: v for n, v in alone.items() if n in own})
 
 
 def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> int:
