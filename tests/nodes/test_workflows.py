@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import ENDED, QUEUE
-from small_runs import SMALL
+from small_runs import SMALL, small
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 DISTIL, SAMPLE, NEGATIVE = "1 distil a checkpoint", "2 draw in one step", "4 negative prompt at CFG 1"
@@ -68,6 +68,7 @@ def made_small(server: Any, graph: dict[str, Any], name: str, steps: int = 2) ->
         inputs |= {name: value for name, value in SMALL.items() if name in known}
         inputs |= {"steps": steps, "teacher_steps": 1, "existing": "restart"} | ({"rank": 2} if "rank" in known else {})
         inputs |= {"method.states": 1} if inputs["method"] == "agd" else {}
+        inputs |= small("dmd", warm_start=0, steps=steps) if inputs.get("preset") == "Adapt" else {}
         inputs["name"] = f"{name}-{key}" if number else name
     return graph
 
