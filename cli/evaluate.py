@@ -62,8 +62,7 @@ def measure(
 
 def student_of(lora: Lora, host: Any, name: str, guidance: float = 1.0) -> Student:
     """The LoRA as the evaluation takes it; an adapter at the teacher's guidance."""
-    prediction = lora.recipe.prediction
-    denoiser = None if prediction is None else denoiser_with(host, prediction)
+    denoiser = None if lora.recipe == lora.recipe.of_base else denoiser_with(host, lora.recipe)
     return Student(name, lora.state, lora.recipe, denoiser, lora.module, guidance, lora.later)
 
 

@@ -124,8 +124,8 @@ def _student(host: Any, lora: Lora, args: Namespace) -> tuple[Any, int]:
         roles.load(part_of(ROLE, part), scaled(state, lora.recipe), host.device)
     if lora.later:
         roles.steps.split(ROLE, lora.recipe.timesteps)
-    if recipe.prediction is not None:
-        denoise = denoiser_with(host, recipe.prediction)
+    if recipe != recipe.of_base:
+        denoise = denoiser_with(host, recipe)
 
     def one(told: Any, noise: Tensor) -> Tensor:
         # ComfyUI's noise between steps is one stream, seeded with the next whole number
@@ -145,11 +145,11 @@ def scaled(state: State, recipe: Recipe) -> State:
     return {name: (a, b * recipe.lora_scale) for name, (a, b) in state.items()}
 
 
-def denoiser_with(host: Any, prediction: str) -> Any:
-    """The host's network read as answering ``prediction``."""
+def denoiser_with(host: Any, recipe: Recipe) -> Any:
+    """The host's network, read as ``recipe`` says."""
     from ..pipelines.adapt import denoiser_of
 
-    return denoiser_of(host.pipe, host.denoiser.roles, prediction=prediction)
+    return denoiser_of(host.pipe, host.denoiser.roles, recipe=recipe)
 
 
 def _check(args: Namespace, path: Path) -> None:

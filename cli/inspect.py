@@ -16,6 +16,7 @@ from ..core.ksampler import by_sigmas, core_nodes, same_sigmas
 from ..core.licences import KEY, Source, license_line, sources_in
 from ..core.lora_file import LoraFile, load_lora
 from ..core.recipe import Recipe
+from ..core.recipe.recognised import Recognised, recognised
 from ..core.schedule import FlowSchedule
 from ..core.tensor_file import read_header
 from .console import Console
@@ -92,6 +93,8 @@ def of_adapter(path: Path, told: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def describe(file: LoraFile, path: Path) -> dict[str, Any]:
     """Everything that is said of a file, as plain values."""
     recipe = None if file.recipe is None else Recipe.from_json(file.recipe)
+    taken, undecided = by_names(path, file) if recipe is None else (None, "")
+    recipe = taken.recipe if taken else recipe
     ranks = sorted({len(a) for a, _ in file.state.values()})
     return {
         "path": str(path),
@@ -102,6 +105,8 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "ranks": ranks,
         "unused": len(file.unused),
         "left_out": file.left_out,
+        "taken_for": None if taken is None else asdict(taken),
+        "undecided": undecided,
         "recipe": None if recipe is None else json.loads(recipe.to_json()),
         "comfyui": None if recipe is None else in_comfyui(recipe),
         "diffusers": None if recipe is None else in_diffusers(recipe, path),
@@ -109,6 +114,14 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "made_of": [asdict(source) for source in sources_in(file.metadata)],
         "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS, KEY)},
     }
+
+
+def by_names(path: Path, file: LoraFile) -> tuple[Recognised | None, str]:
+    """What the names of a file without a recipe stand for; or between what they do not decide."""
+    try:
+        return recognised(path, file.metadata, file.family, "add --recipe NAME"), ""
+    except OneStepError as error:
+        return None, str(error)
 
 
 def in_comfyui(recipe: Recipe) -> dict[str, Any]:
@@ -154,8 +167,11 @@ def told(facts: dict[str, Any]) -> str:
         f"  {facts['layers']} layers, rank {ranks}, {facts['bytes'] / 2**20:.1f} MiB{unused}",
     ]
     if facts["recipe"] is None:
-        lines.append("  It does not say how it is sampled: onestep generate takes a preset with --recipe.")
-    else:
+        unsaid = facts["undecided"] or "onestep generate takes a preset with --recipe"
+        lines.append(f"  It does not say how it is sampled: {unsaid}.")
+    if taken := facts["taken_for"]:
+        lines.append(f"  taken for {taken['preset']}, by {taken['evidence']} (--recipe says otherwise):")
+    if facts["recipe"] is not None:
         lines += recipe_lines(facts)
     if HINT in facts["header"]:
         lines.append(f"  usage hint: {_short(facts['header'][HINT], LONG_HINT)}")

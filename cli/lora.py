@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from ..core.adapter_file import load_adapter, read_told
 from ..core.errors import OneStepError
 from ..core.factors import State
 from ..core.guidance_adapter import MAKERS, check_base
-from ..core.lora_file import fit, load_lora
+from ..core.lora_file import LoraFile, fit, load_lora
 from ..core.recipe import PRESETS, Recipe, step_files
+from ..core.recipe.presets import preset_names
+from ..core.recipe.recognised import recognised
 from ..training.settings import nearest
 
 
@@ -35,7 +38,7 @@ def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     names = [target.name for target in targets]
     loaded = load_lora(file, names, host.family)
     loaded.say_left_out(file)
-    chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file)
+    chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file, loaded)
     if chosen.family != host.family:
         raise OneStepError(
             f"the recipe is for {chosen.family!r} models, {host.name} is {host.family!r}: choose another --recipe"
@@ -55,12 +58,17 @@ def read_student(file: str, host: Any) -> Lora:
     return Lora(Path(file).name, {}, recipe, settings_in(found.metadata), found.module)
 
 
-def own_recipe(text: str | None, file: str) -> Recipe:
-    if text is None:
-        raise OneStepError(
-            f"{Path(file).name[:100]} does not say how it is sampled: add --recipe NAME, one of {', '.join(PRESETS)}"
-        )
-    return Recipe.from_json(text)
+def own_recipe(text: str | None, file: str, lora: LoraFile | None = None) -> Recipe:
+    """What a file's header says; of a LoRA that says nothing, what its names stand for, with a word."""
+    if text is not None:
+        return Recipe.from_json(text)
+    path, say = Path(file), "add --recipe NAME"
+    found = recognised(path, lora.metadata, lora.family, say) if lora else None
+    if found is None:
+        names = preset_names(lora.family if lora else None)
+        raise OneStepError(f"{path.name[:100]} does not say how it is sampled: {say}, one of {names}")
+    logging.warning("OneStep: %s is %s; --recipe says otherwise", path.name[:100], found)
+    return found.recipe
 
 
 def preset_recipe(name: str, host: Any) -> Recipe:
@@ -92,5 +100,6 @@ def in_steps(recipe: Recipe, host: Any, steps: int | None) -> Recipe:
         "guidance": recipe.guidance,
         "lora_scale": recipe.lora_scale,
         "prediction": recipe.prediction,
+        "time_scale": recipe.time_scale,
     }
     return replace(plain, initial_noise_scale=recipe.noise_scale_from(schedule, first), **kept)

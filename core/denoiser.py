@@ -43,13 +43,18 @@ class _Wrapped:
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance = "cfg"
+    time_scale: float = 1.0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        time = cast_as(self.schedule.time_of_sigma(sigma), x)
-        captured = self.roles.capture(len(x), time, cond)
+        captured = self.roles.capture(len(x), cast_as(self.schedule.time_of_sigma(sigma), x), cond)
         with captured:
-            prediction = self.network(x, time, cond).to(x.dtype)
+            prediction = self.network(x, cast_as(self.network_time(sigma), x), cond).to(x.dtype)
         return captured.guard(self.x0(x, sigma, prediction))
+
+    def network_time(self, sigma: Tensor) -> Tensor:
+        """The time [B] that the network is given at ``sigma``: a recipe's time_scale lowers it, to a whole index."""
+        time = self.schedule.time_of_sigma(sigma)
+        return time if self.time_scale == 1 else (self.time_scale * time).floor()
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         raise NotImplementedError

@@ -76,6 +76,8 @@ class CoreNodes:
 
 def core_nodes(recipe: Recipe, schedule: NoiseSchedule) -> CoreNodes:
     """What draws ``recipe`` on a model of ``schedule``."""
+    if recipe.time_scale != 1:
+        return CoreNodes(reason=f"the network is given {recipe.time_scale:g} of each time, which no node of core does")
     if recipe.prediction is not None:
         reason = f"the network answers {recipe.prediction!r} here, which needs ModelSamplingDiscrete before KSampler"
         return CoreNodes(reason=reason)

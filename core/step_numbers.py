@@ -60,7 +60,7 @@ def step_numbers(denoise: Any, recipe: Recipe) -> list[StepNumbers]:
 
     return [
         StepNumbers(
-            float(schedule.time_of_sigma(levels[step])),
+            float(denoise.network_time(levels[step])),
             x0(step, ONE, NONE),
             x0(step, NONE, ONE),
             after(step, ONE, NONE, NONE),

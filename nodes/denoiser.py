@@ -65,6 +65,15 @@ def port_of(network: Any, family: str) -> Port | None:
     return Port(network, carry) if FAMILIES[family].unet else None
 
 
+class ScaledTime(sampling.ModelSamplingDiscrete):  # type: ignore[misc]
+    """A discrete schedule whose network is given floor(``time_scale`` * time) at each level."""
+
+    time_scale = 1.0
+
+    def timestep(self, sigma: Tensor) -> Any:
+        return (self.time_scale * super().timestep(sigma)).floor()
+
+
 def schedule_of(model_sampling: Any) -> NoiseSchedule:
     """The schedule that a MODEL's (possibly patched) model_sampling describes. OneStepError for one of another kind."""
     kind = type(model_sampling)
@@ -74,7 +83,8 @@ def schedule_of(model_sampling: Any) -> NoiseSchedule:
             return FlowSchedule(math.exp(model_sampling.shift))  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
         if getattr(kind, "timestep", None) is sampling.ModelSamplingDiscreteFlow.timestep:
             return FlowSchedule(float(model_sampling.shift))
-    discrete = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep
+    own = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep
+    discrete = own or issubclass(kind, ScaledTime)
     if discrete and getattr(kind, "calculate_input", None) is sampling.EPS.calculate_input:
         return VPSchedule(1 / (1 + model_sampling.sigmas.cpu().double() ** 2))
     bases = ", ".join(base.__name__ for base in kind.__mro__[1:] if base not in (torch.nn.Module, object))

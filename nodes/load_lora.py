@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,14 @@ from ..core.ksampler import core_nodes
 from ..core.licences import license_line, sources_in
 from ..core.lora_file import State, fit, load_lora
 from ..core.recipe import PRESETS, Recipe, step_files
+from ..core.recipe.by_name import LORA, MODEL
+from ..core.recipe.presets import preset_names
+from ..core.recipe.recognised import recognised
 from ..core.schedule import NoiseSchedule
 from ..core.targets import Target
 from ..core.tensor_file import read_header
-from .denoiser import schedule_of
+from .denoiser import ScaledTime, schedule_of
+from .origin import file_of
 from .places import LORAS, stamp
 from .step_loras import with_step_loras
 
@@ -57,8 +60,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
                     "recipe",
                     options=[FROM_FILE, *PRESETS],
                     default=FROM_FILE,
-                    tooltip="How to sample it. Files made by OneStep say so themselves; for others choose the "
-                    "preset of their kind.",
+                    tooltip="How to sample it. Files made by OneStep say so themselves, public ones are known by their "
+                    "names; for others choose the preset of their kind.",
                 ),
             ],
             outputs=[
@@ -82,8 +85,8 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         path = None if lora_name == NO_LORA else Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         if path:
             refuse_adapter(path, read_header(path).metadata)
-        found = recipe_of(path, recipe)
         family = detect(model.model.diffusion_model)
+        found, taken = recipe_of(path or file_of(model), family, recipe, LORA if path else MODEL)
         if found.family != family:
             raise OneStepError(
                 f"the recipe is for {found.family!r} models, this MODEL is {family!r}: choose the base it was made for"
@@ -94,7 +97,7 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         else:
             patched, left_out = merged(model, path, family, found.lora_scale) if path else (model.clone(), "")
         patched = with_prediction(patched, found)
-        said = how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
+        said = taken + how_to_sample(found, schedule_of(patched.get_model_object("model_sampling")))
         more = ", ".join(each.name for each in paths[1:])
         said += f"\nEach step has a LoRA of its own, {more} too: this MODEL takes each at its level." if more else ""
         said += f"\nOf {lora_name[-80:]}, {left_out}." if left_out else ""
@@ -103,15 +106,21 @@ class LoadOneStepLoRA(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(patched, found, said, ui=ui.PreviewText(said))
 
 
-def recipe_of(path: Path | None, name: str) -> Recipe:
-    """The named preset, or what the file's header says."""
+def recipe_of(path: Path | None, family: str, name: str, what: str) -> tuple[Recipe, str]:
+    """The named preset; or what the header of a LoRA's file or a model's says, else what its names stand for, and a
+    line that says so."""
     if name != FROM_FILE:
-        return PRESETS[name]
-    told = read_header(path).metadata.get("onestep.recipe") if path else None
-    if told is None:
-        what = f"{path.name[:80]} holds no recipe" if path else "a model alone has no recipe"
-        raise OneStepError(f"{what}: choose the preset of its kind under 'recipe' ({', '.join(PRESETS)})")
-    return Recipe.from_json(told)
+        return PRESETS[name], ""
+    metadata = read_header(path).metadata if path and path.suffix == ".safetensors" else {}
+    told = metadata.get("onestep.recipe")
+    if told is not None and what == LORA:
+        return Recipe.from_json(told), ""
+    choose = "choose the preset of its kind under 'recipe'"
+    found = recognised(path, metadata, family, choose, what=what) if path else None
+    if found is None:
+        nothing = f"{path.name[:80]} holds no recipe" if path and what == LORA else "a model alone has no recipe"
+        raise OneStepError(f"{nothing}: {choose} ({preset_names(family)})")
+    return found.recipe, f"{found.said} (another under 'recipe').\n"
 
 
 def merged(model: Any, path: Path, family: str, strength: float) -> tuple[Any, str]:
@@ -148,25 +157,28 @@ def patches_of(model: Any, targets: Sequence[Target], state: State) -> dict[Any,
 
 
 def with_prediction(model: Any, recipe: Recipe) -> Any:
-    """``model`` read as answering what the recipe says, where that is not its own habit."""
-    if recipe.prediction is None:
+    """``model`` read as answering what the recipe says, and given the times that it says, where that is not its own
+    habit."""
+    if recipe == recipe.of_base:
         return model
     before = model.get_model_object("model_sampling")
-    answers: Any = PREDICTIONS[recipe.prediction]
+    own = next((kind for kind in (sampling.V_PREDICTION, sampling.EPS) if isinstance(before, kind)), sampling.EPS)
+    answers: Any = own if recipe.prediction is None else PREDICTIONS[recipe.prediction]
+    times: Any = sampling.ModelSamplingDiscrete if recipe.time_scale == 1 else ScaledTime
 
-    class Told(sampling.ModelSamplingDiscrete, answers):  # type: ignore[misc]
-        pass
+    class AsTheRecipeSays(times, answers):  # type: ignore[misc]
+        time_scale = recipe.time_scale
 
-    told = Told(model.model.model_config)
-    told.set_sigmas(before.sigmas)
-    model.add_object_patch("model_sampling", told)
+    patched = AsTheRecipeSays(model.model.model_config)
+    patched.set_sigmas(before.sigmas)
+    model.add_object_patch("model_sampling", patched)
     return model
 
 
 def how_to_sample(recipe: Recipe, schedule: NoiseSchedule) -> str:
     """For a person: which of ComfyUI's own nodes draw the same, or why One-Step Sample is needed."""
-    # with_prediction has told the model already
-    core = core_nodes(replace(recipe, prediction=None), schedule)
+    # with_prediction has patched the model already
+    core = core_nodes(recipe.of_base, schedule)
     sizes = ", ".join(f"{width}x{height}" for width, height in recipe.sizes[:6])
     made_for = f"\nMade for {sizes}." if sizes else ""
     if core.reason:

@@ -20,6 +20,7 @@ from ..core.denoiser import PREDICTIONS, Denoiser
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, select
 from ..core.licences import BASE, BASE_LORA, Part
+from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
 from ..core.weights_hash import hash_of
@@ -91,14 +92,15 @@ def target_names(network: Any) -> list[str]:
 
 
 def denoiser_of(
-    pipe: Any, roles: Roles | None = None, *, prediction: str | None = None, extras: Extras | None = None
+    pipe: Any, roles: Roles | None = None, *, recipe: Recipe | None = None, extras: Extras | None = None
 ) -> Denoiser:
-    """D(x, sigma, cond) -> x0 of a pipeline's network. prediction: where the scheduler's is wrong. extras: what the
-    network is given beside latents, time and text."""
+    """D(x, sigma, cond) -> x0 of a pipeline's network. recipe: what the network answers, and the times that it is
+    given, where that is not as the scheduler says. extras: what it is given beside latents, time and text."""
     network = network_of(pipe)
     family = detect(network)
     refuse_variant(family, network, getattr(pipe, "text_encoder_2", None))
-    wrap = PREDICTIONS[prediction or prediction_of(pipe.scheduler)]
+    answered = recipe.prediction if recipe is not None else None
+    wrap = PREDICTIONS[answered or prediction_of(pipe.scheduler)]
     # adapters hang in the network itself; without any it is called as the pipeline calls it, compiled or not
     called = network if roles is not None else called_network(pipe)
     return wrap(
@@ -106,6 +108,7 @@ def denoiser_of(
         schedule_of(pipe.scheduler),
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
+        recipe.time_scale if recipe is not None else 1.0,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def diverse(
 def _base_host(fast: OneStepPipeline, recipe: Recipe, base: Any) -> DiffusersHost:
     """The base behind the contract; what the recipe's network answers is not what the base answers."""
     if base is None:
-        return fast.host(replace(recipe, prediction=None))
+        return fast.host(recipe.of_base)
     return DiffusersHost(base, denoiser_of(base), network_of(base).device)
 
 

@@ -173,7 +173,7 @@ class Drawn:
         self.host, self.recipe = host, recipe
         size = size or (recipe.sizes[0] if recipe.sizes else host.native_size)
         # the base answers as it does; what is few-step, as the recipe says
-        self.few = denoiser_of(host.pipe, host.denoiser.roles, prediction=recipe.prediction)
+        self.few = denoiser_of(host.pipe, host.denoiser.roles, recipe=recipe)
         self.cond = host.encode(list(prompts), size).to(host.device)
         self.null = host.encode([""], size).to(host.device)
         self.shape = host.latent_shape(size)

@@ -187,7 +187,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         null = beside(negative, cond) if guided and negative is not None else None
         images = image_rows(host, ip_adapter_image, ip_adapter_image_embeds, prompts, each, guided)
         attention = acting.attention(host.family, cross_attention_kwargs, joint_attention_kwargs)
-        host.denoiser = denoiser_of(host.pipe, prediction=chosen.prediction, extras=Extras(images, attention))
+        host.denoiser = denoiser_of(host.pipe, recipe=chosen, extras=Extras(images, attention))
         noise = Noise((len(cond), *host.latent_shape(size)), generator, host)
         start = noise.start(latents)
         control = acting.control(self, self._control, control_image, control_strength, size, (prompts, each))
@@ -284,7 +284,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         plain = self.plain()
         # where parts lie apart, the network decides; under offload it lies on the CPU, or nowhere, and works elsewhere
         device = self._execution_device if network.device.type in ("cpu", "meta") else network.device
-        return DiffusersHost(plain, denoiser_of(plain, prediction=recipe.prediction), device)
+        return DiffusersHost(plain, denoiser_of(plain, recipe=recipe), device)
 
     def _size(self, host: DiffusersHost, recipe: Recipe, width: int | None, height: int | None) -> tuple[int, int]:
         trained = recipe.sizes[0] if recipe.sizes else host.native_size

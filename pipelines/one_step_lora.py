@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_diffusers, detect
-from ..core.lora_file import State, fit, load_lora, of_one_rank
-from ..core.recipe import PRESETS, Recipe, recipe_of, step_files
+from ..core.lora_file import LoraFile, State, fit, load_lora, of_one_rank
+from ..core.recipe import Recipe, recipe_of, step_files
+from ..core.recipe.presets import preset_names
+from ..core.recipe.recognised import recognised
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare
@@ -37,9 +39,7 @@ def load_lora_into(
     network = network_of(pipe)
     family, targets = detect(network), base_targets(network)
     file = load_lora(path, [target.name for target in targets], family)
-    if recipe is None and file.recipe is None:
-        raise OneStepError(f"{path.name[:80]} has no recipe in its header: say which, one of {', '.join(PRESETS)}")
-    found = recipe_of(recipe if recipe is not None else file.recipe)
+    found = recipe_of(recipe if recipe is not None else file.recipe or _by_names(path, file))
     check_family(found, network)
     files = [load_lora(each, [target.name for target in targets], family) for each in step_files(path, found)]
     names = (adapter_name, *(f"{adapter_name}-{step}" for step in range(2, len(files) + 1)))
@@ -55,6 +55,17 @@ def load_lora_into(
         _activate(network, active, adapter_name)
     file.say_left_out(path)
     return found, _trained_at(file.metadata), names
+
+
+def _by_names(path: Path, file: LoraFile) -> Recipe:
+    """What the names of a file without a recipe stand for, which is said."""
+    say = "give its recipe, load_one_step_lora(path, recipe=...)"
+    found = recognised(path, file.metadata, file.family, say)
+    if found is None:
+        names = preset_names(file.family)
+        raise OneStepError(f"{path.name[:80]} has no recipe in its header: {say}, one of {names}")
+    logging.warning("OneStep: %s is %s; recipe=... says otherwise", path.name[:80], found)
+    return found.recipe
 
 
 def _load(pipe: Any, path: Path, state: State, family: str, name: str, scale: float) -> None:

@@ -27,7 +27,7 @@ from .host import Host, Shells
 from .methods import METHODS
 from .plan.run import laid_out
 from .runs import candidates
-from .runs.config import config_of, license_note
+from .runs.config import config_of, first_notes
 from .runs.made import Writer
 from .runs.run import STOP, NotSaved, Run, leave
 from .runs.shared_run import entered
@@ -104,7 +104,7 @@ class _Session:
         recipe = self.method.recipe(host, settings)
         usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
         self.write = Writer(host, prompts, settings, run.folder, recipe, usage)
-        self.notes = [*filter(None, (self.method.note(settings), taken, usage, license_note(host, settings)))]
+        self.notes = [*first_notes(host, settings), *filter(None, (self.method.note(settings), taken, usage))]
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.update, self.saved_at, self.finished_at, self.saved = 0, time.monotonic(), 0, (-1, 0)
 

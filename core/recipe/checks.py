@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import OneStepError
 from ..families import FAMILIES
 
+LATER = ("z-image", "flux2", "qwen-image", "krea2", "wan")
+"""Families whose public few-step models are known, before the family itself is served."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_STEPS = 64
 MOST_ENTRIES = 64  # sizes, teacher LoRAs
@@ -22,9 +24,10 @@ RANGES = {
     "guidance": (0.0, 100.0),
     "lora_scale": (-10.0, 10.0),
     "shift": (1e-3, 1000.0),
+    "time_scale": (1e-3, 1.0),
 }
 VERSION_1 = {"told": "timesteps", "fed": "initial_noise_scale"}
-SINCE_2 = ("timesteps", "initial_noise_scale", "sigmas", "files")
+SINCE_2 = ("timesteps", "initial_noise_scale", "sigmas", "files", "time_scale")
 
 
 def check_recipe(recipe: Any) -> None:
@@ -36,7 +39,7 @@ def check_recipe(recipe: Any) -> None:
             raise OneStepError(f"a recipe's {name} is a number in {low:g} to {high:g}, not {value!r:.40}")
     if type(recipe.renoise) is not bool:
         raise OneStepError(f"a recipe's renoise is true or false, not {recipe.renoise!r:.40}")
-    if recipe.family not in FAMILIES:
+    if recipe.family not in (*FAMILIES, *LATER):
         raise OneStepError(f"a recipe is for one of {tuple(FAMILIES)}, not {recipe.family!r:.40}")
     if recipe.prediction is not None and recipe.prediction not in PREDICTIONS:
         raise OneStepError(f"a recipe's prediction is one of {PREDICTIONS} or none, not {recipe.prediction!r:.40}")

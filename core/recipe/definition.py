@@ -32,8 +32,9 @@ class Recipe:
     sizes: (width, height) in pixels it was trained at. family: a name in `core.families.FAMILIES`.
     prediction: what the network answers where that is not the base's own habit ("sample" for SDXL-Lightning's one
     step).
-    shift: a flow model's, where the base's default does not hold. teacher_loras: what was stacked on the base as
-    teacher.
+    time_scale: the network is given floor(time_scale * time) in place of each time, at the same level (the timestep
+    shift of NitroFusion, arXiv:2412.02030). shift: a flow model's, where the base's default does not hold.
+    teacher_loras: what was stacked on the base as teacher.
     files: the name of the LoRA file of each step, beside this one (`step_files`); () is this one for all.
     """
 
@@ -48,6 +49,7 @@ class Recipe:
     sizes: tuple[tuple[int, int], ...] = ()
     family: str = "unet"
     prediction: str | None = None
+    time_scale: float = 1.0
     shift: float | None = None
     teacher_loras: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -64,6 +66,11 @@ class Recipe:
     def told(self) -> tuple[float, ...]:
         """The timesteps, by the name that they have in version 1's files and in code written against it."""
         return self.timesteps
+
+    @property
+    def of_base(self) -> Recipe:
+        """These steps, of a network that answers and is given times as the base does."""
+        return replace(self, prediction=None, time_scale=1.0)
 
     def levels(self, schedule: NoiseSchedule) -> Tensor:
         """sigma [steps] of the timesteps on ``schedule``, float64."""

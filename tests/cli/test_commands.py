@@ -19,7 +19,7 @@ import torch
 from command import SHORT, Command
 from PIL import Image
 
-from onestep.core.lora_file import load_lora
+from onestep.core.lora_file import load_lora, save_lora
 from onestep.pipelines.load import load
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and file limits of POSIX")
@@ -218,6 +218,21 @@ def test_inspect_tells_how_to_sample(onestep: Command, trained):
     assert "LoraLoader, then KSampler with steps 1, cfg 1, " in said
     assert "usage hint: The LoRA draws in 1 step. In ComfyUI, with its own nodes: LoraLoaderModelOnly, then KS" in said
     assert "pipe.load_lora_weights" in said and "ss_network_dim: 2" in said
+
+
+def test_inspect_says_what_a_public_file_is_taken_for(onestep: Command, trained, tmp_path):
+    """And generate draws by it; by what is given instead; and by nothing where the name does not decide."""
+    state = load_lora(trained / "result.safetensors").state
+    file, both = tmp_path / "sdxl_lightning_2step_lora.safetensors", tmp_path / "hyper_lightning_2step.safetensors"
+    for path in (file, both):
+        save_lora(path, state, "unet")
+    told = json.loads(onestep("inspect", file, "--json").out)
+    assert told["taken_for"] == {"preset": "sdxl-lightning-2", "evidence": "its name"}
+    assert told["recipe"]["timesteps"] == [999.0, 499.0] and told["comfyui"]["simple"]["steps"] == 2
+    said = onestep("inspect", file).out
+    assert "taken for sdxl-lightning-2, by its name (--recipe says otherwise):\n  draws in 2 step(s)" in said
+    said = onestep("inspect", both).out
+    assert "does not say how it is sampled: hyper_lightning_2step.safetensors may be one of sdxl-lightning-2" in said
 
 
 @pytest.mark.parametrize("layout", ["unet", "sd3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -144,11 +145,16 @@ SAMPLERS = {
     "hyper-sd-2-lora": KSampler(2, 1.0, "euler"),
     "hyper-sd-4-lora": KSampler(4, 1.0, "euler"),
     "hyper-sd-8-lora": KSampler(8, 1.0, "euler"),
+    "hyper-sd-8-cfg": KSampler(8, 5.0, "euler"),
+    "pcm-4": KSampler(4, 1.0, "euler"),
+    "pcm-8-cfg": KSampler(8, 4.5, "euler"),
+    "sdxs-1": KSampler(1, 1.0, "euler"),
     "dmd2-4": KSampler(4, 1.0, "lcm"),
     "flux-schnell-4": KSampler(4, 1.0, "euler"),
 }
 REASONS = {"tcd-4": "eta 0.3", "sdxl-lightning-1": "needs ModelSamplingDiscrete", "dmd2-1": "this recipe with 1"}
 REASONS["hyper-sdxl-1-unet"] = REASONS["dmd2-1"]
+REASONS["nitrosd-realism-1"], REASONS["nitrosd-vibrant-4"] = "is given 0.25 of each time", "is given 0.5 of each time"
 
 
 def found(name: str) -> CoreNodes:
@@ -166,6 +172,15 @@ def test_a_preset_that_ksampler_draws(name: str) -> None:
 def test_a_preset_that_no_node_of_core_draws(name: str) -> None:
     core = found(name)
     assert core.simple is core.general is None and REASONS[name] in core.reason and str(core) == core.reason
+
+
+def test_loras_of_flux_dev_go_by_its_own_schedule() -> None:
+    """ComfyUI's ModelSamplingFlux at its default, mu = 1.15; 16 steps do not divide its table."""
+    own = FlowSchedule(math.exp(1.15))
+    assert core_nodes(PRESETS["flux-turbo-alpha-8"], own).simple == KSampler(8, 1.0, "euler")
+    assert core_nodes(PRESETS["hyper-flux-8"], own).simple == KSampler(8, 1.0, "euler")
+    sixteen = core_nodes(PRESETS["hyper-flux-16"], own)
+    assert sixteen.simple is None and sixteen.general is not None and sixteen.general.sampler_name == "euler"
 
 
 def test_times_that_no_scheduler_visits_go_by_their_sigmas() -> None:

@@ -24,7 +24,13 @@ def full() -> Recipe:
     return Recipe(
         **{"timesteps": (999.0, 499.0), "initial_noise_scale": 0.9, "log_snr": (None, -0.47), "sigmas": (None, 1.6)},
         **{"renoise": True, "eta": 0.25, "guidance": 1.5, "lora_scale": 0.8, "sizes": ((512, 512), (640, 448))},
-        **{"family": "sd3", "prediction": "sample", "shift": 3.0, "teacher_loras": ("style.safetensors:0.7",)},
+        **{
+            "family": "sd3",
+            "prediction": "sample",
+            "time_scale": 0.25,
+            "shift": 3.0,
+            "teacher_loras": ("style.safetensors:0.7",),
+        },
         **{"files": ("a.safetensors", "a.safetensors"), "source": "a test"},
     )
 
@@ -84,6 +90,7 @@ NO_RECIPES = [
     *(changed(eta=2), changed(eta=-0.1), changed(eta="0"), changed(eta=float("nan")), changed(renoise=1)),
     *(changed(renoise="yes"), changed(guidance="4"), changed(guidance=None), changed(guidance=-1)),
     *(changed(guidance=1e300), changed(lora_scale=[1]), changed(lora_scale=1e9), changed(lora_scale=10**400)),
+    *(changed(time_scale=value) for value in (0, 1.5, -1, "1", None, True, float("nan"))),
     *(changed(shift=value) for value in ("3", 0, -1, 10**400, float("nan"), [1], True)),
     *(changed(family="sd4"), changed(family=None), changed(family=[1]), changed(family="x" * 5000)),
     *(changed(sizes=[512, 512]), changed(sizes=[["a", 1]]), changed(sizes=5), changed(sizes=[[512]])),

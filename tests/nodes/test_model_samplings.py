@@ -15,6 +15,7 @@ SERVED = {
     "EPS": "VPSchedule",
     "V_PREDICTION": "VPSchedule",
     "x0": "VPSchedule",
+    "a share of each time": "VPSchedule",
     "FLOW": "FlowSchedule",
     "FLUX": "FlowSchedule",
     "FLOW_AV": "FlowSchedule",
@@ -35,11 +36,16 @@ def found(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
 
 
 def test_those_that_are_served(found: Any) -> None:
-    assert {name: found[name] for name in SERVED} == SERVED
+    assert {name: found["served"][name] for name in SERVED} == SERVED
+
+
+def test_a_share_of_each_time_is_a_whole_time(found: Any) -> None:
+    """NitroFusion's README: (timesteps * 250 / 1000).long()."""
+    assert found["given"] == [249, 187, 124, 62]
 
 
 def test_all_others_are_refused_by_name(found: Any) -> None:
-    others = {name: words for name, words in found.items() if name not in SERVED}
+    others = {name: words for name, words in found["served"].items() if name not in SERVED}
     assert len(others) >= 8 and others.keys() >= EDM
     for name, words in others.items():
         assert "is not served" in words and "ModelSampling" in words or "Cascade" in words, (name, words)

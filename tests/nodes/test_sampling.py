@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from onestep.core.families import bind_diffusers, detect
 from onestep.core.ksampler import core_nodes
-from onestep.core.lora_file import save_lora
+from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import Recipe
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
@@ -168,7 +168,6 @@ def test_four_steps_with_fresh_noise_are_ksamplers_lcm(case: Any, comfy_server: 
 
 def test_a_recipe_below_the_noisiest_level_is_fed_what_it_says(case: Any, comfy_server: Any) -> None:
     """KSampler would feed another noise there: told and fed are the recipe's own, as in our diffusers sampler."""
-    from onestep.core.lora_file import load_lora
     from onestep.core.sampling import sample
     from onestep.pipelines.adapt import adapt
 
@@ -199,6 +198,29 @@ def test_the_loader_says_how_to_sample(case: Any, comfy_server: Any) -> None:
         finished = comfy_server.run(graph(name, one_step(f"onestep/{file.stem}{suffix}.safetensors")))
         said = finished.outputs["lora"]["text"][0]
         assert all(word in said for word in wanted), said
+
+
+def test_a_public_file_is_known_by_its_name(case: Any, comfy_server: Any) -> None:
+    """It draws as its preset does, and the node says what it was taken for, and by what."""
+    name, pipe, file, _ = case
+    known = {"tiny": ("Hyper-SD15-2steps-lora", "hyper-sd-2-lora"), "tiny-flow": ("TDM_sd3_lora", "tdm-sd3-4")}
+    unsure = {
+        "tiny": ("pcm_sd15_4step", "pcm-4, pcm-4-cfg"),
+        "tiny-flow": ("tdm_pcm_sd3_deterministic_2step", "pcm-sd"),
+    }
+    public, preset = known[name]
+    family, state = detect(pipe.unet if name == "tiny" else pipe.transformer), load_lora(file).state
+    for title in (public, unsure[name][0]):
+        save_lora(file.with_name(f"{title}.safetensors"), state, family)
+    by_name = one_step(f"onestep/{public}.safetensors")
+    finished = comfy_server.run(graph(name, by_name))
+    assert finished.outputs["lora"]["text"][0].startswith(f"Taken for {preset}, by its name (another under 'recipe').")
+    chosen = one_step(f"onestep/{public}.safetensors")
+    chosen["lora"]["inputs"]["recipe"] = preset
+    drawn = latents(comfy_server, pipe, graph(name, chosen))
+    assert torch.equal(latents(comfy_server, pipe, graph(name, by_name)), drawn)
+    asked = comfy_server.run(graph(name, one_step(f"onestep/{unsure[name][0]}.safetensors"))).error
+    assert f"may be one of {unsure[name][1]}" in asked and "by its name: choose the preset of its kind" in asked
 
 
 def test_what_does_not_fit_is_refused_with_a_word(case: Any, comfy_server: Any) -> None:

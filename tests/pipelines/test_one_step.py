@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,12 @@ def latents_of(pipe: Any, images: Tensor) -> Tensor:
     return pipe._unpack_latents(images, 16, 16, pipe.vae_scale_factor) if "Flux" in type(pipe).__name__ else images
 
 
+# one of those that are drawn alike; none of diffusers' schedulers gives a network other times
+ALIKE = {replace(recipe, source=""): name for name, recipe in reversed(PRESETS.items()) if recipe.time_scale == 1}
 CASES = [
-    *((name, preset) for name in ("sd", "sdxl") for preset, recipe in PRESETS.items() if recipe.family == "unet"),
+    *((name, preset) for name in ("sd", "sdxl") for recipe, preset in ALIKE.items() if recipe.family == "unet"),
+    ("flux", "hyper-flux-8"),
+    ("sd3", "hyper-sd3-4-cfg"),
     ("sd3", "sd3.5-turbo-4"),
     ("flux", "flux-schnell-4"),
     ("sd3", Recipe((1000.0,), family="sd3")),
@@ -224,13 +230,45 @@ def test_flux_is_told_the_guidance_it_was_distilled_at(tmp_path: Path) -> None:
 def test_a_foreign_file_needs_a_preset(tmp_path: Path) -> None:
     file = random_lora(make("sd"), tmp_path / "foreign.safetensors", None)
     ours = OneStepPipeline.from_pipe(make("sd"))
-    with pytest.raises(OneStepError, match="no recipe in its header.*dmd2-1"):
+    with pytest.raises(OneStepError, match="no recipe in its header: give its recipe.*one of sd-turbo-1, .* and more"):
         ours.load_one_step_lora(file)
     with pytest.raises(OneStepError, match="no recipe 'dmd'"):
         ours.load_one_step_lora(file, "dmd")
     with pytest.raises(OneStepError, match="'flux', this model is 'unet'"):
         ours.load_one_step_lora(file, "flux-schnell-4")
     assert ours.load_one_step_lora(file, "dmd2-1").timesteps == (399.0,)
+
+
+def test_a_public_file_is_known_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And it is said; another recipe may be given, and where a name does not decide, one has to be."""
+    file = random_lora(make("sd"), tmp_path / "Hyper-SD15-8steps-lora.safetensors", None)
+    ours = OneStepPipeline.from_pipe(make("sd"))
+    with caplog.at_level(logging.WARNING):
+        assert ours.load_one_step_lora(file) == PRESETS["hyper-sd-8-lora"] == ours.recipe
+    assert "is taken for hyper-sd-8-lora, by its name; recipe=... says otherwise" in caplog.text
+    assert ours.load_one_step_lora(file, "dmd2-4") == PRESETS["dmd2-4"]
+    both = file.rename(tmp_path / "hyper_lightning_8step.safetensors")
+    with pytest.raises(OneStepError, match="may be one of sdxl-lightning-8, hyper-sd-8-lora, by its name: give its"):
+        ours.load_one_step_lora(both)
+
+
+def test_nitrosds_times_are_a_share_of_its_levels_own() -> None:
+    """The U-Net is given 249 and 124 of 999 and 499, and nothing else is another than without the share."""
+    ours, given = OneStepPipeline.from_pipe(make("sdxl")), []
+    hook = ours.unet.register_forward_pre_hook(lambda _, told: given.append(float(told[1].flatten()[0])))
+    shared = ours(PROMPTS, recipe="nitrosd-realism-2", seed=3, **CALL).images
+    hook.remove()
+    assert given == [249, 124]
+    plain = ours(PROMPTS, recipe=PRESETS["nitrosd-realism-2"].of_base, seed=3, **CALL).images
+    forward, times = ours.unet.forward, {999.0: 249, 499.0: 124}
+    ours.unet.forward = lambda x, time, *more, **told: forward(  # type: ignore[method-assign]
+        x, torch.full_like(time, times[float(time.flatten()[0])]), *more, **told
+    )
+    scaled = ours(PROMPTS, recipe=PRESETS["nitrosd-realism-2"].of_base, seed=3, **CALL).images
+    torch.testing.assert_close(shared, scaled, rtol=0, atol=1e-5 * float(shared.std()))
+    assert float((shared - plain).abs().max()) > 1e-3 * float(plain.std())
+    with pytest.raises(OneStepError, match="gives the network 0.25 of each time"):
+        ours.diffusers_settings("nitrosd-realism-2")
 
 
 def test_a_file_of_another_base_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from onestep.core.errors import OneStepError
 from onestep.core.licences import Source, sources_in
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import PRESETS, Recipe
-from onestep.core.recipe.by_name import preset_by_name
 from onestep.core.roles import State
 from onestep.core.sampling import sample
 from onestep.core.tensor_file import read_header, read_tensors, write_tensors
@@ -28,28 +27,6 @@ from onestep.training.methods.alternating import add_critic
 from onestep.training.methods.distribution_matching import CRITIC
 from onestep.training.presets import preset
 from onestep.training.settings import Settings
-
-NAMES = {
-    "sdxl_lightning_4step_lora.safetensors": "sdxl-lightning-4",
-    "SDXL-Lightning-8step-LoRA.safetensors": "sdxl-lightning-8",
-    "Hyper-SDXL-8steps-lora.safetensors": "hyper-sd-8-lora",
-    "Hyper-SD15-1step-lora.safetensors": "hyper-sd-1-lora",
-    "dmd2_sdxl_4step_lora_fp16.safetensors": "dmd2-4",
-    "lcm-lora-sdv1-5.safetensors": "lcm-4",
-    "LCM_LoRA_Weights_SD15.safetensors": "lcm-4",
-    "tcd-sdxl.safetensors": "tcd-4",
-    # of other samplers, of other families, of nothing that is known
-    "Hyper-SDXL-8steps-CFG-lora.safetensors": None,
-    "Hyper-SD3-4steps-CFG-lora.safetensors": None,
-    "sdxl_lightning_6step_lora.safetensors": None,
-    "pytorch_lora_weights.safetensors": None,
-    "lightning over a field.safetensors": None,
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_public_files_are_known_by_their_names(name: str) -> None:
-    assert preset_by_name(name) == NAMES[name]
 
 
 def drawn(host: SmallHost, rank: int, seed: int = 1) -> State:
@@ -116,12 +93,33 @@ def test_the_student_keeps_the_donors_recipe(tmp_path: Path) -> None:
         assert recipe_for(host, path, initial_recipe=own, student_steps=4).steps == 4
 
 
+def test_a_run_says_what_it_takes_a_donor_for(tmp_path: Path) -> None:
+    """By what, and how it is overruled; nothing of a donor that says itself, or that is named by hand."""
+    host = SmallHost()
+    named = donor(tmp_path, host, None, name="sdxl_lightning_4step_lora")
+    note = initial_state(host, small(initial_lora=named))[1]
+    assert note.startswith(
+        "the initial LoRA is taken for sdxl-lightning-4, by its name (initial_recipe says otherwise)"
+    )
+    own, header = small(initial_lora=named, initial_recipe="own"), donor(tmp_path, host, PRESETS["dmd2-4"], name="fast")
+    assert "taken for" not in initial_state(host, own)[1] + initial_state(host, small(initial_lora=header))[1]
+    for name, why in (
+        ("sdxl_hyper_lightning_4step", "may be one of sdxl-lightning-4, hyper-sd-4-lora"),
+        ("Hyper-SDXL-8steps-CFG-lora", "with guidance 5, two forwards a step"),
+    ):
+        path = donor(tmp_path, host, None, name=name)
+        with pytest.raises(OneStepError, match=why + ".*initial_recipe=own"):
+            run(tmp_path / "run", small(initial_lora=path), host=host)
+        assert recipe_for(host, path, initial_recipe="own", student_steps=2).steps == 2
+
+
 @pytest.mark.parametrize(
     ("prediction", "recipe", "why"),
     [
         ("v_prediction", "lcm-4", "was made for models that predict noise"),
         ("flow", "dmd2-4", "was made for models that predict noise"),
         ("epsilon", "sd3.5-turbo-4", "is of 'sd3' models"),
+        ("epsilon", "nitrosd-realism-1", "makes its network expect 0.25 of each time"),
         ("epsilon", "dmd2-5", "did you mean 'dmd2-"),
     ],
 )

@@ -13,7 +13,7 @@ from ...core.factors import truncated
 from ...core.families import FAMILIES
 from ...core.lora_file import AnotherBase, LoraFile, fit, load_lora
 from ...core.recipe import PRESETS, Recipe
-from ...core.recipe.by_name import preset_by_name
+from ...core.recipe.recognised import Recognised, recognised
 from ...core.roles import State
 from ...core.tensor_file import read_header
 from ..host import Host
@@ -42,7 +42,8 @@ def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) ->
         raise OneStepError(
             f"the initial LoRA changes nothing: its factors are 0{' at its strength' * (scale != 1)}. Give another one"
         )
-    notes = [_note(recipe, settings) if takes_over else "", file.left_out and f"of the initial LoRA {file.left_out}"]
+    notes = [_taken(settings, host.family), _note(recipe, settings) if takes_over else ""]
+    notes += [file.left_out and f"of the initial LoRA {file.left_out}"]
     largest = max(len(a) for a, _ in state.values())
     if largest > settings.rank:
         state, kept = cut(state, settings.rank)
@@ -102,20 +103,22 @@ def _size(values: Tensor) -> float:
 
 
 def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
-    """How the initial LoRA is sampled: by `initial_recipe`, else by its header, else by its file's name. None without
-    one, where the run's own steps are asked for, and where nothing says so.
+    """How the initial LoRA is sampled: by `initial_recipe`, else by its header, else by what its names stand for. None
+    without one, where the run's own steps are asked for, and where nothing says so.
 
-    Raises OneStepError for a recipe that does not fit the base, or that needs guidance.
+    Raises OneStepError for names that stand for several, a recipe that does not fit the base, or one that needs
+    guidance.
     """
     _check_named(settings)
     if not settings.initial_lora or settings.initial_recipe == OWN:
         return None
-    path, name = settings.initial_lora, "" if settings.initial_recipe == AUTO else settings.initial_recipe
-    told = read_header(path).metadata.get("onestep.recipe")
+    name = "" if settings.initial_recipe == AUTO else settings.initial_recipe
+    told = read_header(settings.initial_lora).metadata.get("onestep.recipe")
     if name or not told:
-        name = name or _guessed(path, host.family)
-        if not name:
+        guessed = None if name else _recognised(settings, host.family)
+        if not name and guessed is None:
             return None
+        name = guessed.preset if guessed else name
         recipe = PRESETS[name]
         if recipe.family == host.family and FAMILIES[host.family].unet and not isinstance(host.denoiser, EpsDenoiser):
             raise OneStepError(
@@ -123,10 +126,21 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
             )
     else:
         recipe = _of_one_file(Recipe.from_json(told))
+    _check_fits(recipe, host)
+    return recipe
+
+
+def _check_fits(recipe: Recipe, host: Host) -> None:
+    """Raises OneStepError where no student of this base can draw as the initial LoRA does."""
     if recipe.prediction == "sample" and not isinstance(host.denoiser, X0Denoiser):
         raise OneStepError(
             "the initial LoRA makes its network answer with the picture itself, as SDXL-Lightning's one step does, "
             f"and {host.name} does not: give one of 2, 4 or 8 steps, or initial_recipe={OWN}"
+        )
+    if recipe.time_scale != 1:
+        raise OneStepError(
+            f"the initial LoRA makes its network expect {recipe.time_scale:g} of each time, and {host.name} is given "
+            f"all of it: give another one, or initial_recipe={OWN}"
         )
     if recipe.family != host.family:
         raise OneStepError(f"the initial LoRA is of {recipe.family!r} models, and {host.name} is {host.family!r}")
@@ -135,7 +149,6 @@ def donor_recipe(host: Host, settings: Settings) -> Recipe | None:
             f"the initial LoRA is sampled with guidance {recipe.guidance:g}, two forwards a step: give one that draws "
             f"without, or initial_recipe={OWN}"
         )
-    return recipe
 
 
 def _check_named(settings: Settings) -> None:
@@ -149,10 +162,19 @@ def _check_named(settings: Settings) -> None:
         )
 
 
-def _guessed(path: str, family: str) -> str:
-    """The preset that the file's name stands for, in this family; other families' files have like names."""
-    name = preset_by_name(Path(path).name) or ""
-    return name if name and PRESETS[name].family == family else ""
+def _recognised(settings: Settings, family: str) -> Recognised | None:
+    """What the initial LoRA's names stand for, in this family; other families' files have like names."""
+    path = Path(settings.initial_lora)
+    how = f"name it in initial_recipe, or set initial_recipe={OWN} for the run's own steps"
+    return recognised(path, read_header(path).metadata, family, how)
+
+
+def _taken(settings: Settings, family: str) -> str:
+    """What a run tells of an initial LoRA that does not say itself how it is sampled; "" of one that does."""
+    if settings.initial_recipe != AUTO or "onestep.recipe" in read_header(settings.initial_lora).metadata:
+        return ""
+    found = _recognised(settings, family)
+    return f"the initial LoRA is {found} (initial_recipe says otherwise)" if found else ""
 
 
 def _of_one_file(recipe: Recipe) -> Recipe:

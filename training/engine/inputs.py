@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ import torch
 from ...core.denoiser import EpsDenoiser
 from ...core.errors import OneStepError
 from ...core.ksampler import nearest_start
+from ...core.licences import BASE
 from ...core.recipe import Recipe
+from ...core.recipe.distilled_base import few_step_kind
 from ...core.schedule import NoiseSchedule, VPSchedule
+from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
 from .donor import AUTO, donor_recipe, student_of_donor
@@ -42,6 +46,31 @@ def _is_finite(layer: torch.nn.Module) -> bool:
     weight: Any = getattr(layer, "weight", None)
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_meta and weight.dtype in PLAIN
     return not plain or bool(weight.isfinite().all())
+
+
+def base_note(host: Host, settings: Settings) -> str:
+    """What a run says of a base that is distilled already, and what to do with it; "" of any other."""
+    name, kind = host.name[:80], _few_step_kind(host)
+    if kind:
+        keep = "" if settings.guidance == 1 else "; to go on with it as the teacher, set guidance=1"
+        return (
+            f"{name} draws in few steps already ({kind[0]}, by {kind[1]}): a better teacher is the base that it was "
+            f"made from, with this one's difference as initial_lora (Extract Few-Step LoRA){keep}"
+        )
+    if host.denoiser.guidance == "embedded":
+        return f"{name} takes guidance as an input: teacher and student are given {settings.guidance:g}, in one forward"
+    return ""
+
+
+def _few_step_kind(host: Host) -> tuple[str, str] | None:
+    """(kind, evidence) of a base that is few-step already, as far as its file tells, or its network."""
+    path = next((path for part, _, path in host.made_of if part == BASE), None)
+    single = path is not None and path.suffix == ".safetensors" and path.is_file()
+    header = read_header(path) if single and path else None
+    found = few_step_kind(path or Path(host.name), header.metadata if header else {}, header.tensors if header else ())
+    if found is None and host.family == "flux" and host.denoiser.guidance == "none":
+        return "schnell", "the guidance that it does not take"
+    return found
 
 
 def recipe_of(host: Host, settings: Settings) -> Recipe:

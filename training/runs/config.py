@@ -14,6 +14,7 @@ from ...core.licence_files import sources_of
 from ...core.licences import INITIAL, Source, license_header, license_line
 from ...core.recipe import Recipe
 from ..engine.donor import predicts
+from ..engine.inputs import base_note
 from ..host import Host
 from ..settings import Settings
 from .files import content_of
@@ -62,6 +63,11 @@ def sources(host: Host, settings: Settings) -> list[Source]:
     path = Path(settings.initial_lora) if settings.initial_lora else None
     initial = [] if path is None else [(INITIAL, path.name, path)]
     return sources_of([*host.made_of, *initial], settings.licenses)
+
+
+def first_notes(host: Host, settings: Settings) -> list[str]:
+    """What a run says of its base as it begins."""
+    return [note for note in (base_note(host, settings), license_note(host, settings)) if note]
 
 
 def license_note(host: Host, settings: Settings) -> str:
