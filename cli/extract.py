@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
+from ..core.recipe.recognised import unsaid
 from .console import Console
 from .lora import preset_recipe
 from .model import open_host, parse_size, read_prompts
@@ -52,7 +53,8 @@ def run(args: Namespace, console: Console) -> None:
         "check": found.check,
         "layers": {name: asdict(kept) for name, kept in found.layers.items()},
     }
-    console.result("\n".join(lines(path, found, args.recipe)), facts)
+    silent = "" if recipe else unsaid(Path(args.few_step), host.family)
+    console.result("\n".join(lines(path, found, silent)), facts)
 
 
 def _spare(model: Path, path: Path) -> None:
@@ -61,8 +63,8 @@ def _spare(model: Path, path: Path) -> None:
         raise OneStepError(f"--out {str(path)[-100:]!r} would be written into a model: give another place")
 
 
-def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
-    """What the file holds: in all, and of the layers that it holds least of."""
+def lines(path: Path, found: Any, silent: str) -> list[str]:
+    """What the file holds: in all, and of the layers that it holds least of. silent: where it tells no recipe."""
     whole = found.whole
     said = [f"{path}: {len(found.layers)} layers", f"  keeps {whole.weights:.1%} of the difference of the weights"]
     if whole.outputs is not None:
@@ -73,6 +75,6 @@ def lines(path: Path, found: Any, recipe: str | None) -> list[str]:
         said.append(f"  {found.beside} norms and biases differ too, which no LoRA holds")
     least = sorted(found.layers.items(), key=lambda item: item[1].weights)[:MOST_SHOWN]
     said.append(f"  least: {', '.join(f'{name} {kept.weights:.1%}' for name, kept in least)}")
-    if recipe is None:
-        said.append("  it does not say how it is sampled: name its recipe where you load it, or extract with --recipe")
+    if silent:
+        said.append(f"  {silent}")
     return [*said, f"  {found.licences}", f"  {found.check}"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OneStepError
-from .by_name import LORA, presets_by_name
+from .by_name import LORA, MODEL, presets_by_name
 from .definition import Recipe
 from .presets import PRESETS
 
@@ -61,6 +61,23 @@ def recognised(
         by = " and ".join(dict.fromkeys(found.values()))
         raise OneStepError(f"{path.name[:80]} may be one of {listed}, by {by}: {how}")
     return next((Recognised(preset, evidence) for preset, evidence in found.items()), None)
+
+
+def unsaid(few_step: Path | None, family: str) -> str:
+    """What is said of a LoRA that was extracted without a recipe; with the one that its few-step model's names stand
+    for."""
+    presets = {
+        preset: evidence
+        for evidence, text in (names_of(few_step, {}) if few_step else ())
+        for preset in presets_by_name(text, MODEL)
+        if preset in PRESETS and PRESETS[preset].family == family
+    }
+    if len(presets) != 1:
+        return "it does not say how it is sampled: name its recipe where you load it, or extract it with one"
+    ((preset, evidence),) = presets.items()
+    return (
+        f"it does not say how it is sampled: its model is {Recognised(preset, evidence)}, extract it with that recipe"
+    )
 
 
 def names_of(path: Path, metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
