@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OneStepError
-from ..core.recipe.recognised import unsaid
+from ..core.recipe.recognised import without_recipe
 from .console import Console
 from .lora import preset_recipe
 from .model import open_host, parse_size, read_prompts
@@ -53,7 +53,7 @@ def run(args: Namespace, console: Console) -> None:
         "check": found.check,
         "layers": {name: asdict(kept) for name, kept in found.layers.items()},
     }
-    silent = "" if recipe else unsaid(Path(args.few_step), host.family)
+    silent = "" if recipe else without_recipe(Path(args.few_step), host.family)
     console.result("\n".join(lines(path, found, silent)), facts)
 
 

@@ -20,7 +20,7 @@ from ..core.licence_files import sources_of
 from ..core.licences import FEW_STEP, license_header, license_line, told_licenses
 from ..core.lora_file import save_lora
 from ..core.recipe import PRESETS
-from ..core.recipe.recognised import unsaid
+from ..core.recipe.recognised import without_recipe
 from ..core.targets import Target
 from ..core.tensor_file import read_tensors
 from .adapter_hooks import targets_of
@@ -132,7 +132,7 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses:
     told = {"onestep.extracted": f"a difference of two models, {whole.weights:.4f} of its weights"}
     save_lora(path, state, family, text, told | license_header(sources))
     least, kept = min(layers.items(), key=lambda item: item[1].weights)
-    silent = [unsaid(file_of(few), family)] if text is None else []
+    silent = [without_recipe(file_of(few), family)] if text is None else []
     return [
         f"keeps {whole.weights:.1%} of the difference of {len(layers)} layers; least of {least}: {kept.weights:.1%}",
         *silent,

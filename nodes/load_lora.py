@@ -120,7 +120,7 @@ def recipe_of(path: Path | None, family: str, name: str, what: str) -> tuple[Rec
     if found is None:
         nothing = f"{path.name[:80]} holds no recipe" if path and what == LORA else "a model alone has no recipe"
         raise OneStepError(f"{nothing}: {choose} ({preset_names(family)})")
-    return found.recipe, f"{found.said} (another under 'recipe').\n"
+    return found.recipe, f"It is {found} (another under 'recipe').\n"
 
 
 def merged(model: Any, path: Path, family: str, strength: float) -> tuple[Any, str]:

@@ -24,7 +24,7 @@ CFG, FLUX, SD3, UNET = r"cfg(?![a-z])", "flux", r"sd-?3(?!\d)", "unet"
 SD, WAN, QWEN, VIDEO = r"(?<![a-z])s?sd|xl(?![a-z])|lora", word("wan(?:video)?"), "qwen", word("[ti]2-?v|wan(?:video)?")
 
 NEVER = re.compile(
-    r"(?:de|un|non|anti)-?(?:distil|turbo|lightning|schnell)|training-adapter|control-?net|ip-?adapter|openflux|"
+    r"(?<![a-z])(?:de|un|non|anti)-?(?:distil|turbo|lightning|schnell)|training-adapter|control-?net|ip-?adapter|openflux|"
     r"(?<![a-z])hy(?:uan)?-?\d|hunyuan"
 )
 """What gives away a file that is no few-step model, whatever else its name holds."""

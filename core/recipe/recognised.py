@@ -34,11 +34,6 @@ class Recognised:
     def recipe(self) -> Recipe:
         return PRESETS[self.preset]
 
-    @property
-    def said(self) -> str:
-        """For a person, as the beginning of a sentence."""
-        return f"Taken for {self.preset}, by {self.evidence}"
-
     def __str__(self) -> str:
         return f"taken for {self.preset}, by {self.evidence}"
 
@@ -63,7 +58,7 @@ def recognised(
     return next((Recognised(preset, evidence) for preset, evidence in found.items()), None)
 
 
-def unsaid(few_step: Path | None, family: str) -> str:
+def without_recipe(few_step: Path | None, family: str) -> str:
     """What is said of a LoRA that was extracted without a recipe; with the one that its few-step model's names stand
     for."""
     presets = {

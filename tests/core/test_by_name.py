@@ -9,7 +9,7 @@ import pytest
 from onestep.core.errors import OneStepError
 from onestep.core.recipe.by_name import LORA, MODEL, preset_by_name, presets_by_name
 from onestep.core.recipe.distilled_base import few_step_kind
-from onestep.core.recipe.recognised import recognised, unsaid
+from onestep.core.recipe.recognised import recognised, without_recipe
 
 LORAS = {
     "sdxl_lightning_2step_lora.safetensors": "sdxl-lightning-2",
@@ -187,10 +187,10 @@ def test_a_header_that_says_something_else_is_asked_about() -> None:
 
 
 def test_what_is_said_of_a_lora_extracted_without_its_recipe() -> None:
-    said = unsaid(Path("/models/sd_xl_turbo_1.0_fp16.safetensors"), "unet")
+    said = without_recipe(Path("/models/sd_xl_turbo_1.0_fp16.safetensors"), "unet")
     assert said.endswith("its model is taken for sdxl-turbo-1, by its name, extract it with that recipe")
     for path, family in (("mine.safetensors", "unet"), ("sd_xl_turbo_1.0.safetensors", "flux"), (None, "unet")):
-        assert unsaid(Path(path) if path else None, family).endswith(
+        assert without_recipe(Path(path) if path else None, family).endswith(
             "name its recipe where you load it, or extract it with one"
         )
 

@@ -214,7 +214,9 @@ def test_a_public_file_is_known_by_its_name(case: Any, comfy_server: Any) -> Non
         save_lora(file.with_name(f"{title}.safetensors"), state, family)
     by_name = one_step(f"onestep/{public}.safetensors")
     finished = comfy_server.run(graph(name, by_name))
-    assert finished.outputs["lora"]["text"][0].startswith(f"Taken for {preset}, by its name (another under 'recipe').")
+    assert finished.outputs["lora"]["text"][0].startswith(
+        f"It is taken for {preset}, by its name (another under 'recipe')."
+    )
     chosen = one_step(f"onestep/{public}.safetensors")
     chosen["lora"]["inputs"]["recipe"] = preset
     drawn = latents(comfy_server, pipe, graph(name, chosen))

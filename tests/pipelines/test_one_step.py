@@ -32,8 +32,12 @@ def latents_of(pipe: Any, images: Tensor) -> Tensor:
     return pipe._unpack_latents(images, 16, 16, pipe.vae_scale_factor) if "Flux" in type(pipe).__name__ else images
 
 
-# one of those that are drawn alike; none of diffusers' schedulers gives a network other times
-ALIKE = {replace(recipe, source=""): name for name, recipe in reversed(PRESETS.items()) if recipe.time_scale == 1}
+# one of those that are drawn alike; no scheduler of diffusers gives a network other times, or goes TDM's in first order
+ALIKE = {
+    replace(recipe, source=""): name
+    for name, recipe in reversed(PRESETS.items())
+    if recipe.time_scale == 1 and name != "tdm-sd15-4"
+}
 CASES = [
     *((name, preset) for name in ("sd", "sdxl") for recipe, preset in ALIKE.items() if recipe.family == "unet"),
     ("flux", "hyper-flux-8"),
