@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OneStepError
+from ..families import FAMILIES
 from ..schedule import NoiseSchedule, initial_noise_scale, k_sigma, log_snr
 from .checks import check_recipe, version_1
 
@@ -153,7 +154,10 @@ class Recipe:
             )
         if "timesteps" not in values:
             raise OneStepError("the LoRA's recipe names no timesteps: choose a preset by name instead")
-        return cls(**values)
+        found = cls(**values)
+        if found.family not in FAMILIES:
+            raise OneStepError(f"the recipe is for {found.family!r} models, which are not served yet: update OneStep")
+        return found
 
 
 def _frozen(value: Any) -> Any:

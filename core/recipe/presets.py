@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from ..errors import OneStepError
-from .checks import FAMILIES
+from ..families import FAMILIES
 from .definition import Recipe
 from .presets_flow import FLOW
 from .presets_unet import UNET

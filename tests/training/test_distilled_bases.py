@@ -59,7 +59,7 @@ def test_a_header_a_folder_and_the_network_tell_too(tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')
     assert "(LCM, by its LCMScheduler)" in note(Named("mine", path=tmp_path))
-    assert "(schnell, by the guidance that it does not take)" in note(Named("mine", "flux", guidance="none"))
+    assert "(distilled, by the guidance that it does not take)" in note(Named("mine", "flux", guidance="none"))
 
 
 def test_of_embedded_guidance_a_run_says_what_is_given() -> None:

@@ -68,8 +68,8 @@ def _few_step_kind(host: Host) -> tuple[str, str] | None:
     single = path is not None and path.suffix == ".safetensors" and path.is_file()
     header = read_header(path) if single and path else None
     found = few_step_kind(path or Path(host.name), header.metadata if header else {}, header.tensors if header else ())
-    if found is None and host.family == "flux" and host.denoiser.guidance == "none":
-        return "schnell", "the guidance that it does not take"
+    if found is None and host.denoiser.guidance == "none":
+        return "distilled", "the guidance that it does not take"
     return found
 
 
