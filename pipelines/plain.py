@@ -120,7 +120,8 @@ def _vp(recipe: Recipe) -> DiffusersSettings:
     if recipe.eta > 0:
         return DiffusersSettings("TCDScheduler", changes, call | {"timesteps": times, "eta": recipe.eta}, scale)
     trailing = [round(TRAINING_TIMES * left / recipe.steps) - 1 for left in range(recipe.steps, 0, -1)]
-    if times != trailing:
+    # DDIMScheduler steps down by a whole 1000 // steps, past the times themselves where that leaves a rest
+    if times != trailing or TRAINING_TIMES % recipe.steps:
         raise OneStepError(
             f"no scheduler of diffusers goes the times {times} without fresh noise: draw with OneStepPipeline"
         )
