@@ -106,7 +106,7 @@ FLOW: dict[str, Recipe] = {
     ),
     "z-image-turbo-8": preset(
         *even(3.0, 8),
-        family="z-image",
+        family="z_image",
         shift=3.0,
         source="huggingface.co/Tongyi-MAI/Z-Image-Turbo, model card: 8 forwards, no guidance; shift 3. ComfyUI's "
         "template image_z_image_turbo draws these times with res_multistep",
@@ -120,7 +120,7 @@ FLOW: dict[str, Recipe] = {
     ),
     **{
         f"qwen-image-lightning-{steps}": preset(
-            *even(3.0, steps), family="qwen-image", shift=3.0, source=QWEN.format(steps)
+            *even(3.0, steps), family="qwen_image", shift=3.0, source=QWEN.format(steps)
         )
         for steps in (4, 8)
     },
