@@ -68,6 +68,8 @@ def places_of(family: str, targets: Mapping[str, Target]) -> tuple[Place, ...]:
     """Where a control acts: in a U-Net behind its first convolution, each block of its encoder and its middle; in a
     transformer on the image stream as it enters the blocks. Raises OneStepError where the entry is not adapted."""
     entry = FAMILIES[family].entry
+    if not entry:
+        raise OneStepError(f"{FAMILIES[family].models} models cannot have a control adapter yet: use another base")
     if entry not in targets:
         raise OneStepError(f"a control adapter acts on {entry}, which is not adapted here: set targets to all")
     layers = {entry: 1} | (_encoder(targets) if FAMILIES[family].unet else {})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import OneStepError
+from .lengths import by_length
 from .schedule import NoiseSchedule, cast_as, expand
 
 if TYPE_CHECKING:
@@ -37,24 +38,31 @@ class Denoiser(Protocol):
 
 @dataclass
 class _Wrapped:
-    """``network(x, time, cond)``, told its own time [B]; subclasses turn its answer into x0."""
+    """``network(x, time, cond)``, told its own time [B]; subclasses turn its answer into x0. filled: of a network that
+    reads each text at its own length, up to a multiple of so many tokens; 0 for others."""
 
     network: Network
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance = "cfg"
     time_scale: float = 1.0
+    filled: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), cast_as(self.schedule.time_of_sigma(sigma), x), cond)
         with captured:
-            prediction = self.network(x, cast_as(self.network_time(sigma), x), cond).to(x.dtype)
+            prediction = self._answer(x, cast_as(self.network_time(sigma), x), cond).to(x.dtype)
         return captured.guard(self.x0(x, sigma, prediction))
 
     def network_time(self, sigma: Tensor) -> Tensor:
         """The time [B] that the network is given at ``sigma``: a recipe's time_scale lowers it, to a whole index."""
         time = self.schedule.time_of_sigma(sigma)
         return time if self.time_scale == 1 else (self.time_scale * time).floor()
+
+    def _answer(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if not self.filled:
+            return self.network(x, time, cond)
+        return by_length(self.network, self.roles, x, time, cond, self.filled)
 
     def x0(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> Tensor:
         raise NotImplementedError

@@ -186,6 +186,9 @@ MAKERS = {module.kind: module.from_config for module in (GuidanceAttention, Guid
 
 def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: float = SHARE) -> Any:
     """An adapter for the base of ``targets``, all of them, with about ``share`` of its parameters."""
+    known = FAMILIES[family]
+    if not (known.cross_attention or known.summary):
+        raise OneStepError(f"{known.models} models cannot have a guidance adapter yet: use another base")
     sites = tuple((name, targets[name].out_rows) for name in _sites(targets, family))
     if not sites:
         raise OneStepError(f"this {family!r} base has none of the layers that an adapter adds to: use targets=all")

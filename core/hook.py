@@ -52,6 +52,12 @@ def _several(
     layer: AdaptedLayer, roles: Any, active: RoleMap, served: tuple[Served, ...], x: Tensor, output: Tensor
 ) -> Tensor | None:
     """What a layer of any kind gives under any roles."""
+    batch = active.batch or len(x)
+    if x.ndim == 2 and len(x) != batch and not len(x) % batch and len(active.blocks) > 1:
+        # diffusers' Z-Image embeds the tokens of all samples in one row
+        shaped = x.unflatten(0, (batch, -1)), output.unflatten(0, (batch, -1))
+        changed = _several(layer, roles, active, served, *shaped)
+        return None if changed is None else changed.flatten(0, 1)
     here = [one for one in served if layer.serves(one.factors)]
     if not here:
         return None

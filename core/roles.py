@@ -82,6 +82,18 @@ class Roles:
         """Within, in this thread, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
         return self._active.set(role_map)
 
+    def of_rows(self, rows: Sequence[int]) -> RoleMap:
+        """The running call's role map for some of its rows, in their order."""
+        active = self.active
+        sizes = active.sizes(active.batch or len(rows))
+        ends = list(accumulate(sizes))
+        counts = [sum(end - size <= row < end for row in rows) for size, end in zip(sizes, ends, strict=True)]
+        blocks = tuple((role, n) for (role, _), n in zip(active.blocks, counts, strict=True) if n)
+        here = replace(active, blocks=((blocks[0][0], None),) if len(blocks) == 1 else blocks)
+        some, call = list(rows), active.call
+        call = call and replace(call, time=call.time[some], cond=call.cond[some], cache={})
+        return replace(here, call=call, served=self._rows_served(here, here.sizes(len(rows))), batch=len(rows))
+
     @property
     def active(self) -> RoleMap:
         """The role map that this thread's running forward obeys."""

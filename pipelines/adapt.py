@@ -109,6 +109,7 @@ def denoiser_of(
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,
+        FAMILIES[family].filled,
     )
 
 

@@ -14,6 +14,7 @@ PIPELINES = tuple(name for family in FAMILIES.values() for name in family.pipeli
 SD, SDXL = FAMILIES["unet"].pipelines
 (SD3,) = FAMILIES["sd3"].pipelines
 (FLUX,) = FAMILIES["flux"].pipelines
+(Z_IMAGE,) = FAMILIES["z_image"].pipelines
 
 
 def pipeline_for(network: Any) -> str:
@@ -28,6 +29,8 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    if names[0].startswith("Qwen3"):
+        return Z_IMAGE
     if "T5" in names[1]:
         return FLUX
     # SD3 reads the projected text of both of its CLIPs, SDXL that of the second

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import Tensor
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
+from ..core.lengths import lengths_of
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
 
 UNet = UNet2DConditionModel
-Transformer = SD3Transformer2DModel | FluxTransformer2DModel
+Transformer = SD3Transformer2DModel | FluxTransformer2DModel | ZImageTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,31 @@ class FluxNetwork:
         return unpack(answer, height, width)
 
 
-NETWORKS: dict[str, Any] = {"unet": UNetNetwork, "sd3": SD3Network, "flux": FluxNetwork}
+@dataclass(frozen=True)
+class ZImageNetwork:
+    """ZImageTransformer2DModel of pictures and texts in lists, which reads 1 - sigma and answers x0 - noise."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = _in_dtype(cond, x, self.module.dtype)
+        answer = self.module(
+            list(x.to(self.module.dtype).unsqueeze(2)),
+            1 - time.to(x.device, torch.float32) / 1000,
+            [tokens[:length] for tokens, length in zip(text, lengths_of(cond), strict=True)],
+            joint_attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return -torch.stack(answer).squeeze(2)
+
+
+NETWORKS: dict[str, Any] = {
+    "unet": UNetNetwork,
+    "sd3": SD3Network,
+    "flux": FluxNetwork,
+    "z_image": ZImageNetwork,
+}
 
 
 def has_ip_adapter(network: Any) -> bool:

@@ -143,7 +143,8 @@ def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
     call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.timesteps]}
     # where guidance is embedded the argument of this name is that, which is no part of a recipe
     guidance = embedded_guidance if FAMILIES[recipe.family].guidance else recipe.guidance
-    call |= {} if guidance is None else {"guidance_scale": guidance}
+    # Z-Image's own pipeline counts from 0: D_c + g (D_c - D_u)
+    call |= {} if guidance is None else {"guidance_scale": guidance - 1 + FAMILIES[recipe.family].unguided}
     first = recipe.timesteps[0] / 1000
     scale = recipe.initial_noise_scale * math.hypot(1 - first, first)
     return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call, scale)

@@ -26,7 +26,7 @@ from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
-from .kinds import FLUX, SD, SDXL
+from .kinds import FLUX, SD, SDXL, Z_IMAGE
 from .networks import port_of
 from .text import encoders_of, t5_tokens
 
@@ -150,6 +150,8 @@ def of_host(host: DiffusersHost, targets: str) -> Shell:
 
 def tokens_of(pipe: Any, kind: str) -> int:
     """Tokens of a text as a loaded pipeline, one of `kinds.PIPELINES`, pads it."""
+    if kind == Z_IMAGE:
+        return FAMILIES["z_image"].tokens
     clip = 0 if kind == FLUX else int(pipe.tokenizer.model_max_length)
     return clip + (0 if kind in (SD, SDXL) else t5_tokens(pipe))
 
@@ -208,7 +210,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _tokens(folder: Path, configs: Mapping[str, Any]) -> int:
     """Of a text, as the folder's pipeline pads it."""
     config = configs.get("transformer", {})
-    if of_class(config.get("_class_name", "")) == "flux":
+    family = of_class(config.get("_class_name", ""))
+    if family == "z_image":
+        return FAMILIES[family].tokens
+    if family == "flux":
         return 512 if config.get("guidance_embeds") else 256
     told = _read(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     t5 = any((folder / "text_encoder_3").glob("*.safetensors"))

@@ -14,7 +14,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .call_values import texts_of
-from .kinds import FLUX, SD, SD3, SDXL, pipeline_of
+from .kinds import FLUX, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
@@ -37,6 +37,9 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
     _check_encoders(pipe, kind)
     # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
     with lock_of(pipe.tokenizer):
+        if kind == Z_IMAGE:
+            texts, _ = pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
+            return Cond.concat([Cond(text[None]) for text in texts])
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -69,7 +72,7 @@ def encoders_of(pipe: Any) -> list[Any]:
     return [module for module in found if module is not None]
 
 
-ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2")}
+ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2"), Z_IMAGE: ("",)}
 """Which text encoders a text cannot do without, by their names' endings."""
 
 

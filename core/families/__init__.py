@@ -22,10 +22,11 @@ from .later import LATER, LATER_MARKS, WAN_STEERING
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
+from .z_image import Z_IMAGE
 
-FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX}
+FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE}
 """By the name that files and recipes have for them, for ever."""
-STEERING = {name: family.steering for name, family in FAMILIES.items()} | {"wan": WAN_STEERING}
+STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering} | {"wan": WAN_STEERING}
 
 
 def of_class(name: str) -> str | None:
@@ -37,14 +38,14 @@ def detect(network: nn.Module) -> str:
     """The name of the family of a network of either host; OneStepError, with a word, for one that is not served."""
     network = unwrapped(network)
     classes = {cls.__name__ for cls in type(network).__mro__}
-    children = {name for name, _ in network.named_children()}
-    later = [LATER[name] for name in sorted(classes & LATER.keys())]
-    later += [title for mark, title in LATER_MARKS.items() if mark in children]
+    children = {name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False))}
+    variants = [title for mark, title in LATER_MARKS.items() if mark in children]
+    for name, family in FAMILIES.items():
+        if not variants and (family.network in classes or children.issuperset(family.marks)):
+            return name
+    later = [*variants, *(LATER[name] for name in sorted(classes & LATER.keys()))]
     if later:
         raise OneStepError(f"{later[0]} models cannot be adapted yet: use {choices()}.")
-    for name, family in FAMILIES.items():
-        if family.network in classes or children.issuperset(family.marks):
-            return name
     raise OneStepError(f"A network of class {type(network).__name__} is not known here: use {choices()}.")
 
 
@@ -90,9 +91,9 @@ def select(targets: Sequence[Target], which: str) -> list[Target]:
 
 def part_of(name: str) -> str:
     """ "attn", "mlp" or "rest". The joint output layer of Flux' single blocks counts as attention."""
-    if re.search(r"(^|\.)attn[12]?\.|^single_transformer_blocks\.\d+\.proj_out$", name):
+    if re.search(r"(^|\.)(attn[12]?|attention)\.|^single_transformer_blocks\.\d+\.proj_out$", name):
         return "attn"
-    return "mlp" if re.search(r"\.(ff|ff_context)\.net\.|\.proj_mlp$", name) else "rest"
+    return "mlp" if re.search(r"\.(ff|ff_context)\.net\.|\.proj_mlp$|\.feed_forward\.", name) else "rest"
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

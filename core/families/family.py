@@ -34,14 +34,15 @@ class Block:
 
     feed_forwards: paths inside of what may be computed again apart from the rest; "" is the whole block, where one
     product makes attention and feed-forward. in_place: layers inside whose input the host overwrites after they have
-    kept it for backward. picture: where in what the block gives the picture is, if it gives several. joint: it gives
-    the text's tokens, then the picture's, in one tensor.
+    kept it for backward. picture: where in what the block gives the picture is, if it gives several. sequence: how text
+    and picture follow each other, if it gives both in one tensor; filled: of how many tokens each is a multiple there.
     """
 
     feed_forwards: tuple[str, ...] = ()
     in_place: tuple[str, ...] = ()
     picture: int = 0
-    joint: bool = False
+    sequence: Literal["", "text first", "picture first"] = ""
+    filled: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +66,22 @@ class Family:
     Latents, text, time:
     patch: latents along a side of one token. packed: diffusers' in_channels counts a whole patch. widths: of a text
     token and of the pooled text (0: none), from either host's configuration. pooled: every model reads pooled text.
-    lengths: texts of several lengths in ComfyUI, which does not pad them, are "repeated" (cross-attention does not see
-    it), or must be "equal". tokens: of a text of usual length. schedule: of the base as it is published. told: what
-    diffusers' network is told of a time, as a factor on ours. guidance: entries of the configurations that say whether
-    guidance is embedded; none for classifier-free guidance. usual_guidance: what is embedded where nobody says.
+    lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
+    it), "grouped" into a call for each, or must be "equal". filled: a text is filled up to a multiple of so many tokens
+    by the network itself; 0 where it is not. tokens: of a text of usual length.
+    schedule: of the base as it is published. told: what diffusers' network is told of a time, as a factor on ours.
+    guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
+    usual_guidance: what is embedded where nobody says.
+    unguided: the guidance scale that diffusers' own pipeline has for none.
     pipelines: diffusers' own, for text to image. half: the dtype of half the bytes in which it is trained.
 
     Structure:
     blocks: kinds of blocks in both hosts, as checkpointing, streaming and discriminators' heads see them. unet: levels
     of several sizes, with ControlNets' residuals between them. cross_attention: the picture alone attends to the text;
-    else both attend jointly. entry: what writes the picture's stream at first. ends: pattern of the layers by which
-    what attention found enters the stream, where adapters add. summary: the layer that reads the text as one vector.
-    steering: by mode, the numbers of a negative where nobody gives any.
+    else both attend jointly. ends: pattern of the layers by which what attention found enters the stream, where
+    adapters add. entry: what writes the picture's stream at first; "" where no control is served. summary: the layer
+    that reads the text as one vector; "" where none does. steering: by mode, the numbers of a negative where nobody
+    gives any; none where steering is not served.
     """
 
     title: str
@@ -101,22 +106,24 @@ class Family:
     packed: bool = False
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
-    lengths: Literal["repeated", "equal"]
+    lengths: Literal["repeated", "equal", "grouped"]
+    filled: int = 0
     tokens: int
     schedule: NoiseSchedule
     told: float = 1.0
     guidance: tuple[str, ...] = ()
     usual_guidance: float = 1.0
+    unguided: float = 1.0
     pipelines: tuple[str, ...]
     half: Literal["float16", "bfloat16"] = "bfloat16"
 
     blocks: Mapping[str, Block]
     unet: bool = False
     cross_attention: bool = False
-    entry: str
     ends: str
-    summary: str
-    steering: Mapping[str, Numbers]
+    entry: str = ""
+    summary: str = ""
+    steering: Mapping[str, Numbers] = field(default_factory=dict)
 
     def reason(self, path: str) -> str | None:
         """Why the module of this path is not adapted, or None."""

@@ -9,9 +9,8 @@ LATER = {
     "PixArtTransformer2DModel": "PixArt",
     "PixArtMS": "PixArt",
     "QwenImageTransformer2DModel": "Qwen-Image",
-    "ZImageTransformer2DModel": "Z-Image",
     "Lumina2Transformer2DModel": "Lumina2",
-    "NextDiT": "Lumina2 or Z-Image",
+    "NextDiT": "Lumina2",
     "ChromaTransformer2DModel": "Chroma",
     "Chroma": "Chroma",
     "Flux2Transformer2DModel": "Flux2",
@@ -19,13 +18,20 @@ LATER = {
     "WanModel": "Wan",
 }
 # Root modules that only a later family's tree has, where its class has an earlier one's name.
-LATER_MARKS = {"double_stream_modulation_img": "Flux2", "distilled_guidance_layer": "Chroma"}
+LATER_MARKS = {
+    "double_stream_modulation_img": "Flux2",
+    "distilled_guidance_layer": "Chroma",
+    "siglip_embedder": "Z-Image Omni",
+    "dec_net": "Z-Image in pixels",
+    "clip_text_pooled_proj": "NewBie",
+}
 
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
     r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
-    r"(noise|context)_refiner[._]|(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": "Z-Image or Lumina 2",
+    r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
+    r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",
     r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",

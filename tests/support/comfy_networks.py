@@ -1,13 +1,24 @@
 """Inside ComfyUI's Python: diffusers' weights in ComfyUI's networks, by ComfyUI's own maps."""
 
+import comfy.ops
 import comfy.utils
 import torch
+from comfy.ldm.lumina.model import NextDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
 
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
     "sd3": comfy.utils.mmdit_to_diffusers,
     "flux": comfy.utils.flux_to_diffusers,
+    "z_image": comfy.utils.z_image_to_diffusers,
 }
+
+
+def as_published(network):
+    """A small Z-Image whose embedding of the time is as wide as the published one's, and diffusers' of any size."""
+    if isinstance(network, NextDiT):
+        network.t_embedder = TimestepEmbedder(1024, output_size=256, operations=comfy.ops.disable_weight_init)
+    return network
 
 
 def place_of(entry):

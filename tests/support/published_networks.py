@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 
 XL: dict[str, Any] = {
@@ -31,6 +31,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {**SD3, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
     ),
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
+    "z_image": ("z_image", ZImageTransformer2DModel, {}),
 }
 # The same models as ComfyUI detects them.
 UNET: dict[str, Any] = {
@@ -60,6 +61,12 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19},
         **{"depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
         **{"guidance_embed": True, "txt_ids_dims": []},
+    },
+    "z_image": {
+        **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560},
+        **{"n_layers": 30, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48]},
+        **{"axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
+        **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
     },
 }
 

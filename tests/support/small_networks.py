@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
@@ -58,6 +58,15 @@ def flux() -> nn.Module:
     )
 
 
+def z_image() -> nn.Module:
+    """Z-Image's layout: two blocks after one of refining for each stream. The least width whose feed-forwards are alike
+    in both hosts, and that is more than the 256 of the time's embedding."""
+    return ZImageTransformer2DModel(
+        **{"dim": 288, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 24},
+        **{"axes_dims": [8, 8, 8], "axes_lens": [64, 32, 32]},
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -74,6 +83,10 @@ def sd3_inputs(draw: Callable[..., Tensor]) -> Inputs:
 def flux_inputs(draw: Callable[..., Tensor]) -> Inputs:
     inputs = {"x": draw(2, 16, 8, 8), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
     return {**inputs, "pooled": draw(2, 16), "guidance": torch.tensor([3.5, 3.5])}
+
+
+def z_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
 def run_unet(network: Any, inputs: Inputs) -> Tensor:
@@ -103,6 +116,12 @@ def run_flux(network: Any, inputs: Inputs) -> Tensor:
     return tiles.reshape(x.shape)
 
 
+def run_z_image(network: Any, inputs: Inputs) -> Tensor:
+    """The network is told 1 - sigma and answers x0 - noise, of lists of pictures [C, 1, h, w] and of texts [L, C]."""
+    answer = network(list(inputs["x"].unsqueeze(2)), 1 - inputs["time"], list(inputs["text"])).sample
+    return -torch.stack(answer).squeeze(2)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -119,6 +138,7 @@ CASES = {
     "sd3": Case("sd3", sd3, sd3_inputs, run_sd3),
     "sd35": Case("sd3", sd35, sd3_inputs, run_sd3),
     "flux": Case("flux", flux, flux_inputs, run_flux),
+    "z_image": Case("z_image", z_image, z_image_inputs, run_z_image),
 }
 
 
@@ -154,6 +174,12 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"context_in_dim": 24, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1},
         **{"depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True},
         **{"guidance_embed": True, "txt_ids_dims": []},
+    },
+    "z_image": {
+        **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 288, "cap_feat_dim": 24},
+        **{"n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 12, "n_kv_heads": 12},
+        **{"axes_dims": [8, 8, 8], "axes_lens": [64, 32, 32], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
+        **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
     },
 }
 

@@ -17,6 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -26,6 +28,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -188,13 +192,43 @@ def flux(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
     )
 
 
+def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<unk>", "<im_start>", "<im_end>", "user", "assistant", "a", "cat", "dog", "red"]
+    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<im_start> {{ m['role'] }} {{ m['content'] }} <im_end> {% endfor %}"
+    return PreTrainedTokenizerFast(
+        **{"tokenizer_object": backend, "pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 64},
+        chat_template=template + "<im_start> assistant",
+    )
+
+
+def z_image(**scheduler: Any) -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        **{"in_channels": 4, "dim": 48, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+        **{"cap_feat_dim": WIDTH, "axes_dims": [8, 8, 8], "axes_lens": [1024, 32, 32]},
+    )
+    encoder = Qwen3Config(
+        **{"vocab_size": 10, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=Qwen3Model(encoder),
+        tokenizer=qwen3_tokenizer(),
+        transformer=transformer,
+    )
+
+
+MODERN = {"z_image": z_image}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def make(name: str, seed: int = 0, **scheduler: Any) -> Any:
     """The pipeline of a name in MAKERS, with random weights away from every zero that initialisation leaves."""
     torch.manual_seed(seed)
-    pipe = MAKERS[name](**scheduler)
+    pipe = {**MAKERS, **MODERN}[name](**scheduler)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     randomise(network)
     for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):

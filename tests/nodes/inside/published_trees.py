@@ -6,12 +6,13 @@ from pathlib import Path
 
 import comfy.ops
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from onestep.core.families import bind_comfy, detect
 
-CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux}
+CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT}
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

@@ -19,7 +19,7 @@ import comfy.supported_models as supported
 import comfy.utils
 import torch
 from comfy.supported_models_base import BASE
-from comfy_networks import MAPS, fill, place_of
+from comfy_networks import MAPS, as_published, fill, place_of
 from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import clone_inputs
@@ -37,18 +37,22 @@ class SmallUNet(BASE):
     memory_usage_factor = 1.0
 
 
-CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux}
+CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux, "z_image": supported.ZImage}
 
 
 def build(family, config, dtype):
     settings = CLASSES[family]({**config})
     settings.set_inference_dtype(dtype, None)
-    return settings.get_model({}, "", device="cpu").to(dtype)
+    model = settings.get_model({}, "", device="cpu")
+    as_published(model.diffusion_model)
+    return model.to(dtype)
 
 
 def predict(family, network, inputs):
     if family == "flux":
         return network(inputs["x"], inputs["time"], inputs["text"], inputs["pooled"], inputs["guidance"])
+    if family == "z_image":
+        return network(inputs["x"], inputs["time"], inputs["text"], inputs["text"].shape[1], transformer_options={})
     y = inputs.get("y", inputs.get("pooled"))
     return network(inputs["x"], inputs["time"], context=inputs["text"], **({} if y is None else {"y": y}))
 
@@ -144,11 +148,10 @@ def their_table(key_map, network):
 def without_reason(family, targets, network):
     """Weights that are neither in the table nor known as not adapted."""
     bound = {id(target.module) for target in targets}
-    return [
-        path
-        for path, module in network.named_modules()
-        if list(module.parameters(recurse=False)) and id(module) not in bound and not FAMILIES[family].reason(path)
-    ]
+    held = {path for path, module in network.named_modules() if path and id(module) in bound}
+    # of the root's own weights the names
+    owners = {name.rpartition(".")[0] or name for name, _ in network.named_parameters()} - held
+    return sorted(path for path in owners if not FAMILIES[family].reason(path))
 
 
 def run(folder, case):
