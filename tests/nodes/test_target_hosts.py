@@ -29,6 +29,8 @@ DTYPES = {
 FEATURES = {"sd15": 9, "sdxl": 14, "sd3": 2, "sd35": 2, "flux": 2, "z_image": 2}
 """Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+LOOSER = {"z_image": 5e-5}
+"""Its text is normed eight times on its way, each a float32 sum in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,8 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     results = {}
     for name in small.IN_COMFY:
         report = json.loads((folder / f"{name}.report.json").read_text())
-        results[name] = ours[name], load_file(folder / f"{name}.out.safetensors"), report, TOLERANCE[DTYPES[name]]
+        tolerance = LOOSER.get(name, TOLERANCE[DTYPES[name]])
+        results[name] = ours[name], load_file(folder / f"{name}.out.safetensors"), report, tolerance
     return results
 
 
