@@ -77,7 +77,9 @@ class ComfyHost:
         roles = Roles(targets, port_of(network, self.family))
         schedule = schedule_of(self.model.model_sampling)
         options = {"optimized_attention_override": differentiable_attention}
-        self.denoiser: Denoiser = ComfyDenoiser(self.model, schedule, roles, self._known.guidance_of(config), options)
+        self.denoiser: Denoiser = ComfyDenoiser(
+            self.model, schedule, roles, self._known.guidance_of(config), options, self._known.lengths == "grouped"
+        )
         self.device = torch.device(self.patcher.load_device)
         self.blocks, self.in_place = blocks_of(network), in_place_of(network)
         self._training = False

@@ -20,25 +20,34 @@ from ..core.cond import Cond
 from ..core.denoiser import Guidance
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
+from ..core.lengths import by_length
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
 
 
 @dataclass
 class ComfyDenoiser:
-    """See `core.denoiser.Denoiser`. model: a `BaseModel`. options: its transformer_options, copied at each call."""
+    """See `core.denoiser.Denoiser`. model: a `BaseModel`. options: its transformer_options, copied at each call.
+    grouped: whether texts of each length are a call of their own."""
 
     model: Any
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance
     options: dict[str, Any] = field(default_factory=dict)
+    grouped: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)
         with captured:
-            x0 = self._apply(x, sigma, cond).to(x.dtype)
+            x0 = self._grouped(x, sigma, cond).to(x.dtype)
         return captured.guard(x0)
+
+    def _grouped(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """ComfyUI pads no text: those of one length are one call, where the network sees what would pad them."""
+        if not self.grouped:
+            return self._apply(x, sigma, cond)
+        return by_length(self._apply, self.roles, x, sigma, cond, 1)
 
     def _apply(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         alpha = signal(self.schedule, sigma)

@@ -10,16 +10,18 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
+from ...core.families import of_class
 from .autoencoder import load_vae
-from .folder import Weights, has_part
+from .folder import Weights, has_part, read_config
 from .latents import TinyLatent, fit_preview_colours, latent_format
 from .mmdit import mmdit_setup
 from .text import load_clip
 from .unet import unet_setup
+from .z_image import z_image_setup
 
 
 def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet` or an SD3 `transformer`."""
+    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet`, or a `transformer` of SD3 or Z-Image."""
     vae, latent = load_vae(folder), latent_format(folder)
     fit_preview_colours(latent, vae)
     return load_patcher(str(folder), latent), load_clip(folder), vae
@@ -28,7 +30,7 @@ def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
 def load_patcher(folder: str, latent: TinyLatent, disable_dynamic: bool = False) -> Any:
     """The MODEL alone. ComfyUI calls this again for a deep copy, with disable_dynamic=True."""
     management = comfy.model_management
-    setup, weights = (unet_setup if has_part(Path(folder), "unet") else mmdit_setup)(Path(folder))
+    setup, weights = setup_of(Path(folder))
     setup.latent_format = latent
     setup.set_inference_dtype(torch.float32, None)
     model = setup.get_model(weights, "", device=management.unet_offload_device())
@@ -37,6 +39,14 @@ def load_patcher(folder: str, latent: TinyLatent, disable_dynamic: bool = False)
     load_weights(model, weights, patcher)
     patcher.cached_patcher_init = (load_patcher, (folder, latent))
     return patcher
+
+
+def setup_of(folder: Path) -> tuple[Any, Weights]:
+    """The model configuration, and the weights under ComfyUI's names."""
+    if has_part(folder, "unet"):
+        return unet_setup(folder)
+    family = of_class(read_config(folder, "transformer").get("_class_name", ""))
+    return z_image_setup(folder) if family == "z_image" else mmdit_setup(folder)
 
 
 def load_weights(model: Any, weights: Weights, patcher: Any) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ...core.errors import OneStepError
 from .folder import Config, Weights, has_part, read_config, read_weights
+from .z_image import qwen3_target
 
 FLOAT32 = {"dtype": torch.float32}  # half precision would be the default on a GPU
 
@@ -124,6 +125,8 @@ class TinyPair(torch.nn.Module):
 
 def load_clip(folder: Path) -> comfy.sd.CLIP:
     """The folder's text encoder(s) as one CLIP object."""
+    if read_config(folder, "text_encoder").get("model_type") == "qwen3":
+        return assembled(*qwen3_target(folder))
     return load_pair(folder) if has_part(folder, "text_encoder_2") else load_single(folder)
 
 

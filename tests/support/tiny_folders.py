@@ -15,8 +15,18 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 LENGTH = 24
 WORDS = ("red", "blue", "dragon", "wall")
@@ -122,6 +132,42 @@ def sd3_folder(folder: Path, heads: int = 2) -> Path:
         **{"transformer": shaken(transformer, 3), "vae": shaken(autoencoder(0.8, 0.1, plain=True), 2)},
         **{"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": None},
         **{"tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": None},
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def qwen_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """A byte-pair tokenizer of Qwen's kind that spells every word, with Z-Image's template."""
+    words = [*byte_letters(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer({word: at for at, word in enumerate(words)}, [], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\n' }}"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def z_image_folder(folder: Path) -> Path:
+    """ZImagePipeline's layout at the least width that both hosts build alike; heads of the text encoder are 128 wide,
+    as ComfyUI has them, and the last but one of its layers is not the first."""
+    torch.manual_seed(1)
+    tokenizer = qwen_tokenizer(folder / "tokenizer_source")
+    transformer = ZImageTransformer2DModel(
+        **{"in_channels": 4, "dim": 288, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12},
+        **{"cap_feat_dim": 24, "axes_dims": [8, 8, 8], "axes_lens": [1024, 32, 32]},
+    )
+    text = Qwen3Config(
+        **{"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "pad_token_id": tokenizer.pad_token_id},
+        **{"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    )
+    pipe = ZImagePipeline(
+        **{"transformer": shaken(transformer, 3), "vae": shaken(autoencoder(0.8, 0.1, plain=True), 2)},
+        **{"text_encoder": shaken(Qwen3Model(text), 4), "tokenizer": tokenizer},
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipe.save_pretrained(folder)
