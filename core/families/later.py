@@ -31,6 +31,7 @@ LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
     r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
     r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
+    r"(^|[._])layers[._]\d+[._]adaLN_modulation[._]1[._]": "Lumina 2",
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapted import SIZE, noisy, with_student
-from tiny_pipelines import MAKERS, make
+from tiny_pipelines import MAKERS, MODERN, make
 from torch import Tensor
 
 from onestep.core.checkpoint import checkpoint_blocks
@@ -14,9 +14,10 @@ from onestep.core.recomputed import GRADES, recomputed
 from onestep.pipelines.adapt import adapt
 
 
-# diffusers rounds to float32 within: the rotation of Flux' queries and keys, SD3.5's norms of them
+# diffusers rounds to float32 within: the rotation of queries and keys, SD3.5's norms of them
 @pytest.mark.parametrize(
-    ("name", "step", "tolerance"), [("sd", 1e-5, 1e-6), ("sdxl", 1e-5, 1e-6), ("sd3", 1e-3, 1e-3), ("flux", 1e-3, 1e-3)]
+    ("name", "step", "tolerance"),
+    [("sd", 1e-5, 1e-6), ("sdxl", 1e-5, 1e-6), *((name, 1e-3, 1e-3) for name in ("sd3", "flux", "z_image"))],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_of_d_is_the_finite_difference(name: str, step: float, tolerance: float, checkpointing: bool) -> None:
@@ -61,7 +62,7 @@ def test_gradient_of_d_is_the_finite_difference(name: str, step: float, toleranc
     assert float(slope) == pytest.approx(float(values[0] - values[1]), rel=tolerance, abs=tolerance * scale)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, *MODERN])
 def test_checkpointed_gradients_are_the_same(name: str) -> None:
     """To the bit, whatever of the network is computed again."""
     host = adapt(make(name))

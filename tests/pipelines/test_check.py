@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import MAKERS, make
+from tiny_pipelines import MAKERS, MODERN, make
 
 from onestep.core.errors import OneStepError
 from onestep.core.lora_file import save_lora
@@ -24,7 +24,7 @@ def written(host: DiffusersHost, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, *MODERN])
 def test_our_file_means_the_same_to_diffusers_and_the_pipeline_stays(name: str, tmp_path: Path) -> None:
     host = adapt(make(name))
     before = [(path, id(module)) for path, module in host.network.named_modules()]
