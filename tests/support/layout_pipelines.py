@@ -14,9 +14,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
 SIDE = 16
 """Pixels; the tiny autoencoder halves them."""
@@ -57,7 +58,19 @@ def flux() -> Any:
     )
 
 
-MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+def z_image() -> Any:
+    encoder = Qwen3Config(
+        **{"vocab_size": 10, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    )
+    return ZImagePipeline(
+        **{"vae": tiny.vae(16, shift_factor=0.1), "transformer": small.network_of("z_image", torch.float32)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "text_encoder": Qwen3Model(encoder)},
+        tokenizer=tiny.qwen3_tokenizer(),
+    )
+
+
+MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
 
 
 def make(name: str) -> Any:
@@ -80,6 +93,8 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
     name = type(pipe).__name__
     if name == "StableDiffusionPipeline":
         return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
+    if name == "ZImagePipeline":
+        return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
     if name == "FluxPipeline":
         text, pooled, _ = pipe.encode_prompt(prompt, None)
         return {"text": text, "pooled": pooled}

@@ -15,7 +15,7 @@ import comfy.supported_models as supported
 import comfy_extras.nodes_custom_sampler as custom
 import folder_paths
 import torch
-from comfy_networks import fill
+from comfy_networks import as_published, fill
 from safetensors.torch import load_file, save_file
 
 from nodes import KSampler, KSamplerAdvanced, LoraLoaderModelOnly
@@ -24,14 +24,16 @@ from onestep.nodes.sample import OneStepSample
 
 folder, cases = Path(sys.argv[1]), sys.argv[2:]
 folder_paths.add_model_folder_path("loras", str(folder))
-CLASSES = {name: getattr(supported, name) for name in ("SD15", "SDXL", "SD3", "Flux")}
+CLASSES = {name: getattr(supported, name) for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage")}
 
 
 def build(kind, config):
     """ComfyUI's model of this kind at a width that it would not recognise by itself."""
     settings = type("Small", (CLASSES[kind],), {"unet_extra_config": {}})({**config})
     settings.set_inference_dtype(torch.float32, None)
-    return settings.get_model({}, "", device="cpu").float()
+    model = settings.get_model({}, "", device="cpu")
+    as_published(model.diffusion_model)
+    return model.float()
 
 
 def by_ksampler(model, cond, empty, told, seed):
