@@ -86,8 +86,8 @@ class TinyEncoder(comfy.sd1_clip.SDClipModel):  # type: ignore[misc]
     """A Qwen3 of any size; heads are 128 wide, as ComfyUI has them."""
 
     def __init__(self, config: Config, device: Any, dtype: Any, model_options: Config) -> None:
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names = (*names, "num_key_value_heads")
+        names = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+        names |= {"num_key_value_heads"}
         super().__init__(
             **{"device": device, "dtype": dtype, "model_options": model_options, "layer": "hidden", "layer_idx": LAYER},
             **{"textmodel_json_config": {name: config[name] for name in names}, "layer_norm_hidden_state": False},

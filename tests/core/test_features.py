@@ -23,7 +23,7 @@ MIDDLES = {
     **{"flux": "single_transformer_blocks.9", "z_image": "layers.14"},
 }
 
-KINDS = {kind: block for family in FAMILIES.values() for kind, block in family.blocks.items()}
+KINDS = {kind: block for family in ("unet", "sd3", "flux") for kind, block in FAMILIES[family].blocks.items()}
 
 
 def looking(network: Any, count: int, targets: str = "all") -> Features:
