@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, choices, detect, of_class
+from ..core.families import FAMILIES, STEERING, choices, detect, of_class
 from ..core.schedule import NoiseSchedule, VPSchedule
 from .networks import schedule_of
 from .steer_attention import JOINT, is_steered
@@ -17,8 +17,9 @@ from .steer_attention import JOINT, is_steered
 def family_of(network: Any) -> str:
     kinds = (of_class(cls.__name__) for cls in type(network).__mro__)
     family = next((family for family in kinds if family is not None), None)
-    if family is None:
-        raise OneStepError(f"a {type(network).__name__} is not served by negative steering: use {choices()}")
+    if family not in STEERING:
+        served = choices(name for name in FAMILIES if name in STEERING)
+        raise OneStepError(f"a {type(network).__name__} is not served by negative steering: use {served}")
     if is_steered(network):
         raise OneStepError("this network is steered already: leave that `steered` first")
     return family

@@ -176,7 +176,7 @@ def _check_width(family: str, layers: Mapping[str, nn.Module], config: Mapping[s
         raise OneStepError(f"The layer {wrong[0]} is {found} wide, but the model's configuration says {told}.")
 
 
-def choices() -> str:
-    """The models that are served, for a person."""
-    *most, last = ", ".join(family.models for family in FAMILIES.values()).split(", ")
+def choices(names: Iterable[str] = FAMILIES) -> str:
+    """The models of these families, for a person; of all that are served."""
+    *most, last = ", ".join(FAMILIES[name].models for name in names).split(", ")
     return f"{', '.join(most)} or {last}"
