@@ -99,7 +99,7 @@ class GuidanceDial(OnNetwork):
         cond = Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=self._scales(x))
         self._module.to(x.device)
         with self._roles.use(ROLE):
-            call = self._roles.capture(len(x), time.float() / FAMILIES[self._family].told, cond)
+            call = self._roles.capture(len(x), time.float() * FAMILIES[self._family].divided, cond)
         self._begin(call)
 
     def _scales(self, x: Tensor) -> Tensor | None:

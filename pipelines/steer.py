@@ -168,7 +168,7 @@ class _Hooks:
         if self.latest == math.inf and self.earliest == -math.inf:
             return True  # without reading the time from the device
         first = torch.as_tensor(time).reshape(-1)[0]
-        shown = float(first) / FAMILIES[self.family].told
+        shown = float(first) * FAMILIES[self.family].divided
         # times come in the latents' dtype
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
@@ -211,7 +211,7 @@ class _Hooks:
         """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
         own = given["pooled_projections"]
         told = [given["timestep"]]
-        if (factor := FAMILIES[self.family].told) != 1:
+        if (factor := FAMILIES[self.family].divided) != 1:
             guidance = [given["guidance"]] if given.get("guidance") is not None else []
-            told = [value.to(given["hidden_states"].dtype) / factor for value in (*told, *guidance)]
+            told = [value.to(given["hidden_states"].dtype) * factor for value in (*told, *guidance)]
         return self.network.time_text_embed(*told, self._spread(pooled.to(own.device, own.dtype), len(own)))

@@ -12,10 +12,11 @@ from cost import fill
 from torch import Tensor, nn
 
 from onestep.core.cond import Cond
-from onestep.core.families import bind_diffusers, blocks_of, port_of, select
+from onestep.core.families import bind_diffusers, blocks_of, select
 from onestep.core.roles import Roles
 from onestep.core.stored import store, widened
 from onestep.pipelines.adapt import DiffusersHost, denoiser_of
+from onestep.pipelines.networks import port_of
 from onestep.pipelines.shells import layout, of_host
 from onestep.pipelines.text import widths
 

@@ -69,7 +69,7 @@ class Family:
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
     it), "grouped" into a call for each, or must be "equal". filled: a text is filled up to a multiple of so many tokens
     by the network itself; 0 where it is not. tokens: of a text of usual length.
-    schedule: of the base as it is published. told: what diffusers' network is told of a time, as a factor on ours.
+    schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     usual_guidance: what is embedded where nobody says.
     unguided: the guidance scale that diffusers' own pipeline has for none.
@@ -110,7 +110,7 @@ class Family:
     filled: int = 0
     tokens: int
     schedule: NoiseSchedule
-    told: float = 1.0
+    divided: float = 1.0
     guidance: tuple[str, ...] = ()
     usual_guidance: float = 1.0
     unguided: float = 1.0
