@@ -14,7 +14,7 @@ PUBLIC: dict[str, Recipe] = {**UNET, **FLOW}
 """Every one that is known; of these, those that a network is served for, and the rest."""
 PRESETS: dict[str, Recipe] = {name: recipe for name, recipe in PUBLIC.items() if recipe.family in FAMILIES}
 COMING: dict[str, Recipe] = {name: recipe for name, recipe in PUBLIC.items() if name not in PRESETS}
-LONGEST_LIST = 300
+LONGEST_LIST = 200
 
 
 def recipe_of(recipe: Recipe | str | None) -> Recipe:
