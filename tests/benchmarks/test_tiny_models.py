@@ -97,7 +97,7 @@ def test_variants_are_never_on_both_sides(tiles: data.Tiles) -> None:
     [
         (unet, unet.Shape(widths=(32,), heads=1), "unet"),
         (unet, unet.Shape(widths=(32,), heads=1, prediction="v_prediction"), "unet"),
-        (flow, flow.Shape(layers=1, heads=1), "transformer"),
+        pytest.param(flow, flow.Shape(layers=1, heads=1), "transformer", marks=pytest.mark.broad),
     ],
 )
 def test_a_teacher_of_each_family_learns_and_is_shown_as_it_is_shipped(

@@ -159,6 +159,7 @@ def assert_checked_against(server: Any, base: dict[str, Any], told: dict[str, An
     assert numbers == [0, 0] and all(0.1 < number < 20 for number in before) and before, (before, numbers)
 
 
+@pytest.mark.broad
 def test_a_server_trains_on_a_scaled_fp8_checkpoint_and_draws_with_the_lora(
     comfy: Any, server_with_checkpoints: Any, checkpoints: Path, tmp_path: Path
 ) -> None:

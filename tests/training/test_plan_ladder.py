@@ -53,6 +53,7 @@ def smallest(shell: Shell, how: Settings) -> int:
     return min(rung_of(shell.shell, how, None, Way(micro, "blocks", True, True)).peak.bytes for micro in (4, 2, 1))
 
 
+@pytest.mark.broad
 def test_less_is_kept_from_grade_to_grade_and_less_computed_again(shell: Shell) -> None:
     rungs = [rung_of(shell.shell, settings(), card(GIB), Way(4, grade)) for grade in GRADES]
     assert [rung.peak.bytes for rung in rungs] == sorted({rung.peak.bytes for rung in rungs})

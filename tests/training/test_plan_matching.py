@@ -46,6 +46,7 @@ def test_three_turns_that_share_a_picture_save_two(rung: Any) -> None:
     assert fresh[1] == pytest.approx(shared[1])
 
 
+@pytest.mark.broad
 def test_a_lora_for_each_step_takes_room_for_itself_and_for_no_second_base(rung: Any) -> None:
     one, two = (rung(student_steps=2, step_loras=several).peak.made_of for several in (False, True))
     assert two["base"] == one["base"]

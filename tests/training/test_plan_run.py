@@ -72,6 +72,7 @@ def test_a_run_that_goes_on_keeps_its_rung(host: DiffusersHost, tmp_path: Path, 
     assert again[2].updates == 2
 
 
+@pytest.mark.broad
 def test_checkpointing_is_taken_by_itself_where_it_is_needed(
     host: DiffusersHost, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -85,6 +85,7 @@ def test_data_is_made_as_long_as_it_is_new(host: DiffusersHost) -> None:
     assert rarer.disk["pairs"] == pytest.approx(whole[1024].disk["pairs"] * 5 / 11, abs=1)
 
 
+@pytest.mark.broad
 def test_what_is_long_in_a_run_is_long_in_its_plan(host: DiffusersHost) -> None:
     """Each of its parts by what is set of it, and a file for each of two blocks of pairs, whatever else there is."""
     first = planned(host, settings("dmd")).whole
