@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiny_pipelines as tiny
@@ -10,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 
+from onestep.core.recomputed import BLOCKS
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.training.engine.prompts import embed
 from onestep.training.engine.setup import Setup, hooked
@@ -59,14 +61,25 @@ def allocated(work: Callable[[], object]) -> int:
 
 def trained(host: DiffusersHost, settings: Settings, folder: Path, recompute: str, sliced: bool) -> int:
     """Of a real update of every role."""
-    method = METHODS[settings.method]
+    with training(host, settings, folder, recompute, sliced) as step:
+        for update in range(UPDATE):
+            step(update)
+        return allocated(lambda: step(UPDATE))
+
+
+@contextmanager
+def training(
+    host: DiffusersHost, settings: Settings, folder: Path, recompute: str = BLOCKS, sliced: bool = True
+) -> Iterator[Callable[[int], object]]:
+    """Updates of a real run, by their numbers; its roles are let go at the end."""
+    method, roles = METHODS[settings.method], host.denoiser.roles
     prompts = embed(host, ["a cat, a hat"], settings, folder, guidance_input=method.guidance_input)
     setup = Setup(host, settings, prompts, folder, method.recipe(host, settings))
     with host.training(), hooked(host, recompute) as checkpoints:
         add_student(host, settings, None, method.adapter)
-        host.denoiser.roles.copy(STUDENT, EMA)
+        roles.copy(STUDENT, EMA)
         trainer = Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
         trainer.checkpoints, trainer.sliced = checkpoints, sliced
-        for update in range(UPDATE):
-            trainer.step(update)
-        return allocated(lambda: trainer.step(UPDATE))
+        yield trainer.step
+        for role in roles.names():
+            roles.drop(role)

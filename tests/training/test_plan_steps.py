@@ -3,25 +3,22 @@ by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from allocated import training
 from flops import ONE_FLOP_A_SECOND, flops_of
 from narrowed import narrowed
 from tiny_pipelines import make
 
 from onestep.core.recomputed import BLOCKS
-from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.pipelines.adapt import adapt
 from onestep.pipelines.shells import of_host
 from onestep.training.engine.batch import Batch
-from onestep.training.engine.prompts import embed
-from onestep.training.engine.setup import Setup, hooked
-from onestep.training.engine.student import STUDENT, add_student
-from onestep.training.engine.trainer import EMA, Trainer
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.plan.counted import counted
 from onestep.training.plan.rungs import Way, rung_of
@@ -74,23 +71,6 @@ def drawn(draws: Draws) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def training(host: DiffusersHost, settings: Settings, folder: Path) -> Iterator[Callable[[int], None]]:
-    """Updates of a real run whose data is made."""
-    method = METHODS[settings.method]
-    prompts = embed(host, ["a cat, a hat"], settings, folder, guidance_input=method.guidance_input)
-    setup = Setup(host, settings, prompts, folder, method.recipe(host, settings))
-    with host.training(), hooked(host, BLOCKS) as checkpoints:
-        add_student(host, settings, None, method.adapter)
-        host.denoiser.roles.copy(STUDENT, EMA)
-        trainer = Trainer(host, settings, setup.recipe, prompts, method.plan(setup))
-        trainer.checkpoints, trainer.sliced = checkpoints, True
-        trainer.step(0)
-        yield trainer.step
-        for role in host.denoiser.roles.names():
-            host.denoiser.roles.drop(role)
-
-
 @pytest.mark.parametrize("case", narrowed(CASES, "cdm from one step"))
 def test_it_is_the_mean_over_all_that_may_be_drawn(case: str, tmp_path: Path) -> None:
     host, settings = adapt(make("sd")), settings_of(*CASES[case])
@@ -98,6 +78,7 @@ def test_it_is_the_mean_over_all_that_may_be_drawn(case: str, tmp_path: Path) ->
     counted = whole.seconds[settings.method] / settings.steps
     every, found = every_draw(settings), {}
     with training(host, settings, tmp_path) as step:
+        step(0)  # whose data is made
         for update, draws in enumerate(every, 1):
             with drawn(draws):
                 found[update] = flops_of(partial(step, update)), draws["of"]
