@@ -59,13 +59,17 @@ class Judged:
 
     def untrained(self, recipe: Recipe) -> dict[str, Any]:
         """The model itself in the recipe's steps."""
-        return self._drawn(({},), recipe)
+        return self.scores(self._drawn(({},), recipe))
 
     def __call__(self, lora: Path) -> dict[str, Any]:
+        return self.scores(self.seen(lora))
+
+    def seen(self, lora: Path) -> Seen:
+        """What the judge sees in the LoRA's pictures, drawn from the same noises for every LoRA."""
         found = read_lora(str(lora), self.host)
         return self._drawn((found.state, *found.later), found.recipe)
 
-    def _drawn(self, states: tuple[State, ...], recipe: Recipe) -> dict[str, Any]:
+    def _drawn(self, states: tuple[State, ...], recipe: Recipe) -> Seen:
         """states: a LoRA, or one for each step."""
         roles = self.host.denoiser.roles
         with torch.no_grad(), roles.installed():
@@ -74,7 +78,7 @@ class Judged:
             if len(states) > 1:
                 roles.steps.split(ROLE, recipe.timesteps)
             try:
-                return self.scores(self.features(self.kept.student(self.host, recipe)))
+                return self.features(self.kept.student(self.host, recipe))
             finally:
                 roles.drop(ROLE)
 
@@ -88,6 +92,23 @@ class Judged:
             told |= self._distance("fd_real", lambda rows: frechet(features[rows], real))
         told |= {head: obeyed(chosen[head], asked) for head, asked in self.asked.items()}
         return told | {"variety": float(variety(features, EACH).sum() / variety(wanted, EACH).sum())}
+
+    def beside(self, seen: Seen, other: Seen) -> dict[str, float]:
+        """FD-local and variety of ``seen`` less those of ``other``.
+
+        The same prompts are redrawn for both: what the choice of prompts does to both alike is not in the intervals.
+        """
+        ours, others, wanted = seen[0], other[0], self.teacher[0]
+        spread = variety(wanted, EACH)
+
+        def nearer(rows: Tensor) -> float:
+            return frechet(ours[rows], wanted[rows]) - frechet(others[rows], wanted[rows])
+
+        def wider(rows: Tensor) -> float:
+            more = variety(ours[rows], EACH).sum() - variety(others[rows], EACH).sum()
+            return float(more / spread.sum())
+
+        return self._distance("fd_less", nearer) | self._distance("variety_more", wider)
 
     def _distance(self, name: str, of_rows: Callable[[Tensor], float]) -> dict[str, float]:
         found = bootstrap(of_rows, len(self.kept.texts) // EACH, EACH)

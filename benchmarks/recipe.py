@@ -11,8 +11,6 @@ written as each row is known; it goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from judged import Judged, train
+from recipe_table import DEFAULT, Table, markdown
 
 from onestep.cli.demo import SMALLER
 from onestep.cli.lora import read_lora
@@ -146,7 +144,7 @@ class Rows:
     def switches(self, start: Path, seed: int = 0) -> Iterator[Made]:
         """Each alone, from ``start``."""
         several = {} if self.steps == 1 else OF_SEVERAL
-        for name, changes in {"default": {}, **several, **ONE_AND_MORE}.items():
+        for name, changes in {DEFAULT: {}, **several, **ONE_AND_MORE}.items():
             if not self.wanted(name):
                 continue
             chosen = default(self.steps, seed=seed, **{"warm_start": 1, "steps": self.args.length, **changes})
@@ -161,44 +159,13 @@ class Rows:
         yield "regression", alone
 
 
-class Table:
-    """rows.jsonl in the script's folder: a line for each row that is known. The runs share the teacher's pairs."""
-
-    def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
-        self.args, self.prompts, self.path = args, prompts, args.out / "rows.jsonl"
-        self.lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
-        self.judged = Judged(args.model, prompts, args.samples, args.out, real=args.reference)
-
-    def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        print(json.dumps(line), flush=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def made(self, kind: str, name: str, settings: Settings, seed: int = 0) -> Path:
-        """The LoRA of a row, made and scored unless it is known."""
-        key = {"part": kind, "row": name, "steps": settings.student_steps, "seed": seed}
-        folder = self.args.out / f"{kind}-{settings.student_steps}-{name.replace(' ', '-').replace('/', '-')}-{seed}"
-        known = [line for line in self.lines if key.items() <= line.items()]
-        if not known:
-            self._pairs(folder, settings)
-            lora = train(self.args.model, self.prompts, settings, folder)
-            self._keep(folder)
-            seconds = json.loads((folder / "seconds.json").read_text())
-            self.add({**key, "updates": settings.steps, "seconds": round(seconds), **self.judged(lora)})
-        return folder / "result.safetensors"
-
-    def _pairs(self, folder: Path, settings: Settings) -> None:
-        kept = self.args.out / "pairs"
-        if kept.is_dir() and not folder.exists() and settings.seed == 0:
-            shutil.copytree(kept, folder / "pairs")
-
-    def _keep(self, folder: Path) -> None:
-        made, kept = folder / "pairs", self.args.out / "pairs"
-        if made.is_dir() and not kept.exists():
-            shutil.copytree(made, kept)
-        for part in ("pairs", "states", "anchors", "head pictures"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+def make(table: Table, part: str, rows: Iterator[Made]) -> None:
+    """Those that a model cannot have are left out, with the reason."""
+    for name, settings in rows:
+        try:
+            table.made(part, name, settings)
+        except OneStepError as error:
+            print(f"{name}: {error}", flush=True)
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -212,40 +179,15 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     for steps in args.steps:
         rows = Rows(args, prompts, steps)
         start = table.made("start", "warm start", rows.warm())
-        made = rows.ablation() if args.ablation else rows.switches(start)
-        for name, settings in made:
-            if not rows.wanted(name):
-                continue
-            try:
-                table.made("ablation" if args.ablation else "switch", name, settings)
-            except OneStepError as error:
-                print(f"{name}: {error}", flush=True)
+        if args.ablation:
+            make(table, "ablation", (row for row in rows.ablation() if rows.wanted(row[0])))
+        for seed in [] if args.ablation else args.seeds:
+            make(table, "switch", rows.switches(start, seed))
+            table.compare(steps, seed)
         key = {"part": "model", "row": "untrained", "steps": steps}
-        if not any(key.items() <= line.items() for line in table.lines):
+        if not table.known(**key):
             table.add({**key, **table.judged.untrained(read_lora(str(start), table.judged.host).recipe)})
     return table.lines
-
-
-def markdown(lines: list[dict[str, Any]]) -> list[str]:
-    """The rows as a table, a part after the other."""
-    heads = [
-        "row",
-        "steps",
-        "updates",
-        "FD-local to the teacher",
-        "to real",
-        "group",
-        "colour",
-        "brightness",
-        "variety",
-    ]
-    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for line in lines:
-        pairs = [f"{line[name]:.2f} ±{line[f'{name}_half']:.2f}" if name in line else "" for name in ("fd", "fd_real")]
-        scores = [f"{line[name]:.3f}" for name in ("group", "colour", "brightness", "variety")]
-        updates = str(line.get("updates", ""))
-        rows.append("| " + " | ".join([line["row"], str(line["steps"]), updates, *pairs, *scores]) + " |")
-    return rows
 
 
 def main() -> None:
@@ -255,6 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the students")
     parser.add_argument("--ablation", action="store_true", help="regression, dmd and both, in place of the switches")
     parser.add_argument("--rows", nargs="+", default=[], help="these alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the switches' runs")
     parser.add_argument("--length", type=int, default=100, help="updates of the default's matching")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--reference", type=Path, help="real pictures, .npz")
