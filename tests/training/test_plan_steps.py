@@ -45,7 +45,7 @@ Draws = dict[str, int]
 
 def settings_of(method: str, more: dict[str, Any]) -> Settings:
     few = {"sizes": "16x16", "rank": 4, "batch": 2, "pairs": 2, "steps": 40, "teacher_steps": 1, "watch_samples": 4}
-    alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1}
+    alone = {"warm_start": 0, "critic_warm_up": 0, "head_warm_up": 0, "critic_updates": 1}
     own = METHODS[method].settings.__dataclass_fields__
     return settings_for(method=method, **few, **{n: v for n, v in alone.items() if n in own} | more)
 
