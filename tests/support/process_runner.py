@@ -28,7 +28,7 @@ def settings_of(method: str, steps: int, changes: dict[str, Any]) -> Any:
 
     batch = changes.get("batch", 4)
     quiet = {"watch_every": 2, "preview_every": 0, "warm_up": 1, "batch": batch, "pairs": 2 * batch, "save_every": 1}
-    if method in ("dmd", "vsd"):
+    if method in ("dmd", "vsd", "dmd2", "f-distill"):
         quiet |= {"warm_start": 2, "critic_warm_up": 1, "critic_updates": 1}
     return small(method=method, steps=steps, **quiet | changes)
 

@@ -37,7 +37,10 @@ def near(one: Path, other: Path) -> None:
     found, right = (read_tensors(folder / "result.safetensors") for folder in (one, other))
     assert found.keys() == right.keys()
     for name, value in right.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+        atol = max(
+            1e-6, 1e-3 * float(value.abs().max())
+        )  # a step of Adam is as long for a gradient that nearly vanishes
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol)
 
 
 def cut_and_continued(tmp_path: Path, poll: int, how: dict[str, Any]) -> None:
@@ -78,6 +81,22 @@ def test_a_compiled_run_is_the_eager_one_and_goes_on_to_the_bit(tmp_path: Path, 
 def test_by_torchs_own_back_end(tmp_path: Path, poll: int) -> None:
     cut_and_continued(tmp_path, poll, DMD)
     run(tmp_path / "eager", small(**DMD))
+    near(tmp_path / "whole" / "run", tmp_path / "eager")
+
+
+HEAD = {"steps": 2, "watch_every": 0, "preview_every": 0, "warm_start": 1, "critic_warm_up": 1}
+TERM = {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0}
+
+
+@pytest.mark.broad
+@pytest.mark.usefixtures("by_aot")
+@pytest.mark.parametrize("method", ["dmd2", "f-distill", "ladd"])
+def test_a_head_looks_at_compiled_blocks(tmp_path: Path, method: str) -> None:
+    """What it sees are the blocks' outputs, which a hook takes outside their graphs."""
+    how = {"method": method} | HEAD | ({"head_warm_up": 1, "head_blocks": 2} if method == "ladd" else TERM)
+    how = {name: value for name, value in how.items() if not (method == "ladd" and name == "critic_warm_up")}
+    cut_and_continued(tmp_path, 9, how)
+    run(tmp_path / "eager", small(**how))
     near(tmp_path / "whole" / "run", tmp_path / "eager")
 
 

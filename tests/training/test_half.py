@@ -65,6 +65,36 @@ def test_the_critics_gradient_is_kept(tmp_path: Path) -> None:
     assert float(scaled.norm() / wanted.norm()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "role"), [("dmd2", "head"), ("dmd2", "student"), ("ladd", "head"), ("ladd", "student")]
+)
+def test_a_head_points_the_same_way(method: str, role: str, tmp_path: Path) -> None:
+    """The head itself is in float32; what it looks at, and the student's way to it, are in float16."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        pipe = sd()
+        randomise(pipe.unet)
+        host: Any = adapt(pipe.to(dtype), device="cpu")
+        own: dict[str, Any] = {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0} if method == "dmd2" else {}
+        settings = small(method=method, sizes="64x64", batch=2, pairs=2, rank=2, **own)
+        setup = setup_of(host, settings, tmp_path / str(dtype), ["a cat", "red"])
+        add_student(host, settings, None)
+        plan = METHODS[method].plan(setup)
+        turn = next(turn for turn in plan.phases[-1].turns if turn.role == role)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in host.denoiser.roles.parameters("head"):  # it begins by saying nothing
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        with host.training():
+            Trainer(host, settings, setup.recipe, setup.prompts, plan).accumulate(turn, 0)
+        gradients = [p.grad.flatten().float() for p in host.denoiser.roles.parameters(role) if p.grad is not None]
+        found[dtype] = torch.cat(gradients)
+    half, whole = found[torch.float16], found[torch.float32]
+    assert float(whole.norm()) > 0
+    assert float(torch.cosine_similarity(half, whole, 0)) > 0.99
+    assert float(half.norm() / whole.norm()) == pytest.approx(1, abs=0.05)
+
+
 def test_in_other_dtypes_there_is_no_scale(tmp_path: Path) -> None:
     first, _, _ = critic_gradient(tmp_path / "a", torch.float32)
     other, _, _ = critic_gradient(tmp_path / "b", torch.float32, 8.0)

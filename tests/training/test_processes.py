@@ -15,6 +15,7 @@ import pytest
 import torch
 from narrowed import narrowed
 from safetensors.torch import load_file
+from whole_runs import newest
 
 from onestep.core.errors import OneStepError
 from onestep.training.engine import processes
@@ -169,6 +170,32 @@ def test_what_befalls_one_process_is_no_other_run(base: Path, tmp_path: Path) ->
     assert "processes 0 and 1 of this run have one GPU between them" in first[7]["says"]
     assert not (tmp_path / "one card").exists()
     assert_saved_and_drawn(tmp_path / "asked", first[8], second[8], two)
+
+
+TERM = {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0}
+HEADS: dict[str, Found] = {
+    "dmd2": TERM,
+    "f-distill": TERM,
+    "ladd": {"warm_start": 1, "head_warm_up": 1, "head_blocks": 2},
+}
+
+
+@pytest.mark.parametrize("method", narrowed(list(HEADS), "f-distill"))
+def test_a_heads_student_is_one_processes(method: str, tmp_path: Path) -> None:
+    """Its gradients are summed as the others' are, and f-distill's means are of both processes' pictures."""
+    runs = [a_run(tmp_path / str(count), method, 2, **HEADS[method]) for count in (1, 2)]
+    assert_near(*(trained(count, run) for count, run in zip((1, 2), runs, strict=True)))
+    heads = [load_file(newest(Path(run["folder"])) / "state.safetensors") for run in runs]
+    for name in (name for name in heads[0] if name.startswith("head")):
+        torch.testing.assert_close(heads[1][name], heads[0][name], rtol=2e-3, atol=1e-5)
+    (code, found), (other, theirs) = processes_of(
+        2, struck(a_run(tmp_path / "torn", method, 2, **HEADS[method]), 1, "update", 2)
+    )
+    assert code == 0 and other < 0
+    again = trained(2, a_run(tmp_path / "torn", method, 2, **HEADS[method]))
+    assert all(
+        torch.equal(again[name], value) for name, value in load_file(tmp_path / "2" / "result.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize(

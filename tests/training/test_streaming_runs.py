@@ -27,19 +27,28 @@ def same(one: Path, other: Path) -> None:
     assert factors(one / "result.safetensors") == factors(other / "result.safetensors")
 
 
+HEAD: dict[str, Any] = DMD | {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0}
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "dmd": DMD,
+    "cdm": DMD | {"student_steps": 3},
+    "tdm": DMD | {"student_steps": 2},
+    "dmd2": HEAD,
+    "f-distill": HEAD,
+    "ladd": {"warm_start": 1, "head_warm_up": 1, "head_blocks": 2},
+    "nct": {"generator_steps": 2},
+}
+
+
 def method_settings(name: str) -> dict[str, Any]:
-    few = {"generator_steps": 2} if name == "nct" else {}
-    return FEW | (DMD if name == "dmd" else {}) | few | {"method": name}
+    return FEW | OF_METHOD.get(name, {}) | {"method": name}
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("method", narrowed(["regression", "dmd", "vsd", "guidance-lora"], "dmd"))
+@pytest.mark.parametrize("method", narrowed([*METHODS], "dmd"))
 def test_a_streamed_run_is_the_resident_one(tmp_path: Path, method: str, checkpointing: bool) -> None:
     """Its state, its metrics, what its watch saw, its previews, its LoRA. Streamed blocks are checkpointed in any
     case."""
-    assert method in METHODS
-    changes = {name: value for name, value in method_settings(method).items()}
-    found = {}
+    changes, found = method_settings(method), {}
     for streaming in ("off", "on"):
         settings = small(**changes, streaming=streaming, checkpointing=checkpointing or streaming == "on")
         host = SmallHost()
