@@ -1,10 +1,11 @@
 """A few-step LoRA adapted to a fine-tune, beside the LoRA as it is and a student from nothing.
 
     python benchmarks/adapting.py --data tiles.npz --steps 1 4 --out runs/adapting
+    python benchmarks/adapting.py --data tiles.npz --model tiny-flow --steps 4 --out runs/adapting-flow
 
-A fine-tune F of `tiny` is trained first, a whole checkpoint, on recoloured tiles before other backgrounds. The donor is
-`tiny`'s own student. Both a cold run on F and an adapted one, which starts from the donor, are given shares of the
-cold run's forwards. A line of rows.jsonl is written as each row is known; it goes on where it was stopped.
+A fine-tune F of a bundled model is trained first, a whole checkpoint, on recoloured tiles before other backgrounds. The
+donor is the model's own student. Both a cold run on F and an adapted one, which starts from the donor, are given shares
+of the cold run's forwards. A line of rows.jsonl is written as each row is known; it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from judged import Judged, train
-from tiny_models import autoencoder, data, store, unet
+from tiny_models import autoencoder, data, flow, store, unet
 from tiny_models.loop import Plan, Training
 from torch import Tensor
 
@@ -27,10 +27,16 @@ from onestep.cli.demo import SMALLER
 from onestep.cli.lora import read_lora
 from onestep.cli.model import read_prompts
 from onestep.pipelines.bundled import path_of
+from onestep.pipelines.load import load_folder
 from onestep.pipelines.tiny_words import pixel_words
 from onestep.training.presets import preset
 from onestep.training.settings import Settings
 
+PARTS = {
+    "tiny": {"text": "text_encoder", "unet": "unet"},
+    "tiny-flow": {"text": "text_encoder", "text_2": "text_encoder_2", "transformer": "transformer"},
+}
+"""What is trained: its name in benchmarks/tiny_models, and in the pipeline."""
 GREY = 127
 """The background that the tiles were laid on."""
 DARKER = 0.6
@@ -55,14 +61,18 @@ def changed(tiles: Path, seed: int = 0) -> data.Tiles:
     )
 
 
-def finetune(tiles: data.Tiles, folder: Path, updates: int, batch: int, rate: float = 4e-4) -> Path:
-    """`tiny` trained further on ``tiles``, as it was trained; a diffusers folder."""
+def finetune(
+    tiles: data.Tiles, folder: Path, updates: int, batch: int, model: str = "tiny", rate: float = 4e-4
+) -> Path:
+    """A bundled model trained further on ``tiles``, as it was trained; a diffusers folder."""
     if (folder / "model").is_dir():
         return folder / "model"
-    pipe = StableDiffusionPipeline.from_pretrained(path_of("tiny"), torch_dtype=torch.float32)
-    modules = torch.nn.ModuleDict({"text": pipe.text_encoder, "unet": pipe.unet}).train()
-    latents = autoencoder.encode(pipe.vae, tiles.centred) * pipe.vae.config.scaling_factor
-    loss = unet.loss(modules, data.Prompts(tiles, pipe.tokenizer), unet.Shape())
+    pipe = load_folder(path_of(model), torch.float32)
+    family = flow if model == "tiny-flow" else unet
+    modules = torch.nn.ModuleDict({name: getattr(pipe, part) for name, part in PARTS[model].items()}).train()
+    config = pipe.vae.config
+    latents = (autoencoder.encode(pipe.vae, tiles.centred) - (config.shift_factor or 0)) * config.scaling_factor
+    loss = family.loss(modules, data.Prompts(tiles, pipe.tokenizer), family.Shape())
 
     def of_batch(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)
@@ -94,11 +104,11 @@ def shortened(length: float) -> dict[str, int]:
 
 
 def rows(
-    model: Path, prompts: list[str], of: int, shares: list[float], out: Path, **changes: Any
+    base: str, model: Path, prompts: list[str], of: int, shares: list[float], out: Path, **changes: Any
 ) -> Iterator[tuple[str, float, Path]]:
     """(name, share of the cold run's forwards, LoRA) of each row, of students of so many steps, made as it is asked
     for; what decides comes first."""
-    donor = train("tiny", prompts, settings_of(of, **changes), out / f"donor-{of}")
+    donor = train(base, prompts, settings_of(of, **changes), out / f"donor-{of}")
     yield "donor as it is", 0.0, donor
     for share in shares:
         place = out / f"adapted-{of}-{share:g}"
@@ -112,7 +122,7 @@ def measured(args: argparse.Namespace, **changes: Any) -> list[dict[str, Any]]:
     """Every row's scores, of which those known already are not made again."""
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(args.prompts)
-    model = finetune(changed(args.data), args.out / "F", args.updates, args.batch)
+    model = finetune(changed(args.data), args.out / "F", args.updates, args.batch, args.model)
     scorer = Judged(str(model), prompts, args.samples, args.out)
     path = args.out / "rows.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -128,7 +138,7 @@ def measured(args: argparse.Namespace, **changes: Any) -> list[dict[str, Any]]:
         add({"row": "F, 25 steps, another seed", "steps": 25, **scorer.scores(scorer.second)})
     known = {(line["row"], line["steps"], line.get("share")) for line in lines}
     for steps in args.steps:
-        for name, share, lora in rows(model, prompts, steps, args.shares, args.out, **changes):
+        for name, share, lora in rows(args.model, model, prompts, steps, args.shares, args.out, **changes):
             if (name, steps, share) not in known:
                 seconds = json.loads((lora.parent / "seconds.json").read_text())
                 add({"row": name, "steps": steps, "share": share, "seconds": seconds, **scorer(lora)})
@@ -153,6 +163,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help=".npz with image [N, 32, 32, 3], caption and kind")
+    parser.add_argument("--model", choices=tuple(PARTS), default="tiny", help="that is fine-tuned")
     parser.add_argument("--prompts", default="pipelines/tiny/prompts.txt")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the students")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="of the cold run's forwards")

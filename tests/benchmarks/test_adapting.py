@@ -52,8 +52,8 @@ def test_a_share_of_a_run_shortens_each_of_its_phases() -> None:
 def test_every_row_is_made_once_and_a_stopped_table_goes_on(tiles: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("floor: lava\nweapon: axe, red, dark\n", encoding="utf-8")
     args = Namespace(
-        data=tiles, prompts=str(tmp_path / "prompts.txt"), steps=[1], shares=[0.5], updates=2, batch=2, samples=8,
-        out=tmp_path / "out",
+        data=tiles, model="tiny", prompts=str(tmp_path / "prompts.txt"), steps=[1], shares=[0.5], updates=2, batch=2,
+        samples=8, out=tmp_path / "out",
     )  # fmt: skip
     short = {"steps": 2, "warm_start": 2, "critic_warm_up": 2, "critic_updates": 1, "pairs": 4, "batch": 2, "rank": 2}
     lines = adapting.measured(args, **short)
@@ -68,11 +68,12 @@ def test_every_row_is_made_once_and_a_stopped_table_goes_on(tiles: Path, tmp_pat
     assert len(adapting.table(lines)) == 2 + len(lines)
 
 
-def test_the_fine_tune_is_a_folder_whose_weights_are_others(tiles: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
+def test_the_fine_tune_is_a_folder_whose_weights_are_others(model: str, tiles: Path, tmp_path: Path) -> None:
     from onestep.cli.model import open_host
 
-    folder = adapting.finetune(adapting.changed(tiles), tmp_path / "F", updates=1, batch=2)
-    ours, base = (open_host(str(model), device="cpu").network.state_dict() for model in (folder, "tiny"))
+    folder = adapting.finetune(adapting.changed(tiles), tmp_path / "F", updates=1, batch=2, model=model)
+    ours, base = (open_host(str(path), device="cpu").network.state_dict() for path in (folder, model))
     assert ours.keys() == base.keys()
     moved = [name for name in base if not torch.equal(ours[name], base[name])]
     assert len(moved) > len(base) / 2
