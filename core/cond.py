@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import OneStepError
+from .sending import sent
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Cond:
         """On a device and / or in a dtype, as :meth:`torch.Tensor.to`; the mask stays boolean."""
         mask = None if self.mask is None else self.mask.to(*args).bool()
         return replace(self._map(lambda value: value.to(*args)), mask=mask)
+
+    def sent(self, device: torch.device, dtype: torch.dtype | None = None) -> Cond:
+        """The same, from the host's memory to a card that is not waited for."""
+        mask = None if self.mask is None else sent(self.mask, device)
+        return replace(self._map(lambda value: sent(value, device, dtype)), mask=mask)
 
     def repeat(self, times: int) -> Cond:
         """Sample 0 ``times`` times, then sample 1, ..."""

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .sending import sent
+
 
 def expand(level: Tensor, like: Tensor) -> Tensor:
     """``level`` [B], as [B, 1, ..., 1] in the dtype and on the device of ``like`` [B, ...]."""
@@ -21,9 +23,8 @@ def expand(level: Tensor, like: Tensor) -> Tensor:
 
 
 def cast_as(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``like``. A card is not waited for: what it is sent from the host's
-    memory is staged before the call returns."""
-    return value.to(like.device, like.dtype, non_blocking=like.device.type != "cpu")
+    """``value`` in the dtype and on the device of ``like``."""
+    return sent(value, like.device, like.dtype)
 
 
 class NoiseSchedule(Protocol):

@@ -305,7 +305,7 @@ COTANGENT_MUTANTS = {
 }
 CRITIC_MUTANTS = {
     "half the loss": ("return weighed.mean()", "return 0.5 * weighed.mean()"),
-    "no weight": ("at(self.critic_weight, denoise.schedule, sigma).to(error) * error", "error"),
+    "no weight": ("cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error", "error"),
     "a sum for a mean": (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
     "the teacher trained": ("with denoise.roles.use(CRITIC):", "with denoise.roles.use(TEACHER):"),
     "the noised target": ("(denoise(x_s, sigma, batch.cond) - x)", "(denoise(x_s, sigma, batch.cond) - x_s)"),

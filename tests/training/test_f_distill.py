@@ -224,7 +224,7 @@ MUTANTS = {
     "h not brought to mean 1": ("/ mean) / self.weight", "/ mean)"),
     "the mean of all levels": ("(sums / counts.clamp_min(1) - mean)", "(sums.sum() / counts.sum() - mean)"),
     "memory and what is new exchanged": ("(1 - self.memory) * (sums", "self.memory * (sums"),
-    "h of ratios that are not scaled": ("self.h(ratios.double() / mean[places])", "self.h(ratios.double())"),
+    "h of ratios that are not scaled": ("self.h(ratios / mean[places])", "self.h(ratios)"),
     "one bin": ("(BINS * schedule.share_of(sigma))", "(0 * schedule.share_of(sigma))"),
     "levels nobody looked at": ("counts > 0", "counts >= 0"),
 }

@@ -90,11 +90,11 @@ def test_no_guidance_has_a_finite_loss() -> None:
 MUTANTS = {
     "a mean for a sum": ("square().flatten(1).sum(1)", "square().flatten(1).mean(1)"),
     "the teacher taught": ("denoise.roles.use(STUDENT)", 'denoise.roles.use("critic")'),
-    "all states alike": ("data.apart.to(error)", "1"),
-    "guidance from nought": ("(data.w.to(error) - 1)", "data.w.to(error)"),
+    "all states alike": ("cast_as(data.apart, error)", "1"),
+    "guidance from nought": ("(cast_as(data.w, error) - 1)", "cast_as(data.w, error)"),
     "the other way about": ("if self.conditioned else 1", "if not self.conditioned else 1"),
     "not told": ("if self.conditioned else batch.cond", "if False else batch.cond"),
-    "told another scale": ("with_(guidance=data.w.to", "with_(guidance=2 * data.w.to"),
+    "told another scale": ("with_(guidance=cast_as(data.w", "with_(guidance=cast_as(2 * data.w"),
     "a unit of guidance once": ("reach**2 * size", "reach * size"),
 }
 
@@ -243,7 +243,7 @@ def test_an_answer_that_is_no_number_is_not_drawn(tmp_path: Path) -> None:
     with made.host.denoiser.roles.installed():
         batch, kept = made._take(made.prompts.batch(0, range(4)), 0)
         kept[1][:, :2], kept[3][:, :2] = float("nan"), float("nan")
-        made._take = lambda *told: (batch, kept)  # type: ignore[method-assign]
+        made._take = lambda batch, update, choose: (batch, choose(kept))  # type: ignore[method-assign]
         for step in range(8):
             _, data = made.draw(made.prompts.batch(step, range(4)), step)
             assert data.target.isfinite().all() and torch.equal(data.x, kept[0][:, 2])

@@ -14,7 +14,7 @@ from ...core.roles import TEACHER
 from ...core.sampling import initial_latents, jump
 from ...core.schedule import NoiseSchedule
 from ..engine.batch import Batch
-from .pairs import Blocks
+from .pairs import Blocks, Sides
 
 PART = 0.5
 """Of the network's time that the teacher's steps lead through."""
@@ -56,7 +56,7 @@ class Anchors(Blocks):
 
         return {"x": torch.cat(self._each(block, micro, end))}
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         return self._noise(block), kept["x"]
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.controls import Control
 from ..engine.batch import Batch
-from .pairs import Blocks
+from .pairs import Blocks, Sides
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TriplePool(Blocks):
         batch, (noise, x, control) = self._take(batch, update)
         return batch, Triples(noise, x, control.float() / 255, self.levels(update))
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         return self._noise(block), kept["x"], kept["control"]
 
     @torch.no_grad()

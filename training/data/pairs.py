@@ -15,6 +15,7 @@ from ...core import randomness
 from ...core.memory import Slices
 from ...core.roles import TEACHER
 from ...core.sampling import fewer, teacher_sample
+from ...core.sending import sent
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine import processes
 from ..engine.batch import Batch
@@ -26,6 +27,8 @@ from ..settings import Settings
 MADE = "teacher's data"
 """What a profile of a run calls the making of it."""
 Made = TypeVar("Made")
+Sides = tuple[Tensor, ...]
+"""What is handed out of some samples, [B, ...] each."""
 FEWEST = 8
 """Teacher's steps from which on fewer of second order take their place."""
 KEPT_BYTES = 2**29
@@ -46,7 +49,7 @@ class Blocks:
     def __post_init__(self) -> None:
         wanted = -(-self.settings.pairs // self.settings.batch)
         self.blocks = max(wanted, len(self.prompts.sizes))
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._kept: dict[int, Sides] = {}
         self._room = Slices(self.settings.batch, "the teacher's pictures")
         self._agreed, self._missing = -1, False
 
@@ -54,7 +57,7 @@ class Blocks:
         """What of a block is kept on disk, [batch, ...] each, on the CPU; made in slices of ``micro`` samples."""
         raise NotImplementedError
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         """What of a block is handed out, [batch, ...] each."""
         raise NotImplementedError
 
@@ -64,12 +67,15 @@ class Blocks:
         guided = self.host.denoiser.guidance == "cfg" and self.settings.guidance != 1
         return evaluations(self.settings) * (2.0 if guided else 1.0)
 
-    def every(self, micro: int) -> Iterator[tuple[Tensor, ...]]:
+    def every(self, micro: int) -> Iterator[Sides]:
         """What of each block is handed out, in order; made in slices of ``micro`` samples."""
         return (self._block(block, micro) for block in range(self.blocks))
 
-    def _take(self, batch: Batch, update: int) -> tuple[Batch, tuple[Tensor, ...]]:
-        """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size."""
+    def _take(
+        self, batch: Batch, update: int, choose: Callable[[Sides], Sides] = lambda sides: sides
+    ) -> tuple[Batch, Sides]:
+        """Like ``batch``, of samples made: each once in order while there are new ones, then any of its size. choose:
+        what of their sides is wanted, while they are in the host's memory."""
         block = update if update < self.blocks else None
         if block is not None:
             self._made_by_all(block, len(batch))
@@ -77,7 +83,8 @@ class Blocks:
         blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
         ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
-        sides = tuple(_placed(torch.stack(side), batch.device) for side in zip(*ends, strict=True))
+        sides = choose(tuple(torch.stack(side) for side in zip(*ends, strict=True)))
+        sides = tuple(_placed(side, batch.device) for side in sides)
         chosen = torch.stack([self._prompt(at, row) for at, row in zip(blocks, rows, strict=True)])
         return self.prompts.of(size, chosen, batch.step, batch.samples), sides
 
@@ -99,7 +106,7 @@ class Blocks:
     def _prompt(self, block: int, row: int) -> Tensor:
         return randomness.integers(len(self.prompts), self.settings.seed, f"{self.stream} prompt", block, [row])[0]
 
-    def _block(self, block: int, micro: int) -> tuple[Tensor, ...]:
+    def _block(self, block: int, micro: int) -> Sides:
         if block not in self._kept:
             path = self._path(block)
             if not path.is_file():
@@ -154,7 +161,7 @@ class Blocks:
 def _placed(side: Tensor, device: torch.device) -> Tensor:
     """Latents and pictures where the network is; levels, scales and indices of samples stay on the CPU, where levels
     live."""
-    return side.to(device) if side.ndim > 2 else side
+    return sent(side, device) if side.ndim > 2 else side
 
 
 @dataclass
@@ -171,7 +178,7 @@ class Pairs(Blocks):
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         return {"x": self._solve(block, micro)}
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         return self._noise(block), kept["x"]
 
     def _solve(self, block: int, micro: int) -> Tensor:

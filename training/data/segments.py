@@ -12,7 +12,7 @@ from ...core import randomness
 from ...core.cond import Cond
 from ..engine.batch import Batch
 from ..engine.prompts import Size
-from .pairs import Blocks
+from .pairs import Blocks, Sides
 
 Move = Callable[[Batch, Cond, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -45,14 +45,14 @@ class Segments(Blocks):
     def draw(self, batch: Batch, update: int) -> tuple[Batch, Moves]:
         drawn, (x, end, segment, at) = self._take(batch, update)
         sigmas = self.levels
-        negative = self.negatives[at.cpu()].to(drawn.device)
-        return drawn, Moves(x, sigmas[segment.cpu()], sigmas[segment.cpu() + 1], end, negative)
+        negative = self.negatives[at].sent(drawn.device)
+        return drawn, Moves(x, sigmas[segment], sigmas[segment + 1], end, negative)
 
     def _segment(self, block: int) -> int:
         """One for a block: its samples go together."""
         return int(randomness.integers(len(self.levels) - 1, self.settings.seed, "segment", block, [0])[0])
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         rows = range(self.settings.batch)
         at = torch.stack([self._prompt(block, row) for row in rows])
         return kept["x"], kept["end"], torch.full((len(rows),), self._segment(block)), at

@@ -16,7 +16,7 @@ from ...core.roles import TEACHER
 from ...core.sampling import initial_latents, jump
 from ...core.schedule import NoiseSchedule, expand
 from ..engine.batch import Batch
-from .pairs import Blocks
+from .pairs import Blocks, Sides
 
 Start = Callable[[int, int], tuple[Tensor, float, float]]
 SIDES = ("x", "target", "sigma", "apart", "w")
@@ -56,18 +56,21 @@ class Trajectories(Blocks):
     def draw(self, batch: Batch, update: int) -> tuple[Batch, States]:
         """Like ``batch``, of samples, at one state of each: never one where the teacher's answer is no number, while
         the sample has others."""
-        drawn, sides = self._take(batch, update)
         share = randomness.uniform(batch.seed, "trajectory state", batch.step, batch.samples)
-        at = torch.arange(len(share)), _chosen(sides[3].cpu().isfinite(), share)
-        x, target, sigma, apart, w = (side[at] for side in sides)
-        return drawn, States(x, sigma.cpu(), w.cpu(), target, apart)
+
+        def one_of_each(sides: Sides) -> Sides:
+            at = torch.arange(len(share)), _chosen(sides[3].isfinite(), share)
+            return tuple(side[at] for side in sides)
+
+        drawn, (x, target, sigma, apart, w) = self._take(batch, update, one_of_each)
+        return drawn, States(x, sigma, w, target, apart)
 
     def _make(self, block: int, micro: int) -> dict[str, Tensor]:
         parts = self._each(block, micro, partial(self._walk, block))
         joined = (torch.cat(sides) for sides in zip(*parts, strict=True))
         return dict(zip(SIDES, joined, strict=True))
 
-    def _sides(self, block: int, kept: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _sides(self, block: int, kept: dict[str, Tensor]) -> Sides:
         if "w" not in kept:
             raise OneStepError(
                 f"the trajectories in {self.folder} are of an earlier version, which kept no guidance for each state: "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import randomness
 from ...core.cond import Cond
+from ...core.sending import sent
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class Batch:
 
     def normal(self, stream: str) -> Tensor:
         """[B, C, h, w] standard normal, float32."""
-        drawn = randomness.normal(self.shape, self.seed, stream, self.step, self.samples)
-        return drawn.to(self.device, non_blocking=self.device.type != "cpu")
+        return sent(randomness.normal(self.shape, self.seed, stream, self.step, self.samples), self.device)
 
     def uniform(self, stream: str) -> Tensor:
         """[B] in [0, 1), float64, on the CPU, where levels live."""

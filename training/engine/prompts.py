@@ -122,10 +122,8 @@ class Prompts:
     def of(self, size: Size, rows: torch.Tensor, key: int, samples: Sequence[int]) -> Batch:
         """The batch of the prompts at ``rows``, at ``size``."""
         null = self.nulls[size]
-        # nobody waits for a card
-        place = self.device, torch.float32, self.device.type != "cpu"
-        null = None if null is None else null.to(*place)
-        cond = self.conds[size][rows].to(*place)
+        null = None if null is None else null.sent(self.device, torch.float32)
+        cond = self.conds[size][rows].sent(self.device, torch.float32)
         return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device)
 
 

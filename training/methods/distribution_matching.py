@@ -23,7 +23,7 @@ from ...core.cond import Cond
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.roles import TEACHER
-from ...core.schedule import NoiseSchedule, add_noise, expand
+from ...core.schedule import NoiseSchedule, add_noise, cast_as, expand
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
 from .discriminator import Discriminator
@@ -119,9 +119,9 @@ class DistributionMatching:
         x_s = self.renoise(denoise.schedule, x, noise, sigma)
         with denoise.roles.use(CRITIC):
             error = (denoise(x_s, sigma, batch.cond) - x).square().flatten(1).mean(1)
-        weighed = at(self.critic_weight, denoise.schedule, sigma).to(error) * error
+        weighed = cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error
         if self.importance is not None:
-            weighed = self.importance(denoise.schedule, x, x_s, noise, sigma).to(error) * weighed
+            weighed = cast_as(self.importance(denoise.schedule, x, x_s, noise, sigma), error) * weighed
         return weighed.mean()
 
     # -- the student --------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...core.schedule import NoiseSchedule
+from ...core.schedule import NoiseSchedule, cast_as
+from ...core.sending import sent
 from ..engine import processes
 from ..engine.batch import Batch
 
@@ -54,7 +55,7 @@ class Ratios(nn.Module):
 
     def __call__(self, schedule: NoiseSchedule, sigma: Tensor, logit: Tensor) -> Tensor:
         """h(r / E[r | level]) / E[h] [B] for samples at sigma [B] with ``logit`` [B]."""
-        mean = self.ratio[_bin(schedule, sigma).to(logit.device)]
+        mean = self.ratio[sent(_bin(schedule, sigma), logit.device)]
         return self.h(self.clamped(logit) / mean) / self.weight
 
     def clamped(self, logit: Tensor) -> Tensor:
@@ -74,18 +75,19 @@ class Ratios(nn.Module):
         """The means move towards those of what was noted, in all processes alike."""
         noted = [self._noted[key] for key in sorted(self._noted)]
         self._noted.clear()
-        places, ratios = (torch.stack(side).cpu() for side in zip(*noted, strict=True))
+        places, ratios = map(torch.stack, zip(*noted, strict=True))
+        # a card is waited for once
+        ratios, mean = torch.cat([ratios, self.ratio]).cpu().double().split([len(ratios), BINS])
         sums, counts = (torch.zeros(BINS, dtype=torch.float64) for _ in range(2))
-        sums.index_add_(0, places, ratios.double())
-        counts.index_add_(0, places, torch.ones_like(ratios, dtype=torch.float64))
+        sums.index_add_(0, places, ratios)
+        counts.index_add_(0, places, torch.ones_like(ratios))
         sums, counts = _of_all(sums), _of_all(counts)
         # E[r | level] <- m E[r | level] + (1 - m) mean r, of levels that were looked at
-        mean = self.ratio.cpu().double()
-        mean += torch.where(counts > 0, (1 - self.memory) * (sums / counts.clamp_min(1) - mean), 0.0)
-        self.ratio.copy_(mean)
+        mean = mean + torch.where(counts > 0, (1 - self.memory) * (sums / counts.clamp_min(1) - mean), 0.0)
+        self.ratio.copy_(cast_as(mean, self.ratio))
         # E[h] <- m E[h] + (1 - m) mean h
-        h = _of_all(torch.stack([self.h(ratios.double() / mean[places]).sum()])) / counts.sum()
-        self.weight.add_((1 - self.memory) * (h.to(self.weight) - self.weight))
+        h = _of_all(torch.stack([self.h(ratios / mean[places]).sum()])) / counts.sum()
+        self.weight.add_((1 - self.memory) * (cast_as(h, self.weight) - self.weight))
 
 
 def _bin(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.recipe import Recipe
+from ...core.schedule import cast_as
 from ..data.trajectories import States, Trajectories
 from ..engine.batch import Batch
 from ..engine.setup import Setup
@@ -31,13 +32,13 @@ class GuidanceInOne:
         """|D(x, t, c, w) - D_w|^2 / ((w - 1)^2 |D_c - D_u|), D_w = D_u + w (D_c - D_u) (AGD, Eq. 8, which weighs by the
         noise instead): a sum over a sample's elements, a mean over samples. A student that is not given w answers
         for all scales at once, and there (w - 1)^2 is left out."""
-        cond = batch.cond.with_(guidance=data.w.to(data.x)) if self.conditioned else batch.cond
+        cond = batch.cond.with_(guidance=cast_as(data.w, data.x)) if self.conditioned else batch.cond
         with denoise.roles.use(STUDENT):
             x0 = denoise(data.x, data.sigma, cond)
         error = (x0 - data.target).square().flatten(1).sum(1)
         # a prompt that asks for what the null prompt asks for has no guidance: its states must not outweigh all others
-        size = data.apart.to(error) + LEAST * data.target.flatten(1).norm(dim=1)
-        reach = (data.w.to(error) - 1).clamp_min(LEAST) if self.conditioned else 1
+        size = cast_as(data.apart, error) + LEAST * data.target.flatten(1).norm(dim=1)
+        reach = (cast_as(data.w, error) - 1).clamp_min(LEAST) if self.conditioned else 1
         return (error / (reach**2 * size)).mean()
 
 

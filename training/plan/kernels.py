@@ -50,7 +50,8 @@ def _described(value: Any, tensors: list[Tensor]) -> Any:
 @dataclass(frozen=True)
 class Kernel:
     """specs: of the tensors that it makes; CALLED for views; None for what writes into its operands and answers the one
-    at ``written``, or nothing. cost: None for views. crosses: its name where it takes something from the host."""
+    at ``written``, or nothing. cost: None for views. crosses: its name where it takes something from the host,
+    "sent" where that waits for nobody."""
 
     specs: Any
     written: int | None
@@ -103,7 +104,7 @@ def kernel_of(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: 
     """By what running it once has made."""
     made = [entry for entry in (result if isinstance(result, tuple | list) else (result,)) if isinstance(entry, Tensor)]
     written = next((at for at, tensor in enumerate(tensors) if tensor is result), None)
-    crosses = "" if all(tensor.is_meta for tensor in tensors) else f"{func}"
+    crosses = "" if all(tensor.is_meta for tensor in tensors) else "sent" if kwargs.get("non_blocking") else f"{func}"
     if written is not None or not made:
         return Kernel(None, written, _cost(func, args, kwargs, tensors, result), crosses)
     storages = [id(tensor.untyped_storage()) for tensor in made]
