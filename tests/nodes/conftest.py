@@ -58,8 +58,10 @@ def checkpoints(comfy: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory, random_tiny: dict[str, Path]) -> Path:
-    """This pack under custom_nodes in an oddly named folder; tiny models that are not there yet have random weights."""
+    """This pack under custom_nodes in an oddly named folder; tiny models that are not there yet have random weights.
+    Beside it a node that loads any folder of a tiny model."""
     place = comfy_support.place_pack(tmp_path_factory.mktemp("comfy") / "custom_nodes")
+    shutil.copyfile(TESTS / "support" / "folder_model_node.py", place.with_name("folder_model_node.py"))
     for name in ("tiny", "tiny-flow"):
         if not (place / "pipelines" / "tiny" / name / "model_index.json").is_file():
             shutil.copytree(random_tiny[name], place / "pipelines" / "tiny" / name, dirs_exist_ok=True)
