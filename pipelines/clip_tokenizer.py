@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import CLIPTokenizer
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 MERGES = Path(__file__).resolve().parent / "configs" / "clip_tokenizer" / "merges.txt"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -15,6 +17,8 @@ LENGTH = 77
 
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     """The tokenizer of SD1.5, SD2 and SDXL. pad: END for OpenAI's CLIP, "!" (token 0) for OpenCLIP."""
+    from transformers import CLIPTokenizer  # takes a second and a half, which what reads no such file need not wait for
+
     text = MERGES.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "merges.txt").write_text(text, encoding="utf-8")
