@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import OneStepError
-from .licences import COMMON, FOUND, TOLD, Part, Source, one_line, told_licenses
+from .licences import BASE, COMMON, FOUND, TOLD, Part, Source, one_line, told_licenses
 from .tensor_file import read_header
 
 NAMES = (COMMON, "license", "licence", "ss_license", "general.license")
@@ -15,10 +16,12 @@ CARD = 64 * 2**10
 """Characters of a model card that are read."""
 
 
-def sources_of(parts: Iterable[Part], told: str) -> list[Source]:
-    """Each part with its licence. told: what a person says of them, which goes before what stands in a file."""
+def sources_of(parts: Iterable[Part], told: str, usual: str = "") -> list[Source]:
+    """Each part with its licence. told: what a person says of them, which goes before what stands in a file. usual:
+    said of a base whose licence neither tells, what models of its family were published under."""
     known = told_licenses(told)
-    return [_source(*part, known) for part in parts]
+    found = (_source(*part, known) for part in parts)
+    return [replace(each, usual=usual) if each.part == BASE and not each.found else each for each in found]
 
 
 def _source(part: str, name: str, path: Path | None, told: Mapping[str, str]) -> Source:

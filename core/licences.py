@@ -26,15 +26,18 @@ Part = tuple[str, str, Path | None]
 @dataclass(frozen=True)
 class Source:
     """What a file was made of. part: one of `PARTS`. license: as its owner names it. found: "file" where it stands
-    there, "told" by a person, "" where it is unknown."""
+    there, "told" by a person, "" where it is unknown. usual: of an unknown one, under which licences models of its
+    family were published."""
 
     part: str
     name: str
     license: str = UNKNOWN
     found: str = ""
+    usual: str = ""
 
     def __str__(self) -> str:
-        return f"{self.part.replace('_', ' ').replace('lora', 'LoRA')} {self.name} (licence {self.license})"
+        usual = f"; usual: {self.usual}" if self.usual else ""
+        return f"{self.part.replace('_', ' ').replace('lora', 'LoRA')} {self.name} (licence {self.license}{usual})"
 
 
 def told_licenses(text: str) -> dict[str, str]:
@@ -67,8 +70,9 @@ def sources_in(metadata: Mapping[str, str]) -> list[Source]:
     try:
         entries: Any = json.loads(metadata.get(KEY, "[]"))
         names = ("part", "name", "license", "found")
-        return [Source(*(one_line(str(entry[name])) for name in names)) for entry in entries]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        told = ([*(entry[name] for name in names), entry.get("usual", "")] for entry in entries)
+        return [Source(*(one_line(str(text)) for text in texts)) for texts in told]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

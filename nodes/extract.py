@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.extraction import extract, in_all, of_all
-from ..core.families import detect
+from ..core.families import FAMILIES, detect
 from ..core.licence_files import sources_of
 from ..core.licences import FEW_STEP, license_header, license_line, told_licenses
 from ..core.lora_file import save_lora
@@ -128,7 +128,8 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses:
     state, layers = of_all(extract(targets, before, other, rank))
     text = None if recipe == NO_RECIPE else PRESETS[recipe].to_json()
     whole = in_all(layers)
-    sources = sources_of([*made_of(base), *((FEW_STEP, name, file) for _, name, file in made_of(few)[:1])], licenses)
+    parts = [*made_of(base), *((FEW_STEP, name, file) for _, name, file in made_of(few)[:1])]
+    sources = sources_of(parts, licenses, FAMILIES[family].license)
     told = {"onestep.extracted": f"a difference of two models, {whole.weights:.4f} of its weights"}
     save_lora(path, state, family, text, told | license_header(sources))
     least, kept = min(layers.items(), key=lambda item: item[1].weights)

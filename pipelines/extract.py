@@ -19,6 +19,7 @@ from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.extraction import Kept, extract, in_all, of_all, only_rounded, weight_of
 from ..core.factors import State
+from ..core.families import FAMILIES
 from ..core.licence_files import sources_of
 from ..core.licences import FEW_STEP, license_header, license_line
 from ..core.lora_file import save_lora
@@ -74,7 +75,8 @@ def extract_lora(
         raise OneStepError(
             f"the recipe is for {recipe.family!r} models, {host.name} is {host.family!r}: choose another"
         )
-    made_of = sources_of([*host.made_of, (FEW_STEP, Path(model).name, Path(model))], licenses)
+    parts = [*host.made_of, (FEW_STEP, Path(model).name, Path(model))]
+    made_of = sources_of(parts, licenses, FAMILIES[host.family].license)
     few, targets = FewStep(model, host.pipe), list(host.denoiser.roles.targets.values())
     check_names(few, targets, host)
     check_prediction(few, host, recipe)

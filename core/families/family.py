@@ -59,6 +59,8 @@ class Family:
     the largest layout known, for files that are read without their base. not_adapted: (pattern of module paths, why).
     width: of ComfyUI's fused layers, as its configuration tells it; None where it does not.
 
+    license: what its known models were published under, for a person; shown where a base's own is not known.
+
     LoRA files:
     dialect: "kohya" is lora_unet_<path with _> with alpha, "transformer" is transformer.<path>.lora_A/B without.
     architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
@@ -91,6 +93,7 @@ class Family:
     marks: tuple[str, ...]
     keys: str
     shared: str = "(?!)"
+    license: str = ""
 
     rows: Callable[[Layout], Iterator[Row]]
     default: Layout

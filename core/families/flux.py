@@ -81,6 +81,10 @@ FLUX = Family(
     marks=("double_blocks", "single_blocks", "img_in", "vector_in"),
     keys=r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d",
     shared=r"transformer_blocks[._]\d+[._](attn|norm1|ff)",
+    license=(
+        "FLUX.1-schnell: Apache-2.0; FLUX.1-dev: non-commercial, its outputs not "
+        '"to train, fine-tune or distill a model that is competitive with" it, a LoRA shared under the same'
+    ),
     rows=rows,
     default=Layout(),
     layout_of_canonical=_canonical,

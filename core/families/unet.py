@@ -163,6 +163,10 @@ UNET = Family(
     network="UNet2DConditionModel",
     marks=("input_blocks", "output_blocks", "time_embed"),
     keys=r"(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]|(?m:^unet\.)",
+    license=(
+        "SD1.5: CreativeML OpenRAIL-M; SDXL: OpenRAIL++-M; Illustrious, Animagine and Pony: Fair AI Public, changes "
+        "are shared; NoobAI: that, and nothing of it is sold"
+    ),
     rows=rows,
     default=Layout(),
     layout_of_canonical=layout_of_canonical,

@@ -61,6 +61,7 @@ Z_IMAGE = Family(
     network="ZImageTransformer2DModel",
     marks=("noise_refiner", "x_pad_token"),
     keys=r"(noise|context)_refiner[._]\d|(^|[._])layers[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]",
+    license="Z-Image and Z-Image-Turbo: Apache-2.0",
     rows=rows,
     default=Layout(),
     layout_of_canonical=layout_of,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onestep.core.errors import OneStepError
+from onestep.core.families import FAMILIES
 from onestep.core.licence_files import license_in, sources_of
 from onestep.core.licences import (
     BASE,
@@ -19,6 +20,7 @@ from onestep.core.licences import (
     Source,
     license_header,
     license_line,
+    one_line,
     sources_in,
     told_licenses,
 )
@@ -87,6 +89,27 @@ def test_what_a_person_tells_goes_before_a_file_and_the_rest_is_unknown(tmp_path
     line = license_line(found)
     assert "base base (licence openrail++)" in line and "base LoRA plugged (licence unknown)" in line
     assert "\n" not in line and license_line([]) == ""
+
+
+def test_a_base_of_which_nothing_is_known_has_its_familys(tmp_path: Path) -> None:
+    """Said beside it, in the line and in the file: it is no licence of this base."""
+    parts = [(BASE, "base", None), (INITIAL, "donor", None)]
+    found = sources_of(parts, "", "Krea: free below a revenue")
+    assert [each.usual for each in found] == ["Krea: free below a revenue", ""]
+    assert "base base (licence unknown; usual: Krea: free below a revenue)" in license_line(found)
+    header = license_header(found)
+    assert sources_in(header) == found and COMMON not in header
+    told = sources_of(parts, "base=mit", "Krea: free below a revenue")
+    assert told[0] == Source(BASE, "base", "mit", "told")
+    older = json.loads(header[KEY])
+    del older[0]["usual"]
+    assert sources_in({KEY: json.dumps(older)})[0] == Source(BASE, "base")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_what_its_models_are_published_under(family: str) -> None:
+    """In a line that a header gives back whole."""
+    assert FAMILIES[family].license == one_line(FAMILIES[family].license) != ""
 
 
 def test_a_header_gives_its_sources_back_and_a_child_inherits_them(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from whole_runs import run
 
 from onestep.core.errors import OneStepError
+from onestep.core.families import FAMILIES
 from onestep.core.licences import Source, sources_in
 from onestep.core.lora_file import load_lora, save_lora
 from onestep.core.recipe import PRESETS, Recipe
@@ -307,11 +308,13 @@ def test_the_result_names_what_it_was_made_of(tmp_path: Path) -> None:
     save_lora(tmp_path / "donor.safetensors", drawn(host, 2), host.family, None, {"license": "mit"})
     settings = small(initial_lora=str(tmp_path / "donor.safetensors"), steps=1)
     result = run(tmp_path / "run", settings, host=host)
+    usual = FAMILIES[host.family].license
     assert sources_in(read_header(result.path).metadata) == [
-        Source("base", "small"),
+        Source("base", "small", usual=usual),
         Source("initial_lora", "donor.safetensors", "mit", "file"),
     ]
-    assert any("base small (licence unknown), initial LoRA donor.safetensors (licence mit)" in n for n in result.notes)
+    line = f"base small (licence unknown; usual: {usual}), initial LoRA donor.safetensors (licence mit)"
+    assert any(line in note for note in result.notes)
     again = run(tmp_path / "run", settings.with_(steps=2, licenses="base = x"), host=host, existing="continue")
     assert read_header(again.path).metadata["modelspec.license"] == "x + mit"
     with pytest.raises(OneStepError, match="licenses has 'bass=x'"):

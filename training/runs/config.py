@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...core.families import FAMILIES
 from ...core.licence_files import sources_of
 from ...core.licences import INITIAL, Source, license_header, license_line
 from ...core.recipe import Recipe
@@ -62,7 +63,7 @@ def sources(host: Host, settings: Settings) -> list[Source]:
     """What a run's result is made of, with the licences: the base, its LoRAs, the initial LoRA."""
     path = Path(settings.initial_lora) if settings.initial_lora else None
     initial = [] if path is None else [(INITIAL, path.name, path)]
-    return sources_of([*host.made_of, *initial], settings.licenses)
+    return sources_of([*host.made_of, *initial], settings.licenses, FAMILIES[host.family].license)
 
 
 def first_notes(host: Host, settings: Settings) -> list[str]:
@@ -71,6 +72,6 @@ def first_notes(host: Host, settings: Settings) -> list[str]:
 
 
 def license_note(host: Host, settings: Settings) -> str:
-    """What a run says of it as it begins: nothing of a base alone whose licence nobody tells."""
+    """What a run says of it as it begins: nothing of a base alone of whose licence nothing is known."""
     found = sources(host, settings)
-    return license_line(found) if len(found) > 1 or any(each.found for each in found) else ""
+    return license_line(found) if len(found) > 1 or any(each.found or each.usual for each in found) else ""
