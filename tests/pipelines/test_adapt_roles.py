@@ -90,7 +90,7 @@ def copies(network: torch.nn.Module) -> list[str]:
     own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
     others: dict[int, list[Tensor]] = {}
     for found in live:
-        if found.untyped_storage().data_ptr() not in own:
+        if not found.is_meta and found.untyped_storage().data_ptr() not in own:
             others.setdefault(found.numel(), []).append(found.detach())
     return [
         name
