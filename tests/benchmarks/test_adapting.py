@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from narrowed import narrowed
 
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -68,7 +69,7 @@ def test_every_row_is_made_once_and_a_stopped_table_goes_on(tiles: Path, tmp_pat
     assert len(adapting.table(lines)) == 2 + len(lines)
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
+@pytest.mark.parametrize("model", narrowed(["tiny", "tiny-flow"], "tiny-flow"))
 def test_the_fine_tune_is_a_folder_whose_weights_are_others(model: str, tiles: Path, tmp_path: Path) -> None:
     from onestep.cli.model import open_host
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrowed import narrowed
 from small_host import setup_of, small
 from tiny_pipelines import randomise, sd
 from torch import Tensor
@@ -66,7 +67,8 @@ def test_the_critics_gradient_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "role"), [("dmd2", "head"), ("dmd2", "student"), ("ladd", "head"), ("ladd", "student")]
+    ("method", "role"),
+    narrowed([("dmd2", "head"), ("dmd2", "student"), ("ladd", "head"), ("ladd", "student")], ("ladd", "student")),
 )
 def test_a_head_points_the_same_way(method: str, role: str, tmp_path: Path) -> None:
     """The head itself is in float32; what it looks at, and the student's way to it, are in float16."""
