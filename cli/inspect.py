@@ -137,14 +137,17 @@ def in_comfyui(recipe: Recipe) -> dict[str, Any]:
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
-    from ..pipelines.plain import WITHOUT_T5, diffusers_settings
+    from ..pipelines.plain import EITHER_GUIDANCE, WITHOUT_T5, diffusers_settings
 
     try:
         settings = diffusers_settings(recipe)
     except OneStepError as error:
         return [f"# {error}"]
     changes = "".join(f", {name}={value!r}" for name, value in settings.changes.items())
-    call = "".join(f", {name}={value!r}" for name, value in settings.call.items())
+    words = {name: f"{name}={value!r}" for name, value in settings.call.items()}
+    if settings.embedded is not None:
+        words["guidance_scale"] = EITHER_GUIDANCE.format(settings.call["guidance_scale"], settings.embedded)
+    call = "".join(f", {word}" for word in words.values())
     if recipe.family == "sd3":
         call += f", {WITHOUT_T5}"
     if settings.latents_scale != 1:
@@ -154,7 +157,7 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
         f"pipe.scheduler = diffusers.{settings.scheduler}.from_config(pipe.scheduler.config{changes})",
         *([settings.noise_line()] if settings.latents_scale != 1 else []),
-        f'pipe("your prompt"{call})',
+        f'pipe(prompt="your prompt"{call})',
     ]
 
 

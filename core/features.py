@@ -19,9 +19,6 @@ from .families import block_of
 from .families.family import Block
 from .targets import Target
 
-PATCH = 2
-"""Latents along a side of one token where text and picture are one sequence."""
-
 _UNET = re.compile(r"(?:down_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\.")
 _DIT = re.compile(r"(single_)?(?:transformer_blocks|layers)\.(\d+)\.")
 
@@ -66,7 +63,7 @@ def as_picture(block: Block, output: Any, size: Sequence[int]) -> Tensor:
     value = output[block.picture] if isinstance(output, tuple | list) else output
     if value.ndim == 4:
         return value  # type: ignore[no-any-return]
-    rows, columns = _cells(size, PATCH) if block.sequence else _grid(value.shape[1], size)
+    rows, columns = _cells(size, block.patch) if block.sequence else _grid(value.shape[1], size)
     room = -(-rows * columns // block.filled) * block.filled
     value = value[:, :room] if block.sequence == "picture first" else value[:, -room:]
     return value[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]

@@ -117,7 +117,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     refuse_kinds(keys)
     refuse_adapters(keys)
     refuse_families(keys)
-    family = _family(path, keys, header.metadata, family)
+    family = _family(path, {key: header.tensors[key] for key in keys}, header.metadata, family)
     _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)
     _check_state(state)
@@ -155,12 +155,13 @@ def fit(state: Mapping[str, tuple[Tensor, Tensor]], targets: Sequence[Target]) -
 # Reading
 
 
-def _family(path: Any, keys: list[str], metadata: Mapping[str, str], wanted: str | None) -> str:
-    found = metadata.get("onestep.family") or family_of_keys(keys, wanted) or wanted
+def _family(path: Any, entries: Mapping[str, Entry], metadata: Mapping[str, str], wanted: str | None) -> str:
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    found = metadata.get("onestep.family") or family_of_keys(entries, wanted, shapes) or wanted
     if found not in FAMILIES:
         raise OneStepError(
             f"{Path(path).name[:80]} holds no LoRA of a known model "
-            f"(its first key: {next(iter(keys), '')[:80]!r}). Use a LoRA of {choices()}."
+            f"(its first key: {next(iter(entries), '')[:80]!r}). Use a LoRA of {choices()}."
         )
     if wanted is not None and wanted != found:
         raise OneStepError(
@@ -193,7 +194,7 @@ def _assemble(tensors: Mapping[str, Tensor], keys: KeyMap, metadata: Mapping[str
     for path, parts in sorted(layers.items()):
         place = keys.find(path)
         if place is None:
-            raise OneStepError(f"The LoRA adapts {path[:120]!r}, which this model does not have: choose another LoRA.")
+            raise OneStepError(f"The LoRA adapts {path[:120]!r}, {keys.why_not(path)}: choose another LoRA.")
         for name, factors in _apart(place, *_factors(path, parts, scales)).items():
             if name in state:
                 raise OneStepError(f"The LoRA adapts {name} twice, under two names: export it again in one format.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import OneStepError
@@ -75,7 +75,7 @@ class KeyMap:
 
     def __init__(self, family: str, names: Iterable[str] | None = None) -> None:
         spec, names = FAMILIES[family], list(names or ())
-        self._places: dict[str, Place] = {}
+        self._family, self._places = spec, dict[str, Place]()
         for row in spec.rows(spec.layout_of_canonical(names) if names else spec.default):
             self._places.setdefault(_flat(row.host), Place(row.names, row))
             for name in row.names:
@@ -84,19 +84,40 @@ class KeyMap:
     def find(self, path: str) -> Place | None:
         """The place of a path: "lora_unet_mid_block_attentions_0_proj_in", "diffusion_model.final_layer.linear"."""
         bare = re.sub(r"\.processor\.", ".", _without_prefix(path))
-        bare += ".0" if bare.endswith("to_out") else ""
-        return self._places.get(_flat(bare))
+        found = self._places.get(_flat(bare))
+        return self._places.get(_flat(f"{bare}.0")) if found is None and bare.endswith("to_out") else found
+
+    def why_not(self, path: str) -> str:
+        """Why the layer of a path has no place, for a person."""
+        reason = self._family.reason(_without_prefix(path))
+        return f"which is not adapted here ({reason})" if reason else "which this model does not have"
 
 
-def family_of_keys(keys: Iterable[str], wanted: str | None = None) -> str | None:
+def family_of_keys(
+    keys: Iterable[str], wanted: str | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+) -> str | None:
     """The family whose layers the keys name, or None. Where several have such layers, as attention alone, it is the
-    ``wanted`` one, or the first."""
+    one whose layers are of these shapes, the ``wanted`` one, or the first. shapes: of the tensors, by key."""
+    keys = list(keys)
     text = "\n".join(keys)
     own = [name for name, family in FAMILIES.items() if re.search(family.keys, text)]
     shared = [name for name, family in FAMILIES.items() if re.search(family.shared, text)]
     if own or not shared:
         return own[0] if own else None
+    shared = [name for name in shared if _has_ratios(FAMILIES[name].ratios, shapes or {})] or shared
     return wanted if wanted in shared else shared[0]
+
+
+def _has_ratios(ratios: Iterable[tuple[str, float]], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether no layer has other outputs by its inputs than ``ratios`` say."""
+    sizes: dict[str, dict[str, int]] = {}
+    for key, shape in shapes.items():
+        found = KEY.fullmatch(key)
+        if found is not None and found["alpha"] is None and len(shape) > 1:
+            sizes.setdefault(found["path"], {})["a" if found["a"] else "b"] = shape[1] if found["a"] else shape[0]
+    whole = {path: size for path, size in sizes.items() if len(size) == 2}
+    told = ((size, ratio) for path, size in whole.items() for end, ratio in ratios if re.search(rf"{end}$", path))
+    return all(size["b"] == round(ratio * size["a"]) for size, ratio in told)
 
 
 def key_of(family: str, name: str) -> tuple[str, str]:

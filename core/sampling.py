@@ -11,7 +11,7 @@ from torch import Tensor
 from .cond import Cond
 from .denoiser import Denoiser, guided
 from .recipe import Recipe
-from .schedule import NoiseSchedule, add_noise, expand, log_snr
+from .schedule import NoiseSchedule, add_noise, expand, log_snr, of_size
 
 Draw = Callable[[int], Tensor]
 
@@ -101,7 +101,7 @@ def trajectory(
     second_order: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(x, sigma [B], guided x0) at each of `teacher_sample`'s steps, noisiest first."""
-    schedule = denoise.schedule
+    schedule = of_size(denoise.schedule, noise.shape)
     sigmas = second_order_levels(schedule, steps) if second_order else schedule.sigma_of_time(schedule.trailing(steps))
     x = before = initial_latents(schedule, noise, sigmas[:1].expand(len(noise)), 1.0)
     for step, sigma in enumerate(sigmas):

@@ -8,7 +8,8 @@ stay on the CPU (some accelerators have no float64): :func:`expand` brings them 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -92,6 +93,13 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, sigma: Tensor)
     return expand(schedule.alpha(sigma), x0) * x0 + expand(sigma, x0) * noise
 
 
+def of_size(schedule: NoiseSchedule, shape: Sequence[int]) -> NoiseSchedule:
+    """``schedule`` for latents of ``shape`` [..., h, w]; the same where the size of a picture does not matter."""
+    if not isinstance(schedule, FlowSchedule) or schedule.by_steps is None:
+        return schedule
+    return replace(schedule, by_steps=StepsShift(shape[-2] * shape[-1]))
+
+
 @dataclass(frozen=True)
 class VPSchedule:
     """Variance-preserving, with T discrete training times: alpha^2 + sigma^2 = 1 (DDPM, arXiv:2006.11239, Eq. 4).
@@ -170,16 +178,31 @@ class VPSchedule:
 
 
 @dataclass(frozen=True)
+class StepsShift:
+    """FLUX.2's shift e^mu of ``tokens`` and steps (compute_empirical_mu of its authors' and of both hosts' code)."""
+
+    tokens: int
+
+    def __call__(self, steps: int) -> float:
+        # mu lies on a line through its values at 10 and at 200 steps, each linear in the tokens
+        many = 0.00016927 * self.tokens + 0.45666666
+        few = 8.73809524e-05 * self.tokens + 1.89833333
+        return math.exp(many if self.tokens > 4300 else few + (steps - 10) / 190 * (many - few))
+
+
+@dataclass(frozen=True)
 class FlowSchedule:
     """Rectified flow: alpha = 1 - sigma, sigma in [0, 1] (arXiv:2209.03003); the network is told ``multiplier`` sigma.
 
     ``shift`` moves equal steps towards noise: sigma = s u / (1 + (s - 1) u) (SD3, arXiv:2403.03206, Eq. 23).
+    by_steps: that of a base whose equal steps are moved by as much as their number says, and the picture's tokens.
     """
 
     shift: float = 1.0
     multiplier: float = 1000.0
     sigma_min: float = 0.0
     sigma_max: float = 1.0
+    by_steps: StepsShift | None = None
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 - sigma.double()
@@ -203,7 +226,8 @@ class FlowSchedule:
         return torch.sigmoid(-log_snr.double())
 
     def trailing(self, steps: int) -> Tensor:
-        return self.time_of_sigma(self.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
+        moved = self if self.by_steps is None else replace(self, shift=self.by_steps(steps))
+        return self.time_of_sigma(moved.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..core.roles import Roles
 from ..core.weights_hash import hash_of
 from .attention import differentiable_attention
 from .check import check_file
-from .denoiser import ComfyDenoiser, encode, port_of, refuse_lengths, schedule_of, with_sizes
+from .denoiser import ComfyDenoiser, encode, in_front, port_of, refuse_lengths, schedule_of, with_sizes
 from .origin import made_of, name_of
 from .refusals import refuse_patches, refuse_variant
 from .stored import keep_stored, refuse_broken, refuse_foreign
@@ -75,7 +75,7 @@ class ComfyHost:
         config = self.model.model_config.unet_config
         targets = select(bind_comfy(self.family, network, config), self.targets)
         roles = Roles(targets, port_of(network, self.family))
-        schedule = schedule_of(self.model.model_sampling)
+        schedule = schedule_of(self.model.model_sampling, self.family)
         options = {"optimized_attention_override": differentiable_attention}
         self.denoiser: Denoiser = ComfyDenoiser(
             self.model, schedule, roles, self._known.guidance_of(config), options, self._known.lengths == "grouped"
@@ -114,7 +114,9 @@ class ComfyHost:
 
     def texts(self, prompts: Sequence[str]) -> Cond:
         cond = encode(self.clip, prompts, self._pooled)
-        if self._known.lengths == "equal":
+        if self._known.lengths == "filled in front":
+            cond = in_front(cond, self._known.tokens)
+        if self._known.lengths in ("equal", "filled in front"):
             refuse_lengths(cond, prompts)
         return cond
 

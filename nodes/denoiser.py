@@ -14,13 +14,14 @@ from typing import Any
 import comfy.model_sampling as sampling
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.denoiser import Guidance
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
-from ..core.lengths import by_length
+from ..core.lengths import by_length, lengths_of
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
 
@@ -83,13 +84,17 @@ class ScaledTime(sampling.ModelSamplingDiscrete):  # type: ignore[misc]
         return (self.time_scale * super().timestep(sigma)).floor()
 
 
-def schedule_of(model_sampling: Any) -> NoiseSchedule:
-    """The schedule that a MODEL's (possibly patched) model_sampling describes. OneStepError for one of another kind."""
+def schedule_of(model_sampling: Any, family: str | None = None) -> NoiseSchedule:
+    """The schedule that a MODEL's (possibly patched) model_sampling describes. OneStepError for one of another kind.
+    family: the network's, whose own shift by steps holds as long as nobody has set another."""
     kind = type(model_sampling)
     flow = getattr(kind, "noise_scaling", None) is sampling.CONST.noise_scaling  # image-to-image flows start elsewhere
     if flow and getattr(model_sampling, "noise_scale", 1.0) == 1:
         if isinstance(model_sampling, sampling.ModelSamplingFlux):
-            return FlowSchedule(math.exp(model_sampling.shift))  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
+            shift = math.exp(model_sampling.shift)  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
+            known = FAMILIES[family].schedule if family else None
+            usual = isinstance(known, FlowSchedule) and math.isclose(shift, known.shift, rel_tol=1e-6)
+            return known if usual and known else FlowSchedule(shift)
         if getattr(kind, "timestep", None) is sampling.ModelSamplingDiscreteFlow.timestep:
             return FlowSchedule(float(model_sampling.shift))
     own = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep
@@ -150,6 +155,12 @@ def encode(clip: Any, prompts: Any, pooled: bool) -> Cond:
     with torch.inference_mode(False):
         parts = [Cond(_own(text), pooled=_own(told.get("pooled_output")) if pooled else None) for text, told in made]
     return Cond.concat(parts)
+
+
+def in_front(cond: Cond, tokens: int) -> Cond:
+    """``cond`` with zeros before each text up to ``tokens``, as FLUX.2's model itself puts them."""
+    texts = [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)]
+    return Cond.concat([Cond(pad(text, (0, 0, max(0, tokens - len(text)), 0))[None]) for text in texts])
 
 
 def _own(value: Tensor | None) -> Any:

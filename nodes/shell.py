@@ -83,7 +83,7 @@ class Shell:
         self._decoder = None if vae is None else hollow(vae.first_stage_model)
         self._config = self.model.model_config.unet_config
         options = {"optimized_attention_override": differentiable_attention}
-        guidance, schedule = self._known.guidance_of(self._config), schedule_of(model.model.model_sampling)
+        guidance, schedule = self._known.guidance_of(self._config), schedule_of(model.model.model_sampling, self.family)
         self.denoiser: Any = ComfyDenoiser(
             self.model, schedule, Roles([]), guidance, options, self._known.lengths == "grouped"
         )

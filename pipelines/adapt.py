@@ -38,7 +38,7 @@ PROMPTS_AT_ONCE = 16
 
 
 def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None = None) -> DiffusersHost:
-    """A pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux as a host.
+    """A pipeline of a family in `core.families` as a host.
 
     targets: which layers carry adapters, "all", "attention+mlp" or "attention". device: where it trains and draws;
     by default where the network lies. Raises OneStepError for a pipeline of another kind.
@@ -105,7 +105,7 @@ def denoiser_of(
     called = network if roles is not None else called_network(pipe)
     return wrap(
         NETWORKS[family](called, extras or Extras()),
-        schedule_of(pipe.scheduler),
+        schedule_of(pipe.scheduler, family),
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,
@@ -213,7 +213,7 @@ class DiffusersHost:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        factor = self._known.folded * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         unit = math.lcm(8, factor * self._known.patch)
         if width % unit or height % unit or width < unit or height < unit:
             raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..core.errors import OneStepError
 from ..core.memory import attempt, exhausted, notice
@@ -58,15 +59,40 @@ class Autoencoder:
 
 def decoded(vae: Any, latents: Tensor, generator: Any = None) -> Tensor:
     """[B, 3, H, W] pictures in [0, 1] of [B, C, h, w] latents in the model's own scale, on their device."""
-    scaled = latents.float() / vae.config.scaling_factor + _shift_factor(vae)
-    pictures: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False, generator=generator)[0]
+    scaled = _unfolded(vae, latents.float()) if _folds(vae) else latents.float() / vae.config.scaling_factor
+    own = scaled + _shift_factor(vae)
+    pictures: Tensor = vae.decode(own.to(vae.dtype), return_dict=False, generator=generator)[0]
     return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
 
 def encoded(vae: Any, pictures: Tensor) -> Tensor:
     """The other way: latents (the posterior's mode) of pictures in [0, 1], on their device."""
     latents: Tensor = mode_of(vae.encode((2 * pictures - 1).to(vae.dtype))).float()
+    if _folds(vae):
+        return _folded(vae, latents)
     return (latents - _shift_factor(vae)) * vae.config.scaling_factor
+
+
+def _folds(vae: Any) -> bool:
+    """Whether 2 x 2 of its latents are one of the network's, as FLUX.2's, normed by the statistics of its BatchNorm."""
+    return getattr(vae, "bn", None) is not None
+
+
+def _folded(vae: Any, latents: Tensor) -> Tensor:
+    """[B, C, 2 h, 2 w] -> [B, 4 C, h, w] of mean 0 and deviation 1, over what it was trained on."""
+    mean, deviation = _statistics(vae)
+    return (pixel_unshuffle(latents, 2) - mean) / deviation
+
+
+def _unfolded(vae: Any, latents: Tensor) -> Tensor:
+    mean, deviation = _statistics(vae)
+    return pixel_shuffle(latents * deviation + mean, 2)
+
+
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """[C, 1, 1] each."""
+    mean, variance = (value.float()[:, None, None] for value in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
 
 def _shift_factor(vae: Any) -> float:

@@ -14,6 +14,7 @@ from ..core.cond import Cond
 from ..core.diversity import base_levels, descend, remaining
 from ..core.errors import OneStepError
 from ..core.recipe import Recipe, recipe_of
+from ..core.schedule import of_size
 from .adapt import DiffusersHost, denoiser_of, network_of
 from .call_values import checked, texts_of
 from .one_step import Generator, OneStepPipeline
@@ -63,10 +64,11 @@ def diverse(
     prompts = texts_of(prompt)
     generator = checked(len(prompts), num_images_per_prompt, generator, seed)
     rest = remaining(recipe, few.denoiser.schedule, hand_over)
-    levels = base_levels(many.denoiser.schedule, base_steps, few.denoiser.schedule, rest)
+    shape = many.latent_shape(size)
+    levels = base_levels(of_size(many.denoiser.schedule, shape), base_steps, few.denoiser.schedule, rest)
     cond, null, scale = _told(many, prompts, negative_prompt, size, guidance)
     cond = cond.repeat(num_images_per_prompt).to(many.device)
-    noise = _noise(many, (len(cond), *many.latent_shape(size)), generator)
+    noise = _noise(many, (len(cond), *shape), generator)
     with _without(network_of(fast), adapter_name) if base is None else nullcontext():
         latents = descend(many.denoiser, levels, cond, cond.null_like(null.to(many.device)), noise, scale)
     shared: dict[str, Any] = {"negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt}

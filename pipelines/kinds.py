@@ -15,12 +15,13 @@ SD, SDXL = FAMILIES["unet"].pipelines
 (SD3,) = FAMILIES["sd3"].pipelines
 (FLUX,) = FAMILIES["flux"].pipelines
 (Z_IMAGE,) = FAMILIES["z_image"].pipelines
+KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 
 
 def pipeline_for(network: Any) -> str:
-    """The class of the own pipeline of a network's family: of the U-Net's two that whose texts it reads."""
-    plain, *others = FAMILIES[detect(network)].pipelines
-    return others[0] if others and network.config.get("addition_embed_type") == "text_time" else plain
+    """The class of the own pipeline of a network's family: of two that whose texts it reads."""
+    known = FAMILIES[detect(network)]
+    return known.pipelines[1 if known.second(network.config) else 0]
 
 
 def pipeline_of(parts: Mapping[str, Any]) -> str:
@@ -29,8 +30,8 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    if names[0].startswith("Qwen3"):
-        return Z_IMAGE
+    if names[0].startswith(("Qwen3", "Mistral3")):
+        return {"Qwen3ForCausalLM": KLEIN, "Mistral3ForConditionalGeneration": FLUX2}.get(names[0], Z_IMAGE)
     if "T5" in names[1]:
         return FLUX
     # SD3 reads the projected text of both of its CLIPs, SDXL that of the second

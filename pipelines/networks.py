@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
@@ -20,9 +27,10 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
-Transformer = SD3Transformer2DModel | FluxTransformer2DModel | ZImageTransformer2DModel
+Transformer = SD3Transformer2DModel | FluxTransformer2DModel | ZImageTransformer2DModel | Flux2Transformer2DModel
 
 
 @dataclass(frozen=True)
@@ -133,11 +141,38 @@ class ZImageNetwork:
         return -torch.stack(answer).squeeze(2)
 
 
+@dataclass(frozen=True)
+class Flux2Network:
+    """Flux2Transformer2DModel over the latents themselves, which reads sigma and, where embedded, the guidance. Places
+    have four axes, of which the last numbers a text's tokens."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if cond.mask is not None and not bool(cond.mask.all()):
+            raise OneStepError("diffusers' FLUX.2 attends to padding: encode all prompts to the same number of tokens")
+        text, _ = _in_dtype(cond, x, self.module.dtype)
+        height, width = x.shape[-2:]
+        answer = self.module(
+            pack(x, 1).to(self.module.dtype),
+            encoder_hidden_states=text,
+            timestep=time.to(x.device, torch.float32) / 1000,
+            img_ids=pad(positions(height, width, x.device), (0, 1)),
+            txt_ids=pad(torch.arange(text.shape[1], dtype=torch.float32, device=x.device)[:, None], (3, 0)),
+            guidance=_moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
+            joint_attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width, 1)
+
+
 NETWORKS: dict[str, Any] = {
     "unet": UNetNetwork,
     "sd3": SD3Network,
     "flux": FluxNetwork,
     "z_image": ZImageNetwork,
+    "flux2": Flux2Network,
 }
 
 
@@ -160,26 +195,6 @@ def port_of(network: Any) -> Port | None:
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
     return Port(network, carry) if FAMILIES[detect(network)].unet else None
-
-
-def pack(x: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h w / 4, 4 C]: a token for each 2x2 patch, its channels outermost."""
-    b, c, h, w = x.shape
-    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`pack`, for latents of ``height`` x ``width``."""
-    b, _, c = tokens.shape
-    patches = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height, width)
-
-
-def positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """[rows columns, 3] of (0, row, column): where each patch lies."""
-    lines = (torch.arange(count, dtype=torch.float32, device=device) for count in (rows, columns))
-    row, column = torch.meshgrid(*lines, indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
 
 
 def refuse_variant(family: str, network: Any, pooled_encoder: Any = None) -> None:
@@ -224,11 +239,14 @@ def prediction_of(scheduler: Any) -> str:
     return str(kind)
 
 
-def schedule_of(scheduler: Any) -> NoiseSchedule:
-    """The noise schedule that a network was trained with, from its scheduler's configuration."""
+def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
+    """The noise schedule that a network was trained with, from its scheduler's configuration. family: the network's,
+    whose own it is where the scheduler leaves the shift to the pipeline."""
     config = scheduler.config
     if _is_flow(scheduler):
-        return FlowSchedule(_shift(config))
+        known = FAMILIES[family].schedule if family else None
+        left = isinstance(known, FlowSchedule) and known.by_steps and config.get("use_dynamic_shifting", False)
+        return known if known and left else FlowSchedule(_shift(config))
     return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
 
 

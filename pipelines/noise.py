@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.families import FAMILIES
 from .adapt import DiffusersHost
 from .call_values import check_latents
-from .networks import pack, unpack
+from .patches import pack, unpack
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -29,7 +29,8 @@ class Noise:
     def __call__(self, packed: bool = False) -> Tensor:
         """packed: in the order in which a scheduler that sees patches would."""
         height, width = self._shape[2:]
-        packed = packed and FAMILIES[self._host.family].packed
-        shape = pack(torch.empty(self._shape, device="meta")).shape if packed else self._shape
+        known = FAMILIES[self._host.family]
+        packed = packed and known.packed
+        shape = pack(torch.empty(self._shape, device="meta"), known.patch).shape if packed else self._shape
         noise = randn_tensor(shape, generator=self._generator, device=self._host.device, dtype=self._host.network.dtype)
-        return (unpack(noise, height, width) if packed else noise).float()
+        return (unpack(noise, height, width, known.patch) if packed else noise).float()

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     ConsistencyDecoderVAE,
     DiffusionPipeline,
@@ -89,7 +90,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | ConsistencyDecoderVAE,
+        vae: AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | ConsistencyDecoderVAE | AutoencoderKLFlux2,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

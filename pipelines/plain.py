@@ -26,6 +26,8 @@ EULER: dict[str, Any] = {
 }
 WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
 """What to call an SD3 pipeline with that may lack T5, where diffusers puts zeros; 256 is its own default."""
+EITHER_GUIDANCE = "guidance_scale={1!r} if pipe.transformer.config.guidance_embeds else {0!r}"
+"""FLUX.2's: what dev embeds, and klein's classifier-free guidance."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class DiffusersSettings:
     """scheduler: the class, made from the pipeline's own scheduler's configuration with ``changes``.
 
     call: arguments of the pipeline's call. latents_scale: factor on standard normal latents, which are then to be given
-    to the call; 1 where it draws its own. family: the recipe's.
+    to the call; 1 where it draws its own. family: the recipe's. embedded: what a network is told that embeds its
+    guidance, in a family whose others are guided classifier-free; None elsewhere.
     """
 
     scheduler: str
@@ -41,6 +44,7 @@ class DiffusersSettings:
     call: dict[str, Any] = field(default_factory=dict)
     latents_scale: float = 1.0
     family: str = "unet"
+    embedded: float | None = None
 
     def apply(self, pipe: Any) -> dict[str, Any]:
         """Give ``pipe`` the scheduler; returns the arguments to call it with."""
@@ -66,7 +70,7 @@ class DiffusersSettings:
         if self.latents_scale != 1:
             lines.append(self.noise_line())
             call += f", latents={self.latents_scale!r} * noise"
-        return "\n".join([*lines, f'pipe({prompt!r}{call}).images[0].save("picture.png")'])
+        return "\n".join([*lines, f'pipe(prompt={prompt!r}{call}).images[0].save("picture.png")'])
 
     def noise_line(self) -> str:
         """Python that draws standard normal ``noise`` in the shape that a loaded ``pipe`` takes as latents."""
@@ -76,6 +80,8 @@ class DiffusersSettings:
         native = f"pipe.{network}.config.sample_size" if known.unet else "pipe.default_sample_size"
         height, width = (self.call.get(side, f"{native} * pipe.vae_scale_factor") for side in ("height", "width"))
         shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
+        if known.folded > 1:
+            return f"noise = pipe._unpack_latents_with_ids(*pipe.prepare_latents({shape}))"
         return f"noise = pipe.prepare_latents({shape}){'[0]' if packed else ''}"
 
     def _call(self, pipe: Any) -> dict[str, Any]:
@@ -83,6 +89,8 @@ class DiffusersSettings:
         call = dict(self.call)
         if _without_t5(pipe):
             call["max_sequence_length"] = 0
+        if self.embedded is not None and pipe.transformer.config.guidance_embeds:
+            call["guidance_scale"] = self.embedded
         if call.get("guidance_scale", 1) != 1 and pipe.config.get("force_zeros_for_empty_prompt"):
             call["negative_prompt"] = ""
         return call
@@ -142,9 +150,12 @@ def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
     changes = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": stochastic}
     call: dict[str, Any] = {"num_inference_steps": recipe.steps, "sigmas": [time / 1000 for time in recipe.timesteps]}
     # where guidance is embedded the argument of this name is that, which is no part of a recipe
-    guidance = embedded_guidance if FAMILIES[recipe.family].guidance else recipe.guidance
+    known = FAMILIES[recipe.family]
+    either = bool(known.guidance) and known.unembedded == "cfg"
+    guidance = embedded_guidance if known.guidance and not either else recipe.guidance
     # Z-Image's own pipeline counts from 0: D_c + g (D_c - D_u)
-    call |= {} if guidance is None else {"guidance_scale": guidance - 1 + FAMILIES[recipe.family].unguided}
+    call |= {} if guidance is None else {"guidance_scale": guidance - 1 + known.unguided}
+    told = (known.usual_guidance if embedded_guidance is None else embedded_guidance) if either else None
     first = recipe.timesteps[0] / 1000
     scale = recipe.initial_noise_scale * math.hypot(1 - first, first)
-    return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call, scale)
+    return DiffusersSettings("FlowMatchEulerDiscreteScheduler", changes, call, scale, embedded=told)

@@ -18,7 +18,7 @@ from ..core.families import FAMILIES
 from ..core.recipe import Recipe, recipe_of
 from ..core.sampling import Draw, advance, initial_latents, levels_of
 from .adapt import DiffusersHost
-from .kinds import FLUX, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import FLUX, FLUX2, KLEIN, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 NAMES = {
@@ -26,7 +26,7 @@ NAMES = {
     SDXL: ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"],
     SD3: ["latents", "prompt_embeds", "pooled_prompt_embeds"],
     FLUX: ["latents", "prompt_embeds"],
-    Z_IMAGE: ["latents", "prompt_embeds"],
+    **dict.fromkeys((Z_IMAGE, KLEIN, FLUX2), ["latents", "prompt_embeds"]),
 }
 """What callbacks may read and change, by the family's own pipeline."""
 
@@ -174,7 +174,7 @@ class Steps:
 
     def _rescale(self, scale: float) -> None:
         """Callbacks written for diffusers turn guidance off by any scale of at most 1."""
-        if self.host.kind == FLUX or scale == self.scale:
+        if self.host.kind in (FLUX, FLUX2) or scale == self.scale:
             return
         if self.null is None and scale > 1:
             raise OneStepError(

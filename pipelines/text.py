@@ -14,7 +14,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .call_values import texts_of
-from .kinds import FLUX, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import FLUX, FLUX2, KLEIN, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
@@ -40,6 +40,8 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
         if kind == Z_IMAGE:
             texts, _ = pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
             return Cond.concat([Cond(text[None]) for text in texts])
+        if kind in (KLEIN, FLUX2):
+            return Cond(pipe.encode_prompt(list(prompts), device)[0])
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -72,7 +74,8 @@ def encoders_of(pipe: Any) -> list[Any]:
     return [module for module in found if module is not None]
 
 
-ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2"), Z_IMAGE: ("",)}
+ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2")}
+ENCODERS |= dict.fromkeys((Z_IMAGE, KLEIN, FLUX2), ("",))
 """Which text encoders a text cannot do without, by their names' endings."""
 
 

@@ -18,13 +18,14 @@ from ..targets import Target, is_adaptable, out_features
 from . import unet
 from .family import Block
 from .flux import FLUX
+from .flux2 import FLUX2
 from .later import LATER, LATER_MARKS, WAN_STEERING
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
 from .z_image import Z_IMAGE
 
-FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE}
+FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE, "flux2": FLUX2}
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering} | {"wan": WAN_STEERING}
 
@@ -90,10 +91,10 @@ def select(targets: Sequence[Target], which: str) -> list[Target]:
 
 
 def part_of(name: str) -> str:
-    """ "attn", "mlp" or "rest". The joint output layer of Flux' single blocks counts as attention."""
+    """ "attn", "mlp" or "rest". The joint layers of Flux' single blocks count as attention."""
     if re.search(r"(^|\.)(attn[12]?|attention)\.|^single_transformer_blocks\.\d+\.proj_out$", name):
         return "attn"
-    return "mlp" if re.search(r"\.(ff|ff_context)\.net\.|\.proj_mlp$|\.feed_forward\.", name) else "rest"
+    return "mlp" if re.search(r"\.(ff|ff_context)\.(net\.|linear_)|\.proj_mlp$|\.feed_forward\.", name) else "rest"
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -112,7 +113,9 @@ def block_of(block: nn.Module) -> Block:
     """What is known of a block. Two families' classes may have one name: what is inside tells."""
     inside, kind = dict(block.named_modules()), type(block).__name__
     known = [family.blocks[kind] for family in FAMILIES.values() if kind in family.blocks]
-    return next((block for block in known if any(path in inside for path in block.feed_forwards)), Block())
+    alike = [block for block in known if any(path in inside for path in block.feed_forwards)]
+    own = [block for block in alike if block.own and block.own in inside]
+    return next(iter(own or [block for block in alike if not block.own]), Block())
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -35,7 +35,8 @@ class Block:
     feed_forwards: paths inside of what may be computed again apart from the rest; "" is the whole block, where one
     product makes attention and feed-forward. in_place: layers inside whose input the host overwrites after they have
     kept it for backward. picture: where in what the block gives the picture is, if it gives several. sequence: how text
-    and picture follow each other, if it gives both in one tensor; filled: of how many tokens each is a multiple there.
+    and picture follow each other, if it gives both in one tensor; filled: of how many tokens each is a multiple there,
+    patch: latents along a side of one. own: a path inside that another family's block of this name has not.
     """
 
     feed_forwards: tuple[str, ...] = ()
@@ -43,6 +44,8 @@ class Block:
     picture: int = 0
     sequence: Literal["", "text first", "picture first"] = ""
     filled: int = 1
+    patch: int = 2
+    own: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class Family:
     Recognition:
     title, models, short: for a person, "the transformer of SD3 and SD3.5", "SD3, SD3.5" and "SD3".
     network: diffusers' class. marks: children of the root that tell ComfyUI's tree. keys: what a LoRA's keys have in no
-    other family's file. shared: what they may have as well as another's; the wanted model decides then.
+    other family's file. shared: what they may have as well as another's; the wanted model decides then, or ratios: a
+    layer's outputs by its inputs, by the end of its path, where that is another's own.
 
     Layers:
     rows: the table of a layout. layout_of_canonical, layout_of_comfy: from the paths of a network's layers. default:
@@ -66,16 +70,20 @@ class Family:
     architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
 
     Latents, text, time:
-    patch: latents along a side of one token. packed: diffusers' in_channels counts a whole patch. widths: of a text
-    token and of the pooled text (0: none), from either host's configuration. pooled: every model reads pooled text.
+    patch: latents along a side of one token. packed: diffusers' network reads a row of patches, and its in_channels
+    counts a whole one. folded: latents along a side of the autoencoder's that are one of the network's, normed by its
+    statistics. widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled:
+    every model reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
-    it), "grouped" into a call for each, or must be "equal". filled: a text is filled up to a multiple of so many tokens
-    by the network itself; 0 where it is not. tokens: of a text of usual length.
+    it), "grouped" into a call for each, must be "equal", or are "filled in front" by zeros to `tokens`, as ComfyUI's
+    model itself does. filled: a text is filled up to a multiple of so many tokens by the network itself; 0 where it is
+    not. tokens: of a text of usual length.
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
-    usual_guidance: what is embedded where nobody says.
+    unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
     unguided: the guidance scale that diffusers' own pipeline has for none.
-    pipelines: diffusers' own, for text to image. half: the dtype of half the bytes in which it is trained.
+    pipelines: diffusers' own, for text to image. second: whether a configuration is the second one's. half: the dtype
+    of half the bytes in which it is trained.
 
     Structure:
     blocks: kinds of blocks in both hosts, as checkpointing, streaming and discriminators' heads see them. unet: levels
@@ -93,6 +101,7 @@ class Family:
     marks: tuple[str, ...]
     keys: str
     shared: str = "(?!)"
+    ratios: tuple[tuple[str, float], ...] = ()
     license: str = ""
 
     rows: Callable[[Layout], Iterator[Row]]
@@ -107,17 +116,20 @@ class Family:
 
     patch: int
     packed: bool = False
+    folded: int = 1
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
-    lengths: Literal["repeated", "equal", "grouped"]
+    lengths: Literal["repeated", "equal", "grouped", "filled in front"]
     filled: int = 0
     tokens: int
     schedule: NoiseSchedule
     divided: float = 1.0
     guidance: tuple[str, ...] = ()
+    unembedded: Literal["cfg", "none"] = "none"
     usual_guidance: float = 1.0
     unguided: float = 1.0
     pipelines: tuple[str, ...]
+    second: Callable[[Config], bool] = lambda config: False
     half: Literal["float16", "bfloat16"] = "bfloat16"
 
     blocks: Mapping[str, Block]
@@ -139,7 +151,7 @@ class Family:
         """How a model of this configuration is guided; "none" where it was made to need no guidance."""
         if not self.guidance:
             return "cfg"
-        return "embedded" if any(config.get(entry) for entry in self.guidance) else "none"
+        return "embedded" if any(config.get(entry) for entry in self.guidance) else self.unembedded
 
     @property
     def part(self) -> str:

@@ -59,12 +59,12 @@ def rows(layout: Layout) -> Iterator[Row]:
     yield from repeated(SINGLE, "single_blocks", "single_transformer_blocks", layout.single)
 
 
-def _canonical(names: Iterable[str]) -> Layout:
+def layout_of_canonical(names: Iterable[str]) -> Layout:
     names = list(names)
     return Layout(count(names, "transformer_blocks"), count(names, "single_transformer_blocks"))
 
 
-def _comfy(names: Iterable[str]) -> Layout:
+def layout_of_comfy(names: Iterable[str]) -> Layout:
     names = list(names)
     return Layout(count(names, "double_blocks"), count(names, "single_blocks"))
 
@@ -79,16 +79,18 @@ FLUX = Family(
     short="Flux",
     network="FluxTransformer2DModel",
     marks=("double_blocks", "single_blocks", "img_in", "vector_in"),
-    keys=r"(single_transformer_blocks|double_blocks|single_blocks)[._]\d",
-    shared=r"transformer_blocks[._]\d+[._](attn|norm1|ff)",
+    keys=r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]([._]|$)|proj_(mlp|out)|norm)|(img|txt)_mod[._]lin"
+    r"|single_blocks[._]\d+[._]modulation|linear1_qkv",
+    shared=r"transformer_blocks[._]\d+[._](attn|norm1|ff[._]net|ff_context[._]net)|(double|single)_blocks[._]\d",
+    ratios=((r"(img|txt)_mlp[._]0", 4.0), (r"(img|txt)_mlp[._]2", 1 / 4), (r"linear1", 7.0), (r"linear2", 1 / 5)),
     license=(
         "FLUX.1-schnell: Apache-2.0; FLUX.1-dev: non-commercial, its outputs not "
         '"to train, fine-tune or distill a model that is competitive with" it, a LoRA shared under the same'
     ),
     rows=rows,
     default=Layout(),
-    layout_of_canonical=_canonical,
-    layout_of_comfy=_comfy,
+    layout_of_canonical=layout_of_canonical,
+    layout_of_comfy=layout_of_comfy,
     not_adapted=((r".*\.(query_norm|key_norm|norm_q|norm_k|norm_added_q|norm_added_k)", NORM),),
     width=lambda config: config.get("hidden_size"),
     architecture={None: "flux-1-dev/lora"},
@@ -108,7 +110,7 @@ FLUX = Family(
         "FluxSingleTransformerBlock": Block(("",), picture=1),
         # ComfyUI adds to its stream in place after these norms have kept it for backward
         "DoubleStreamBlock": Block(("img_mlp", "txt_mlp"), ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
-        "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first"),
+        "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first", own="modulation"),
     },
     entry="x_embedder",
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0|single_transformer_blocks\.\d+\.proj_out",

@@ -13,13 +13,11 @@ LATER = {
     "NextDiT": "Lumina2",
     "ChromaTransformer2DModel": "Chroma",
     "Chroma": "Chroma",
-    "Flux2Transformer2DModel": "Flux2",
     "WanTransformer3DModel": "Wan",
     "WanModel": "Wan",
 }
 # Root modules that only a later family's tree has, where its class has an earlier one's name.
 LATER_MARKS = {
-    "double_stream_modulation_img": "Flux2",
     "distilled_guidance_layer": "Chroma",
     "siglip_embedder": "Z-Image Omni",
     "dec_net": "Z-Image in pixels",
@@ -35,7 +33,6 @@ LATER_KEYS = {
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",
-    r"double_stream_modulation|to_qkv_mlp_proj": "FLUX.2",
     r"double_stream_blocks[._]\d": "HiDream",
     r"joint_transformer_blocks[._]\d": "AuraFlow",
     r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",

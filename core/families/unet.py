@@ -185,6 +185,7 @@ UNET = Family(
     tokens=77,
     schedule=VPSchedule.scaled_linear(),
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    second=lambda config: config.get("addition_embed_type") == "text_time",
     half="float16",
     blocks={
         "ResnetBlock2D": Block(),

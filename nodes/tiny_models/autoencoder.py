@@ -1,4 +1,4 @@
-"""A diffusers AutoencoderKL of any number of levels as ComfyUI's VAE."""
+"""A diffusers AutoencoderKL or AutoencoderKLFlux2 of any number of levels as ComfyUI's VAE."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     params = {"ddconfig": architecture(config), "embed_dim": config["latent_channels"]}
     vae = comfy.sd.VAE(sd=weights, config={"params": params}, dtype=torch.float32)
     vae.downscale_ratio = vae.upscale_ratio = reduction(config)
-    vae.latent_channels = config["latent_channels"]
+    vae.latent_channels = channels(config)
     return vae
 
 
@@ -45,8 +45,18 @@ def levels(config: Config) -> int:
 
 
 def reduction(config: Config) -> int:
-    """Pixels per latent along one side: each level but the last halves."""
-    return int(2 ** (levels(config) - 1))
+    """Pixels per latent along one side: each level but the last halves, and so does what folds latents."""
+    return int(2 ** (levels(config) - 1)) * (2 if folds(config) else 1)
+
+
+def channels(config: Config) -> int:
+    """Of the latents as the network has them."""
+    return int(config["latent_channels"]) * (4 if folds(config) else 1)
+
+
+def folds(config: Config) -> bool:
+    """Whether 2 x 2 latents become one, normed by statistics, as FLUX.2's."""
+    return "batch_norm_eps" in config
 
 
 def architecture(config: Config) -> Config:
@@ -60,6 +70,7 @@ def architecture(config: Config) -> Config:
         **{"double_z": True, "z_channels": config["latent_channels"], "resolution": 256, "in_channels": 3, "out_ch": 3},
         **{"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]},
         **{"num_res_blocks": config["layers_per_block"], "attn_resolutions": [], "dropout": 0.0},
+        "batch_norm_latent": folds(config),
     }
 
 

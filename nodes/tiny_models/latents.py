@@ -9,7 +9,7 @@ import comfy.latent_formats
 import comfy.sd
 import torch
 
-from .autoencoder import reduction
+from .autoencoder import channels, reduction
 from .folder import read_config
 
 
@@ -32,7 +32,7 @@ class TinyLatent(comfy.latent_formats.LatentFormat):  # type: ignore[misc]
 def latent_format(folder: Path) -> TinyLatent:
     config = read_config(folder, "vae")
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    return TinyLatent(config["latent_channels"], float(scale), float(shift), reduction(config))
+    return TinyLatent(channels(config), float(scale), float(shift), reduction(config))
 
 
 @torch.no_grad()

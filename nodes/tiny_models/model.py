@@ -12,6 +12,7 @@ import torch
 
 from ...core.families import of_class
 from .autoencoder import load_vae
+from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
 from .latents import TinyLatent, fit_preview_colours, latent_format
 from .mmdit import mmdit_setup
@@ -21,7 +22,7 @@ from .z_image import z_image_setup
 
 
 def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet`, or a `transformer` of SD3 or Z-Image."""
+    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet`, or a `transformer` of SD3, Z-Image or FLUX.2."""
     vae, latent = load_vae(folder), latent_format(folder)
     fit_preview_colours(latent, vae)
     return load_patcher(str(folder), latent), load_clip(folder), vae
@@ -46,7 +47,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
     if has_part(folder, "unet"):
         return unet_setup(folder)
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
-    return z_image_setup(folder) if family == "z_image" else mmdit_setup(folder)
+    return {"z_image": z_image_setup, "flux2": flux2_setup}.get(str(family), mmdit_setup)(folder)
 
 
 def load_weights(model: Any, weights: Weights, patcher: Any) -> None:

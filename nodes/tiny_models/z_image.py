@@ -61,16 +61,22 @@ def unet_config(config: Config) -> Config:
 
 
 class TinyTokenizer(comfy.sd1_clip.SDTokenizer):  # type: ignore[misc]
-    """A folder's own tokenizer, of Qwen2's kind: no padding, no tokens at the ends."""
+    """A folder's own tokenizer, of Qwen2's kind: no tokens at the ends, and padding only up to ``least``."""
 
     def __init__(
-        self, folder: Path, width: int, embedding_directory: Any = None, tokenizer_data: Config | None = None
+        self,
+        folder: Path,
+        width: int,
+        embedding_directory: Any = None,
+        tokenizer_data: Config | None = None,
+        *,
+        least: int = 1,
     ) -> None:
         super().__init__(
             str(folder),
             **{"embedding_directory": embedding_directory, "embedding_size": width, "embedding_key": PREFIX},
             **{"tokenizer_class": z_image.Qwen2Tokenizer, "has_start_token": False, "has_end_token": False},
-            **{"pad_to_max_length": False, "pad_with_end": False, "max_length": 10**8, "min_length": 1},
+            **{"pad_to_max_length": False, "pad_with_end": False, "max_length": 10**8, "min_length": least},
         )
         self.pad_token = self.tokenizer.pad_token_id
 
@@ -83,13 +89,14 @@ class TinyTemplate(z_image.ZImageTokenizer):  # type: ignore[misc]
 
 
 class TinyEncoder(comfy.sd1_clip.SDClipModel):  # type: ignore[misc]
-    """A Qwen3 of any size; heads are 128 wide, as ComfyUI has them."""
+    """A Qwen3 of any size; heads are 128 wide, as ComfyUI has them. layers: whose hidden states are the text."""
 
-    def __init__(self, config: Config, device: Any, dtype: Any, model_options: Config) -> None:
+    def __init__(self, config: Config, layers: int | list[int], device: Any, dtype: Any, model_options: Config) -> None:
+        layer = {"layer": layers} if isinstance(layers, list) else {"layer": "hidden", "layer_idx": layers}
         names = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
         names |= {"num_key_value_heads"}
         super().__init__(
-            **{"device": device, "dtype": dtype, "model_options": model_options, "layer": "hidden", "layer_idx": LAYER},
+            **{"device": device, "dtype": dtype, "model_options": model_options, **layer},
             **{"textmodel_json_config": {name: config[name] for name in names}, "layer_norm_hidden_state": False},
             **{"special_tokens": {"pad": config["pad_token_id"]}, "enable_attention_masks": True},
             **{"return_attention_masks": True, "model_class": comfy.text_encoders.llama.Qwen3_4B},
@@ -102,7 +109,7 @@ def qwen3_target(folder: Path) -> tuple[Any, Weights]:
     tokenizer = partial(TinyTokenizer, folder / "tokenizer", config["hidden_size"])
     target = comfy.supported_models_base.ClipTarget(
         partial(TinyTemplate, tokenizer),
-        partial(comfy.sd1_clip.SD1ClipModel, name=PREFIX, clip_model=partial(TinyEncoder, config)),
+        partial(comfy.sd1_clip.SD1ClipModel, name=PREFIX, clip_model=partial(TinyEncoder, config, LAYER)),
     )
     weights = read_weights(folder, "text_encoder")
     return target, {f"{PREFIX}.transformer.model.{name}": tensor for name, tensor in weights.items()}

@@ -29,7 +29,8 @@ def test_every_layer_of_the_published_models_is_a_target_or_has_a_reason(name: s
     assert detect(network) == PUBLISHED[name][0]
     names = [target.name for target in bind_diffusers(network)]
     layers = [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    assert sorted(names) == sorted(layers)
+    assert sorted(names) == sorted(layer for layer in layers if not family.reason(layer))
+    assert set(layers) == set(names) or PUBLISHED[name][0] == "flux2"
     assert len(names) == COUNTS.get(name, len(names))
     # of the root's own weights the names
     others = {weight.rpartition(".")[0] or weight for weight, _ in network.named_parameters()}
@@ -69,7 +70,7 @@ def test_adapters_do_what_merged_weights_do(name: str) -> None:
     small.merged(network, targets, state)
     expected, expected_slope = _with_slope(case, network, inputs)
     # diffusers rotates queries and keys, and takes RMS norms, in float32.
-    tolerance = 1e-5 if name in ("flux", "sd35", "z_image") else 1e-10
+    tolerance = 1e-5 if name in ("flux", "sd35", "z_image", "flux2") else 1e-10
     assert _gap(adapted, expected) < tolerance and _gap(slope, expected_slope) < tolerance
     assert _gap(plain, expected) > 0.05
 

@@ -20,7 +20,8 @@ from onestep.core.targets import Target
 MIDDLES = {
     **{"sd15": "mid_block.resnets.1", "sd2": "mid_block.resnets.1", "sdxl": "mid_block.resnets.1"},
     **{"sd3": "transformer_blocks.11", "sd35_medium": "transformer_blocks.11"},
-    **{"flux": "single_transformer_blocks.9", "z_image": "layers.14"},
+    **{"flux": "single_transformer_blocks.9", "z_image": "layers.14", "klein_4b": "single_transformer_blocks.7"},
+    **{"klein_9b": "single_transformer_blocks.7", "flux2_dev": "single_transformer_blocks.19"},
 }
 
 KINDS = {kind: block for family in ("unet", "sd3", "flux") for kind, block in FAMILIES[family].blocks.items()}
@@ -79,10 +80,11 @@ def test_the_picture_is_what_the_block_gives(name: str) -> None:
         if given.ndim == 4:
             assert torch.equal(value, given)
         else:
-            # behind Z-Image's picture lie what fills it up and the text
-            assert rows * columns == (24 if name == "z_image" else given.shape[1])
+            # behind Z-Image's picture lie what fills it up and the text; before that of FLUX.2's last blocks the text
+            first = 5 if name == "flux2" and path.startswith("single") else 0
+            assert rows * columns == (24 if name == "z_image" else given.shape[1] - first)
             assert rows * inputs["x"].shape[3] == columns * inputs["x"].shape[2]
-            assert torch.equal(value[:, :, 1, 2 % columns], given[:, columns + 2 % columns])
+            assert torch.equal(value[:, :, 1, 2 % columns], given[:, first + columns + 2 % columns])
     for handle in handles:
         handle.remove()
     assert not any(module._forward_hooks for module in network.modules())

@@ -10,7 +10,14 @@ import safetensors
 import safetensors.torch
 import small_networks as small
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, ZImagePipeline
+from diffusers import (
+    DDIMScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    ZImagePipeline,
+)
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowScheduler
 from diffusers import StableDiffusionXLPipeline as SDXLPipeline
 from lora_files import assert_same, case, factors, foreign
@@ -86,6 +93,8 @@ def pipeline_of(name: str, network: Any) -> Any:
         )
     if name == "z_image":
         return ZImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
+    if name == "flux2":
+        return Flux2KleinPipeline(**none, transformer=network, scheduler=FlowScheduler())
     none |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
     if name == "sdxl":
         return SDXLPipeline(**none, unet=network, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False))

@@ -27,6 +27,7 @@ from onestep.cli.lora import read_lora
 from onestep.cli.main import main
 from onestep.cli.model import open_host
 from onestep.cli.parser import parse
+from onestep.core.families import FAMILIES
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
@@ -39,10 +40,14 @@ TOLERANCE = 1e-5
 """Of the latents' standard deviation, where alpha is not much below 0.4: an answer in float32 has errors of some 1e-7
 of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
-KINDS["z_image"] = ("z_image", "ZImage")
-CONFIG = {**small.IN_COMFY, "sdxl": {**small.IN_COMFY["sdxl"], "adm_in_channels": 6 * 256 + 16}}
+KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2")}
+CONFIG = {
+    **small.IN_COMFY,
+    "flux2": {**small.IN_COMFY["flux2"], "guidance_embed": False},
+    "sdxl": {**small.IN_COMFY["sdxl"], "adm_in_channels": 6 * 256 + 16},
+}
 SCHEDULES: dict[str, NoiseSchedule] = {"unet": VPSchedule.scaled_linear(), "sd3": FlowSchedule(3.0)}
-SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0)}
+SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0), "flux2": FAMILIES["flux2"].schedule}
 
 
 def recipes(family: str) -> dict[str, Recipe]:
@@ -65,7 +70,8 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
         save_file(network.state_dict(), folder / f"{case}.weights.safetensors")
         save_file(layouts.embedded(pipe, PROMPT), folder / f"{case}.cond.safetensors")
         told = {"family": family, "kind": kind, "unet_config": CONFIG[case], "loras": loras, "seed": SEED}
-        told |= {"side": layouts.SIDE, "shape": [1, pipe.vae.config.latent_channels, 8, 8]}
+        folds = FAMILIES[family].folded
+        told |= {"side": layouts.SIDE, "shape": [1, pipe.vae.config.latent_channels * folds**2, 8 // folds, 8 // folds]}
         (folder / f"{case}.json").write_text(json.dumps(told))
         pipe.save_pretrained(folder / case)
     run_inside("one_picture", folder, *KINDS)
@@ -96,8 +102,9 @@ def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: st
 
 
 def tolerance(recipe: Recipe) -> float:
-    """A network that predicts noise divides its errors by alpha; Z-Image's hosts agree to 1e-5 in one answer."""
-    if recipe.family == "z_image":
+    """A network that predicts noise divides its errors by alpha; Z-Image's and FLUX.2's hosts agree to 1e-5 in one
+    answer."""
+    if recipe.family in ("z_image", "flux2"):
         return 5 * TOLERANCE
     lam = recipe.log_snr[0]
     if recipe.family != "unet" or lam is None:
@@ -114,7 +121,15 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     exec("\n".join(lines), names)
     call = call.replace("your prompt", PROMPT).removesuffix(")") + ', output_type="latent")'
     latents = eval(call, names).images
+    if case == "flux2":
+        return folded(pipe, latents)
     return pipe._unpack_latents(latents, *SIZE, pipe.vae_scale_factor) if case == "flux" else latents
+
+
+def folded(pipe: Any, latents: Tensor) -> Tensor:
+    """FLUX.2's pipelines give the autoencoder's latents, not the network's."""
+    mean, variance = (value[None, :, None, None] for value in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
+    return (pipe._patchify_latents(latents) - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
 
 
 def by_generate(folder: Path, file: Path) -> Tensor:

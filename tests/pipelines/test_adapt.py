@@ -14,7 +14,8 @@ from torch import Tensor
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.pipelines.adapt import adapt
-from onestep.pipelines.networks import pack, schedule_of, unpack
+from onestep.pipelines.networks import schedule_of
+from onestep.pipelines.patches import pack, unpack
 
 FAMILIES = list(MAKERS)
 RESCALED = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}

@@ -17,7 +17,7 @@ from onestep.pipelines.adapt import adapt
 # diffusers rounds to float32 within: the rotation of queries and keys, SD3.5's norms of them
 @pytest.mark.parametrize(
     ("name", "step", "tolerance"),
-    [("sd", 1e-5, 1e-6), ("sdxl", 1e-5, 1e-6), *((name, 1e-3, 1e-3) for name in ("sd3", "flux", "z_image"))],
+    [("sd", 1e-5, 1e-6), ("sdxl", 1e-5, 1e-6), *((name, 1e-3, 1e-3) for name in ("sd3", "flux", "z_image", "klein"))],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_of_d_is_the_finite_difference(name: str, step: float, tolerance: float, checkpointing: bool) -> None:

@@ -11,7 +11,21 @@ MAPS = {
     "sd3": comfy.utils.mmdit_to_diffusers,
     "flux": comfy.utils.flux_to_diffusers,
     "z_image": comfy.utils.z_image_to_diffusers,
+    "flux2": comfy.utils.flux_to_diffusers,
 }
+EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
+MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+BESIDE = {
+    "flux2": {
+        **{
+            f"time_guidance_embed.{told}_embedder.linear_{at}.weight": f"{path}.{way}_layer.weight"
+            for path, told in EMBEDDED.items()
+            for at, way in ((1, "in"), (2, "out"))
+        },
+        **{f"{path}.linear.weight": f"{path}.lin.weight" for path in MODULATED},
+    }
+}
+"""What ComfyUI's map of FLUX.2 lacks."""
 
 
 def as_published(network):
@@ -28,7 +42,7 @@ def place_of(entry):
 
 def fill(family, model, weights, config):
     """diffusers' weights into ComfyUI's layers; returns the keys that nothing was written to."""
-    key_map = MAPS[family](config)
+    key_map = MAPS[family](config) | BESIDE.get(family, {})
     state = model.diffusion_model.state_dict()
     written = {key: torch.zeros(value.shape, dtype=torch.bool) for key, value in state.items()}
     for name, value in weights.items():

@@ -10,6 +10,7 @@ import tiny_pipelines as tiny
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -70,7 +71,17 @@ def z_image() -> Any:
     )
 
 
+def flux2() -> Any:
+    """klein, whose network embeds no guidance."""
+    return Flux2KleinPipeline(
+        **{"vae": tiny.folded_vae(32), "transformer": small.network_of("flux2", torch.float32, guidance_embeds=False)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)},
+        **{"text_encoder": tiny.klein_encoder(), "tokenizer": tiny.qwen3_tokenizer()},
+    )
+
+
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
+MAKERS["flux2"] = flux2
 
 
 def make(name: str) -> Any:
@@ -95,6 +106,8 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
     if name == "ZImagePipeline":
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
+    if name == "Flux2KleinPipeline":
+        return {"text": pipe.encode_prompt(prompt)[0]}
     if name == "FluxPipeline":
         text, pooled, _ = pipe.encode_prompt(prompt, None)
         return {"text": text, "pooled": pooled}

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
 XL: dict[str, Any] = {
@@ -18,6 +24,17 @@ XL: dict[str, Any] = {
 }
 SD3: dict[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 V2: dict[str, Any] = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20)}
+
+FLUX2: dict[str, dict[str, Any]] = {
+    name: dict(
+        zip(("num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim"), sizes, strict=True)
+    )
+    for name, sizes in {
+        "klein_4b": (5, 20, 24, 7680),
+        "klein_9b": (8, 24, 32, 12288),
+        "flux2_dev": (8, 48, 48, 15360),
+    }.items()
+}
 
 # By name: (family, diffusers' class, its config).
 PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -32,6 +49,10 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     "z_image": ("z_image", ZImageTransformer2DModel, {}),
+    **{
+        name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
+        for name, config in FLUX2.items()
+    },
 }
 # The same models as ComfyUI detects them.
 UNET: dict[str, Any] = {
@@ -67,6 +88,17 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"n_layers": 30, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48]},
         **{"axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
         **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+    },
+    **{
+        name: {
+            **{"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None},
+            **{"context_in_dim": config["joint_attention_dim"], "hidden_size": 128 * config["num_attention_heads"]},
+            **{"num_heads": config["num_attention_heads"], "mlp_ratio": 3.0, "depth": config["num_layers"]},
+            **{"depth_single_blocks": config["num_single_layers"], "axes_dim": [32, 32, 32, 32], "theta": 2000},
+            **{"qkv_bias": False, "ops_bias": False, "txt_ids_dims": [3], "global_modulation": True},
+            **{"mlp_silu_act": True, "guidance_embed": name == "flux2_dev"},
+        }
+        for name, config in FLUX2.items()
     },
 }
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
@@ -67,6 +73,14 @@ def z_image() -> nn.Module:
     )
 
 
+def flux2(**more: Any) -> nn.Module:
+    """FLUX.2's layout: one double and one single block; dev's embeds its guidance, klein's does not."""
+    return Flux2Transformer2DModel(
+        **{"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2},
+        **{"joint_attention_dim": 24, "axes_dims_rope": (8, 8, 8, 8), **more},
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -87,6 +101,11 @@ def flux_inputs(draw: Callable[..., Tensor]) -> Inputs:
 
 def z_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+
+
+def flux2_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    inputs = {"x": draw(2, 128, 4, 6), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+    return {**inputs, "guidance": torch.tensor([4.0, 2.5])}
 
 
 def run_unet(network: Any, inputs: Inputs) -> Tensor:
@@ -122,6 +141,20 @@ def run_z_image(network: Any, inputs: Inputs) -> Tensor:
     return -torch.stack(answer).squeeze(2)
 
 
+def run_flux2(network: Any, inputs: Inputs) -> Tensor:
+    """A latent is a token; places are (0, row, column, 0), those of text (0, 0, 0, number)."""
+    x, tokens = inputs["x"], inputs["text"].shape[1]
+    row, column, number = (torch.arange(count) for count in (*x.shape[2:], tokens))
+    one = torch.zeros(1, dtype=torch.long)
+    predicted = network(
+        **{"hidden_states": x.flatten(2).transpose(1, 2), "encoder_hidden_states": inputs["text"]},
+        **{"timestep": inputs["time"], "guidance": inputs["guidance"] if network.config.guidance_embeds else None},
+        **{"img_ids": torch.cartesian_prod(one, row, column, one)},
+        txt_ids=torch.cartesian_prod(one, one, one, number),
+    ).sample
+    return predicted.transpose(1, 2).reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -139,6 +172,7 @@ CASES = {
     "sd35": Case("sd3", sd35, sd3_inputs, run_sd3),
     "flux": Case("flux", flux, flux_inputs, run_flux),
     "z_image": Case("z_image", z_image, z_image_inputs, run_z_image),
+    "flux2": Case("flux2", flux2, flux2_inputs, run_flux2),
 }
 
 
@@ -180,6 +214,13 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 12, "n_kv_heads": 12},
         **{"axes_dims": [8, 8, 8], "axes_lens": [64, 32, 32], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
         **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+    },
+    "flux2": {
+        **{"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None},
+        **{"context_in_dim": 24, "hidden_size": 64, "mlp_ratio": 3.0, "num_heads": 2, "depth": 1},
+        **{"depth_single_blocks": 1, "axes_dim": [8, 8, 8, 8], "theta": 2000, "qkv_bias": False, "ops_bias": False},
+        **{"guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True},
+        **{"default_ref_method": "index", "ref_index_scale": 10.0},
     },
 }
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -25,6 +28,7 @@ from transformers import (
     CLIPTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -138,17 +142,63 @@ def sd3_folder(folder: Path, heads: int = 2) -> Path:
     return folder
 
 
-def qwen_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """A byte-pair tokenizer of Qwen's kind that spells every word, with Z-Image's template."""
+Z_IMAGE_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+def qwen_tokenizer(folder: Path, template: str = Z_IMAGE_TEMPLATE) -> Qwen2Tokenizer:
+    """A byte-pair tokenizer of Qwen's kind that spells every word, with its own ``template``."""
     words = [*byte_letters(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer({word: at for at, word in enumerate(words)}, [], pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{{ '<|im_start|>assistant\n' }}"
-    )
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+KLEIN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+)
+
+
+def klein_folder(folder: Path) -> Path:
+    """Flux2KleinPipeline's layout: two double and two single blocks, latents of 16 channels folded from 4, a text of
+    three layers of an encoder of 28."""
+    torch.manual_seed(1)
+    tokenizer = qwen_tokenizer(folder / "tokenizer_source", KLEIN_TEMPLATE)
+    transformer = Flux2Transformer2DModel(
+        **{"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32},
+        **{"num_attention_heads": 2, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8)},
+        guidance_embeds=False,
+    )
+    text = Qwen3Config(
+        **{"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 28},
+        **{"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "pad_token_id": tokenizer.pad_token_id},
+        **{"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        tie_word_embeddings=True,
+    )
+    pipe = Flux2KleinPipeline(
+        **{"transformer": shaken(transformer, 3), "vae": shaken(folded_autoencoder(), 2), "tokenizer": tokenizer},
+        text_encoder=shaken(Qwen3ForCausalLM(text), 4),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def folded_autoencoder() -> AutoencoderKLFlux2:
+    """FLUX.2's with three levels; statistics away from 0 and 1."""
+    vae = AutoencoderKLFlux2(
+        **{"block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32},
+        **{"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3},
+        sample_size=32,
+    )
+    vae.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return vae
 
 
 def z_image_folder(folder: Path) -> Path:

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -29,6 +32,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -221,7 +225,48 @@ def z_image(**scheduler: Any) -> ZImagePipeline:
     )
 
 
-MODERN = {"z_image": z_image}
+def folded_vae(channels: int = 4) -> AutoencoderKLFlux2:
+    """FLUX.2's, whose 2 x 2 latents are folded into one and normed by its statistics."""
+    made = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        sample_size=16,
+    )
+    made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 4 * channels))
+    made.bn.running_var.copy_(torch.linspace(0.5, 2.0, 4 * channels))
+    return made
+
+
+def klein_encoder(width: int = 8) -> Qwen3ForCausalLM:
+    """Its layers 9, 18 and 27 are the text."""
+    config = Qwen3Config(
+        **{"vocab_size": 10, "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 28, "head_dim": 8},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def klein(distilled: bool = False, **scheduler: Any) -> Flux2KleinPipeline:
+    transformer = Flux2Transformer2DModel(
+        **{"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16},
+        **{"num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4)},
+        guidance_embeds=False,
+    )
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **scheduler}),
+        vae=folded_vae(),
+        text_encoder=klein_encoder(),
+        tokenizer=qwen3_tokenizer(),
+        transformer=transformer,
+        is_distilled=distilled,
+    )
+
+
+MODERN = {"z_image": z_image, "klein": klein}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

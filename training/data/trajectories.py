@@ -14,7 +14,7 @@ from ...core.denoiser import both
 from ...core.errors import OneStepError
 from ...core.roles import TEACHER
 from ...core.sampling import initial_latents, jump
-from ...core.schedule import NoiseSchedule, expand
+from ...core.schedule import NoiseSchedule, expand, of_size
 from ..engine.batch import Batch
 from .pairs import Blocks, Sides
 
@@ -84,7 +84,8 @@ class Trajectories(Blocks):
         denoise, null, settings = self.host.denoiser, batch.nulls(), self.settings
         assert null is not None  # the method's check has seen to that
         start, length = partial(self._start, block), max(settings.teacher_steps, self.states)
-        walkers, seen = Walkers(denoise.schedule, settings.teacher_steps, start, rows, batch.device), []
+        schedule = of_size(denoise.schedule, self.prompts.shapes[self._size(block)])
+        walkers, seen = Walkers(schedule, settings.teacher_steps, start, rows, batch.device), []
         with denoise.roles.use(TEACHER):
             for _ in range(length):
                 x, sigma, w = walkers.x, walkers.sigma, walkers.w.clone()

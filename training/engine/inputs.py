@@ -14,7 +14,7 @@ from ...core.ksampler import nearest_start
 from ...core.licences import BASE
 from ...core.recipe import Recipe
 from ...core.recipe.distilled_base import few_step_kind
-from ...core.schedule import NoiseSchedule, VPSchedule
+from ...core.schedule import NoiseSchedule, VPSchedule, of_size
 from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
@@ -78,7 +78,7 @@ def recipe_of(host: Host, settings: Settings) -> Recipe:
     donor = student_of_donor(host, settings)
     if donor is not None:
         return donor
-    schedule, steps = host.denoiser.schedule, settings.student_steps
+    schedule, steps = of_size(host.denoiser.schedule, host.latent_shape(settings.size_list[0])), settings.student_steps
     start = settings.start or automatic_start(schedule, steps)
     return Recipe.for_student(schedule, steps, host.family, settings.size_list, start)
 

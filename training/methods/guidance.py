@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.recipe import Recipe
-from ...core.schedule import cast_as
+from ...core.schedule import cast_as, of_size
 from ..data.trajectories import States, Trajectories
 from ..engine.batch import Batch
 from ..engine.setup import Setup
@@ -106,6 +106,6 @@ def check_guided(host: Host, settings: Settings) -> None:
 
 def guided_recipe(host: Host, settings: Settings) -> Recipe:
     """The teacher's own steps, each of one forward."""
-    schedule = host.denoiser.schedule
+    schedule = of_size(host.denoiser.schedule, host.latent_shape(settings.size_list[0]))
     times = schedule.trailing(settings.teacher_steps)
     return Recipe.at(schedule, times, family=host.family, sizes=settings.size_list)

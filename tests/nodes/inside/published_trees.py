@@ -12,7 +12,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from onestep.core.families import bind_comfy, detect
 
-CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT}
+CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT, "flux2": Flux}
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

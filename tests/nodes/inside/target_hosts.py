@@ -38,6 +38,7 @@ class SmallUNet(BASE):
 
 
 CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux, "z_image": supported.ZImage}
+CLASSES["flux2"] = supported.Flux2
 
 
 def build(family, config, dtype):
@@ -49,8 +50,8 @@ def build(family, config, dtype):
 
 
 def predict(family, network, inputs):
-    if family == "flux":
-        return network(inputs["x"], inputs["time"], inputs["text"], inputs["pooled"], inputs["guidance"])
+    if family in ("flux", "flux2"):
+        return network(inputs["x"], inputs["time"], inputs["text"], inputs.get("pooled"), inputs["guidance"])
     if family == "z_image":
         return network(inputs["x"], inputs["time"], inputs["text"], inputs["text"].shape[1], transformer_options={})
     y = inputs.get("y", inputs.get("pooled"))
@@ -112,11 +113,11 @@ def by_lora_loader(family, model, path, inputs):
     return prediction, [text for text in complaints if "memory leak" not in text]
 
 
-def native_lora(network, path):
-    """A LoRA in ComfyUI's own names: fused layers, its order of rows, alpha half the rank."""
+def native_lora(family, network, path):
+    """A LoRA in ComfyUI's own names of what is adapted: fused layers, its order of rows, alpha half the rank."""
     draw, tensors = torch.Generator().manual_seed(5), {}
     for name, module in network.named_modules():
-        if is_adaptable(module):
+        if is_adaptable(module) and not FAMILIES[family].reason(name):
             target = Target(name, module)
             a, b = (torch.randn(shape, generator=draw) for shape in (target.shape_a(4), target.shape_b(4)))
             key = f"diffusion_model.{name}"
@@ -133,12 +134,13 @@ def table_of(targets, network):
     return {t.name: [f"{paths[id(t.module)]}.weight", t.row_range[0], t.out_rows, order(t)] for t in targets}
 
 
-def their_table(key_map, network):
-    """The same from ComfyUI's own map, for the layers that exist."""
+def their_table(family, key_map, network):
+    """The same from ComfyUI's own map, for the layers that exist and are adapted."""
     state, table = network.state_dict(), {}
     for name, entry in key_map.items():
         key, rows, change = place_of(entry)
-        if name.endswith(".weight") and key in state and state[key].ndim > 1:
+        adapted_here = key in state and not FAMILIES[family].reason(key.removesuffix(".weight"))
+        if name.endswith(".weight") and adapted_here and state[key].ndim > 1:
             start, length = (0, len(state[key])) if rows is None else rows[1:]
             order = None if change is None else change(torch.arange(len(state[key]))).tolist()
             table[name.removesuffix(".weight")] = [key, start, length, order]
@@ -169,15 +171,15 @@ def run(folder, case):
     out |= features(family, network, targets, inputs, told["features"])
     out |= adapted(family, network, targets, state, inputs)
     out["merged"], complaints = by_lora_loader(family, model, lora, inputs)
-    native = native_lora(network, folder / f"{case}.native.safetensors")
+    native = native_lora(family, network, folder / f"{case}.native.safetensors")
     out["native_merged"], more = by_lora_loader(family, model, native, inputs)
-    imported = load_lora(native, [target.name for target in targets])
+    imported = load_lora(native, [target.name for target in targets], family)
     out["native"] = adapted(family, network, targets, fit(imported.state, targets), inputs)["adapted"]
     complaints += more
     with torch.no_grad():
         out["after"] = predict(family, network, inputs)
     report = {"unwritten": unwritten, "complaints": complaints, "names": [target.name for target in targets]}
-    report |= {"table": table_of(targets, network), "theirs": their_table(key_map, network)}
+    report |= {"table": table_of(targets, network), "theirs": their_table(family, key_map, network)}
     report |= {"without_reason": without_reason(family, targets, network)}
     save_file({key: value.contiguous() for key, value in out.items()}, folder / f"{case}.out.safetensors")
     (folder / f"{case}.report.json").write_text(json.dumps(report))

@@ -1,0 +1,58 @@
+"""FLUX.2 klein in both hosts, on the same tiny weights: texts, latents, steps, D and gradients are equal, and what one
+trains both load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import both_hosts
+import pytest
+import tiny_folders
+import torch
+from both_hosts import Hosts, gap
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = ["a red dragon", "a wall", "a red dragon"]
+LAYERS = 4 + 2 * 12 + 2 * 2
+"""The ends, two double and two single blocks."""
+
+
+@pytest.fixture(scope="module")
+def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
+    folder = tiny_folders.klein_folder(tmp_path_factory.mktemp("klein") / "model")
+    return both_hosts.both(run_inside, folder, PROMPTS)
+
+
+def test_prompts_become_the_same_conditions_of_512_tokens(hosts: Hosts) -> None:
+    assert hosts.report["family"] == "flux2" and hosts.report["blocks"] == 4 and "mask" not in hosts.comfys
+    assert hosts.inputs["text"].shape == (3, 512, 48)
+    assert gap(hosts.comfys["text"], hosts.inputs["text"]) < 1e-5
+
+
+def test_both_hosts_have_one_schedule(hosts: Hosts) -> None:
+    assert hosts.report["schedule"] == repr(hosts.host.denoiser.schedule)
+
+
+@torch.no_grad()
+def test_pictures_become_the_same_latents_and_come_back(hosts: Hosts) -> None:
+    """16 channels, an eighth of the side: folded and normed by the autoencoder's statistics in both."""
+    host, pictures = hosts.host, hosts.comfys["pictures"]
+    latents = host.latents_of(pictures)
+    assert latents.shape == (2, 16, 4, 6)
+    assert gap(hosts.comfys["latents"], latents) < 1e-5
+    assert gap(hosts.comfys["decoded"], host.decode(latents)) < 1e-5
+    assert float((latents.mean((0, 2, 3)) - latents.mean()).abs().max()) > 0.1
+
+
+def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
+    both_hosts.check_gradients(hosts, 5e-5)
+
+
+def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
+    both_hosts.check_rows(hosts)
+
+
+@pytest.mark.parametrize("method", both_hosts.RUNS)
+def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
+    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS)
