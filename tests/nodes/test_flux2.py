@@ -30,6 +30,13 @@ def test_prompts_become_the_same_conditions_of_512_tokens(hosts: Hosts) -> None:
     assert gap(hosts.comfys["text"], hosts.inputs["text"]) < 1e-5
 
 
+def test_shorter_texts_are_filled_in_front_as_the_model_itself_fills_them(hosts: Hosts) -> None:
+    """dev's are as long as they are: a batch of several lengths is each row alone."""
+    text = hosts.comfys["filled/text"]
+    assert text.shape == (2, 512, 48) and not text[0, :509].any() and not text[1, :507].any()
+    assert gap(hosts.comfys["filled"], hosts.comfys["filled/alone"]) < 1e-5
+
+
 def test_both_hosts_have_one_schedule(hosts: Hosts) -> None:
     assert hosts.report["schedule"] == repr(hosts.host.denoiser.schedule)
 

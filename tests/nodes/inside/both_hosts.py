@@ -12,6 +12,7 @@ from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
 from onestep.core.recomputed import GRADES, recomputed
 from onestep.nodes.adapt import adapted
+from onestep.nodes.denoiser import in_front
 from onestep.nodes.tiny_models.model import load_tiny
 from onestep.training.distil import distil
 from onestep.training.presets import preset
@@ -30,6 +31,16 @@ def gradients(host, grade):
     return x0.detach(), found
 
 
+def filled(host):
+    """x0 of texts of 3 and 5 tokens, as the model itself fills them up, each alone, and as ours does, together."""
+    texts = [given["text"][:1, :length] for length in (3, 5)]
+    cond = in_front(Cond.concat([Cond(text) for text in texts]), 512)
+    x, sigma = given["x"][:2], given["sigma"][:2]
+    with torch.no_grad():
+        alone = [host.denoiser(x[i : i + 1], sigma[i : i + 1], Cond(text)) for i, text in enumerate(texts)]
+        return {"filled": host.denoiser(x, sigma, cond), "filled/alone": torch.cat(alone), "filled/text": cond.text}
+
+
 def measured(host):
     cond = host.encode(told["prompts"], (32, 32))
     out = {"text": cond.text} | ({} if cond.mask is None else {"mask": cond.mask})
@@ -38,6 +49,8 @@ def measured(host):
     out["latents"] = host.latents_of(out["pictures"])
     out["decoded"] = host.decode(out["latents"])
     roles = host.denoiser.roles
+    if host.family == "flux2":
+        out |= filled(host)
     with host.training():
         names = sorted(roles.targets)
         roles.load("student", {name: (given[f"A/{name}"], given[f"B/{name}"]) for name in names})
