@@ -61,6 +61,8 @@ ONE_AND_MORE: dict[str, dict[str, Any]] = {
     "dmd2": {"method": "dmd2"},
     "f-distill": {"method": "f-distill"},
     "ladd": {"method": "ladd"},
+    "dmd2, term at once, head 1e-3": {"method": "dmd2", "gan_start": 0.0, "gan_ramp": 0.0, "head_learning_rate": 1e-3},
+    "ladd, head 1e-3": {"method": "ladd", "head_learning_rate": 1e-3},
 }
 """Changes to the default."""
 OF_SEVERAL: dict[str, dict[str, Any]] = {
