@@ -27,6 +27,9 @@ from .regression import Regression
 class LaddSettings(PicturesSettings, DiscriminatorSettings):
     """The head's, where it looks, and what comes before."""
 
+    # measured: at 1e-4 it has told nothing apart after 200 updates, and the student follows noise
+    # (benchmarks/results/recipe.md)
+    head_learning_rate: float = setting(1e-3, "Head's step size.", 0, 1)
     head_blocks: int = setting(
         4, "Blocks of the base that the head looks at, spread over the network; 1 = the middle one.", 1, 64
     )
