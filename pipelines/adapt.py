@@ -18,7 +18,7 @@ from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.denoiser import PREDICTIONS, Denoiser
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, select
+from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, refuse_pipeline, select
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.recipe import Recipe
 from ..core.roles import Roles
@@ -43,6 +43,7 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     targets: which layers carry adapters, "all", "attention+mlp" or "attention". device: where it trains and draws;
     by default where the network lies. Raises OneStepError for a pipeline of another kind.
     """
+    refuse_pipeline(type(pipe).__name__)
     network = network_of(pipe)
     prepare(pipe, network)
     device = torch.device(device or network.device)

@@ -128,7 +128,8 @@ def _check(fast: OneStepPipeline, base: Any, steps: int) -> None:
         raise OneStepError(
             "base and fast share one network, LoRA and all: leave base out, or load the base as a pipeline of its own"
         )
-    kinds = [(vae.latent_channels, vae.scaling_factor, vae.shift_factor) for vae in (fast.vae.config, base.vae.config)]
+    told = ("latent_channels", "scaling_factor", "shift_factor")
+    kinds = [tuple(vae.get(name) for name in told) for vae in (fast.vae.config, base.vae.config)]
     if kinds[0] != kinds[1]:
         raise OneStepError(
             f"the base's autoencoder (channels, scale, shift {kinds[1]}) is not the few-step model's {kinds[0]}: a "

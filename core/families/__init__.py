@@ -19,7 +19,7 @@ from . import unet
 from .family import Block
 from .flux import FLUX
 from .flux2 import FLUX2
-from .later import LATER, LATER_MARKS, WAN_STEERING
+from .later import LATER, LATER_MARKS, LATER_PIPELINES, WAN_STEERING
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
@@ -48,6 +48,12 @@ def detect(network: nn.Module) -> str:
     if later:
         raise OneStepError(f"{later[0]} models cannot be adapted yet: use {choices()}.")
     raise OneStepError(f"A network of class {type(network).__name__} is not known here: use {choices()}.")
+
+
+def refuse_pipeline(name: str) -> None:
+    """Raises OneStepError for a pipeline of this class whose network is another's than it looks."""
+    if name in LATER_PIPELINES:
+        raise OneStepError(f"{LATER_PIPELINES[name]} models cannot be adapted yet: use {choices()}.")
 
 
 def bind_diffusers(network: nn.Module) -> list[Target]:

@@ -24,6 +24,9 @@ LATER_MARKS = {
     "clip_text_pooled_proj": "NewBie",
 }
 
+# Pipelines of diffusers whose network has a served family's class, and weights of its own.
+LATER_PIPELINES = {"Flux2KleinKVPipeline": "FLUX.2 klein KV (editing)"}
+
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",

@@ -211,11 +211,13 @@ DISTILLED = {
     "chroma1-hd-flash.safetensors": "Flash",
     "wan2.1_t2v_14B_CausVid_fp8.safetensors": "CausVid",
     "flux_dev_schnell_merge.safetensors": "flux-schnell-4",
+    **dict.fromkeys(("FLUX.2-klein-4B", "flux2_klein_9b_fp8mixed.safetensors"), "flux2-klein-4"),
 }
 UNDISTILLED = [
     *("sd_xl_base_1.0.safetensors", "v1-5-pruned-emaonly.safetensors", "flux1-dev.safetensors", "animagine-xl-3.1"),
     *("waiNSFWIllustrious_v140.safetensors", "ponyDiffusionV6XL.safetensors", "z_image_bf16.safetensors"),
-    *("flux-2-klein-base-4b.safetensors", "flux-dev-de-distill.safetensors", "Z-Image-De-Turbo", "tiny", "tiny-flow"),
+    *("FLUX.2-klein-base-9B", "flux2_dev_fp8mixed.safetensors", "flux-2-klein-base-4b.safetensors"),
+    *("flux-dev-de-distill.safetensors", "Z-Image-De-Turbo", "tiny", "tiny-flow"),
     *("lightning_mcqueen_style.safetensors", "turbografx.safetensors", "hyperdetailer.safetensors", "pcm_audio"),
     *("hyperRealism_v30.safetensors", "qwen_image_2512_fp8_e4m3fn.safetensors", "juggernautXL_v9.safetensors"),
 ]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from adapted import SIZE, noisy
-from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from lora_files import random_lora
+from small_host import small
 from tiny_pipelines import folded_vae, make, randomise
 
 from onestep.core.cond import Cond
@@ -21,9 +22,11 @@ from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule, of_size
+from onestep.pipelines import diverse
 from onestep.pipelines.adapt import DiffusersHost, adapt, denoiser_of
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.steer import steered
+from onestep.training.engine.inputs import base_note
 
 
 def dev() -> Any:
@@ -146,6 +149,47 @@ def test_dev_is_told_its_guidance_by_both() -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * float(np.abs(theirs).max()))
         pictures[guidance] = ours
     assert np.abs(pictures[2.5] - pictures[None]).max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_bases_first_part_goes_by_its_own_steps_at_the_pictures_size() -> None:
+    """By the klein pipeline itself: its own levels of 16 tokens down to the hand-over, then the few-step rest."""
+    recipe = Recipe.at(FlowSchedule(3.0), torch.tensor([1000.0, 900, 750, 500]), family="flux2", sizes=(SIZE,))
+    noise = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+    fast = OneStepPipeline.from_pipe(make("klein"))
+    own = fast.plain()
+    ours = diverse(
+        *(fast, "a cat"),
+        **{"recipe": recipe, "base": make("klein"), "base_steps": 4, "guidance": 4.0, "num_images_per_prompt": 2},
+        **{"generator": torch.Generator().manual_seed(3), "output_type": "latent"},
+    ).images
+    moved = np.exp(compute_empirical_mu(16, 4))
+    levels = moved / (moved + 1 / np.array([1, 0.75, 0.5, 0.25]) - 1)
+    levels = [*levels[: int(np.abs(levels - 0.9).argmin())], 0.9]
+    own.scheduler = type(own.scheduler)(shift=1.0)
+    seen: list[Any] = []
+    keep: Any = lambda pipe, step, time, kept: seen.append(kept["latents"].clone()) or kept  # noqa: E731
+    told = {"prompt": ["a cat"] * 2, "output_type": "latent", "width": SIZE[0], "height": SIZE[1]}
+    own(**told, latents=noise, sigmas=levels, num_inference_steps=len(levels), callback_on_step_end=keep)
+    x = seen[len(levels) - 2].transpose(1, 2).reshape(noise.shape)
+    rest = {"sigmas": [0.9, 0.75, 0.5], "num_inference_steps": 3, "guidance_scale": 1.0}
+    own(**told, **rest, latents=x, callback_on_step_end=keep)
+    theirs = seen[-1].transpose(1, 2).reshape(noise.shape)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
+
+
+def test_a_distilled_klein_is_known_by_its_folder_and_what_to_do_is_said(tmp_path: Path) -> None:
+    make("klein", distilled=True).save_pretrained(tmp_path / "mine")
+    host = adapt(DiffusionPipeline.from_pretrained(tmp_path / "mine"))
+    said = base_note(host, small(guidance=4.0))
+    assert said.startswith("mine draws in few steps already (distilled, by is_distilled in its model_index.json)")
+    assert said.endswith("set guidance=1")
+
+
+def test_a_model_that_edits_is_refused_by_name() -> None:
+    pipe = Flux2KleinKVPipeline(**make("klein").components)
+    with pytest.raises(OneStepError, match=r"FLUX.2 klein KV \(editing\) models cannot be adapted yet: use SD1.5"):
+        adapt(pipe)
 
 
 def test_negatives_are_refused_by_name_as_yet() -> None:

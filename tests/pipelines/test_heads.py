@@ -21,7 +21,9 @@ TOLD |= {"gan_ramp": 0.0, "gan_weight": 1.0, "matching_guidance": 1.0, "guidance
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    narrowed([(f, m) for f in ("sd", "sdxl", "sd3", "flux") for m in ("dmd2", "f-distill", "ladd")], ("sd3", "dmd2")),
+    narrowed(
+        [(f, m) for f in ("sd", "sdxl", "sd3", "flux", "klein") for m in ("dmd2", "f-distill", "ladd")], ("sd3", "dmd2")
+    ),
 )
 def test_a_run_of_each_family(family: str, method: str, tmp_path: Path) -> None:
     """Head and student both get a gradient, through recomputed blocks; the result loads where it should."""
