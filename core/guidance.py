@@ -33,6 +33,7 @@ DEFAULTS = STEERING
 
 NAG: its authors' pipelines and workflows for few-step SDXL, SD3.5-turbo, Flux and Wan. VSF: its authors' examples, who
 have no U-Net; there it takes the tokens' share of attention. NASA: inside what its authors call safe for one step.
+Z-Image, of which no authors have numbers, has Flux' scales with each method's usual norm and offset; nobody measured.
 Perp: measured (benchmarks/results/negative-tiny.md).
 """
 NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}
@@ -174,11 +175,15 @@ class Steering:
         # what is found beyond plain attention stays
         return steered if found is None else steered + (found - plain.out)
 
-    def joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None, empty: int = 0) -> Streams:
+    def joint(
+        self, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None, empty: int = 0, filling: int = 0
+    ) -> Streams:
         """Joint attention with one picture and its texts: the doubled network's, its picture's rows computed once.
 
         The picture sees the texts apart; each text sees itself and the picture. rows: [B] bool, which pictures are
-        steered; None = all. The others see the positive text alone. empty: as in `cross`.
+        steered; None = all. The others see the positive text alone. empty: as in `cross`. filling: how many tokens,
+        the last of the negative without the empty text, only fill it up: VSF, which flips a text's own tokens, hides
+        them from the picture.
         """
         # All queries look at the picture's keys at once; the picture's and a text's, as neighbours, at that text's.
         queries = torch.cat((q.positive, q.image, q.negative), 2)
@@ -191,7 +196,9 @@ class Steering:
         to_away, own_away = zip(*(_found(q, k, v, [image, k.shape[2]]) for q, k, v in away), strict=True)
         plain = to_image.joined(to_positive)
         if self.mode == "vsf":
-            steered = vsf(plain, to_away[0], self.numbers.scale, self.numbers.offset)
+            own = [part[:, :, : part.shape[2] - filling] for part in negative]
+            away_alone = partial_attention(q.image, *own) if filling else to_away[0]
+            steered = vsf(plain, away_alone, self.numbers.scale, self.numbers.offset)
         else:
             steered = self.apart(plain.out, *(merge(to_image, found) for found in to_away))
         if rows is not None:

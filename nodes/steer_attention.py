@@ -93,6 +93,7 @@ class JointAttention:
 
     lengths: of the two texts. image: the picture's tokens where the network also attends to them alone, else None.
     empty, rows: as in CrossPatch. earlier: the override that was there before; it keeps the calls that are not joint.
+    filling: as in `Steering.joint`.
     """
 
     steering: Steering
@@ -102,6 +103,7 @@ class JointAttention:
     rows: Tensor | None
     reached: Reached
     earlier: Attend | None
+    filling: int = 0
 
     def __call__(
         self,
@@ -125,7 +127,7 @@ class JointAttention:
         sizes = [*self.lengths, length - sum(self.lengths)]
         q, k, v = (part if skip_reshape else _heads(part, heads) for part in (q, k, v))
         queries, keys, values = (Streams(*part.split(sizes, 2)) for part in (q, k, v))
-        found = torch.cat(self.steering.joint(queries, keys, values, self.rows, self.empty), 2)
+        found = torch.cat(self.steering.joint(queries, keys, values, self.rows, self.empty, self.filling), 2)
         return found if skip_output_reshape else _flat(found)
 
     def _check(self, length: int, mask: Tensor | None) -> None:

@@ -59,7 +59,8 @@ def modulated(network: Any, pooled: list[Tensor], lengths: list[int]) -> Iterato
         yield
 
 
-def _hang(hooks: ExitStack, module: Any, hook: Any) -> None:
+def hang(hooks: ExitStack, module: Any, hook: Any) -> None:
+    """A forward hook until ``hooks`` closes."""
     hooks.callback(module.register_forward_hook(hook).remove)
 
 
@@ -83,8 +84,8 @@ def for_each(vectors: Parts, lengths: list[int]) -> Tensor:
 def _install_flux(network: Any, embeddings: Embeddings, hooks: ExitStack) -> None:
     for name in ("time_in", "guidance_in"):
         if getattr(network, name, None) is not None:
-            _hang(hooks, getattr(network, name), embeddings.of_time)
-    _hang(hooks, network.vector_in, embeddings.of_pooled)
+            hang(hooks, getattr(network, name), embeddings.of_time)
+    hang(hooks, network.vector_in, embeddings.of_pooled)
 
     def of_texts(module: Any, given: Any, out: Any) -> Any:
         return _of_tokens(embeddings.joined(module, out), embeddings.lengths)
@@ -97,11 +98,11 @@ def _install_flux(network: Any, embeddings: Embeddings, hooks: ExitStack) -> Non
         embeddings.length = given[0].shape[1]
 
     for block in network.double_blocks:
-        _hang(hooks, block.txt_mod, of_texts)
-        _hang(hooks, block.txt_norm1, lambda module, given, out: _check(out, sum(embeddings.lengths)))
+        hang(hooks, block.txt_mod, of_texts)
+        hang(hooks, block.txt_norm1, lambda module, given, out: _check(out, sum(embeddings.lengths)))
     for block in network.single_blocks:
         hooks.callback(block.register_forward_pre_hook(measure).remove)
-        _hang(hooks, block.modulation, of_sequence)
+        hang(hooks, block.modulation, of_sequence)
 
 
 def _of_tokens(answers: list[Any], lengths: list[int]) -> tuple[Any, ...]:
@@ -118,8 +119,8 @@ def _joined(parts: Any, lengths: list[int]) -> Any:
 
 
 def _install_sd3(network: Any, embeddings: Embeddings, hooks: ExitStack) -> None:
-    _hang(hooks, network.t_embedder, embeddings.of_time)
-    _hang(hooks, network.y_embedder, embeddings.of_pooled)
+    hang(hooks, network.t_embedder, embeddings.of_time)
+    hang(hooks, network.y_embedder, embeddings.of_pooled)
     for block in network.joint_blocks:
         TextBlock(embeddings).install(block.context_block, hooks)
 
@@ -132,12 +133,12 @@ class TextBlock:
         self.told: Parts = ()
 
     def install(self, block: Any, hooks: ExitStack) -> None:
-        _hang(hooks, block.adaLN_modulation, self.modulation)
-        _hang(hooks, block.norm1, lambda module, given, out: self.shifted(out, 0))
+        hang(hooks, block.adaLN_modulation, self.modulation)
+        hang(hooks, block.norm1, lambda module, given, out: self.shifted(out, 0))
         if not block.pre_only:
-            _hang(hooks, block.attn.proj, lambda module, given, out: self.told[2] * out)
-            _hang(hooks, block.norm2, lambda module, given, out: self.shifted(out, 3))
-            _hang(hooks, block.mlp, lambda module, given, out: self.told[5] * out)
+            hang(hooks, block.attn.proj, lambda module, given, out: self.told[2] * out)
+            hang(hooks, block.norm2, lambda module, given, out: self.shifted(out, 3))
+            hang(hooks, block.mlp, lambda module, given, out: self.told[5] * out)
 
     def shifted(self, out: Tensor, first: int) -> Tensor:
         shift, scale = self.told[first : first + 2]

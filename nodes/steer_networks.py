@@ -10,6 +10,7 @@ from typing import Any
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.guidance import Steering
+from ..core.one_stream import Texts
 from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
 from .steer_modulation import modulated
+from .steer_one_stream import StreamAttention, one_stream
 
 OVERRIDE = "optimized_attention_override"
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
@@ -60,9 +63,15 @@ class Call:
         """[B, L + L', C]: the negative's tokens behind the positive's."""
         return torch.cat((self.context, self.spread(self.tokens.to(self.context))), 1)
 
-    def modulated(self) -> AbstractContextManager[None]:
+    def modulated(self, options: dict[str, Any]) -> AbstractContextManager[None]:
         """Within, each text's tokens are modulated by its own pooled text."""
         return modulated(self.network, [self.spread(one) for one in self.pooled], [self.context.shape[1], *self.parts])
+
+    def texts(self) -> list[Tensor]:
+        """[B, L, C] of each: the positive, the negative and, where there is one, the empty text."""
+        away = self.spread(self.tokens.to(self.context))
+        end = away.shape[1] - self.empty
+        return [self.context, away[:, :end], *([away[:, end:]] if self.empty else [])]
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -75,7 +84,8 @@ class Served:
 
     family: in `core.guidance.DEFAULTS`. width: of its text. steer: puts a call's patches into ``options``, returns the
     context to run with. variant: why a network of this class is not served after all, or None. keywords: whether its
-    forward hands on those it ignores. pooled: whether a pooled text modulates the text's tokens.
+    forward hands on those it ignores. pooled: whether a pooled text modulates the text's tokens. within: what the
+    network's forward runs in, of the call and the same options. hooked: whether those are hooks at all times.
     """
 
     family: str
@@ -84,6 +94,8 @@ class Served:
     variant: Callable[[Any], str | None] = lambda network: None
     keywords: bool = True
     pooled: bool = False
+    within: Callable[[Call, dict[str, Any]], AbstractContextManager[None]] = Call.modulated
+    hooked: bool = False
 
 
 def served(model: Any) -> Served:
@@ -94,7 +106,7 @@ def served(model: Any) -> Served:
     if found is None or why:
         raise OneStepError(
             f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "
-            "SD3.5, Flux.1 and Wan 2.1/2.2. Use CFG for its negative"
+            "SD3.5, Flux.1, Z-Image and Wan 2.1/2.2. Use CFG for its negative"
         )
     return found
 
@@ -206,9 +218,43 @@ def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tenso
     return call.joined()
 
 
+def why_not_z_image(network: Any) -> str | None:
+    if network.siglip_embedder is not None:
+        return "it reads pictures too"
+    if network.clip_text_pooled_proj is not None:
+        return "it is modulated by a pooled text"
+    return None if network.pad_tokens_multiple else "it does not fill its texts up"
+
+
+def z_image_width(network: Any) -> int:
+    return int(network.cap_embedder[1].in_features)
+
+
+def z_image_texts(call: Call) -> Texts:
+    return Texts(tuple(text.shape[1] for text in call.texts()), call.network.pad_tokens_multiple)
+
+
+def steer_z_image(call: Call, options: dict[str, Any]) -> Tensor:
+    texts, patch = z_image_texts(call), call.network.patch_size
+    height, width = (-(-side // patch) for side in call.x.shape[-2:])
+    image = -(-height * width // texts.multiple) * texts.multiple
+    prompt, negative, *empty = texts.filled
+    joint = JointAttention(
+        *(call.steering, (prompt, negative + sum(empty)), sum(empty), image, call.rows, call.reached),
+        *(options.get(OVERRIDE), negative - texts.own[1]),
+    )
+    options[OVERRIDE] = StreamAttention(joint, texts.filled)
+    return texts.joined(call.texts())
+
+
+def within_z_image(call: Call, options: dict[str, Any]) -> AbstractContextManager[None]:
+    return one_stream(call.network, z_image_texts(call), options[OVERRIDE])
+
+
 SERVED: dict[type, Served] = {
     UNetModel: Served("unet", unet_width, steer_unet, why_not_unet),
     OpenAISignatureMMDITWrapper: Served("sd3", sd3_width, steer_sd3, why_not_sd3, keywords=False, pooled=True),
     Flux: Served("flux", lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux, pooled=True),
+    NextDiT: Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),
     WanModel: Served("wan", lambda network: int(network.text_dim), steer_wan),
 }

@@ -88,7 +88,7 @@ class NegativeSteering:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         call = self._call(executor.class_obj, x, c_crossattn, flags, active, run)
         context = self.served.steer(call, options)
-        with self._compiled_apart(executor.class_obj, call, run, kwargs), call.modulated():
+        with self._compiled_apart(executor.class_obj, call, run, kwargs), self.served.within(call, options):
             x0 = executor(x, t, c_concat, context, control, options, **kwargs)
         if not run.reached.once:
             raise OneStepError(
@@ -151,10 +151,10 @@ class NegativeSteering:
     def _compiled_apart(self, model: Any, call: Call, run: Run, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Without guards on patches torch would run the plain network's graph, or that of another steering.
 
-        A keyword of its own is guarded; where no keyword gets that far, this forward is not compiled. Nor is one whose
-        texts have pooled texts of their own: torch does not guard hooks.
+        A keyword of its own is guarded; where no keyword gets that far, this forward is not compiled. Nor is one within
+        hooks, as where texts have pooled texts of their own: torch does not guard those.
         """
-        if call.pooled:
+        if call.pooled or self.served.hooked:
             return torch.compiler.set_stance("force_eager")
         if not run.unguarded:
             return nullcontext()

@@ -30,7 +30,7 @@ from .flux_attention import fused_attention
 from .kinds import pipeline_for
 from .networks import NETWORKS, Extras, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
 from .places import channels_last, is_quantized, on_device, place
-from .steer_attention import is_steered
+from .steer_served import is_steered
 from .text import encoders_of
 from .trainable import prepare
 
@@ -110,7 +110,8 @@ def denoiser_of(
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,
-        FAMILIES[family].filled,
+        # for adapters' rows, texts of several lengths are calls of their own; whatever else acts on rows sees one batch
+        FAMILIES[family].filled if roles is not None else 0,
     )
 
 

@@ -70,7 +70,7 @@ class GuidanceDial(OnNetwork):
         """this_thread: acts in the forwards of this thread alone."""
         network = network_in(pipe)
         self.guidance, self._family, self._module = guidance, detect(network), module
-        self._own = OwnGuidance(pipe, rows)
+        self._own = OwnGuidance(pipe, rows, self._family)
         own = only_here if this_thread else lambda hook: hook
         with lock_of(network):
             targets = targets_in(network)

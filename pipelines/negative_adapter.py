@@ -57,7 +57,7 @@ class Away(OnNetwork):
     def __init__(
         self, pipe: Any, network: Any, module: NegativeAttention, negative: Tensor | None, scale: float, rows: Rows
     ) -> None:
-        self._network, self._module, self._own = network, module, OwnGuidance(pipe, rows)
+        self._network, self._module, self._own = network, module, OwnGuidance(pipe, rows, detect(network))
         self.negative, self.scale = negative, scale
         self._roles = Roles([])
         self._attach(pipe, network)

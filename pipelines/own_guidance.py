@@ -7,6 +7,7 @@ from threading import get_ident
 from typing import Any, Literal, get_args
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 
 Rows = Literal["all", "first half", "second half"]
 
@@ -20,10 +21,10 @@ def part(rows: str, batch: int) -> slice:
 class OwnGuidance:
     """Watches a pipeline whose network something hangs on. rows: of each batch, those that it acts on."""
 
-    def __init__(self, pipe: Any, rows: str) -> None:
+    def __init__(self, pipe: Any, rows: str, family: str) -> None:
         if rows not in get_args(Rows):
             raise OneStepError(f"rows is {rows!r:.40}: choose one of {', '.join(get_args(Rows))}")
-        self.pipe, self.rows = pipe, rows
+        self.pipe, self.rows, self.family = pipe, rows, family
         self._asked: dict[int, tuple[Any, Any]] = {}  # by each thread
 
     def check(self, latents: Any, text: Any) -> None:
@@ -33,9 +34,17 @@ class OwnGuidance:
         if self.rows != "all" and len(text) % 2:
             raise OneStepError(f"the network's batch has {len(text)} rows, no two halves, and rows is {self.rows!r}")
         if self.rows == "all" and getattr(self.pipe, "do_classifier_free_guidance", False):
+            family = FAMILIES[self.family]
             raise OneStepError(
                 f"this {name} draws with guidance of its own, whose negative is half of each batch: call it with "
-                "guidance_scale=1, or say which half is the prompt's (rows=\"second half\" in diffusers' pipelines)"
+                f'guidance_scale={family.unguided:g}, or say which half is the prompt\'s (rows="{family.prompts}" in '
+                "diffusers' own pipeline)"
+            )
+        truncation = getattr(self.pipe, "_cfg_truncation", None)
+        if self.rows != "all" and truncation is not None and truncation < 1:
+            raise OneStepError(
+                f"this {name} leaves its guidance out in some steps, whose batch then has no halves: call it with "
+                "cfg_truncation=1"
             )
         # Flux' pipelines ask for their negative in a forward of its own, of the very same latents
         before = self._asked.get(get_ident(), (None, None))

@@ -1,4 +1,4 @@
-"""Negative prompts for diffusers' U-Nets, SD3 and Flux in one pass: `with steered(pipe, negative): pipe(...)`."""
+"""Negative prompts in one pass of diffusers' networks: `with steered(pipe, negative): pipe(...)`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.compiled import uncompile
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.guidance import Steering
 from .adapt import called_network, network_of
-from .heads import repeated
 from .own_guidance import OwnGuidance, Rows
-from .steer_attention import CrossSteered, JointSteered, Run, unsteered
+from .steer_attention import CrossSteered, JointSteered, Run
+from .steer_joint import CrossTexts, JointTexts
 from .steer_modulation import Modulation, install
-from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, width_of
+from .steer_one_stream import OneStream, StreamSteered
+from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, unsteered, width_of
 from .steer_text import Text, away_of
-from .threads import one_at_a_time, only_here, set_processors
+from .threads import one_at_a_time, only_here, processors_of, set_processors
+
+Texts = CrossTexts | JointTexts | OneStream
 
 
 @one_at_a_time(network_of)
@@ -42,7 +45,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5 or Flux, ControlNet's and the like too.
+    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux or Z-Image, ControlNet's and the like too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -54,8 +57,8 @@ def steered(
     empty: what "perp" measures from, the empty text, where the negative is no text: one, as the negative is given.
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
-    that is the prompt's: diffusers' own pipelines put it last ("second half"). CFG's own negative acts as well. A
-    guided pipeline is refused at "all", and Flux' ``true_cfg_scale``, whose two halves are two forwards, at any.
+    that is the prompt's: diffusers' own pipelines put it last ("second half"), Z-Image's first. CFG's own negative acts
+    as well. A guided pipeline is refused at "all"; Flux' ``true_cfg_scale`` and Z-Image's ``cfg_truncation`` at any.
     cache: keep a U-Net's keys and values of the negative between forwards; only where no weight and no LoRA's scale
     changes within.
 
@@ -73,18 +76,18 @@ def steered(
     """
     network, plain = called_network(pipe), network_of(pipe)
     family = family_of(plain)
-    chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows)
+    chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows, family)
     attentions = attentions_of(plain, family, chosen.layers)
     latest, earliest = times_of(pipe.scheduler, start, end)
     away = away_of(pipe, negative, empty, chosen, width_of(plain, attentions), pooled_width_of(plain))
     if chosen.neutral:
         yield
         return
-    hooks = _Hooks(Run(chosen, away, rows, cache), Modulation(), own, family, plain, latest, earliest)
+    run = Run(chosen, away, rows, cache)
     with ExitStack() as undo:
         # hooks within what was compiled in place might not run; those around torch.compile's wrapper do
         undo.callback(uncompile(network, wrapped=False))
-        _set_processors(plain, attentions, hooks, undo)
+        hooks = _Hooks(run, _set_processors(plain, family, attentions, run, undo), own, plain, latest, earliest)
         undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
         undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)
         yield
@@ -97,48 +100,60 @@ def steering_of(steering: str | Steering, scale: float | None) -> Steering:
     return Steering(str(steering), scale)
 
 
-def _set_processors(network: Any, attentions: dict[str, Any], hooks: _Hooks, undo: ExitStack) -> None:
-    """Steers ``attentions``, and modulates each text by its own pooled text where there is one, until ``undo``."""
-    found, run = dict(network.attn_processors), hooks.run
-    chosen: dict[str, Any]
-    if FAMILIES[hooks.family].cross_attention:
-        chosen = {name: CrossSteered.around(found[name], run) for name in attentions}
-    else:
-        for name in attentions:
-            refuse_foreign(found[name])
-        kept = install(network, hooks.modulation, undo) if run.away.pooled else {}
-        chosen = {
-            name: JointSteered(found[name], run, kept.get(name.removesuffix(".processor"))) for name in attentions
-        }
+def _set_processors(network: Any, family: str, attentions: dict[str, Any], run: Run, undo: ExitStack) -> Texts:
+    """Steers ``attentions`` until ``undo``. Returns which texts each forward is to read."""
+    found = processors_of(network)
+    texts, chosen = _steered(network, family, {name: found[name] for name in attentions}, run, undo)
     undo.callback(_restore, network)
     set_processors(network, {**found, **chosen})
+    return texts
+
+
+def _steered(
+    network: Any, family: str, found: dict[str, Any], run: Run, undo: ExitStack
+) -> tuple[Texts, dict[str, Any]]:
+    """In place of the processors ``found``; each text is modulated by its own pooled text where there is one."""
+    if FAMILIES[family].cross_attention:
+        return CrossTexts(), {name: CrossSteered.around(inner, run) for name, inner in found.items()}
+    for inner in found.values():
+        refuse_foreign(inner)
+    if FAMILIES[family].filled:
+        stream = OneStream(run, network, FAMILIES[family].filled)
+        stream.install(undo)
+        return stream, {
+            name: StreamSteered(inner, stream, picture=name.startswith("layers.")) for name, inner in found.items()
+        }
+    texts = JointTexts(run, Modulation(), family, network)
+    kept = install(network, texts.modulation, undo) if run.away.pooled else {}
+    return texts, {
+        name: JointSteered(inner, run, kept.get(name.removesuffix(".processor"))) for name, inner in found.items()
+    }
 
 
 def _restore(network: Any) -> None:
-    set_processors(network, {name: unsteered(found) for name, found in network.attn_processors.items()})
+    set_processors(network, {name: unsteered(found) for name, found in processors_of(network).items()})
 
 
 @dataclass
 class _Hooks:
-    """Around each forward of ``network``: is it steered, and, in joint attention, with which tokens.
+    """Around each forward of ``network``: is it steered, and by which texts.
 
     latest, earliest: the network's own times between which it is.
     """
 
     run: Run
-    modulation: Modulation
+    texts: Texts
     own: OwnGuidance
-    family: str
     network: Any
     latest: float
     earliest: float
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]] | None:
-        """A forward pre-hook: the negative's tokens follow the positive's where the two texts share one attention."""
+        """A forward pre-hook: the network reads the negative's tokens too where it reads all texts at once."""
         given = inspect.signature(type(self.network).forward).bind(None, *args, **kwargs).arguments
         del given["self"]
-        self.modulation.clear()  # of a forward that an error ended
-        self.run.active, self.run.reached = self._in_range(given["timestep"]), False
+        self.texts.clear()  # of a forward that an error ended
+        self.run.active, self.run.reached = self._in_range(given), False
         if not self.run.active:
             return None
         if torch.is_grad_enabled() and self.network.is_gradient_checkpointing:
@@ -146,29 +161,27 @@ class _Hooks:
                 "negative steering is for drawing, and this network is under gradient checkpointing: call it under "
                 "torch.no_grad(), or network.disable_gradient_checkpointing() first"
             )
-        text = given["encoder_hidden_states"]
-        self.own.check(given.get("hidden_states"), text)
-        self._check_batch(len(given.get("sample", text)))
-        if FAMILIES[self.family].cross_attention:
-            return None
-        self.run.positive_tokens = text.shape[1]
-        return (), {**given, **self._with_negative(given, text)}
+        latents, prompts = self.texts.latents_and_prompts(given)
+        self.own.check(latents, prompts)
+        self._check_batch(len(given.get("sample", prompts)))
+        changed = self.texts.joined(given)
+        return None if changed is None else ((), {**given, **changed})
 
     def after(self, *_: Any) -> None:
         """A forward hook: a negative that could not act is not passed over in silence."""
         active, self.run.active = self.run.active, False
-        self.modulation.clear()
+        self.texts.clear()
         if active and not self.run.reached:
             raise OneStepError(
                 "the negative could not act: other attention processors were set within `steered`, or the network was "
                 "compiled before it. Set them, or compile, before `steered`"
             )
 
-    def _in_range(self, time: Any) -> bool:
+    def _in_range(self, given: dict[str, Any]) -> bool:
         if self.latest == math.inf and self.earliest == -math.inf:
             return True  # without reading the time from the device
-        first = torch.as_tensor(time).reshape(-1)[0]
-        shown = float(first) * FAMILIES[self.family].divided
+        first = torch.as_tensor(given[self.texts.time]).reshape(-1)[0]
+        shown = self.texts.counted(float(first))
         # times come in the latents' dtype
         slack = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
         slack = max(slack, 1e-5)
@@ -176,42 +189,8 @@ class _Hooks:
 
     def _check_batch(self, batch: int) -> None:
         count = len(self.run.away)
-        if (self.run.rows != "all" and batch % 2) or self._count(batch) % count:
+        if (self.run.rows != "all" and batch % 2) or self.run.count(batch) % count:
             raise OneStepError(
                 f"the network's batch has {batch} rows, of which {self.run.rows} are steered, and there are {count} "
                 "negatives: give one for all pictures, or one for each prompt"
             )
-
-    def _count(self, batch: int) -> int:
-        return batch if self.run.rows == "all" else batch // 2
-
-    def _with_negative(self, given: dict[str, Any], text: Tensor) -> dict[str, Any]:
-        if (given.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:
-            raise OneStepError(
-                "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
-            )
-        away, every = self.run.away, self._spread(self.run.away.tokens.to(text.device, text.dtype), len(text))
-        if away.pooled:
-            lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
-            self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
-        changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
-        if given.get("txt_ids") is not None:
-            # every text lies at the origin of the rotary positions
-            places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
-            changed["txt_ids"] = torch.cat([places, places.new_zeros(every.shape[1], places.shape[1])])
-        return changed
-
-    def _spread(self, negative: Tensor, batch: int) -> Tensor:
-        """[n, ...] -> [batch, ...]. Rows that are not steered carry the other half's negative, which nothing of theirs
-        reads."""
-        count = self._count(batch)
-        return torch.cat([repeated(negative, count)] * (batch // count))
-
-    def _embedded(self, given: dict[str, Any], pooled: Tensor) -> Tensor:
-        """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
-        own = given["pooled_projections"]
-        told = [given["timestep"]]
-        if (factor := FAMILIES[self.family].divided) != 1:
-            guidance = [given["guidance"]] if given.get("guidance") is not None else []
-            told = [value.to(given["hidden_states"].dtype) * factor for value in (*told, *guidance)]
-        return self.network.time_text_embed(*told, self._spread(pooled.to(own.device, own.dtype), len(own)))

@@ -57,6 +57,16 @@ class Run:
         """The rows of a batch that are steered."""
         return part(self.rows, batch)
 
+    def count(self, batch: int) -> int:
+        """How many of a batch are."""
+        return batch if self.rows == "all" else batch // 2
+
+    def spread(self, negative: Tensor, batch: int) -> Tensor:
+        """[n, ...] -> [batch, ...]. Rows that are not steered carry the other half's negative, which nothing of theirs
+        reads."""
+        count = self.count(batch)
+        return torch.cat([repeated(negative, count)] * (batch // count))
+
     def chosen(self, image: Tensor) -> Tensor | None:
         """The same as flags [B], on the device of the picture's tokens [B, ...]; None is all."""
         if self.rows == "all":
@@ -263,20 +273,6 @@ class JointSteered:
     def _streams(self, joined: Tensor) -> Streams:
         before, negative = self.run.positive_tokens, self.run.away.tokens.shape[1]
         return Streams(*joined.split([before, negative, joined.shape[2] - before - negative], 2))
-
-
-# -- both -------------------------------------------------------------------------------------------------------------
-
-
-def unsteered(processor: Any) -> Any:
-    """The processor that was there before steering."""
-    return processor.inner if isinstance(processor, CrossSteered | JointSteered) else processor
-
-
-def is_steered(network: Any) -> bool:
-    """Whether a network is inside `steered`."""
-    found = (getattr(module, "processor", None) for module in network.modules())
-    return any(isinstance(processor, CrossSteered | JointSteered) for processor in found)
 
 
 def _same(states: Tensor) -> Tensor:

@@ -6,12 +6,18 @@ import math
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, STEERING, choices, detect, of_class
 from ..core.schedule import NoiseSchedule, VPSchedule
 from .networks import schedule_of
-from .steer_attention import JOINT, is_steered
+from .steer_attention import JOINT, CrossSteered, JointSteered
+from .steer_one_stream import StreamSteered
+from .threads import processors_of
+
+STEERED = CrossSteered | JointSteered | StreamSteered
+COMPUTED_ANEW = (*JOINT, ZSingleStreamAttnProcessor)
 
 
 def family_of(network: Any) -> str:
@@ -27,10 +33,10 @@ def family_of(network: Any) -> str:
 
 def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
     """The attentions that see a text and are steered, by their processors' names."""
-    found = {name: network.get_submodule(name.removesuffix(".processor")) for name in network.attn_processors}
+    found = {name: network.get_submodule(name.removesuffix(".processor")) for name in processors_of(network)}
     if not FAMILIES[family].cross_attention:
-        # SD3.5's second attention of a block sees the picture alone
-        return {name: attn for name, attn in found.items() if ".attn2." not in name}
+        # SD3.5's second attention of a block, and Z-Image's refiner of noise, see the picture alone
+        return {name: attn for name, attn in found.items() if ".attn2." not in name and "noise_refiner." not in name}
     crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
     if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
         raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
@@ -42,7 +48,7 @@ def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
 
 def refuse_foreign(processor: Any) -> None:
     """A joint attention is computed anew, so that what a foreign processor adds would be lost."""
-    if not isinstance(processor, JOINT) or getattr(processor, "_parallel_config", None) is not None:
+    if not isinstance(processor, COMPUTED_ANEW) or getattr(processor, "_parallel_config", None) is not None:
         name = type(processor).__name__
         what = "an IP-Adapter" if "IPAdapter" in name else "another attention, or one over several devices,"
         raise OneStepError(
@@ -51,14 +57,27 @@ def refuse_foreign(processor: Any) -> None:
 
 
 def width_of(network: Any, attentions: dict[str, Any]) -> int:
-    if FAMILIES[detect(network)].cross_attention:
+    family = detect(network)
+    if FAMILIES[family].cross_attention:
         return next(iter(attentions.values())).cross_attention_dim
-    return network.config.joint_attention_dim
+    return FAMILIES[family].widths(network.config)[0]
 
 
 def pooled_width_of(network: Any) -> int:
     """Of the pooled text that modulates a text's tokens; 0 where none does."""
-    return 0 if FAMILIES[detect(network)].cross_attention else network.config.pooled_projection_dim
+    family = FAMILIES[detect(network)]
+    return 0 if family.cross_attention else family.widths(network.config)[1]
+
+
+def unsteered(processor: Any) -> Any:
+    """The processor that was there before steering."""
+    return processor.inner if isinstance(processor, STEERED) else processor
+
+
+def is_steered(network: Any) -> bool:
+    """Whether a network is inside `steered`."""
+    found = (getattr(module, "processor", None) for module in network.modules())
+    return any(isinstance(processor, STEERED) for processor in found)
 
 
 def times_of(scheduler: Any, start: float, end: float) -> tuple[float, float]:

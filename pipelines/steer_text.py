@@ -14,7 +14,7 @@ from ..core.errors import OneStepError
 from ..core.guidance import Steering
 from .encode import encode_text
 
-Text = str | Sequence[str] | Tensor | Cond
+Text = str | Sequence[str] | Tensor | Sequence[Tensor] | Cond
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Away:
 def away_of(pipe: Any, negative: Text, empty: Text | None, steering: Steering, width: int, pooled: int) -> Away:
     """Texts are encoded as ``steering`` wants them. width, pooled: of the tokens and the pooled text that the network
     reads. OneStepError for a text that it does not."""
+    negative, empty = _joined(negative), _joined(empty)
     told = not isinstance(negative, Tensor | Cond)
     found = _cond_of(pipe, negative, steering)
     _check(found, width, pooled, "negative")
@@ -71,7 +72,14 @@ def away_of(pipe: Any, negative: Text, empty: Text | None, steering: Steering, w
     return _with_empty(_cut(found, steering), _cut(zero, steering))
 
 
-def _cond_of(pipe: Any, text: Text, steering: Steering) -> Cond:
+def _joined(text: Any) -> Any:
+    """Z-Image's encode_prompt gives a tensor [L, C] for each text."""
+    if isinstance(text, list) and text and all(isinstance(one, Tensor) and one.ndim == 2 for one in text):
+        return Cond.concat([Cond(one[None]) for one in text])
+    return text
+
+
+def _cond_of(pipe: Any, text: Any, steering: Steering) -> Cond:
     if isinstance(text, Cond):
         return text
     if isinstance(text, Tensor):

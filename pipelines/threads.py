@@ -66,6 +66,12 @@ def only_here(hook: Callable[..., Any]) -> Callable[..., Any]:
     return mine
 
 
+def processors_of(network: Any) -> dict[str, Any]:
+    """`attn_processors`, which not every network of diffusers has."""
+    found = ((path, module) for path, module in network.named_modules() if hasattr(module, "get_processor"))
+    return {f"{path}.processor": module.get_processor() for path, module in found}
+
+
 def set_processors(network: Any, processors: Mapping[str, Any]) -> None:
     """`set_attn_processor`, but at no moment does another thread find an attention without a processor, or a module
     more or less in the network's tree: one that is there, an IP-Adapter's, is covered, and comes back by its own."""

@@ -81,7 +81,8 @@ class Family:
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
-    unguided: the guidance scale that diffusers' own pipeline has for none.
+    unguided: the guidance scale that diffusers' own pipeline has for none. prompts: the half of a batch of classifier-
+    free guidance that they are there.
     pipelines: diffusers' own, for text to image. second: whether a configuration is the second one's. half: the dtype
     of half the bytes in which it is trained.
 
@@ -128,6 +129,7 @@ class Family:
     unembedded: Literal["cfg", "none"] = "none"
     usual_guidance: float = 1.0
     unguided: float = 1.0
+    prompts: Literal["first half", "second half"] = "second half"
     pipelines: tuple[str, ...]
     second: Callable[[Config], bool] = lambda config: False
     half: Literal["float16", "bfloat16"] = "bfloat16"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Family
+from .family import NORM, Block, Config, Family, Numbers
 from .table import QKV, Row, count, repeated
 
 OUTSIDE = (
@@ -80,10 +80,17 @@ Z_IMAGE = Family(
     tokens=128,
     schedule=FlowSchedule(3.0),
     unguided=0.0,
+    prompts="first half",
     pipelines=("ZImagePipeline",),
     blocks={
         "ZImageTransformerBlock": Block(("feed_forward",), sequence="picture first", filled=TOKENS),
         "JointTransformerBlock": Block(("feed_forward",), sequence="text first", filled=TOKENS),
     },
     ends=r"layers\.\d+\.attention\.to_out\.0",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(3.5),
+        "perp": Numbers(10.0),
+    },
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-EACH = ("sd15", "sd3", "flux")
+EACH = ("sd15", "sd3", "flux", "z_image")
 EXACT = 1e-5  # of the oracle's standard deviation
 
 
@@ -107,6 +107,8 @@ WORDS = {
     "range 0.0 nan": ("nan",),
     "range -0.1 1.0": ("-0.1",),
     "twice": ("already", "Combine"),
+    "not served: lumina2": ("Lumina2", "fill", "Z-Image"),
+    "reference": ("reference pictures", "ReferenceLatent"),
     "not served: flux2": ("Flux2", "positions", "Flux.1"),
     "not served: pixart": ("PixArt", "SD1.5"),
     "not served: video unet": ("SVD", "video"),

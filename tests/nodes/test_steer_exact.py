@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
-NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "wan", "wan-i2v"]
+NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "z_image", "wan", "wan-i2v"]
 NETWORKS += ["wan-i2v without pictures", "flux with a reference picture"]
 CHECKPOINTS = ["sd15 checkpoint", "sd3 checkpoint", "flux checkpoint"]
 TEXTS = ["longer", "equal", "together as long as the video"]

@@ -16,10 +16,15 @@ from onestep.core.cond import Cond
 from onestep.core.lora_file import load_lora
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.pipelines.distill import distill
+from onestep.pipelines.steer import steered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon"]
+# Each text is filled up to 32 tokens or, of more words, to 64: the negative is as long as the prompt, longer, shorter.
+SHORT, LONG = "a wall", "a red dragon in a storm by the sea"
+STEERED = [("nag", SHORT, "red"), ("nasa", SHORT, LONG), ("vsf", LONG, "red"), ("perp", SHORT, LONG)]
+SHARE = 0.3
 RUN = {"warm_start": 1, "pairs": 2, "batch": 2, "steps": 2, "rank": 2, "sizes": "32x32", "preview_samples": 1}
 RUN |= {"teacher_steps": 2, "watch_every": 2, "watch_samples": 4, "preview_every": 2}
 RUNS: dict[str, dict[str, Any]] = {
@@ -36,7 +41,7 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     host = adapt(DiffusionPipeline.from_pretrained(folder))
     inputs = inputs_of(host)
     save_file(inputs, work / "in.safetensors")
-    (work / "told.json").write_text(json.dumps({"prompts": PROMPTS, "runs": RUNS}))
+    (work / "told.json").write_text(json.dumps({"prompts": PROMPTS, "runs": RUNS, "steered": STEERED, "share": SHARE}))
     run_inside("z_image", folder, work)
     report = json.loads((work / "report.json").read_text())
     return host, inputs, load_file(work / "out.safetensors"), report, work
@@ -96,6 +101,20 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Any) -> None:
         student = torch.cat([asked(slice(i, i + 1)) for i in (1, 2)])
         assert gap(asked(slice(0, 1)), teacher) > 0.1
     assert gap(mixed, torch.cat([teacher, student])) < 1e-5 and gap(comfys["mixed"], mixed) < 5e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", range(len(STEERED)), ids=[mode for mode, *_ in STEERED])
+def test_a_negative_steers_both_hosts_alike(number: int, hosts: Any) -> None:
+    host, inputs, comfys, _, _ = hosts
+    mode, prompt, negative = STEERED[number]
+    schedule = host.denoiser.schedule
+    sigma = schedule.sigma_at(torch.tensor([1 - SHARE], dtype=torch.float64))
+    x, cond = inputs["x"][:1] * sigma.float(), host.encode([prompt], (32, 32))
+    plain = host.denoiser(x, sigma, cond)
+    with steered(host.pipe, negative, mode):
+        found = host.denoiser(x, sigma, cond)
+    assert gap(comfys[f"steered/{number}"], found) < 5e-5 and gap(found, plain) > 1e-2
 
 
 @pytest.mark.parametrize("method", RUNS)

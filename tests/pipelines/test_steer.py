@@ -20,8 +20,9 @@ from torch import Tensor
 
 from onestep.core.errors import OneStepError
 from onestep.pipelines import Steering, adapt, steered
+from onestep.pipelines.threads import processors_of
 
-NAMES = [*UNETS, *JOINT]
+NAMES = [*UNETS, *JOINT, "z_image"]
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def unchanged(network: Any) -> Iterator[None]:
     def state() -> tuple[Any, ...]:
         hooks = [len(network._forward_pre_hooks), len(network._forward_hooks)]
         weights = {name: (value.data_ptr(), value._version) for name, value in network.state_dict().items()}
-        return dict(network.attn_processors), hooks, list(dict(network.named_modules())), weights
+        return processors_of(network), hooks, list(dict(network.named_modules())), weights
 
     before = state()
     yield
@@ -88,7 +89,7 @@ def test_two_networks_and_two_steerings_stay_apart() -> None:
 
 
 def with_lora(network: Any, name: str) -> None:
-    added = ["add_k_proj", "add_v_proj"] if name in JOINT and name != "flux" else []
+    added = ["add_k_proj", "add_v_proj"] if name in ("sd3", "sd35") else []
     network.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v", *added], init_lora_weights=False), "one")
     torch.nn.Module.to(network, torch.float64)
     torch.manual_seed(3)
@@ -97,7 +98,7 @@ def with_lora(network: Any, name: str) -> None:
             torch.nn.init.normal_(weight, std=0.3)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
 def test_a_lora_acts_on_the_negatives_keys_and_values_too(name: str) -> None:
     """At each scale the same as with the LoRA folded into the weights, though the scale changes within `steered`."""
     pipe, network = pipe_of(name)
@@ -189,6 +190,7 @@ def test_a_compiled_network_follows_each_steering(name: str) -> None:
         ("sd15", texts(1, 6)[:, :, :20], {}, "20 wide, this network reads 24"),
         ("sd35", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
         ("flux", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
+        ("z_image", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
         ("sd15", texts(1, 6)[0], {}, r"the negative is \(6, 24\)"),
         ("sd15", 7, {}, "the negative is int"),
         ("sd15", texts(1, 6), {"scale": float("nan")}, "scale is nan"),
@@ -277,7 +279,7 @@ def test_a_masked_prompt_is_steered_by_the_others() -> None:
         torch.testing.assert_close(found, run("sd15", network, shorter), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
 def test_it_does_not_act_in_training(name: str) -> None:
     pipe, network = pipe_of(name)
     network.requires_grad_(True).train()
@@ -292,7 +294,7 @@ def test_it_does_not_act_in_training(name: str) -> None:
         host.release()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
 def test_gradients_pass_without_checkpointing(name: str) -> None:
     """Finite differences of the picture's sum along one direction; SD3 and Flux round to float32 on their way."""
     pipe, network = pipe_of(name)

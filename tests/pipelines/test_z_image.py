@@ -18,7 +18,6 @@ from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.one_step import OneStepPipeline
-from onestep.pipelines.steer import steered
 
 PROMPTS = ["a cat", "red dog " + 20 * "a cat ", "a", "dog a cat"]
 
@@ -62,9 +61,3 @@ def test_other_models_of_its_class_are_refused_by_name() -> None:
     network.siglip_embedder = torch.nn.Linear(2, 2)
     with pytest.raises(OneStepError, match="Z-Image Omni models cannot be adapted yet: use .* or Z-Image"):
         detect(network)
-
-
-def test_negatives_are_refused_by_name_as_yet() -> None:
-    served = "ZImageTransformer2DModel is not served by negative steering: use SD1.5, SD2, SDXL, SD3, SD3.5 or Flux"
-    with pytest.raises(OneStepError, match=served), steered(make("z_image"), "red", "nag"):
-        pass

@@ -41,6 +41,12 @@ WAN = {
     **{"image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 2},
     **{"in_dim": 16, "out_dim": 16, "text_dim": 4096, "freq_dim": 32, "patch_size": (1, 2, 2)},
 }
+Z_IMAGE = {
+    **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 288, "cap_feat_dim": 64, "n_layers": 2},
+    **{"n_refiner_layers": 1, "qk_norm": True, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
+    **{"axes_lens": [64, 32, 32], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True},
+    **{"time_scale": 1000.0, "pad_tokens_multiple": 32},
+}
 SDXL = {"context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
 SVD = {
     **{"in_channels": 8, "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential"},
@@ -56,13 +62,15 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd3": (supported.SD3, SD3),
     "sd35": (supported.SD3, {**SD3, "x_block_self_attn_layers": [0]}),
     "flux": (supported.Flux, FLUX),
+    "z_image": (supported.ZImage, Z_IMAGE),
+    "lumina2": (supported.ZImage, {**Z_IMAGE, "z_image_modulation": False, "pad_tokens_multiple": None}),
     "wan": (supported.WAN21_T2V, WAN),
     "wan-i2v": (supported.WAN21_I2V, {**WAN, "model_type": "i2v", "in_dim": 36}),
     "video unet": (supported.SVD_img2vid, {**UNET, **SVD}),
     "flux2": (supported.Flux2, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [3], "axes_dim": [16, 16, 16, 16]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
-WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048}
+WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "lumina2": 64}
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},
@@ -195,17 +203,20 @@ def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], shar
     noise = noise_of(model)
     sigma = torch.tensor([min(float(base.model_sampling.sigma_max), base.model_sampling.percent_to_sigma(share))])
     entries = [positive[0], negative[0], *(empty_for(negative) if form["mode"] == "perp" else ())]
-    longest = max(text.shape[1] for text, _ in entries)
-    filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t, _ in entries]
+    texts, fill = [text for text, _ in entries], getattr(base.diffusion_model, "pad_tokens_multiple", 1)
+    longest = max(-(-text.shape[1] // fill) * fill for text in texts)
+    filled = [torch.cat((t, 9 * torch.randn(1, longest - t.shape[1], t.shape[2])), 1) for t in texts]
     told = base.extra_conds(**positive[0][1], noise=noise, device=noise.device)
     pictures = [noise, *(told["ref_latents"].cond if "ref_latents" in told else [])]
-    image = sum(picture.shape[-1] * picture.shape[-2] // 4 for picture in pictures)
+    image = sum(-(-picture.shape[-1] * picture.shape[-2] // 4 // fill) * fill for picture in pictures)
     told = {name: as_rows(value.cond, len(entries)) for name, value in told.items()}
-    if form["mode"] != "vsf":
+    if fill > 1:
+        told = {"num_tokens": longest}
+    elif form["mode"] != "vsf":
         told["y"] = torch.cat([more["pooled_output"][:1] for _, more in entries])
-    override = Doubled(form, [text.shape[1] for text, _ in entries], longest, image)
+    override = Doubled(form, [text.shape[1] for text in texts], longest, image, fill > 1)
     options = {"optimized_attention_override": override}
-    with picture_under_the_positive(base.diffusion_model):
+    with picture_under_the_positive(base.diffusion_model), learnt_filling(base.diffusion_model, texts, fill):
         x0 = base.apply_model(
             torch.cat([noise * sigma] * len(entries)),
             sigma.repeat(len(entries)),
@@ -215,6 +226,25 @@ def doubled(model: Any, positive: Any, negative: Any, form: dict[str, Any], shar
         )
     assert override.joint and float((x0[:1] - x0).abs().max()) < 1e-5 * float(x0.std()), "all rows hold one picture"
     return x0[:1]
+
+
+@contextmanager
+def learnt_filling(network: Any, texts: list[Tensor], fill: int) -> Iterator[None]:
+    """Within, the tokens behind each row's text are those that Z-Image fills it up by, to the same length for all."""
+    if fill == 1:
+        yield
+        return
+    assert len({-(-text.shape[1] // fill) for text in texts}) == 1, "rows are filled up to one length here"
+
+    def learnt(module: Any, given: Any, out: Tensor) -> Tensor:
+        own = torch.tensor([text.shape[1] for text in texts])[:, None]
+        return torch.where((torch.arange(out.shape[1]) < own)[..., None], out, network.cap_pad_token)
+
+    handle = network.cap_embedder.register_forward_hook(learnt)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def as_rows(value: Any, rows: int) -> Any:
@@ -265,12 +295,20 @@ def single_block(block: Any, x: Tensor, vec: Tensor, pe: Tensor, transformer_opt
 
 
 class Doubled:
-    """An attention override over rows [text, image], the shorter texts filled up: the positive's comes first."""
+    """An attention override over rows [text, image], the shorter texts filled up: the positive's comes first.
 
-    def __init__(self, form: dict[str, Any], lengths: list[int], longest: int, image: int) -> None:
+    learnt: what fills a text up is seen, but for the negative's by VSF's picture.
+    """
+
+    def __init__(
+        self, form: dict[str, Any], lengths: list[int], longest: int, image: int, learnt: bool = False
+    ) -> None:
         self.form, self.lengths, self.longest, self.image, self.joint = form, lengths, longest, image, 0
+        self.seen = [longest] * len(lengths) if learnt else lengths
 
-    def __call__(self, attend: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **rest: Any) -> Tensor:
+    def __call__(
+        self, attend: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **rest: Any
+    ) -> Tensor:
         flat = not rest.get("skip_reshape")
         parts = [x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) if flat else x for x in (q, k, v)]
         out = self.steered(*parts) if parts[1].shape[2] == self.longest + self.image else look(*parts)
@@ -280,11 +318,11 @@ class Doubled:
     def steered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.joint += 1
         seen = torch.full((len(self.lengths), 1, 1, k.shape[2]), -math.inf, dtype=torch.float64)
-        for row, length in enumerate(self.lengths):
+        for row, length in enumerate(self.seen):
             seen[row, ..., :length] = seen[row, ..., self.longest :] = 0
         out = look(q, k, v, seen)
         if self.form["mode"] == "vsf":
-            keys = [torch.cat((x[:1, :, : self.lengths[0]], x[:1, :, self.longest :]), 2) for x in (k, v)]
+            keys = [torch.cat((x[:1, :, : self.seen[0]], x[:1, :, self.longest :]), 2) for x in (k, v)]
             negative = [x[1:, :, : self.lengths[1]] for x in (k, v)]
             picture = flipped(self.form, q[:1, :, self.longest :], *keys, *negative)
         else:

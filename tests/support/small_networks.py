@@ -69,7 +69,7 @@ def z_image() -> nn.Module:
     in both hosts, and that is more than the 256 of the time's embedding."""
     return ZImageTransformer2DModel(
         **{"dim": 288, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 24},
-        **{"axes_dims": [8, 8, 8], "axes_lens": [64, 32, 32]},
+        **{"axes_dims": [8, 8, 8], "axes_lens": [128, 32, 32]},
     )
 
 

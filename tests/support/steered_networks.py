@@ -23,7 +23,7 @@ from onestep.core.guidance import Steering
 from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
-PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux"}
+PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
 UNETS, JOINT = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep

@@ -38,7 +38,7 @@ import nodes as core
 from onestep.core.guidance import DEFAULTS, Steering
 from onestep.nodes.steer import NegativeSteeringNode, steered_model
 
-JOINT = ("sd3", "flux")
+JOINT = ("sd3", "flux", "z_image")
 SHARES = (0.1, 0.4, 0.6, 0.9)
 told = {}
 
@@ -193,7 +193,7 @@ def ranges(kind, model):
     x0 = x0_of(by("perp", model, early + late), positive, shares=SHARES)
     assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], other[2:])
     joined, alike = ([[text, one[0][1]]] for text in (torch.cat((one[0][0], two[0][0]), 1), two[0][0]))
-    if kind in JOINT:  # each text under its own pooled vector
+    if kind in ("sd3", "flux"):  # each text under its own pooled vector
         assert apart(x0_of(by("perp", model, one + two), positive), x0_of(by("perp", model, joined), positive)) > 1e-3
     return apart(x0_of(by("perp", model, one + alike), positive), x0_of(by("perp", model, joined), positive))
 

@@ -13,6 +13,7 @@ from comfy_steering import FORMS, checkpoint, condition, doubled, empty_for, hoo
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
 
+NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "z_image", "wan")
 LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
 
 
@@ -21,7 +22,7 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
     positive[0][1] |= told
     ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
-    if kind in ("sd3", "sd35", "flux"):
+    if kind in ("sd3", "sd35", "flux", "z_image"):
         expected = doubled(model, positive, negative, form)
     else:
         with hooked(model, negative[0][0], form):
@@ -36,7 +37,7 @@ def every_form(model, kind, **told):
 
 
 with torch.inference_mode():
-    found = {kind: every_form(tiny(kind), kind) for kind in ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "wan")}
+    found = {kind: every_form(tiny(kind), kind) for kind in NETWORKS}
     folder = Path(sys.argv[1])
     found |= {f"{kind} checkpoint": every_form(checkpoint(folder, kind), kind) for kind in ("sd15", "sd3", "flux")}
     clip = SimpleNamespace(penultimate_hidden_states=torch.randn(1, 6, 1280))

@@ -17,7 +17,7 @@ from onestep.nodes.steer import NegativeSteeringNode
 
 FIELDS = {"mode": "NASA", "scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
 NAN = float("nan")
-MODELS = {kind: tiny(kind) for kind in ("sd15", "sdxl", "sd3", "flux")}
+MODELS = {kind: tiny(kind) for kind in ("sd15", "sdxl", "sd3", "flux", "z_image")}
 told = {}
 
 
@@ -76,7 +76,7 @@ for start, end in ((0.5, 0.5), (0.7, 0.2), (NAN, 1.0), (0.0, NAN), (-0.1, 1.0)):
     refused(f"range {start} {end}", lambda start=start, end=end: steered("sd15", start_percent=start, end_percent=end))
 twice = condition("sd15", 5, 2)
 refused("twice", lambda: NegativeSteeringNode.execute(steered("sd15"), twice, **FIELDS))
-for kind in ("flux2", "pixart", "video unet"):
+for kind in ("lumina2", "flux2", "pixart", "video unet"):
     refused(f"not served: {kind}", lambda kind=kind: steered(kind))
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
@@ -102,6 +102,9 @@ masked = condition("flux", 9, 1)
 masked[0][1] |= {"attention_mask": torch.zeros(1, 25, 25), "attention_mask_img_shape": (4, 4)}
 with torch.inference_mode():
     refused("dual guider", dual)
+    told_more = condition("z_image", 9, 1)
+    told_more[0][1]["reference_latents"] = [noise_of(MODELS["z_image"])]
+    refused("reference", lambda: drawn("z_image", positive=told_more))
     refused("masked", lambda: drawn("flux", positive=masked))
     refused("style", lambda: drawn("flux", lambda model: model.set_model_patch(lambda told: told, "post_input")))
     longer_block = ("dit", "double_block", 0)

@@ -1,17 +1,24 @@
 """z_image.py FOLDER WORK: a tiny Z-Image in ComfyUI. WORK/in.safetensors: inputs and adapters, for texts of two
-lengths; WORK/out.safetensors: its texts, D and every gradient, checkpointed or not. Then a short run of each method."""
+lengths; WORK/out.safetensors: its texts, D and every gradient, checkpointed or not, x0 steered away from a negative.
+Then a short run of each method."""
 
 import json
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
 import torch
+from comfy_steering import x0_of
 from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.guidance import Steering
 from onestep.core.recomputed import GRADES, recomputed
 from onestep.nodes.adapt import adapted
+from onestep.nodes.steer import steered_model
+from onestep.nodes.steer_text import encode_negative
 from onestep.nodes.tiny_models.model import load_tiny
 from onestep.training.distil import distil
 from onestep.training.presets import preset
@@ -46,10 +53,19 @@ def measured(host):
     return out, again
 
 
+def steered(model, clip, mode, prompt, negative):
+    positive, away, empty = (encode_negative(clip, text) for text in (prompt, negative, ""))
+    clone = steered_model(model, away, Steering(mode), empty=empty)
+    return x0_of(clone, positive, shares=(told["share"],), noise=given["x"][:1])[0]
+
+
 with torch.inference_mode():
     model, clip, vae = load_tiny(FOLDER)
     with adapted(model, clip, vae) as host:
         out, again = measured(host)
+    for number, (mode, *texts) in enumerate(told["steered"]):
+        out[f"steered/{number}"] = steered(model, clip, mode, *texts)
+    with adapted(model, clip, vae) as host:
         schedule = host.denoiser.schedule
         report = {"family": host.family, "shift": schedule.shift, "blocks": len(host.blocks), "again": again}
         report |= {"missing": [name for name, value in out.items() if not bool(value.any())], "files": {}}

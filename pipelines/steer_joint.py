@@ -1,0 +1,87 @@
+"""Which texts a forward of a steered network reads: those of a U-Net as they are, the prompt's and the negative's in
+one sequence where text and picture attend jointly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import OneStepError
+from ..core.families import FAMILIES
+from .steer_attention import Run
+from .steer_modulation import Modulation
+
+Given = dict[str, Any]
+"""A forward's arguments by name."""
+
+
+@dataclass
+class CrossTexts:
+    """Of U-Nets, whose attentions read the negative by themselves."""
+
+    time = "timestep"
+
+    def counted(self, time: float) -> float:
+        """The network's time as its schedule counts it."""
+        return time
+
+    def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
+        return None, given["encoder_hidden_states"]
+
+    def joined(self, given: Given) -> Given | None:
+        """What changes of a steered forward's arguments; None is nothing."""
+        return None
+
+    def clear(self) -> None:
+        """After a forward: nothing of it stays."""
+
+
+@dataclass
+class JointTexts:
+    """Of SD3 and Flux: the negative's tokens follow the prompt's, each text's modulated by its own pooled text."""
+
+    run: Run
+    modulation: Modulation
+    family: str
+    network: Any
+    time = "timestep"
+
+    def counted(self, time: float) -> float:
+        return time * FAMILIES[self.family].divided
+
+    def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
+        return given["hidden_states"], given["encoder_hidden_states"]
+
+    def joined(self, given: Given) -> Given:
+        if (given.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:
+            raise OneStepError(
+                "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
+            )
+        text, away = given["encoder_hidden_states"], self.run.away
+        every = self.run.spread(away.tokens.to(text.device, text.dtype), len(text))
+        self.run.positive_tokens = text.shape[1]
+        if away.pooled:
+            lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
+            self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
+        changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
+        if given.get("txt_ids") is not None:
+            # every text lies at the origin of the rotary positions
+            places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
+            changed["txt_ids"] = torch.cat([places, places.new_zeros(every.shape[1], places.shape[1])])
+        return changed
+
+    def clear(self) -> None:
+        self.modulation.clear()
+
+    def _embedded(self, given: Given, pooled: Tensor) -> Tensor:
+        """[B, C] of time, guidance and ``pooled``, as the network's forward embeds the prompt's."""
+        own = given["pooled_projections"]
+        told = [given["timestep"]]
+        if (factor := FAMILIES[self.family].divided) != 1:
+            guidance = [given["guidance"]] if given.get("guidance") is not None else []
+            told = [value.to(given["hidden_states"].dtype) * factor for value in (*told, *guidance)]
+        spread = self.run.spread(pooled.to(own.device, own.dtype), len(own))
+        return self.network.time_text_embed(*told, spread)  # type: ignore[no-any-return]

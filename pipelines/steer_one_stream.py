@@ -1,0 +1,183 @@
+"""Z-Image, steered: [picture, prompt, negative] in one sequence, each text filled up, refined and placed as if alone.
+
+The network reads both texts as one. Learnt tokens go where each is filled up, positions are those of each text right
+before the picture, and every attention keeps the texts apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.guidance import Streams
+from ..core.one_stream import Texts
+from ..kernels import attention
+from .heads import heads, merged, normed
+from .steer_attention import Run
+from .steer_joint import Given
+from .threads import only_here
+
+Parts = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Rows of a forward that are equally long. rows: which; a slice is all. picture: its tokens, filled up."""
+
+    rows: Any
+    picture: int
+    texts: Texts
+
+    def split(self, states: Tensor, picture: bool) -> list[Tensor]:
+        """[B, H, N, D] -> these rows of the picture, if it is there, and of each text, without the batch's padding."""
+        sizes = [*([self.picture] if picture else ()), *self.texts.filled]
+        return list(states[self.rows, :, : sum(sizes)].split(sizes, 2))
+
+
+@dataclass
+class OneStream:
+    """The texts of a steered forward. multiple: of how many tokens the network makes each text and the picture."""
+
+    run: Run
+    network: Any
+    multiple: int
+    alike: list[Alike] = field(default_factory=list)
+    filling: Tensor | None = None
+    times: list[Tensor] = field(default_factory=list)
+    time = "t"
+
+    def counted(self, time: float) -> float:
+        """1000 sigma of the 1 - sigma that the network is given."""
+        return 1000 * (1 - time)
+
+    def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
+        return given["x"], given["cap_feats"]
+
+    def joined(self, given: Given) -> Given:
+        pictures, prompts = given["x"], given["cap_feats"]
+        rows = [(prompt, *others) for prompt, others in zip(prompts, self._others(prompts), strict=True)]
+        texts = [Texts(tuple(map(len, row)), self.multiple) for row in rows]
+        sizes = [self._picture(picture, given) for picture in pictures]
+        self.alike = _grouped(sizes, texts)
+        self.filling = torch.cat([each.filling for each in texts]).to(prompts[0].device)
+        of_pictures = [torch.full((size,), each.picture) for size, each in zip(sizes, texts, strict=True)]
+        self.times = [torch.cat(of_pictures), torch.cat([each.times for each in texts])]
+        return {"cap_feats": [each.joined(row) for each, row in zip(texts, rows, strict=True)]}
+
+    def clear(self) -> None:
+        self.alike, self.filling, self.times = [], None, []
+
+    def install(self, undo: ExitStack) -> None:
+        """Learnt tokens and positions until ``undo`` closes."""
+        layer, places = self.network.cap_embedder, self.network.rope_embedder
+        undo.callback(layer.register_forward_hook(only_here(self._fill)).remove)
+        undo.callback(setattr, self.network, "rope_embedder", places)
+        self.network.rope_embedder = Places(places, self)
+
+    def _others(self, prompts: list[Tensor]) -> Iterator[Parts]:
+        """The negative of each row, and the empty text where there is one."""
+        away, like = self.run.away, prompts[0]
+        tokens = away.tokens.to(like.device, like.dtype)
+        end = tokens.shape[1] - away.empty
+        lengths = away.lengths or (end,) * len(away)
+        for row in self.run.spread(torch.arange(len(away)), len(prompts)).tolist():
+            yield (tokens[row, : lengths[row]], *((tokens[row, end:],) if away.empty else ()))
+
+    def _picture(self, picture: Tensor, given: Given) -> int:
+        """Tokens of a picture [C, F, h, w], filled up."""
+        _, frames, height, width = picture.shape
+        side, depth = given.get("patch_size", 2), given.get("f_patch_size", 1)
+        own = (frames // depth) * (height // side) * (width // side)
+        return -(-own // self.multiple) * self.multiple
+
+    def _fill(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        """A forward hook of what embeds the texts [T, C] of all rows."""
+        if self.filling is None:
+            return None
+        return torch.where(self.filling[:, None], self.network.cap_pad_token.to(out), out)
+
+
+class Places:
+    """The network's rotary embedding, which is asked for the pictures' tokens, then for the texts'."""
+
+    def __init__(self, inner: Any, texts: OneStream) -> None:
+        self.inner, self.texts = inner, texts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[N, D / 2] complex, of ids [N, 3]: time, row and column; 0, 0, 0 of a token that fills a picture up."""
+        if not (self.texts.run.acting and self.texts.times):
+            return self.inner(ids)  # type: ignore[no-any-return]
+        time = ids[:, 0]
+        time = torch.where(time == 0, time, self.texts.times.pop(0).to(time))
+        angles = self.inner(torch.cat([time[:, None].abs(), ids[:, 1:]], 1))
+        # times below 0 turn the other way; a text's rows and columns are 0, which turn nothing
+        return torch.where(time[:, None] < 0, angles.conj(), angles)
+
+
+def _grouped(pictures: list[int], texts: list[Texts]) -> list[Alike]:
+    rows: dict[tuple[int, Texts], list[int]] = {}
+    for row, key in enumerate(zip(pictures, texts, strict=True)):
+        rows.setdefault(key, []).append(row)
+    if len(rows) == 1:
+        return [Alike(slice(None), pictures[0], texts[0])]
+    return [Alike(torch.tensor(numbers), *key) for key, numbers in rows.items()]
+
+
+class StreamSteered:
+    """Steers one attention of picture and texts, or, where it has no picture, keeps the texts apart."""
+
+    def __init__(self, inner: Any, texts: OneStream, picture: bool) -> None:
+        self.inner, self.texts, self.picture = inner, texts, picture
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Any = None,
+    ) -> Tensor:
+        run = self.texts.run
+        if not run.acting:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)  # type: ignore[no-any-return]
+        run.reached = run.reached or self.picture
+        q, k, v = (heads(layer(hidden_states), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = (_turned(normed(part, norm), freqs_cis) for part, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+        out, flags = torch.zeros_like(v), run.chosen(hidden_states)
+        for alike in self.texts.alike:
+            parts = [alike.split(part, self.picture) for part in (q, k, v)]
+            found = torch.cat(self._steered(alike, parts, flags) if self.picture else _apart(parts), 2)
+            out[alike.rows, :, : found.shape[2]] = found
+        steered = merged(out).to(hidden_states.dtype)
+        for layer in attn.to_out:
+            steered = layer(steered)
+        return steered
+
+    def _steered(self, alike: Alike, parts: list[list[Tensor]], flags: Tensor | None) -> list[Tensor]:
+        """Of the picture and each text. parts: of queries, keys and values."""
+        own, run = alike.texts.own, self.texts.run
+        q, k, v = (Streams(text, torch.cat(others, 2), image) for image, text, *others in parts)
+        empty = alike.texts.filled[2] if len(own) > 2 else 0
+        filling = alike.texts.filled[1] - own[1]
+        chosen = None if flags is None else flags[alike.rows]
+        out = run.steering.joint(q, k, v, chosen, empty, filling)
+        return [out.image, out.positive, out.negative]
+
+
+def _apart(parts: list[list[Tensor]]) -> list[Tensor]:
+    """Each text by itself."""
+    return [attention(*text) for text in zip(*parts, strict=True)]
+
+
+def _turned(states: Tensor, angles: Tensor) -> Tensor:
+    """[B, H, N, D] by angles [B, N, D / 2], complex: neighbours are one complex number, as diffusers has it."""
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles[:, None]).flatten(-2).type_as(states)
