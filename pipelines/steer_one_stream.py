@@ -84,8 +84,8 @@ class OneStream:
         away, like = self.run.away, prompts[0]
         tokens = away.tokens.to(like.device, like.dtype)
         end = tokens.shape[1] - away.empty
-        lengths = away.lengths or (end,) * len(away)
-        for row in self.run.spread(torch.arange(len(away)), len(prompts)).tolist():
+        lengths, batch, count = away.lengths or (end,) * len(away), len(prompts), self.run.count(len(prompts))
+        for row in [at * len(away) // count for at in range(count)] * (batch // count):
             yield (tokens[row, : lengths[row]], *((tokens[row, end:],) if away.empty else ()))
 
     def _picture(self, picture: Tensor, given: Given) -> int:
