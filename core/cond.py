@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, rms_norm
 
 from .errors import OneStepError
 from .sending import sent
@@ -33,6 +33,18 @@ class Cond:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def summary(self) -> Tensor:
+        """[B, P] of each text: its pooled text or, where there is none, the mean of its real tokens, each brought to a
+        root mean square of 1, as a language model's first token is far longer than all others."""
+        if self.pooled is not None:
+            return self.pooled
+        tokens = rms_norm(self.text.to(torch.promote_types(self.text.dtype, torch.float32)), self.text.shape[2:])
+        if self.mask is None:
+            return tokens.mean(1)
+        real = self.mask.to(tokens)[:, :, None]
+        return (tokens * real).sum(1) / real.sum(1)
 
     def __getitem__(self, index: Any) -> Cond:
         """The samples at ``index``, a slice or a tensor of positions."""

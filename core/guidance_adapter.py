@@ -3,10 +3,10 @@ r"""Guidance in one forward: a small network that adds to a frozen base what cla
     D_agd(x, c, w) ~ D_u + w (D_c - D_u)          Adapter Guidance Distillation (arXiv:2503.07274)
 
 Two forms, as the paper attaches them. Attention: each cross-attention of a U-Net gets a second one, over [guidance,
-time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture. Ours: what is
-added is scaled by w - 1, so that at w = 1, where guidance adds nothing, neither does the adapter; and the attention
-form also sees where it looks from and what the first attention found (benchmarks/results/guidance-adapter-tiny.md has
-what that is worth).
+time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture; Z-Image's,
+whose text is modulated as its picture is, for all of both. Ours: what is added is scaled by w - 1, so that at w = 1,
+where guidance adds nothing, neither does the adapter; and the attention form also sees where it looks from and what the
+first attention found (benchmarks/results/guidance-adapter-tiny.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARE = 0.02
 @dataclass(frozen=True)
 class Config:
     """sites: (the layer that is added to, its features), in the order of names. text: width of a prompt's token
-    (attention), or of the pooled prompt (offset). hidden: width of all inside. seed: of the initial values."""
+    (attention), or of its summary (offset). hidden: width of all inside. seed: of the initial values."""
 
     sites: tuple[tuple[str, int], ...]
     text: int
@@ -147,8 +147,8 @@ class GuidanceAttention(nn.Module):
 
 
 class GuidanceOffset(nn.Module):
-    """An adapter module on the blocks of SD3's or Flux' transformer: out(MLP(guidance + time + prompt)) [B, C] for
-    every token of the picture. Otherwise as `GuidanceAttention`."""
+    """An adapter module on the blocks of a transformer of SD3, Flux or Z-Image: out(MLP(guidance + time + prompt))
+    [B, C] for every token of the picture, in Z-Image of the stream. Otherwise as `GuidanceAttention`."""
 
     kind = "guidance-offset"
 
@@ -172,8 +172,7 @@ class GuidanceOffset(nn.Module):
         cond, embed = call.cond, self.conditioning
         if cond.guidance is None:
             return output
-        assert cond.pooled is not None
-        c = embed.scale(cond.guidance) + embed.moment(call.time) + embed.text(cond.pooled.to(embed.phases))
+        c = embed.scale(cond.guidance) + embed.moment(call.time) + embed.text(cond.summary.to(embed.phases))
         added = _beyond_one(call, output) * self.out[self.at[name]](self.mix(c))[:, None].to(output)
         # Flux' single blocks hold the text's tokens before the picture's
         words = cond.text.shape[1] if name.startswith("single_") else 0

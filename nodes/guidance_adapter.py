@@ -20,6 +20,7 @@ from .adapter_hooks import AdapterHooks, targets_of
 from .applied_adapter import AppliesAdapter, adapter_input, base_input, dial_input
 from .denoiser import schedule_of
 from .places import ADAPTERS, named_places, path_of
+from .steer_run import PROMPT
 
 KEY = "onestep_guidance_adapter"
 ROLE = "guided"
@@ -95,6 +96,7 @@ class Guided:
         flags = options.get("cond_or_uncond") or [0]
         scales = torch.tensor([1.0 if flag else self.guidance for flag in flags], device=x.device)
         pooled = kwargs.get("y") if FAMILIES[self.family].pooled else None
+        text = options.get(PROMPT, text) if FAMILIES[self.family].filled else text  # whose summary is of the prompt
         return Cond(text, pooled=pooled, guidance=scales.repeat_interleave(len(x) // len(flags)))
 
 

@@ -22,6 +22,8 @@ from .steer_attention import Reached
 from .steer_networks import Call, KeysValues, Served, bare
 
 KEY = "onestep_negative_steering"
+PROMPT = "onestep_prompt"
+"""In transformer_options: the prompt's own tokens, for adapters that run within, where the context holds others too."""
 Entry = dict[str, Any]
 """One of a CONDITIONING's texts, as the sampler prepares it."""
 
@@ -86,6 +88,7 @@ class NegativeSteering:
         active = self._active(executor.class_obj, x, t, run) if 0 in flags and not management.in_training else []
         if not active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        options[PROMPT] = c_crossattn
         call = self._call(executor.class_obj, x, c_crossattn, flags, active, run)
         context = self.served.steer(call, options)
         with self._compiled_apart(executor.class_obj, call, run, kwargs), self.served.within(call, options):

@@ -32,6 +32,7 @@ ORDER = {
     "unet": ("sample", "timestep", "encoder_hidden_states"),
     "sd3": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+    "z_image": ("x", "t", "cap_feats"),
 }
 
 
@@ -42,8 +43,8 @@ def load_guidance_adapter(
 
     It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. rows: which
     of the network's batch are guided; a pipeline with guidance of its own is refused, unless that is told its prompt's
-    half ("second half" in diffusers' pipelines): then both act. Raises OneStepError for a file that is no adapter, or
-    one of another base.
+    half ("second half" in diffusers' pipelines, but for Z-Image's): then both act. Raises OneStepError for a file that
+    is no adapter, or one of another base.
     """
     return GuidanceDial(pipe, read_guidance_adapter(pipe, file), guidance, rows)
 
@@ -77,7 +78,8 @@ class GuidanceDial(OnNetwork):
             self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
             self._roles.add_module(ROLE, module)
             self._roles.install()
-            self._attach(pipe, network, own)
+            # Z-Image's summary is the prompt's alone, whatever a steered forward's texts are
+            self._attach(pipe, network, own, first=FAMILIES[self._family].filled > 0)
 
     @property
     def guidance(self) -> float:
@@ -90,22 +92,33 @@ class GuidanceDial(OnNetwork):
     def _before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call that begins is the guided role's, and is about these times and prompts."""
         told = dict(zip(ORDER[self._family], args, strict=False)) | kwargs
-        x: Tensor = told[ORDER[self._family][0]]
-        text: Tensor = told["encoder_hidden_states"]
+        x, text = told[ORDER[self._family][0]], told.get("cap_feats", told.get("encoder_hidden_states"))
         self._own.check(x, text)
-        time = torch.as_tensor(told["timestep"], device=x.device).expand(len(x))
-        mask = told.get("encoder_attention_mask")
-        mask = None if mask is None else mask.bool()
-        cond = Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=self._scales(x))
-        self._module.to(x.device)
+        device = x[0].device
+        scales = self._scales(len(x), device)
+        self._module.to(device)
         with self._roles.use(ROLE):
-            call = self._roles.capture(len(x), time.float() * FAMILIES[self._family].divided, cond)
+            call = self._roles.capture(len(x), self._time(told, len(x), device), self._cond(told, text, scales))
         self._begin(call)
 
-    def _scales(self, x: Tensor) -> Tensor | None:
-        """[B], 1 for rows that are not guided; None, at which the adapter does not even look, where none is."""
+    def _time(self, told: dict[str, Any], batch: int, device: torch.device) -> Tensor:
+        """[batch] as the training's network is told it."""
+        if "t" in told:  # Z-Image is given what is left of the noise
+            return 1000 * (1 - torch.as_tensor(told["t"], device=device).float().expand(batch))
+        time = torch.as_tensor(told["timestep"], device=device).expand(batch)
+        return time.float() * FAMILIES[self._family].divided
+
+    def _cond(self, told: dict[str, Any], text: Any, scales: Tensor | None) -> Cond:
+        if isinstance(text, list):  # of tokens [L, C]
+            return Cond.concat([Cond(tokens[None]) for tokens in text]).with_(guidance=scales)
+        mask = told.get("encoder_attention_mask")
+        mask = None if mask is None else mask.bool()
+        return Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=scales)
+
+    def _scales(self, batch: int, device: torch.device) -> Tensor | None:
+        """[batch], 1 for rows that are not guided; None, at which the adapter does not even look, where none is."""
         if self.guidance == 1:
             return None
-        scales = torch.ones(len(x), device=x.device)
-        scales[part(self._own.rows, len(x))] = self.guidance
+        scales = torch.ones(batch, device=device)
+        scales[part(self._own.rows, batch)] = self.guidance
         return scales

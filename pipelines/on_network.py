@@ -34,11 +34,14 @@ class OnNetwork:
 
     _roles: Roles
 
-    def _attach(self, pipe: Any, network: Any, own: Callable[[Hook], Hook] = lambda hook: hook) -> None:
-        """Hang on ``network``, which runs uncompiled meanwhile. own: what each hook is wrapped in."""
+    def _attach(
+        self, pipe: Any, network: Any, own: Callable[[Hook], Hook] = lambda hook: hook, first: bool = False
+    ) -> None:
+        """Hang on ``network``, which runs uncompiled meanwhile. own: what each hook is wrapped in. first: before what
+        hangs there already."""
         self._calls: dict[int, list[Any]] = {}  # of each thread
         self._compile_again = uncompile(pipe if isinstance(pipe, nn.Module) else called_network(pipe))
-        before = network.register_forward_pre_hook(own(self._before), with_kwargs=True)
+        before = network.register_forward_pre_hook(own(self._before), prepend=first, with_kwargs=True)
         self._handles = [before, network.register_forward_hook(own(self._after), always_call=True)]
 
     def remove(self) -> None:

@@ -71,9 +71,10 @@ class Family:
 
     Latents, text, time:
     patch: latents along a side of one token. packed: diffusers' network reads a row of patches, and its in_channels
-    counts a whole one. folded: latents along a side of the autoencoder's that are one of the network's, normed by its
-    statistics. widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled:
-    every model reads pooled text.
+    counts a whole one. innermost: whether the channels vary fastest in a patch that is embedded as a token, else
+    slowest. folded: latents along a side of the autoencoder's that are one of the network's, normed by its statistics.
+    widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled: every model
+    reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
     it), "grouped" into a call for each, must be "equal", or are "filled in front" by zeros to `tokens`, as ComfyUI's
     model itself does. filled: a text is filled up to a multiple of so many tokens by the network itself; 0 where it is
@@ -91,8 +92,8 @@ class Family:
     of several sizes, with ControlNets' residuals between them. cross_attention: the picture alone attends to the text;
     else both attend jointly. ends: pattern of the layers by which what attention found enters the stream, where
     adapters add. entry: what writes the picture's stream at first; "" where no control is served. summary: the layer
-    that reads the text as one vector; "" where none does. steering: by mode, the numbers of a negative where nobody
-    gives any; none where steering is not served.
+    that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. steering: by mode,
+    the numbers of a negative where nobody gives any; none where steering is not served.
     """
 
     title: str
@@ -118,6 +119,7 @@ class Family:
     patch: int
     packed: bool = False
     folded: int = 1
+    innermost: bool = False
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
     lengths: Literal["repeated", "equal", "grouped", "filled in front"]

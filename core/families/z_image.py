@@ -73,6 +73,7 @@ Z_IMAGE = Family(
     width=lambda config: config.get("dim"),
     architecture={None: "z-image/lora"},
     patch=2,
+    innermost=True,
     widths=_widths,
     pooled=False,
     lengths="grouped",
@@ -86,7 +87,9 @@ Z_IMAGE = Family(
         "ZImageTransformerBlock": Block(("feed_forward",), sequence="picture first", filled=TOKENS),
         "JointTransformerBlock": Block(("feed_forward",), sequence="text first", filled=TOKENS),
     },
+    entry="all_x_embedder.2-1",
     ends=r"layers\.\d+\.attention\.to_out\.0",
+    summary="cap_embedder.1",
     steering={
         "nasa": Numbers(0.25),
         "nag": Numbers(5.0),

@@ -29,7 +29,7 @@ from onestep.core.guidance_adapter import MAKERS, check_base, new_adapter, with_
 from onestep.core.roles import Roles
 
 W = torch.tensor([3.5, 7.25], dtype=torch.float64)
-UNSERVED = ["z_image", "flux2"]
+UNSERVED = ["flux2"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -61,7 +61,7 @@ def drawn(name: str, network: Any, roles: Roles, inputs: Any, cond: Cond, w: Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", narrowed([name for name in CASES if name not in UNSERVED], "sd15", "flux"))
+@pytest.mark.parametrize("name", narrowed([name for name in CASES if name not in UNSERVED], "sd15", "flux", "z_image"))
 def test_a_new_adapter_is_none_to_the_bit(name: str, dtype: torch.dtype) -> None:
     network, roles, inputs, cond = on(name, dtype)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_new_adapter_is_none_to_the_bit(name: str, dtype: torch.dtype) -> None
                 assert found.dtype == dtype and torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("name", narrowed([name for name in CASES if name not in UNSERVED], "sd15", "flux"))
+@pytest.mark.parametrize("name", narrowed([name for name in CASES if name not in UNSERVED], "sd15", "flux", "z_image"))
 def test_a_trained_one_is_silent_at_one_and_where_it_is_told_nothing(name: str) -> None:
     network, roles, inputs, cond = on(name)
     scattered(roles.modules["student"])
@@ -177,22 +177,38 @@ def test_the_attention_form_in_numpy(mask: bool) -> None:
     check_attention(module, mask)
 
 
+SITES = {
+    "sd3": ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_out.0"],
+    "flux": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"],
+    "z_image": ["layers.0.attention.to_out.0", "layers.1.attention.to_out.0"],
+}
+
+
+def told_text(family: str) -> tuple[Cond, Array]:
+    """A condition, and what the adapter makes of its text: the pooled one, or the mean of the real tokens, each brought
+    to a root mean square of 1."""
+    if family != "z_image":
+        pooled = inputs_of(family)["pooled"]
+        return Cond(torch.zeros(2, 5, 24), pooled=pooled, guidance=W), pooled.numpy()
+    text = inputs_of(family)["text"] * torch.tensor([1000.0, 1, 1, 1, 1])[:, None]
+    cond = Cond(text, torch.arange(5) < torch.tensor([[5], [3]]), guidance=W)
+    tokens = text.numpy() / np.sqrt((text.numpy() ** 2).mean(2, keepdims=True))
+    return cond, np.stack([tokens[0].mean(0), tokens[1, :3].mean(0)])
+
+
 def check_offset(found: ModuleType, family: str) -> None:
-    """A picture's tokens get one vector each; Flux' single blocks hold the text's tokens first."""
-    network = network_of(family)
+    """A picture's tokens get one vector each, in Z-Image the text's too; Flux' single blocks hold the text's first."""
+    network, names = network_of(family), SITES[family]
     targets = {target.name: target for target in bind_diffusers(network)}
     side = scattered(found.new_adapter(targets, family, 3, share=0.5))
-    width = targets["transformer_blocks.0.attn.to_out.0"].out_rows
-    cond = Cond(torch.zeros(2, 5, 24), pooled=inputs_of(family)["pooled"], guidance=W)
+    width = targets[names[0]].out_rows
+    (cond, summary), state = told_text(family), numpy_state(side)
     time = torch.tensor([750.0, 125.0], dtype=torch.float64)
     output = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    names = ["transformer_blocks.0.attn.to_out.0"]
-    names += ["single_transformer_blocks.0.proj_out"] if family == "flux" else ["transformer_blocks.1.attn.to_out.0"]
-    state = numpy_state(side)
     for number, name in enumerate(names):
         given = side.on_output(name, output, output, Call(time, cond)).detach().numpy() - output.numpy()
         g, t = told(state, W.numpy(), time.numpy())
-        c = g + t + cond.pooled.numpy() @ state["conditioning.text.weight"].T + state["conditioning.text.bias"]  # type: ignore[union-attr]
+        c = g + t + summary @ state["conditioning.text.weight"].T + state["conditioning.text.bias"]
         number = [site for site, _ in side.config.sites].index(name)
         c = silu(silu(c) @ state["mix.1.weight"].T + state["mix.1.bias"])
         c = (W.numpy() - 1)[:, None] * (c @ state[f"out.{number}.weight"].T + state[f"out.{number}.bias"])
@@ -201,7 +217,7 @@ def check_offset(found: ModuleType, family: str) -> None:
         np.testing.assert_allclose(given, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", SITES)
 def test_the_offset_form_in_numpy(family: str) -> None:
     check_offset(module, family)
 
@@ -308,7 +324,7 @@ def test_about_two_per_cent_of_sd15() -> None:
     assert 0.019 < share < 0.021, (share, side.config.hidden)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
 def test_a_file_gives_back_the_adapter(name: str, tmp_path: Path) -> None:
     network, roles, inputs, cond = on(name, torch.float32)
     side, family = scattered(roles.modules["student"]).float(), CASES[name].family
@@ -324,7 +340,7 @@ def test_a_file_gives_back_the_adapter(name: str, tmp_path: Path) -> None:
 
 def test_another_base_is_refused() -> None:
     _, roles, *_ = on("sd15")
-    for name in ("sdxl", "sd3", "flux"):
+    for name in ("sdxl", "sd3", "flux", "z_image"):
         network, case = network_of(name), CASES[name]
         targets = {target.name: target for target in bind_diffusers(network)}
         with pytest.raises(OneStepError, match="this adapter is for another base: it needs 6 layers") as caught:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapted import noisy
 from loaded_adapters import in_either_order, on_another_checkpoint
-from tiny_pipelines import flux, sd, sd3, sdxl
+from tiny_pipelines import flux, sd, sd3, sdxl, z_image
 from torch import Tensor
 
 from onestep.core.adapter_file import save_adapter
@@ -20,8 +20,9 @@ from onestep.core.recipe import Recipe
 from onestep.pipelines.adapt import adapt, denoiser_of, network_of
 from onestep.pipelines.guidance_adapter import load_guidance_adapter
 from onestep.pipelines.one_step import OneStepPipeline
+from onestep.pipelines.steer import steered
 
-PIPES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(embedded=False)}
+PIPES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(embedded=False), "z_image": z_image}
 PROMPTS = ["a cat", "a red dog"]
 
 
@@ -109,7 +110,7 @@ CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
 
 
 def recipe_of(name: str, guidance: float = 1.0) -> Recipe:
-    family = {"sd3": "sd3", "flux": "flux"}.get(name, "unet")
+    family = name if name in ("sd3", "flux", "z_image") else "unet"
     return Recipe((999.0,) if family == "unet" else (1000.0,), guidance=guidance, family=family)
 
 
@@ -137,7 +138,7 @@ def test_one_step_pipeline_draws_under_it(name: str, tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network_of(pipe).modules())
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "z_image"])
 def test_beside_a_recipes_guidance_both_act(name: str, tmp_path: Path) -> None:
     """D_u + k (D_agd - D_u): the negative's own rows are nobody's."""
     pipe, _, file = made(name, tmp_path)
@@ -166,6 +167,46 @@ def test_diffusers_own_guidance_is_refused_unless_told_the_prompts_half(tmp_path
             pipe(PROMPTS, guidance_scale=3.0, **call)
     plain, guided, alone = answers
     assert error(guided[:2], plain[:2]) < 1e-5 and error(guided[2:], alone) < 1e-5 and error(plain[2:], alone) > 1e-2
+
+
+def test_z_images_own_guidance_puts_the_prompt_first(tmp_path: Path) -> None:
+    """Its prompts are lists of tokens of several lengths, and it is told what is left of the noise."""
+    pipe, _, file = made("z_image", tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise, prompts = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), ["a cat", "a red dog " * 12]
+    call = {**CALL, "num_inference_steps": 1, "latents": noise}
+    answers: list[Tensor] = []
+    pipe.transformer.register_forward_hook(lambda _, __, answer: answers.append(torch.stack(answer[0])))
+    pipe(list(prompts), guidance_scale=2.0, **call)
+    with load_guidance_adapter(pipe, file, 5, rows="first half"):
+        pipe(list(prompts), guidance_scale=2.0, **call)
+    with load_guidance_adapter(pipe, file, 5):
+        pipe(list(prompts), guidance_scale=0.0, **call)
+        with pytest.raises(OneStepError, match="guidance_scale=0, or say which half"):
+            pipe("a cat", guidance_scale=1.0, **CALL)
+    plain, guided, alone = answers
+    assert error(guided[2:], plain[2:]) < 1e-5 and error(guided[:2], alone) < 1e-5 and error(plain[:2], alone) > 1e-2
+
+
+@torch.no_grad()
+def test_beside_a_negative_it_reads_the_prompt_alone(tmp_path: Path) -> None:
+    """In either order; NAG away from the prompt itself is none, so that the adapter alone is left."""
+    pipe, _, file = made("z_image", tmp_path)
+    told: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0, **CALL}
+
+    def draw() -> Tensor:
+        images: Tensor = pipe("a cat", generator=torch.Generator().manual_seed(1), **told).images
+        return images
+
+    pipe.set_progress_bar_config(disable=True)
+    with load_guidance_adapter(pipe, file, 5):
+        wanted = draw()
+        with steered(pipe, "a cat", "nag"):
+            assert error(draw(), wanted) < 1e-4
+    with steered(pipe, "a cat", "nag"), load_guidance_adapter(pipe, file, 5):
+        assert error(draw(), wanted) < 1e-4
+    with steered(pipe, "red", "nag"), load_guidance_adapter(pipe, file, 5):
+        assert error(draw(), wanted) > 1e-3
 
 
 def test_flux_own_guidance_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from onestep.core.schedule import FlowSchedule
 from onestep.nodes.denoiser import ComfyDenoiser, schedule_of, with_sizes
 from onestep.nodes.guidance_adapter import guided_model, targets_of
 
-FAMILIES = {"sd15": "unet", "sdxl": "unet", "sd3": "sd3"}
+FAMILIES = {"sd15": "unet", "sdxl": "unet", "sd3": "sd3", "z_image": "z_image"}
 W, CFG = 5.0, 3.0
 
 
@@ -46,7 +46,8 @@ def by_the_trainer(model, family, side, positive):
     if not isinstance(schedule, FlowSchedule):
         alpha = 1 / (1 + level**2).sqrt()
         x, level = x * alpha.float(), level * alpha
-    cond = with_sizes(Cond(positive[0][0], pooled=positive[0][1]["pooled_output"]), (64, 64))
+    pooled = None if family == "z_image" else positive[0][1]["pooled_output"]
+    cond = with_sizes(Cond(positive[0][0], pooled=pooled), (64, 64))
     cond = with_guidance(cond, W)
     with roles.use("student"), torch.no_grad():
         x0 = ComfyDenoiser(base, schedule, roles, "cfg")(x, level, cond)
