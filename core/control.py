@@ -145,10 +145,23 @@ class ControlAdapter(nn.Module):
         control = call.inputs.get("control")
         if control is None:
             return output
+        if output.ndim == 2:
+            return self._in_one_row(name, x, output, call)
         if name == self.config.places[0].name:
             self._note(control, x, output, call)
         feature = float(call.inputs.get("strength", 1.0)) * call.cache[f"control {name}"]
         return output + (feature if output.ndim == 4 else tokens(feature)).to(output.dtype)
+
+    def _in_one_row(self, name: str, x: Tensor, output: Tensor, call: Call) -> Tensor:
+        """diffusers' Z-Image embeds the tokens of all pictures in one row, each of them filled up."""
+        height, width = (side // self.config.cell for side in call.inputs["control"].shape[2:])
+        filled = next(family.filled for family in FAMILIES.values() if family.entry == self.config.places[0].name)
+        room = -(-height * width // filled) * filled
+        if not room or len(output) % room:
+            grid_of(self.config, call.inputs["control"], output[None])  # refuses this size
+        x, output = (part.unflatten(0, (-1, room)) for part in (x, output))
+        changed = self.on_output(name, x[:, : height * width], output[:, : height * width], call)
+        return torch.cat([changed, output[:, height * width :]], 1).flatten(0, 1)
 
     def _note(self, control: Tensor, x: Tensor, output: Tensor, call: Call) -> None:
         """Encode the control at the network's entry, for all places of this call."""

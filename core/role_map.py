@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,14 @@ class RoleMap:
                 f"the roles' rows {sizes} do not add up to the batch of {batch}: give rows for each sample"
             )
         return sizes
+
+
+def inputs_of(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What `Roles.use` was given, for some rows of a call: tensors of n rows serve a call of k n rows over and over."""
+    return {
+        name: value[[row % len(value) for row in rows]] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in inputs.items()
+    }
 
 
 Chosen = Callable[[], RoleMap | None]

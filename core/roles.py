@@ -29,7 +29,7 @@ from .factors import blended, initial, initial_b, leaf, lerp
 from .hook import hook
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
-from .role_map import Captured, RoleMap, Served
+from .role_map import Captured, RoleMap, Served, inputs_of
 from .step_roles import StepRoles
 from .targets import Target
 
@@ -91,7 +91,9 @@ class Roles:
         blocks = tuple((role, n) for (role, _), n in zip(active.blocks, counts, strict=True) if n)
         here = replace(active, blocks=((blocks[0][0], None),) if len(blocks) == 1 else blocks)
         some, call = list(rows), active.call
-        call = call and replace(call, time=call.time[some], cond=call.cond[some], cache={})
+        if call is not None:
+            inputs = inputs_of(call.inputs, some)
+            call = replace(call, time=call.time[some], cond=call.cond[some], inputs=inputs, cache={})
         return replace(here, call=call, served=self._rows_served(here, here.sizes(len(rows))), batch=len(rows))
 
     @property

@@ -14,7 +14,6 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.adapter_file import load_adapter
 from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
@@ -22,6 +21,7 @@ from ..core.control_copy import MAKERS, ControlCopy
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_comfy, detect
+from .control_entry import behind_entry, entering
 from .places import ADAPTERS, files_of, named_places, path_of, stamp
 
 MASK = "mask"
@@ -73,7 +73,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3 and Flux takes besides its picture; a copy's as core's ControlNet has them."""
+    first block of SD3 and Flux takes besides its picture, or as what Z-Image's entry gives; a copy's as core's
+    ControlNet has them."""
 
     def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:
         super().__init__()
@@ -88,6 +89,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         self.sampling: Any = None
         self.blocks: list[int | None] = []
         self.inputs = 0
+        self.entry: Any = None
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Find the adapter's places in the model about to be sampled. Raises OneStepError for another base."""
@@ -100,7 +102,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
             )
         targets = {t.name: t for t in bind_comfy(family, network, model.model_config.unet_config)}
         check_fit(self.adapter, targets)
-        self.sampling = model.model_sampling
+        self.sampling, self.entry = model.model_sampling, targets[self.adapter.config.places[0].name].module
         if FAMILIES[family].unet:
             paths = {module: path for path, module in network.named_modules()}
             places = [paths[targets[place.name].module] for place in self.adapter.config.places]
@@ -119,8 +121,12 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         if FAMILIES[self.family].unet:
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
-        replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
-        replaced[FIRST_BLOCK] = entering(self.strength * tokens(features[0]), replaced.get(FIRST_BLOCK))
+        added = self.strength * tokens(features[0])
+        if FAMILIES[self.family].filled:  # whose blocks cannot be replaced
+            behind_entry(self.entry, added, transformer_options)
+        else:
+            replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
+            replaced[FIRST_BLOCK] = entering(added, replaced.get(FIRST_BLOCK))
         return previous
 
     def _features(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> list[Tensor]:
@@ -134,7 +140,10 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         if not self.adapter.config.latents:
             return self.adapter(hint)
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        return self.adapter(hint, cells_of(self.sampling.calculate_input(t, x), grid))
+        cells = cells_of(self.sampling.calculate_input(t, x), grid)
+        if FAMILIES[self.family].innermost:
+            cells = cells.unflatten(1, (-1, self.patch**2)).transpose(1, 2).flatten(1, 2)
+        return self.adapter(hint, cells)
 
     def _residuals(self, features: list[Tensor]) -> dict[str, list[Any]]:
         """{"input": behind each input block, last first; "middle"; "output"}, as a U-Net takes them."""
@@ -189,24 +198,8 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         return [*super().get_models(), self.patcher]
 
     def cleanup(self) -> None:
-        self.sampling = None
+        self.sampling = self.entry = None
         super().cleanup()
-
-
-def entering(added: Tensor, before: Any) -> Any:
-    """A replacement of SD3's or Flux's first block that gets ``added`` [B, N, C] besides the picture's first N tokens.
-
-    before: the replacement that was there, which goes on with the block, or None.
-    """
-
-    def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        picture = args["img"]
-        # what follows in Flux are the tokens of reference pictures
-        filled = pad(added.to(picture), (0, 0, 0, picture.shape[1] - added.shape[1]))
-        args = {**args, "img": picture + filled}
-        return extra["original_block"](args) if before is None else before(args, extra)
-
-    return replace
 
 
 def _sized(picture: Tensor, size: tuple[int, int]) -> Tensor:

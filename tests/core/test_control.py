@@ -42,25 +42,28 @@ PLACES = {
     "sd3": {"pos_embed.proj": (128, 1)},
     "sd35": {"pos_embed.proj": (128, 1)},
     "flux": {"x_embedder": (128, 1)},
+    "z_image": {"all_x_embedder.2-1": (288, 1)},
 }
 
 
 class World:
-    """A tiny real network in float64, its roles, and an adapter of control pictures [B, 2, 64, 64]."""
+    """A tiny real network in float64, its roles, and an adapter of control pictures [B, 2, 64, 64], or as large as its
+    latents ask for."""
 
     def __init__(self, name: str, sees_latents: bool = True, seed: int = 0) -> None:
         self.case, self.network, self.inputs = CASES[name], network_of(name), inputs_of(name)
         self.roles = Roles(bind_diffusers(self.network))
         shape = tuple(self.inputs["x"].shape[1:])
+        size = 8 * shape[2], 8 * shape[1]
         self.side = new_adapter(
-            *(self.case.family, self.roles.targets, ("mine", 2), SIZE, shape),
+            *(self.case.family, self.roles.targets, ("mine", 2), size, shape),
             width=16,
             sees_latents=sees_latents,
             seed=seed,
         )
         self.roles.load("student", random_state(self.roles.targets.values()))
         self.roles.add_module("student", self.side)
-        self.control = seeded(7)(2, 2, 64, 64).sigmoid()
+        self.control = seeded(7)(2, 2, *size[::-1]).sigmoid()
 
     def stir(self) -> None:
         """Away from the zeros at the start."""
@@ -82,7 +85,7 @@ SERVED = [name for name, case in CASES.items() if FAMILIES[case.family].entry]
 
 def test_a_family_without_a_known_entry_is_refused_by_name() -> None:
     unserved = set(CASES) - set(SERVED)
-    assert unserved == {"z_image", "flux2"}
+    assert unserved == {"flux2"}
     for name in unserved:
         with pytest.raises(OneStepError, match=f"{FAMILIES[name].models} models cannot have a control adapter yet"):
             places_of(name, {})
@@ -114,17 +117,17 @@ def test_its_features_are_added_to_what_the_layers_give(name: str) -> None:
     world = World(name)
     world.stir()
     x = world.inputs["x"]
-    if world.case.family == "unet":
-        seen = x
-    else:  # 2 x 2 latents are one cell, channels first
-        seen = x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    grid, seen = (x.shape[2] // 2, x.shape[3] // 2), x
+    if world.case.family != "unet":  # 2 x 2 latents are one cell, channels first, but in Z-Image
+        order = (0, 3, 5, 1, 2, 4) if name == "z_image" else (0, 1, 3, 5, 2, 4)
+        seen = x.unflatten(2, (grid[0], 2)).unflatten(4, (grid[1], 2)).permute(order).flatten(1, 3)
     with torch.no_grad():
         features = world.side(world.control, seen)
         found, plain = world(control=world.control, strength=0.5), world()
         handles = []
         for place, feature in zip(world.side.config.places, features, strict=True):
-            side = (8 if world.case.family == "unet" else 4) // place.stride
-            assert feature.shape[1:] == (place.channels, side, side)
+            cells = tuple(side // place.stride for side in (x.shape[2:] if world.case.family == "unet" else grid))
+            assert feature.shape[1:] == (place.channels, *cells)
             handles.append(world.roles.targets[place.name].module.register_forward_hook(_adding(0.5 * feature)))
         try:
             wanted = world()
@@ -137,6 +140,8 @@ def test_its_features_are_added_to_what_the_layers_give(name: str) -> None:
 def _adding(feature: Tensor) -> Any:
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         flat = feature if output.ndim == 4 else feature.flatten(2).transpose(1, 2)
+        if output.ndim == 2:  # Z-Image's pictures in one row, each of 24 tokens filled up to 32
+            flat = nn.functional.pad(flat, (0, 0, 0, 8)).flatten(0, 1)
         return output + flat.to(output)
 
     return add

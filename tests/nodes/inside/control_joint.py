@@ -1,4 +1,4 @@
-"""control_joint.py WORK: a control adapter as a CONTROL_NET of SD3 and Flux, against the same adapter as a side."""
+"""control_joint.py WORK: a control adapter as a CONTROL_NET of a transformer, against the same adapter as a side."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from onestep.nodes.control import LoadControlAdapter
 
 WORK = Path(sys.argv[1])
 folder_paths.add_model_folder_path("controlnet", str(WORK))
-EMBED = {"sd3": "x_embedder", "flux": "img_in"}
+EMBED = {"sd3": "x_embedder", "flux": "img_in", "z_image": "x_embedder"}
 
 
 def made(targets, family, shape):
