@@ -10,26 +10,41 @@ import pytest
 import tiny_folders
 import torch
 from diffusers import DiffusionPipeline
+from lora_files import random_lora
 from safetensors.torch import load_file, save_file
 
+from onestep.core import control_copy, guidance_adapter
+from onestep.core.adapter_file import load_adapter, read_told
 from onestep.core.cond import Cond
 from onestep.core.lora_file import load_lora
-from onestep.pipelines.adapt import DiffusersHost, adapt
+from onestep.core.recipe import Recipe
+from onestep.pipelines import diverse
+from onestep.pipelines.adapt import DiffusersHost, adapt, denoiser_of
 from onestep.pipelines.distill import distill
+from onestep.pipelines.guidance_adapter import load_guidance_adapter
+from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.steer import steered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
+MAKERS = guidance_adapter.MAKERS | control_copy.MAKERS
 PROMPTS = ["a red dragon", "a wall", "a red dragon"]
 # Each text is filled up to 32 tokens or, of more words, to 64: the negative is as long as the prompt, longer, shorter.
 SHORT, LONG = "a wall", "a red dragon in a storm by the sea"
 STEERED = [("nag", SHORT, "red"), ("nasa", SHORT, LONG), ("vsf", LONG, "red"), ("perp", SHORT, LONG)]
 SHARE = 0.3
+FOUR = Recipe((1000.0, 900.0, 750.0, 500.0), family="z_image", shift=3.0, sizes=((32, 32),))
+SEED, BASE_STEPS, GUIDANCE = 7, 8, 3.0
 RUN = {"warm_start": 1, "pairs": 2, "batch": 2, "steps": 2, "rank": 2, "sizes": "32x32", "preview_samples": 1}
 RUN |= {"teacher_steps": 2, "watch_every": 2, "watch_samples": 4, "preview_every": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "regression": {name: value for name, value in RUN.items() if name != "warm_start"},
     "dmd": {**RUN, "critic_warm_up": 1, "critic_updates": 1},
+}
+SHORT_RUN = {"batch": 2, "steps": 3, "sizes": "32x32", "watch_every": 0, "preview_every": 0, "learning_rate": 0.01}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "agd": {**SHORT_RUN, "teacher_steps": 2, "states": 1, "guidance_high": 5.0},
+    "nct": {**SHORT_RUN, "pairs": 4, "control": "canny", "control_width": 8, "noise_levels": 2},
 }
 
 
@@ -41,7 +56,10 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     host = adapt(DiffusionPipeline.from_pretrained(folder))
     inputs = inputs_of(host)
     save_file(inputs, work / "in.safetensors")
-    (work / "told.json").write_text(json.dumps({"prompts": PROMPTS, "runs": RUNS, "steered": STEERED, "share": SHARE}))
+    told: dict[str, Any] = {"prompts": PROMPTS, "runs": RUNS | ADAPTERS, "steered": STEERED, "share": SHARE}
+    few = random_lora(DiffusionPipeline.from_pretrained(folder), work / "few.safetensors", FOUR, 0.1)
+    told["diverse"] = [str(few), SHORT, SEED, BASE_STEPS, GUIDANCE]
+    (work / "told.json").write_text(json.dumps(told))
     run_inside("z_image", folder, work)
     report = json.loads((work / "report.json").read_text())
     return host, inputs, load_file(work / "out.safetensors"), report, work
@@ -117,6 +135,15 @@ def test_a_negative_steers_both_hosts_alike(number: int, hosts: Any) -> None:
     assert gap(comfys[f"steered/{number}"], found) < 5e-5 and gap(found, plain) > 1e-2
 
 
+def test_the_base_draws_the_first_part_alike_in_both_hosts(hosts: Any) -> None:
+    _, _, comfys, _, work = hosts
+    fast = OneStepPipeline.from_pipe(DiffusionPipeline.from_pretrained(work / "model"))
+    fast.load_one_step_lora(work / "few.safetensors")
+    call: dict[str, Any] = {"seed": SEED, "output_type": "latent"}
+    wanted = diverse(fast, SHORT, base_steps=BASE_STEPS, guidance=GUIDANCE, **call).images
+    assert gap(comfys["diverse"], wanted) < 1e-4 and gap(fast(SHORT, **call).images, wanted) > 0.1
+
+
 @pytest.mark.parametrize("method", RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Any) -> None:
     """Each compares the deltas by its own loader; the student of the one host in the other has equal factors."""
@@ -132,3 +159,36 @@ def test_what_either_host_trains_both_load(method: str, hosts: Any) -> None:
     for layer in mine:
         products = [b.double() @ a.double() for a, b in (mine[layer], theirs[layer])]
         assert gap(products[1], products[0]) < 0.05, layer
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_either_host_trains_the_same_adapter(method: str, hosts: Any) -> None:
+    """On texts of two lengths: to a twentieth of the way that training has taken it."""
+    host, _, _, report, work = hosts
+    name, said = report["files"][method]
+    assert "bit for bit" in said
+    pipe = DiffusionPipeline.from_pretrained(work / "model")
+    ours = distill(pipe, PROMPTS, method, out=work / method, **ADAPTERS[method])
+    files = ours.path, work / f"comfy-{method}" / name
+    mine, theirs = (load_adapter(path, MAKERS, "z_image").module for path in files)
+    start = type(mine).from_config(**read_told(ours.path)["config"])
+    moved = 0.0
+    for (layer, one), (_, other), (_, first) in zip(*map(parameters_of, (mine, theirs, start)), strict=True):
+        moved += float((one - first).norm())
+        assert float((one - other).norm()) < 0.05 * float((one - first).norm()) + 1e-6, layer
+    assert moved > 0
+
+
+def parameters_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value.detach()) for name, value in module.named_parameters()]
+
+
+@torch.no_grad()
+def test_the_guidance_of_either_host_draws_alike(hosts: Any) -> None:
+    host, inputs, _, report, work = hosts
+    cond = Cond(inputs["text"], mask=inputs["mask"])
+    plain, drawn = denoiser_of(host.pipe)(inputs["x"], inputs["sigma"], cond), []
+    for path in (work / "agd" / "result.safetensors", work / "comfy-agd" / report["files"]["agd"][0]):
+        with load_guidance_adapter(host.pipe, path, 4.0):
+            drawn.append(denoiser_of(host.pipe)(inputs["x"], inputs["sigma"], cond))
+    assert gap(drawn[1], drawn[0]) < 0.1 * gap(drawn[0], plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def noise() -> Tensor:
 def base_state(pipe: Any, steps: int, taken: int, guidance: float) -> Tensor:
     """diffusers' own pipeline, its latents after ``taken`` of ``steps``."""
     seen: list[Tensor] = []
-    more = (
-        {"sigmas": np.linspace(1, 1 / steps, steps), "max_sequence_length": 0} if hasattr(pipe, "transformer") else {}
-    )
+    more: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)} if hasattr(pipe, "transformer") else {}
+    if type(pipe).__name__.startswith("ZImage"):
+        guidance -= 1  # which it counts from 0
+    elif more:
+        more["max_sequence_length"] = 0
     pipe(
         **{"prompt": [PROMPT] * 2, "num_inference_steps": steps, "guidance_scale": guidance, "latents": noise()},
         callback_on_step_end=lambda pipe, step, time, kept: seen.append(kept["latents"].clone()) or kept,
@@ -51,18 +54,21 @@ def rest_of_unet(pipe: Any, x: Tensor) -> Tensor:
     return x
 
 
-def rest_of_sd3(pipe: Any, x: Tensor) -> Tensor:
+def rest_of_flow(pipe: Any, x: Tensor) -> Tensor:
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    told = {"sigmas": [0.9, 0.75, 0.5], "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "latent"}
+    told: dict[str, Any] = {"sigmas": [0.9, 0.75, 0.5], "guidance_scale": 0.0, "output_type": "latent"}
+    told |= {} if type(pipe).__name__.startswith("ZImage") else {"max_sequence_length": 0}
     return pipe([PROMPT] * 2, latents=x, num_inference_steps=3, **told, **SIZE).images
 
 
-RECIPES = PRESETS | {"quarters": Recipe((1000.0, 900.0, 750.0, 500.0), family="sd3", shift=3.0)}
+QUARTERS = Recipe((1000.0, 900.0, 750.0, 500.0), family="sd3", shift=3.0)
+RECIPES = PRESETS | {"quarters": QUARTERS, "z quarters": replace(QUARTERS, family="z_image")}
 CASES = [
     ("sd", {"set_alpha_to_one": True}, 20, 5, "sdxl-lightning-4"),
     ("sd", {"set_alpha_to_one": True}, 4, 1, "sdxl-lightning-4"),
     ("sd", {"set_alpha_to_one": True, **ZERO}, 8, 2, "sdxl-lightning-4"),
     ("sd3", {}, 8, 2, "quarters"),
+    ("z_image", {}, 8, 2, "z quarters"),
 ]
 
 
@@ -70,7 +76,8 @@ BOTH = [(*case, styled) for case in CASES for styled in (False, True)]
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler", "steps", "taken", "preset", "styled"), narrowed(BOTH, BOTH[1], BOTH[2], BOTH[5], BOTH[7])
+    ("name", "scheduler", "steps", "taken", "preset", "styled"),
+    narrowed(BOTH, BOTH[1], BOTH[2], BOTH[5], BOTH[7], BOTH[9]),
 )
 def test_the_base_draws_without_the_one_step_lora_and_the_rest_with_it(
     name: str, scheduler: Any, steps: int, taken: int, preset: str, styled: bool, tmp_path: Path
@@ -93,7 +100,7 @@ def test_the_base_draws_without_the_one_step_lora_and_the_rest_with_it(
     pipe.load_lora_weights(file, adapter_name="onestep")
     if styled:
         pipe.set_adapters(both)
-    wanted = rest_of_sd3(pipe, x) if name == "sd3" else rest_of_unet(pipe, x)
+    wanted = rest_of_unet(pipe, x) if name == "sd" else rest_of_flow(pipe, x)
     scale = float(wanted.std())
     assert float((found - wanted).abs().max()) < 2e-4 * scale
     again = diverse(fast, PROMPT, num_images_per_prompt=2, **call).images

@@ -1,6 +1,6 @@
 """z_image.py FOLDER WORK: a tiny Z-Image in ComfyUI. WORK/in.safetensors: inputs and adapters, for texts of two
-lengths; WORK/out.safetensors: its texts, D and every gradient, checkpointed or not, x0 steered away from a negative.
-Then a short run of each method."""
+lengths; WORK/out.safetensors: its texts, D and every gradient, checkpointed or not, x0 steered away from a negative, a
+picture whose first part the base draws. Then a short run of each method."""
 
 import json
 import sys
@@ -8,6 +8,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
 import torch
 from comfy_steering import x0_of
 from safetensors.torch import load_file, save_file
@@ -15,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
 from onestep.core.guidance import Steering
+from onestep.core.lora_file import load_lora
 from onestep.core.recomputed import GRADES, recomputed
 from onestep.nodes.adapt import adapted
+from onestep.nodes.diversity import OneStepDiversitySigmas
+from onestep.nodes.sample import OneStepSampler
 from onestep.nodes.steer import steered_model
 from onestep.nodes.steer_text import encode_negative
 from onestep.nodes.tiny_models.model import load_tiny
@@ -59,19 +66,34 @@ def steered(model, clip, mode, prompt, negative):
     return x0_of(clone, positive, shares=(told["share"],), noise=given["x"][:1])[0]
 
 
+def diverse(model, clip, path, prompt, seed, steps, cfg):
+    """Two SamplerCustom, of the base and of the few-step model, at the levels of Diversity Sigmas."""
+    recipe = load_lora(path).recipe
+    few = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path), 1.0, 0.0)[0]
+    first, rest = OneStepDiversitySigmas.execute(model, few, recipe, steps, "simple", 0.0).args
+    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+    noise = torch.randn(given["x"][:1].shape, generator=torch.Generator().manual_seed(seed))
+    euler, ours = comfy.samplers.sampler_object("euler"), OneStepSampler.execute(recipe).args[0]
+    half = comfy.sample.sample_custom(model, noise, cfg, euler, first, *texts, torch.zeros_like(noise))
+    return comfy.sample.sample_custom(few, torch.zeros_like(noise), 1.0, ours, rest, *texts, half)
+
+
 with torch.inference_mode():
     model, clip, vae = load_tiny(FOLDER)
     with adapted(model, clip, vae) as host:
         out, again = measured(host)
     for number, (mode, *texts) in enumerate(told["steered"]):
         out[f"steered/{number}"] = steered(model, clip, mode, *texts)
+    out["diverse"] = model.model.process_latent_in(diverse(model, clip, *told["diverse"]))
     with adapted(model, clip, vae) as host:
         schedule = host.denoiser.schedule
         report = {"family": host.family, "shift": schedule.shift, "blocks": len(host.blocks), "again": again}
         report |= {"missing": [name for name, value in out.items() if not bool(value.any())], "files": {}}
     for method, settings in told["runs"].items():
         with adapted(model, clip, vae) as host:
-            made = distil(host, told["prompts"], preset(None, method=method, **settings), WORK / f"comfy-{method}")
+            made = distil(
+                host, told["prompts"], preset(None, **{"method": method, **settings}), WORK / f"comfy-{method}"
+            )
             report["files"][method] = [made.path.name, made.check]
 with torch.inference_mode(False):
     save_file({name: value.detach().clone().contiguous() for name, value in out.items()}, WORK / "out.safetensors")
