@@ -45,8 +45,8 @@ SCALES = {"NASA": 0.25, "NAG": 5.0, "VSF": 1.0, "PERP": 10.0}
 @dataclass(frozen=True)
 class Case:
     """A network with random weights. side: of its latents. tokens: of each text. blocks: on each level of a U-Net going
-    down, or a transformer's double and single ones; none of SD3's last kind, whose text goes nowhere. wide: False = a
-    toy."""
+    down, or a transformer's double and single ones, in Z-Image behind how many of each refiner; none of SD3's last
+    kind, whose text goes nowhere. wide: False = a toy."""
 
     family: str
     side: int
@@ -73,10 +73,13 @@ CASES = {
     "flux-slice": Case("flux", 128, 512, (4, 8)),
     "sd3-whole": Case("sd3", 128, 333, (23, 0)),
     "flux-whole": Case("flux", 128, 512, (19, 38)),
+    "z_image": Case("z_image", 64, 64, (1, 1)),
+    "z_image-whole": Case("z_image", 128, 128, (30, 2)),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),
     "toy-sd3": Case("sd3", 8, 7, wide=False),
     "toy-flux": Case("flux", 8, 7, (1, 1), wide=False),
+    "toy-z_image": Case("z_image", 8, 7, (1, 1), wide=False),
 }
 
 

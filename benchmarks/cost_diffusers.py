@@ -40,6 +40,7 @@ TOYS = {
     },
     "sd3": {"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
     "flux": {"attention_head_dim": 128, "num_attention_heads": 1},
+    "z_image": {"dim": 288, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
 }
 Inputs = dict[str, Any]
 
@@ -73,11 +74,18 @@ def _flux(case: Case, toy: dict[str, Any]) -> Any:
     return diffusers.FluxTransformer2DModel(**toy, num_layers=double, num_single_layers=single, guidance_embeds=True)
 
 
+def _z_image(case: Case, toy: dict[str, Any]) -> Any:
+    layers, refiners = case.blocks
+    lengths = {"axes_lens": [1536, 512, 512]}
+    return diffusers.ZImageTransformer2DModel(**lengths, **toy, n_layers=layers, n_refiner_layers=refiners)
+
+
 MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
     "sd15": lambda case, toy: diffusers.UNet2DConditionModel(**{**SD15, **toy}, layers_per_block=case.blocks[0]),
     "sdxl": lambda case, toy: diffusers.UNet2DConditionModel(**{**SDXL, **toy}, layers_per_block=case.blocks[0]),
     "sd3": _sd3,
     "flux": _flux,
+    "z_image": _z_image,
 }
 
 
@@ -87,6 +95,9 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
+    if case.family == "z_image":
+        told = {"x": [draw(16, 1, case.side, case.side)], "cap_feats": [draw(case.tokens, 2560)]}
+        return {**told, "t": torch.tensor([0.3], device=device), "return_dict": False}
     text = {"sd15": 768, "sdxl": 2048}.get(case.family, 4096)
     told: Inputs = {"encoder_hidden_states": draw(1, case.tokens, text), "return_dict": False}
     told["timestep"] = torch.tensor([700.0], device=device)
@@ -111,16 +122,26 @@ def twice(told: Inputs, negative: Tensor) -> Inputs:
     def double(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: double(key, part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [*value, *value]
         return torch.cat([value, value]) if isinstance(value, Tensor) and name not in alone else value
 
     both = {name: double(name, value) for name, value in told.items()}
+    if "cap_feats" in told:
+        return both | {"cap_feats": [*told["cap_feats"], *negative]}
     return both | {"encoder_hidden_states": torch.cat([told["encoder_hidden_states"], negative])}
+
+
+def answer(found: Any) -> Tensor:
+    """Z-Image's is a list of pictures."""
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Callable[[], Row]]:
     """What makes each row; it has modules of its own over the same weights, so that a compiled one stays as it is."""
     network, told = network_of(case, device, dtype), inputs_of(case, device, dtype)
-    negative = torch.flip(told["encoder_hidden_states"], (2,))
+    prompt = torch.stack(told["cap_feats"]) if "cap_feats" in told else told["encoder_hidden_states"]
+    negative = torch.flip(prompt, (2,))
     shared = [*network.parameters(), *network.buffers()]
 
     def row(prepare: Callable[[Any], Any] = nn.Module.eval, given: Inputs = told, mode: str = "") -> Row:
@@ -131,7 +152,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
         if mode:
             pipe, scale = SimpleNamespace(unet=called, scheduler=None), SCALES[mode.upper()]
             kept.enter_context(steered(pipe, negative, mode, scale=scale, empty=negative.roll(1, 1)))
-        return lambda kept=kept: timed(lambda: called(**given)[0], device)
+        return lambda kept=kept: timed(lambda: answer(called(**given)[0]), device)
 
     found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
     found["AGD"] = partial(row, _guided)

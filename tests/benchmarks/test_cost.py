@@ -20,7 +20,7 @@ import cost  # noqa: E402
 import cost_diffusers  # noqa: E402
 
 SINGLE = ("plain", "NASA", "NAG", "VSF", "PERP", "AGD")
-TOYS = ("toy-sd15", "toy-sd3", "toy-flux")
+TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-z_image")
 
 
 def found_by(name: str) -> dict[str, Any]:
