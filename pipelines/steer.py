@@ -85,8 +85,8 @@ def steered(
         return
     run = Run(chosen, away, rows, cache)
     with ExitStack() as undo:
-        # hooks within what was compiled in place might not run; those around torch.compile's wrapper do
-        undo.callback(uncompile(network, wrapped=False))
+        # hooks within what was compiled might not run, as one stream's; those around torch.compile's wrapper do
+        undo.callback(uncompile(network, wrapped=FAMILIES[family].filled > 0))
         hooks = _Hooks(run, _set_processors(plain, family, attentions, run, undo), own, plain, latest, earliest)
         undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
         undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)

@@ -108,6 +108,18 @@ def test_away_from_the_prompt_itself_nag_changes_nothing() -> None:
         close(run("z_image", network, inputs), plain)
 
 
+def test_a_compiled_network_runs_uncompiled_within() -> None:
+    """Its hooks would not be asked for."""
+    pipe, network = pipe_of("z_image", torch.float32)
+    negative, compiled = cond_of(ragged([6], 7)).to(torch.float32), torch.compile(network, backend="eager")
+    with away(pipe, negative, "nag"):
+        expected = run("z_image", network)
+    pipe.transformer = compiled
+    with away(pipe, negative, "nag"):
+        assert torch.equal(run("z_image", compiled), expected)
+    assert compiled.__dict__["forward"] is not network
+
+
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 PROMPTS, NEGATIVES = ["a cat", "red dog " + 20 * "a cat "], ["red", "a red dog " + 10 * "cat "]
