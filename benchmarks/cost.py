@@ -73,7 +73,7 @@ CASES = {
     "flux-slice": Case("flux", 128, 512, (4, 8)),
     "sd3-whole": Case("sd3", 128, 333, (23, 0)),
     "flux-whole": Case("flux", 128, 512, (19, 38)),
-    "z_image": Case("z_image", 64, 64, (1, 1)),
+    "z_image": Case("z_image", 32, 32, (2, 1)),
     "z_image-whole": Case("z_image", 128, 128, (30, 2)),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),

@@ -67,7 +67,13 @@ class OneStream:
         self.filling = torch.cat([each.filling for each in texts]).to(prompts[0].device)
         of_pictures = [torch.full((size,), each.picture) for size, each in zip(sizes, texts, strict=True)]
         self.times = [torch.cat(of_pictures), torch.cat([each.times for each in texts])]
-        return {"cap_feats": [each.joined(row) for each, row in zip(texts, rows, strict=True)]}
+        changed: Given = {"cap_feats": [each.joined(row) for each, row in zip(texts, rows, strict=True)]}
+        if given.get("controlnet_block_samples") is not None:
+            ends = [size + each.filled[0] for size, each in zip(sizes, texts, strict=True)]
+            longest = max(size + sum(each.filled) for size, each in zip(sizes, texts, strict=True))
+            added = given["controlnet_block_samples"].items()
+            changed["controlnet_block_samples"] = {at: _lengthened(one, ends, longest) for at, one in added}
+        return changed
 
     def clear(self) -> None:
         self.alike, self.filling, self.times = [], None, []
@@ -120,6 +126,15 @@ class Places:
         angles = self.inner(torch.cat([time[:, None].abs(), ids[:, 1:]], 1))
         # times below 0 turn the other way; a text's rows and columns are 0, which turn nothing
         return torch.where(time[:, None] < 0, angles.conj(), angles)
+
+
+def _lengthened(added: Tensor, ends: list[int], longest: int) -> Tensor:
+    """What a ControlNet adds behind a block [B, N, C], for picture and prompt up to ``ends`` alone, as
+    [B, longest, C]."""
+    found = added.new_zeros(len(added), longest, added.shape[2])
+    for row, end in enumerate(ends):
+        found[row, :end] = added[row, :end]
+    return found
 
 
 def _grouped(pictures: list[int], texts: list[Texts]) -> list[Alike]:

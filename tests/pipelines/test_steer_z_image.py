@@ -99,6 +99,19 @@ def test_half_of_a_batch_is_steered(rows: Any, mode: str) -> None:
     close(found, torch.cat([acting, plain] if rows == "first half" else [plain, acting]))
 
 
+def test_a_control_net_acts_beside_it() -> None:
+    """On the picture and the prompt; the negative's tokens are no prompt's."""
+    pipe, network = pipe_of("z_image")
+    inputs, negative, residual = of_sizes([5, 9]), ragged([9, 4], 7), seeded(4)(2, 64, 288)
+    expected = doubled_stream(network, "nag", inputs, [negative], residual=residual)
+    with away(pipe, cond_of(negative), "nag"):
+        found, without = (
+            run("z_image", network, inputs, **more) for more in ({"controlnet_block_samples": {0: residual}}, {})
+        )
+    close(found, expected)
+    assert (found - without).abs().max() > 1e-2 * found.abs().max()
+
+
 def test_away_from_the_prompt_itself_nag_changes_nothing() -> None:
     """So the prompt is filled up, placed and refined as the network does it."""
     pipe, network = pipe_of("z_image")

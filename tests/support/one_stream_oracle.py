@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -101,9 +102,16 @@ def turned(x: Array, turns: Array) -> Array:
 
 @torch.no_grad()
 def doubled_stream(
-    network: Any, mode: str, inputs: dict[str, Any], others: list[list[Tensor]], placed: bool = True
+    network: Any,
+    mode: str,
+    inputs: dict[str, Any],
+    others: list[list[Tensor]],
+    placed: bool = True,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The prediction for ``inputs``, whose text may be a list. others: of each other text, [L, C] for each row.
+    residual: what a ControlNet adds behind the first block to picture and prompt, [B, N, C], whose texts are all of one
+    length when filled up.
 
     placed: False is each row as the network itself places it, which is the same where nothing fills the picture up.
     """
@@ -117,7 +125,12 @@ def doubled_stream(
             layer.attention.set_processor(oracle)
         if placed:
             undo.enter_context(placed_by_the_prompt(network, list(map(len, prompts))))
-        answer = run_z_image(network, {**rows, "text": texts})
+        call = network
+        if residual is not None:
+            of_picture = residual * (torch.arange(residual.shape[1]) < oracle.picture)[:, None]
+            added = torch.cat([residual, *[of_picture] * len(others)])
+            call = partial(network, controlnet_block_samples={0: added})
+        answer = run_z_image(call, {**rows, "text": texts})
     one, *same = answer.chunk(1 + len(others))
     for other in same if placed else []:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(one.abs().max()))

@@ -20,6 +20,7 @@ from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
 from onestep.core.guidance import Steering
 from onestep.core.lora_file import load_lora
+from onestep.core.recipe import Recipe
 from onestep.core.recomputed import GRADES, recomputed
 from onestep.nodes.adapt import adapted
 from onestep.nodes.diversity import OneStepDiversitySigmas
@@ -68,7 +69,7 @@ def steered(model, clip, mode, prompt, negative):
 
 def diverse(model, clip, path, prompt, seed, steps, cfg):
     """Two SamplerCustom, of the base and of the few-step model, at the levels of Diversity Sigmas."""
-    recipe = load_lora(path).recipe
+    recipe = Recipe.from_json(load_lora(path).recipe)
     few = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path), 1.0, 0.0)[0]
     first, rest = OneStepDiversitySigmas.execute(model, few, recipe, steps, "simple", 0.0).args
     texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
