@@ -96,6 +96,18 @@ def test_joint_attention_is_that_of_the_doubled_network(steering: Steering, rows
     check_joint(guidance, steering, None if rows is None else torch.tensor(rows))
 
 
+@pytest.mark.parametrize("name", ["nasa", "nag", "vsf"])
+def test_what_fills_the_negative_up_is_hidden_from_vsfs_picture_alone(name: str) -> None:
+    """The last two of its four tokens; the texts are as they were."""
+    q, k, v = streams()
+    found, whole = (CASES[name].joint(q, k, v, filling=filling) for filling in (2, 0))
+    cut = [Streams(*numpied(p.positive, p.negative[:, :, :2], p.image)) for p in (q, k, v)]
+    image = doubled_by_hand(CASES[name], *cut)[2] if name == "vsf" else whole.image.numpy()
+    np.testing.assert_allclose(found.image.numpy(), image, rtol=1e-10, atol=1e-12)
+    assert torch.equal(found.positive, whole.positive) and torch.equal(found.negative, whole.negative)
+    assert torch.equal(found.image, whole.image) == (name != "vsf")
+
+
 @pytest.mark.parametrize("name", ["nag", "nag, Euclidean", "nag, not blended", "nag, fractional"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_limit_acts_on_some_tokens_and_not_on_others(name: str, joint: bool) -> None:
@@ -317,7 +329,7 @@ JOINS = {
     "no picture beside the negative": ("merge(to_image, found)", "found.out"),
     "the positive for the negative": ("merge(to_image, found)", "merge(to_image, to_positive)"),
     "no picture beside the positive": ("plain = to_image.joined(to_positive)", "plain = to_positive"),
-    "the flipped text for the picture's": ("vsf(plain, to_away[0]", "vsf(plain, to_positive"),
+    "the flipped text for the picture's": ("vsf(plain, away_alone", "vsf(plain, to_positive"),
     "a text that sees itself alone": ("[merge(*parts)", "[parts[1].out"),
     "a text that sees the picture alone": ("merge(of_positive, own_positive)", "of_positive.out"),
     "what is found beside the text is lost": ("steered + (found - plain.out)", "steered"),
