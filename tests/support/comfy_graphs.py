@@ -72,7 +72,8 @@ def graph(name: str, side: int, **nodes: Any) -> dict[str, Any]:
 
 def latents(server: Any, workflow: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What each sampler of the workflow draws."""
-    names = [name for name, node in workflow.items() if node["class_type"] in ("KSampler", "OneStepSample")]
+    samplers = ("KSampler", "SamplerCustomAdvanced", "OneStepSample")
+    names = [name for name, node in workflow.items() if node["class_type"] in samplers]
     finished = server.run({**workflow, **{f"save {name}": saved(name) for name in names}})
     assert finished.status == "success", finished.error
     files = {name: finished.outputs[f"save {name}"]["latents"][0] for name in names}
