@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import OneStepError
 from .families import block_of
 from .families.family import Block
+from .role_map import RoleMap
 from .targets import Target
 
 _UNET = re.compile(r"(?:down_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\.")
@@ -25,10 +27,17 @@ _DIT = re.compile(r"(single_)?(?:transformer_blocks|layers)\.(\d+)\.")
 
 class Features:
     """``count`` of ``blocks``, or all where there are fewer, spread over a U-Net's encoder and middle, or over a
-    transformer: one is the middle of either. targets: the adapted layers, by which blocks are named. Raises
-    OneStepError where there are none."""
+    transformer: one is the middle of either. targets: the adapted layers, by which blocks are named. active: the role
+    map of a running call, which knows its rows where texts of several lengths are calls of their own. Raises
+    OneStepError where there are no blocks."""
 
-    def __init__(self, targets: Mapping[str, Target], blocks: Iterable[nn.Module], count: int) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        blocks: Iterable[nn.Module],
+        count: int,
+        active: Callable[[], RoleMap] = RoleMap,
+    ) -> None:
         found = _in_order(targets, blocks)
         if not found:
             raise OneStepError(
@@ -36,19 +45,21 @@ class Features:
                 "method without a head"
             )
         self.names = [list(found)[place] for place in _spread(list(found), min(count, len(found)))]
-        self._blocks = [found[name] for name in self.names]
+        self._blocks, self._active = [found[name] for name in self.names], active
 
     @contextmanager
     def kept(self, latents: Tensor) -> Iterator[list[Tensor]]:
-        """Within, one call of the network about ``latents`` [B, C, h, w] leaves its features, one a block."""
-        kept: dict[int, Tensor] = {}
+        """Within, one call of the denoiser about ``latents`` [B, C, h, w]; after it its features are there, one a
+        block."""
+        kept: list[list[Tensor]] = [[] for _ in self._blocks]
+        rows: list[int] = []
         found: list[Tensor] = []
 
         def keep(place: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # a copy: ComfyUI's Flux writes what the next block adds into the same memory
-            kept[place] = as_picture(block_of(block), output, latents.shape[-2:]).clone()
-            if len(kept) == len(self._blocks):
-                found.extend(kept[place] for place in range(len(kept)))
+            kept[place].append(as_picture(block_of(block), output, latents.shape[-2:]).clone())
+            if place == 0:
+                rows.extend(self._active().rows)
 
         handles = [block.register_forward_hook(partial(keep, place)) for place, block in enumerate(self._blocks)]
         try:
@@ -56,6 +67,15 @@ class Features:
         finally:
             for handle in handles:
                 handle.remove()
+        found.extend(_in_rows(parts, rows) for parts in kept if parts)
+
+
+def _in_rows(parts: list[Tensor], rows: list[int]) -> Tensor:
+    """The rows of all calls in the order of the whole. rows: which they are; none of a single call."""
+    if not rows:
+        return parts[-1]
+    together = torch.cat(parts)
+    return together[torch.tensor(rows, device=together.device).argsort()]
 
 
 def as_picture(block: Block, output: Any, size: Sequence[int]) -> Tensor:

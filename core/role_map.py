@@ -38,7 +38,7 @@ class RoleMap:
     """Which role serves which rows of a batch, in order. A single block of ``None`` rows serves all of them.
 
     call: what a running call is about; inputs: what `Roles.use` was given for the adapter modules. Of a running call,
-    batch: its rows, served: those that have factors.
+    batch: its rows, served: those that have factors; rows: where it answers some of another call's, which.
     """
 
     blocks: Blocks = ((TEACHER, None),)
@@ -47,6 +47,7 @@ class RoleMap:
     call: Call | None = None
     served: tuple[Served, ...] | None = None
     batch: int | None = None
+    rows: tuple[int, ...] = ()
 
     def sizes(self, batch: int) -> list[int]:
         sizes = [batch if rows is None else rows for _, rows in self.blocks]

@@ -94,7 +94,8 @@ class Roles:
         if call is not None:
             inputs = inputs_of(call.inputs, some)
             call = replace(call, time=call.time[some], cond=call.cond[some], inputs=inputs, cache={})
-        return replace(here, call=call, served=self._rows_served(here, here.sizes(len(rows))), batch=len(rows))
+        served = self._rows_served(here, here.sizes(len(rows)))
+        return replace(here, call=call, served=served, batch=len(rows), rows=tuple(rows))
 
     @property
     def active(self) -> RoleMap:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from onestep.core import control_copy, guidance_adapter
 from onestep.core.adapter_file import load_adapter, read_told
 from onestep.core.cond import Cond
+from onestep.core.features import Features
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.pipelines import diverse
@@ -142,6 +143,25 @@ def test_the_base_draws_the_first_part_alike_in_both_hosts(hosts: Any) -> None:
     call: dict[str, Any] = {"seed": SEED, "output_type": "latent"}
     wanted = diverse(fast, SHORT, base_steps=BASE_STEPS, guidance=GUIDANCE, **call).images
     assert gap(comfys["diverse"], wanted) < 1e-4 and gap(fast(SHORT, **call).images, wanted) > 0.1
+
+
+def test_variants_that_are_not_served_are_refused_by_name(hosts: Any) -> None:
+    """Before the model is copied, with what is served instead."""
+    found = hosts[3]["refused"]
+    for mark, name in {"siglip_embedder": "Z-Image Omni", "dec_net": "Z-Image in pixels"}.items():
+        assert found[mark].startswith(f"{name} models cannot be adapted yet: use ") and "Z-Image" in found[mark][40:]
+
+
+@torch.no_grad()
+def test_a_head_sees_the_same_features(hosts: Any) -> None:
+    """Of texts of two lengths: one call in diffusers, two in ComfyUI."""
+    host, inputs, comfys, _, _ = hosts
+    roles, cond = host.denoiser.roles, Cond(inputs["text"], mask=inputs["mask"])
+    features = Features(roles.targets, host.blocks, 2, roles.active_here)
+    with roles.use("student"), features.kept(inputs["x"]) as found:
+        host.denoiser(inputs["x"], inputs["sigma"], cond)
+    for name, value in zip(features.names, found, strict=True):
+        assert gap(comfys[f"feature/{name}"], value) < 5e-5, name
 
 
 @pytest.mark.parametrize("method", RUNS)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ...core.errors import OneStepError
-from ...core.families import FAMILIES
 from ...core.features import Features
 from ...core.memory import attempt, exhausted, notice
 from ...core.roles import TEACHER
@@ -180,12 +178,8 @@ def add_head(setup: Setup, levels: LevelSampler, ratios: Ratios | None = None) -
 
 def features_of(host: Host, settings: Settings) -> Features:
     """What the head of such a run looks at. Raises OneStepError where there is nothing to look at."""
-    if FAMILIES[host.family].lengths == "grouped":
-        raise OneStepError(
-            f"{FAMILIES[host.family].models} models answer prompts of several lengths in several calls, of which a "
-            "discriminator's head would see the last alone: choose a method without a head"
-        )
-    return Features(host.denoiser.roles.targets, host.blocks, settings.own.head_blocks)
+    roles = host.denoiser.roles
+    return Features(roles.targets, host.blocks, settings.own.head_blocks, roles.active_here)
 
 
 def _channels(setup: Setup, features: Features) -> list[int]:

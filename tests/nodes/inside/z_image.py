@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.errors import OneStepError
+from onestep.core.features import Features
 from onestep.core.guidance import Steering
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
@@ -56,6 +58,10 @@ def measured(host):
         again = all(torch.equal(a, b) for _, found in others for a, b in zip(plain, found, strict=True))
         with torch.no_grad(), roles.rows([("teacher", 1), ("student", 2)]):
             out["mixed"] = host.denoiser(given["x"], given["sigma"], Cond(given["text"], mask=given["mask"]))
+        features = Features(roles.targets, host.blocks, 2, roles.active_here)
+        with torch.no_grad(), roles.use("student"), features.kept(given["x"]) as found:
+            host.denoiser(given["x"], given["sigma"], Cond(given["text"], mask=given["mask"]))
+        out |= {f"feature/{name}": value for name, value in zip(features.names, found, strict=True)}
         out |= dict(zip([f"{kind}/{name}" for name in names for kind in "AB"], plain, strict=True))
         roles.drop("student")
     return out, again
@@ -96,6 +102,22 @@ with torch.inference_mode():
                 host, told["prompts"], preset(None, **{"method": method, **settings}), WORK / f"comfy-{method}"
             )
             report["files"][method] = [made.path.name, made.check]
+
+
+def refused(mark):
+    """What is said of a MODEL with a module of this name, which only a variant has; nothing is copied for it."""
+    network = model.model.diffusion_model
+    setattr(network, mark, torch.nn.Linear(2, 2))
+    try:
+        with adapted(model, clip, vae):
+            return ""
+    except OneStepError as error:
+        return str(error)
+    finally:
+        delattr(network, mark)
+
+
 with torch.inference_mode(False):
     save_file({name: value.detach().clone().contiguous() for name, value in out.items()}, WORK / "out.safetensors")
+report["refused"] = {mark: refused(mark) for mark in ("siglip_embedder", "dec_net")}
 (WORK / "report.json").write_text(json.dumps(report))
