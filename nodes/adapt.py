@@ -29,7 +29,7 @@ from .attention import differentiable_attention
 from .check import check_file
 from .denoiser import ComfyDenoiser, encode, in_front, port_of, refuse_lengths, schedule_of, with_sizes
 from .origin import made_of, name_of
-from .refusals import refuse_patches, refuse_variant
+from .refusals import refuse_encoder, refuse_patches, refuse_variant
 from .stored import keep_stored, refuse_broken, refuse_foreign
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
@@ -46,6 +46,8 @@ def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterato
     refuse_variant(detect(model.model.diffusion_model), model.model)
     refuse_foreign(model.model.diffusion_model)
     refuse_broken(model.model.diffusion_model)
+    if clip is not None:
+        refuse_encoder(clip, model.model)
     with torch.inference_mode(False), torch.enable_grad():
         host = ComfyHost(private_copy(model), clip, vae, targets, name_of(model), made_of=made_of(model))
         try:

@@ -7,7 +7,10 @@ from typing import Any
 import comfy.model_base
 
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES
+from ..core.families import FAMILIES, bind_comfy, detect, refuse_text, select
+from ..training.engine.donor import read_initial
+from ..training.settings import Settings
+from .denoiser import encode
 
 
 def refuse_patches(model: Any) -> None:
@@ -52,3 +55,17 @@ def refuse_variant(family: str, model: Any) -> None:
         )
     if FAMILIES[family].unet and model.adm_channels and not isinstance(model, comfy.model_base.SDXL):
         raise OneStepError(f"{type(model).__name__} is told more than a text: use SD1.5, SD2 or the SDXL base")
+
+
+def refuse_encoder(clip: Any, model: Any) -> None:
+    """Raises OneStepError for another model's text encoder."""
+    text = encode(clip, [""], False).text
+    refuse_text(detect(model.diffusion_model), model.model_config.unet_config, text.shape[-1])
+
+
+def refuse_initial(settings: Settings, model: Any) -> None:
+    """Raises OneStepError for an initial LoRA of another model."""
+    if settings.initial_lora:
+        family, network = detect(model.diffusion_model), model.diffusion_model
+        targets = bind_comfy(family, network, model.model_config.unet_config)
+        read_initial(family, select(targets, settings.targets), settings)

@@ -15,6 +15,7 @@ from ..training.settings import Settings, described, size_list
 from .adapt import adapted
 from .places import LORAS, checked_name, files_of, run_folder, shown
 from .progress import Reporter, viewed
+from .refusals import refuse_initial
 from .requests import running
 from .shell import shells_of
 from .unquantized import StorageCheck
@@ -149,6 +150,7 @@ class TrainerNode(io.ComfyNode):  # type: ignore[misc]
         name, texts = checked_name(name), check_prompts(lines(prompts))
         # a page sends the graph along, a script does not
         has_panel = bool(cls.hidden.extra_pnginfo)
+        refuse_initial(settings, model.model)
         with running(name) as asked, adapted(model, clip, vae, targets=settings.targets) as host:
             report = Reporter(cls.hidden.unique_id, name, asked, has_panel)
             shells = shells_of(model, vae, settings.targets)

@@ -18,7 +18,7 @@ from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.denoiser import PREDICTIONS, Denoiser
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, refuse_pipeline, select
+from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, refuse_pipeline, refuse_text, select
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.recipe import Recipe
 from ..core.roles import Roles
@@ -28,11 +28,12 @@ from .autoencoder import Autoencoder, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
-from .networks import NETWORKS, Extras, has_ip_adapter, port_of, prediction_of, refuse_variant, schedule_of
+from .networks import NETWORKS, Extras, has_ip_adapter, port_of, prediction_of, schedule_of
 from .places import channels_last, is_quantized, on_device, place
 from .steer_served import is_steered
 from .text import encoders_of
 from .trainable import prepare
+from .variants import refuse_variant
 
 PROMPTS_AT_ONCE = 16
 
@@ -99,7 +100,7 @@ def denoiser_of(
     given, where that is not as the scheduler says. extras: what it is given beside latents, time and text."""
     network = network_of(pipe)
     family = detect(network)
-    refuse_variant(family, network, getattr(pipe, "text_encoder_2", None))
+    refuse_variant(family, network, getattr(pipe, "text_encoder_2", None), getattr(pipe, "vae", None))
     answered = recipe.prediction if recipe is not None else None
     wrap = PREDICTIONS[answered or prediction_of(pipe.scheduler)]
     # adapters hang in the network itself; without any it is called as the pipeline calls it, compiled or not
@@ -164,9 +165,9 @@ class DiffusersHost:
         with self.on_device(*encoders_of(self.pipe)):
             starts = range(0, len(prompts), PROMPTS_AT_ONCE)
             few = (prompts[start : start + PROMPTS_AT_ONCE] for start in starts)
-            return Cond.concat(
-                [encode_text(self.pipe, texts, padded=padded, device=self.device).to("cpu") for texts in few]
-            )
+            found = [encode_text(self.pipe, texts, padded=padded, device=self.device).to("cpu") for texts in few]
+        refuse_text(self.family, self.network.config, found[0].text.shape[-1])
+        return Cond.concat(found)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:

@@ -197,27 +197,6 @@ def port_of(network: Any) -> Port | None:
     return Port(network, carry) if FAMILIES[detect(network)].unet else None
 
 
-def refuse_variant(family: str, network: Any, pooled_encoder: Any = None) -> None:
-    """Networks of a known class that take more than noisy latents and a text.
-
-    pooled_encoder: SDXL's second text encoder, whose width tells how many sizes the U-Net is told.
-    """
-    config = network.config
-    if not FAMILIES[family].unet:
-        return
-    if config.in_channels != config.out_channels:
-        raise OneStepError(
-            f"this U-Net has {config.in_channels} input channels (inpainting, depth or upscaling): "
-            "use a text-to-image base"
-        )
-    if config.time_cond_proj_dim is not None:
-        raise OneStepError("this U-Net embeds its guidance (an LCM model): use the base it was made from, or its LoRA")
-    if config.addition_embed_type == "text_time" and pooled_encoder is not None:
-        told = config.projection_class_embeddings_input_dim - pooled_encoder.config.projection_dim
-        if told != 6 * config.addition_time_embed_dim:
-            raise OneStepError("this U-Net is not told SDXL's six sizes (it is a refiner?): use the SDXL base")
-
-
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 

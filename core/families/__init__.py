@@ -16,10 +16,10 @@ from ..compiled import unwrapped
 from ..errors import OneStepError
 from ..targets import Target, is_adaptable, out_features
 from . import unet
-from .family import Block
+from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
-from .later import LATER, LATER_MARKS, LATER_PIPELINES, WAN_STEERING
+from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_PIPELINES, WAN_STEERING
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
@@ -183,6 +183,21 @@ def _check_width(family: str, layers: Mapping[str, nn.Module], config: Mapping[s
     if wrong:
         found = Target(wrong[0], layers[wrong[0]]).in_features
         raise OneStepError(f"The layer {wrong[0]} is {found} wide, but the model's configuration says {told}.")
+
+
+def refuse_text(family: str, config: Mapping[str, Any], found: int) -> None:
+    """Raises OneStepError where text tokens are ``found`` wide, and a network of this configuration, either host's,
+    reads others: its text encoder is another model's."""
+    wanted, _ = FAMILIES[family].widths(config)
+    if found == wanted:
+        return
+    whose = [known.encoders[found].name for known in FAMILIES.values() if found in known.encoders]
+    whose += [name for width, name in LATER_ENCODERS.items() if width == found]
+    right = FAMILIES[family].encoders.get(wanted, Encoder("its own text encoder", "the loader of its template"))
+    raise OneStepError(
+        f"the text encoder gives tokens of {found} numbers{', as ' * bool(whose)}{' or '.join(whose)}, and this model "
+        f"reads {wanted}: load {right.name} (in ComfyUI: {right.loader})"
+    )
 
 
 def choices(names: Iterable[str] = FAMILIES) -> str:

@@ -28,6 +28,13 @@ class Numbers(NamedTuple):
     offset: float = 0.1
 
 
+class Encoder(NamedTuple):
+    """A text encoder, for a person: whose it is, and what loads it in ComfyUI."""
+
+    name: str
+    loader: str
+
+
 @dataclass(frozen=True)
 class Block:
     """A kind of block, by the name of its class in either host.
@@ -70,6 +77,7 @@ class Family:
     architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
 
     Latents, text, time:
+    encoders: the text encoders of its models, by how wide their tokens are.
     patch: latents along a side of one token. packed: diffusers' network reads a row of patches, and its in_channels
     counts a whole one. innermost: whether the channels vary fastest in a patch that is embedded as a token, else
     slowest. folded: latents along a side of the autoencoder's that are one of the network's, normed by its statistics.
@@ -116,6 +124,7 @@ class Family:
     dialect: Literal["kohya", "transformer"] = "transformer"
     architecture: Mapping[int | None, str] = field(default_factory=dict)
 
+    encoders: Mapping[int, Encoder]
     patch: int
     packed: bool = False
     folded: int = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Family, Numbers, first
+from .family import NORM, Block, Config, Encoder, Family, Numbers, first
 from .table import QKV, REST, Row, count, repeated
 
 OUTSIDE = (
@@ -94,6 +94,7 @@ FLUX = Family(
     not_adapted=((r".*\.(query_norm|key_norm|norm_q|norm_k|norm_added_q|norm_added_k)", NORM),),
     width=lambda config: config.get("hidden_size"),
     architecture={None: "flux-1-dev/lora"},
+    encoders={4096: Encoder("Flux' CLIP-L and T5-XXL", "DualCLIPLoader, type flux")},
     patch=2,
     packed=True,
     widths=_widths,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..schedule import FlowSchedule, StepsShift
-from .family import NORM, Block, Config, Family, first
+from .family import NORM, Block, Config, Encoder, Family, first
 from .flux import Layout, layout_of_canonical, layout_of_comfy
 from .table import QKV, Row, repeated
 
@@ -76,6 +76,11 @@ FLUX2 = Family(
     not_adapted=NOT_ADAPTED,
     width=lambda config: config.get("hidden_size"),
     architecture={None: "flux-2/lora"},
+    encoders={
+        7680: Encoder("FLUX.2 klein 4B's Qwen3-4B", "CLIPLoader, type flux2"),
+        12288: Encoder("FLUX.2 klein 9B's Qwen3-8B", "CLIPLoader, type flux2"),
+        15360: Encoder("FLUX.2 dev's Mistral", "CLIPLoader, type flux2"),
+    },
     patch=1,
     packed=True,
     folded=2,

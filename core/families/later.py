@@ -27,6 +27,12 @@ LATER_MARKS = {
 # Pipelines of diffusers whose network has a served family's class, and weights of its own.
 LATER_PIPELINES = {"Flux2KleinKVPipeline": "FLUX.2 klein KV (editing)"}
 
+# Their text encoders, by how wide the tokens are.
+LATER_ENCODERS = {
+    2304: "Lumina 2's Gemma-2-2B",
+    3584: "Qwen-Image's Qwen2.5-VL-7B",
+}
+
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Family, Numbers
+from .family import NORM, Block, Config, Encoder, Family, Numbers
 from .table import QKV, Row, count, repeated
 
 OUTSIDE = (
@@ -79,6 +79,7 @@ SD3 = Family(
     not_adapted=NOT_ADAPTED,
     width=lambda config: config.get("depth", 0) * 64 or None,
     architecture={None: "stable-diffusion-3/lora"},
+    encoders={4096: Encoder("SD3's CLIP-L and CLIP-G, with T5-XXL or without", "TripleCLIPLoader")},
     patch=2,
     widths=_widths,
     pooled=True,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import VPSchedule
-from .family import Block, Config, Family, Numbers
+from .family import Block, Config, Encoder, Family, Numbers
 from .table import Row, count
 
 # The layers of a residual block: ComfyUI's name -> diffusers' name.
@@ -177,6 +177,11 @@ UNET = Family(
         768: "stable-diffusion-v1/lora",
         1024: "stable-diffusion-v2-512/lora",
         2048: "stable-diffusion-xl-v1-base/lora",
+    },
+    encoders={
+        768: Encoder("SD1.5's CLIP-L", "CLIPLoader, type stable_diffusion"),
+        1024: Encoder("SD2's CLIP-H", "CLIPLoader, type stable_diffusion"),
+        2048: Encoder("SDXL's CLIP-L and CLIP-G", "DualCLIPLoader, type sdxl"),
     },
     patch=1,
     widths=_widths,

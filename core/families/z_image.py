@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Family, Numbers
+from .family import NORM, Block, Config, Encoder, Family, Numbers
 from .table import QKV, Row, count, repeated
 
 OUTSIDE = (
@@ -72,6 +72,7 @@ Z_IMAGE = Family(
     ),
     width=lambda config: config.get("dim"),
     architecture={None: "z-image/lora"},
+    encoders={2560: Encoder("Z-Image's Qwen3-4B", "CLIPLoader with qwen_3_4b, type lumina2")},
     patch=2,
     innermost=True,
     widths=_widths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ...core.lora_file import AnotherBase, LoraFile, fit, load_lora
 from ...core.recipe import PRESETS, Recipe
 from ...core.recipe.recognised import Recognised, recognised
 from ...core.roles import State
+from ...core.targets import Target
 from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings, nearest
@@ -33,11 +35,11 @@ def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) ->
     `inputs.recipe_of`."""
     if not settings.initial_lora:
         return None, ""
-    file, recipe = _read(host, settings), donor_recipe(host, settings)
+    targets, recipe = list(host.denoiser.roles.targets.values()), donor_recipe(host, settings)
+    file, fitted = read_initial(host.family, targets, settings)
     _check_prediction(host, file)
     scale = 1.0 if recipe is None else recipe.lora_scale
-    targets = list(host.denoiser.roles.targets.values())
-    state = {name: (a, scale * b) for name, (a, b) in fit(file.state, targets).items()}
+    state = {name: (a, scale * b) for name, (a, b) in fitted.items()}
     if not any(bool(a.any()) and bool(b.any()) for a, b in state.values()):
         raise OneStepError(
             f"the initial LoRA changes nothing: its factors are 0{' at its strength' * (scale != 1)}. Give another one"
@@ -57,10 +59,11 @@ def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) ->
     return grown, "; ".join(note for note in notes if note)
 
 
-def _read(host: Host, settings: Settings) -> LoraFile:
-    names = list(host.denoiser.roles.targets)
+def read_initial(family: str, targets: Sequence[Target], settings: Settings) -> tuple[LoraFile, State]:
+    """The initial LoRA, and its factors in the shapes of ``targets``. Raises OneStepError for one of another model."""
     try:
-        return load_lora(settings.initial_lora, names, host.family)
+        file = load_lora(settings.initial_lora, [target.name for target in targets], family)
+        return file, fit(file.state, targets)
     except AnotherBase as error:
         if settings.targets == "all":
             raise

@@ -1,0 +1,39 @@
+"""Another model's text encoder is refused by the width of its tokens, with whose it is and what to load."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from published_networks import IN_COMFY, PUBLISHED, on_meta
+
+from onestep.core.errors import OneStepError
+from onestep.core.families import FAMILIES, refuse_text
+
+WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "sd3": 4096, "sd35_medium": 4096, "flux": 4096, "z_image": 2560}
+WRONG = [
+    ("z_image", 2304, "2304 numbers, as Lumina 2's Gemma-2-2B, and this model reads 2560: load Z-Image's Qwen3-4B"),
+    ("z_image", 7680, "as FLUX.2 klein 4B's Qwen3-4B, and .* CLIPLoader with qwen_3_4b, type lumina2"),
+    ("klein_9b", 7680, "as FLUX.2 klein 4B's Qwen3-4B, and .* load FLUX.2 klein 9B's Qwen3-8B"),
+    ("z_image", 4096, "as SD3's CLIP-L and CLIP-G, with T5-XXL or without or Flux' CLIP-L and T5-XXL, and"),
+    ("sdxl", 768, "as SD1.5's CLIP-L, and this model reads 2048: load SDXL's CLIP-L and CLIP-G .*DualCLIPLoader"),
+    ("flux", 2560, "as Z-Image's Qwen3-4B, and this model reads 4096: load Flux' CLIP-L and T5-XXL"),
+    ("sd15", 77, "tokens of 77 numbers, and this model reads 768: load SD1.5's CLIP-L"),
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_models_own_is_taken_in_either_host(name: str) -> None:
+    family = PUBLISHED[name][0]
+    network: Any = on_meta(name)
+    for config in (network.config, IN_COMFY[name]):
+        refuse_text(family, config, WIDTHS[name])
+    assert WIDTHS[name] in FAMILIES[family].encoders
+
+
+@pytest.mark.parametrize(("name", "found", "why"), WRONG)
+def test_anothers_is_refused_with_whose_it_is(name: str, found: int, why: str) -> None:
+    with pytest.raises(OneStepError) as refused:
+        refuse_text(PUBLISHED[name][0], IN_COMFY[name], found)
+    assert re.search(why, str(refused.value)) and len(str(refused.value)) < 250, refused.value
