@@ -43,7 +43,7 @@ from .saved import merged_in_writing
 from .step_loras import StepLoRAs
 from .steps import Callback, Called, Steps, StepState
 from .switches import Switches
-from .text import PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
+from .text import Embeds, PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
 
 TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
 IMAGE_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -148,8 +148,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         *,
         recipe: Recipe | str | None = None,
         negative_prompt: str | Sequence[str] | None = "",
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         guidance_scale: float | None = None,
@@ -209,11 +209,11 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = "",
         device: torch.device | str | None = None,
         num_images_per_prompt: int = 1,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Embeds, Embeds, Tensor | None, Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds) of every family.
 
-        The pooled two are None for SD1.5 and SD2. It needs the text encoders and tokenizers alone, and a call with
-        what it returns needs neither.
+        The pooled two are None for SD1.5, SD2 and Z-Image, whose embeddings are lists, [L, C] of each text. It needs
+        the text encoders and tokenizers alone, and a call with what it returns needs neither.
         """
         place, each = torch.device(device or self._execution_device), num_images_per_prompt
         prompt_embeds, pooled_prompt_embeds = embeddings(self.plain(), prompt, place, each)

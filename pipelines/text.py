@@ -13,10 +13,14 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
+from ..core.lengths import lengths_of
 from .call_values import texts_of
 from .kinds import FLUX, FLUX2, KLEIN, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
+
+Embeds = Tensor | Sequence[Tensor]
+"""[P, L, C], or of texts of several lengths [L, C] of each, as ZImagePipeline has them."""
 
 
 def t5_tokens(pipe: Any) -> int:
@@ -60,11 +64,13 @@ def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, len
     return Cond(pipe.encode_prompt(prompts, **more)[0])
 
 
-def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each: int) -> tuple[Tensor, Tensor | None]:
+def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each: int) -> tuple[Embeds, Tensor | None]:
     """Text and pooled text of ``texts``, ``each`` times in a row; needs the text encoders of ``pipe`` alone."""
-    prompts = texts_of(texts)
+    prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
-        cond = encode(pipe, pipeline_of(pipe.components), prompts, device).repeat(each)
+        cond = encode(pipe, kind, prompts, device).repeat(each)
+    if kind == Z_IMAGE:
+        return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
 
@@ -96,12 +102,12 @@ class PromptInput:
     """What a call is given as its prompt, or as its negative prompt.
 
     name: "prompt" or "negative_prompt". texts: one or several, None or "" where embeddings are given.
-    embeds: [P, L, C], as the first result of the family's encode_prompt. pooled: [P, C'], where the family has it.
+    embeds: as the first result of the family's encode_prompt. pooled: [P, C'], where the family has it.
     """
 
     name: str
     texts: str | Sequence[str] | None
-    embeds: Tensor | None = None
+    embeds: Embeds | None = None
     pooled: Tensor | None = None
 
     @property
@@ -118,6 +124,8 @@ class PromptInput:
             return len(self.listed)
         if self.texts:
             raise OneStepError(f"{self.name} and {embeds} are both given: give one of them")
+        if isinstance(self.embeds, list | tuple):
+            return len([_checked(embeds, value, ("tokens", "width")) for value in self.embeds])
         return len(_checked(embeds, self.embeds, ("prompts", "tokens", "width")))
 
     @property
@@ -174,6 +182,11 @@ def beside(null: Cond, cond: Cond) -> Cond:
 def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
     """The embeddings of ``given``, checked against what ``network`` reads."""
     text_width, pooled_width = widths(network)
+    if isinstance(given.embeds, list | tuple):
+        if FAMILIES[detect(network)].lengths != "grouped":
+            raise OneStepError(f"{given.name}_embeds is a list, this model reads a tensor [prompts, tokens, width]")
+        shape = ("tokens", text_width)
+        return Cond.concat([Cond(_checked(f"{given.name}_embeds", value, shape)[None]) for value in given.embeds])
     text = _checked(f"{given.name}_embeds", given.embeds, ("prompts", "tokens", text_width))
     if pooled_width is None:
         if given.pooled is not None:
