@@ -6,7 +6,7 @@ Configurations and CLIP's tokenizer lie in configs/. Each module is asked for it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
+from ..core.families import choices
+from ..core.families.later import LATER_MARKS
 from ..core.tensor_file import Header, read_header
 from .clip_tokenizer import clip_tokenizer
 from .quiet import quiet
@@ -121,11 +123,17 @@ def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
     return prediction_in(path, header, kind.config == "sd2").v
 
 
-def _what_else(keys: Iterable[str]) -> str:
+def _what_else(keys: Collection[str]) -> str:
     """What a file is that is no checkpoint of a U-Net, and what to do."""
-    text = "\n".join(keys)
+    text, parts = "\n".join(keys), {part for key in keys for part in key.split(".")}
+    later = next((title for mark, title in LATER_MARKS.items() if mark in parts), "")
     signs: list[tuple[Callable[[str], bool], str]] = [
         (lambda t: "lora_" in t, "is a LoRA, not a checkpoint: give it as the LoRA, with its base as the model"),
+        (lambda t: bool(later), f"is a checkpoint of {later}, which is not served: use {choices()}"),
+        (
+            lambda t: "noise_refiner." in t and "x_pad_token" in parts,
+            f"is a Z-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
         (
             lambda t: "joint_blocks." in t or "double_blocks." in t,
             f"is an SD3 or Flux checkpoint, whose T5 tokenizer does not travel with us: {FOLDERS}",

@@ -108,6 +108,18 @@ CASES = {
     "a LoRA": ({"lora_unet_x.lora_down.weight": (1, 1)}, "is a LoRA"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (1, 1)}, "SD3 or Flux.*diffusers folder"),
     "SD3": ({"model.diffusion_model.joint_blocks.0.x.weight": (1, 1)}, "SD3 or Flux.*diffusers folder"),
+    "Z-Image": ({"noise_refiner.0.x.weight": (1, 1), "x_pad_token": (1, 1)}, "a Z-Image checkpoint.*diffusers folder"),
+    "Z-Image Omni": (
+        {
+            "model.diffusion_model.noise_refiner.0.x.weight": (1, 1),
+            "model.diffusion_model.siglip_embedder.1.weight": (1, 1),
+        },
+        "a checkpoint of Z-Image Omni, which is not served: use .*, Z-Image",
+    ),
+    "Chroma": (
+        {"double_blocks.0.x.weight": (1, 1), "distilled_guidance_layer.x.weight": (1, 1)},
+        "of Chroma, which is",
+    ),
     "a part": ({"down_blocks.0.resnets.0.conv1.weight": (1, 1)}, "one part of a pipeline"),
     "anything": ({"weight": (1,)}, "no checkpoint of SD1.5"),
     "nothing": ({}, "no checkpoint of SD1.5"),
