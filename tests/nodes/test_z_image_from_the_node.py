@@ -3,6 +3,8 @@ out draws one picture by core's nodes, by ours and in diffusers."""
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from comfy_graphs import distil, latents, text
 from comfy_support import running_server
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from small_runs import small
 
 from onestep.cli.inspect import describe
 from onestep.core.lora_file import LoraFile, load_lora
@@ -121,3 +125,61 @@ def test_one_picture(uncut: Path, folder: Path, comfy_server: Any) -> None:
     apart = {way: float((latent - drawn["ours"]).abs().max()) / scale for way, latent in drawn.items()}
     assert apart.pop("base") > 0.3, "the LoRA's effect must be seen"
     assert max(apart.values()) < 1e-4, apart
+
+
+def sister(folder: Path, name: str) -> None:
+    """A LoRA of one attention in the names of another family, or of a wider model."""
+    path, out, rank = {
+        "lumina": ("diffusion_model.context_refiner.0.attn.to_q", 288, 2),
+        "qwen": ("transformer.transformer_blocks.0.img_mlp.net.2", 288, 2),
+        "flux": ("transformer.single_transformer_blocks.0.proj_mlp", 288, 2),
+        "wider": ("transformer.layers.0.attention.to_q", 3840, 2),
+    }[name]
+    state = {f"{path}.lora_A.weight": torch.ones(rank, out), f"{path}.lora_B.weight": torch.ones(out, rank)}
+    save_file(state, folder / f"z-{name}.safetensors")
+
+
+WRONG = {
+    "lumina": "This LoRA is for Lumina 2",
+    "qwen": "This LoRA is for Qwen-Image",
+    "flux": "is a LoRA for the transformer of Flux, but this model is the transformer of Z-Image",
+    "wider": "has factors [2, 3840] and [3840, 2], this model needs [2, 288] and [288, 2]",
+}
+
+
+def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: Any) -> None:
+    """Its text encoder, and LoRAs, before anything is copied or written."""
+    told = graph(folder, "z-refused")
+    tiny = {"class_type": "OneStepLoadTinyModel", "inputs": {"name": "tiny"}}
+    told["distil"]["inputs"]["clip"] = ["tiny", 1]
+    said = comfy_server.run({**told, "tiny": tiny}).error
+    assert re.search(r"the text encoder gives tokens of \d+ numbers, and this model reads 24: load", said), said
+    for name, why in WRONG.items():
+        sister(comfy_server.base / "models" / "loras", name)
+        told = graph(folder, "z-refused")
+        told["distil"]["inputs"]["initial_lora"] = f"z-{name}.safetensors"
+        assert why in comfy_server.run(told).error, name
+    assert not (comfy_server.base / "output" / "onestep" / "z-refused").exists()
+
+
+def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
+    """Workflow 11 with the tiny folder in the place of a person's files, cut short."""
+    read = (root / "workflows" / "api" / "11 distil Z-Image.json").read_text(encoding="utf-8")
+    told, slots = json.loads(read), {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+    loaders = {key: slots[node["class_type"]] for key, node in told.items() if node["class_type"] in slots}
+    for node in told.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders:
+                node["inputs"][name] = ["model", loaders[value[0]]]
+    told = {key: node for key, node in told.items() if key not in loaders}
+    told["model"] = {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}}
+    (trainer,) = (node["inputs"] for node in told.values() if node["class_type"] == "OneStepDistil")
+    trainer |= small("cdm", steps=2, learning_rate=0.05)
+    trainer |= {"sizes": "32x32", "student_steps": "4", "teacher_steps": 2, "rank": 2}
+    (size,) = (node["inputs"] for node in told.values() if node["class_type"] == "EmptySD3LatentImage")
+    size |= {"width": 64, "height": 64}
+    (show,) = (key for key, node in told.items() if node["class_type"] == "PreviewImage")
+    finished = comfy_server.run(told)
+    (drawn,) = comfy_server.images(finished, show)
+    height, width = drawn.shape[:2]
+    assert width == 2 * height + 8 and (drawn[:, :height] != drawn[:, -height:]).mean() > 0.02
