@@ -1,6 +1,6 @@
 """What runs need, counted: the aims in bytes, the rungs for cards of 8 to 24 GB, and every grade of checkpointing.
 
-    python benchmarks/plan.py [sd15 sdxl sd35-medium flux-dev] --out benchmarks/results/plan.md
+    python benchmarks/plan.py [sd15 sdxl sd35-medium flux-dev z-image] --out benchmarks/results/plan.md
 
 Nothing is measured: the training step runs on the meta device (training/plan), on any machine, in some minutes.
 """
@@ -23,7 +23,7 @@ from onestep.training.plan.ladder import planned
 from onestep.training.plan.rungs import Rung, Way, rung_of
 from onestep.training.settings import Settings
 
-MODELS = ("sd15", "sdxl", "sd35-medium", "flux-dev")
+MODELS = ("sd15", "sdxl", "sd35-medium", "flux-dev", "z-image")
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 TIMED = ("RTX 3060", "RTX 4090")
 BATCH = 4

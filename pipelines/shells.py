@@ -43,7 +43,7 @@ class Layout:
     encoders: int
 
 
-# CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder
+# CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder, Qwen3-4B and 8B
 CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
 LAYOUTS = {
@@ -52,6 +52,7 @@ LAYOUTS = {
     "sdxl": Layout("SDXL", 77, CLIP_L + CLIP_G),
     "sd35-medium": Layout("SD3.5-medium", 77 + 256, CLIP_L + CLIP_G + T5),
     "flux-dev": Layout("Flux-dev", 512, CLIP_L + T5),
+    "z-image": Layout("Z-Image", FAMILIES["z_image"].tokens, QWEN3_4B),
     "klein-4b": Layout("FLUX.2 klein 4B", FAMILIES["flux2"].tokens, QWEN3_4B),
     "klein-9b": Layout("FLUX.2 klein 9B", FAMILIES["flux2"].tokens, QWEN3_8B),
 }

@@ -23,7 +23,7 @@ def settings_of(name: str, batch: int, rank: int, accumulation: int = 1) -> Sett
     return settings_for(method="dmd", sizes=size, **own, **LEAST, **guided)
 
 
-BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("sdxl", "sd3", "flux")]
+BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("sdxl", "sd3", "flux", "z_image")]
 
 
 @pytest.mark.parametrize("name", ["sd15", *BROAD])
@@ -53,7 +53,7 @@ def test_a_single_sample_is_counted_within_a_thousandth() -> None:
         assert peak.bytes <= ours[part].bytes <= 1.001 * peak.bytes, part
 
 
-@pytest.mark.parametrize("name", ["sd15", BROAD[1]])
+@pytest.mark.parametrize("name", ["sd15", BROAD[1], BROAD[3]])
 def test_gradients_of_earlier_micro_batches_are_there(name: str) -> None:
     """Each part of a turn, as when two micro-batches are counted one after the other; but for the texts and numbers of
     the first, which are let go only after the second's are there."""
