@@ -39,7 +39,8 @@ PROBE = ("a photograph of a red apple on a wooden table", "")
 def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterator[ComfyHost]:
     """``model`` as a host: a deep copy with its weight and sampling patches baked in. Outside inference mode within.
 
-    Raises OneStepError, before the copy is made, for a MODEL with other patches or of an unknown architecture.
+    Raises OneStepError, before the copy is made, for a MODEL with other patches or of an unknown architecture, and for
+    another model's text encoder.
     """
     refuse_patches(model)
     # before gigabytes are read for the copy
