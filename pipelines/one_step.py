@@ -1,4 +1,4 @@
-"""OneStepPipeline: text to image as a recipe says, for U-Nets, SD3 and Flux alike."""
+"""OneStepPipeline: text to image as a recipe says, for all families alike."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ IMAGE_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
-    The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline:
+    The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
+    ZImagePipeline, Flux2KleinPipeline or Flux2Pipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
-    embedded_guidance: what Flux-dev reads, saved too; None is 3.5, or what the LoRA was trained at.
+    embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.
 
     A call takes:
 
