@@ -119,7 +119,7 @@ def test_a_run_says_what_it_takes_a_donor_for(tmp_path: Path) -> None:
     [
         ("v_prediction", "lcm-4", "was made for models that predict noise"),
         ("flow", "dmd2-4", "was made for models that predict noise"),
-        ("epsilon", "sd3.5-turbo-4", "is of 'sd3' models"),
+        ("epsilon", "sd3.5-turbo-4", "a LoRA for the transformer of SD3"),
         ("epsilon", "nitrosd-realism-1", "makes its network expect 0.25 of each time"),
         ("epsilon", "dmd2-5", "did you mean 'dmd2-"),
     ],
@@ -251,7 +251,7 @@ def test_a_name_alone_is_of_its_own_family(tmp_path: Path) -> None:
     path = str(tmp_path / "sd3_lightning_4step_lora.safetensors")
     save_lora(path, {"transformer_blocks.0.attn.to_q": (torch.ones(1, 4), torch.ones(4, 1))}, "sd3")
     assert donor_recipe(host, small(initial_lora=path)) is None
-    with pytest.raises(OneStepError, match="is of 'unet' models"):
+    with pytest.raises(OneStepError, match="a LoRA for the U-Net of SD1.5"):
         donor_recipe(host, small(initial_lora=path, initial_recipe="sdxl-lightning-4"))
 
 

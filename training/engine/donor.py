@@ -146,7 +146,10 @@ def _check_fits(recipe: Recipe, host: Host) -> None:
             f"all of it: give another one, or initial_recipe={OWN}"
         )
     if recipe.family != host.family:
-        raise OneStepError(f"the initial LoRA is of {recipe.family!r} models, and {host.name} is {host.family!r}")
+        raise OneStepError(
+            f"the initial LoRA is a LoRA for {FAMILIES[recipe.family].title}, and {host.name} is "
+            f"{FAMILIES[host.family].title}: choose a LoRA of this base"
+        )
     if recipe.guidance != 1:
         raise OneStepError(
             f"the initial LoRA is sampled with guidance {recipe.guidance:g}, two forwards a step: give one that draws "
