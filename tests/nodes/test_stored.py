@@ -22,6 +22,7 @@ KINDS = {
     "flux, all": EVERY,
     "sd15": ["scaled", "int8-rows"],
     "sd3": ["kitchen-fp8"],
+    "z_image": ["scaled", "scaled-input", "kitchen-fp8", "int8-rotated", "nvfp4"],
 }
 STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
 ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
@@ -53,13 +54,28 @@ def test_a_weight_that_is_cast_to_its_own_size_is_stored_so_once(layers: dict[st
     assert layers["settled"] == {"same": True, "dtype": "torch.bfloat16", "bias": "torch.bfloat16"}
 
 
+@pytest.fixture(scope="module")
+def sources(comfy: Any, checkpoints: Path, tmp_path_factory: Any) -> Callable[[str], Path]:
+    """The checkpoint of a name, before it is stored otherwise."""
+    small = tmp_path_factory.mktemp("small") / "tiny_z_image.safetensors"
+
+    def source(name: str) -> Path:
+        if name != "z_image":
+            return checkpoints / f"tiny_{name.split(',')[0]}.safetensors"
+        if not small.exists():
+            comfy.run_script(SUPPORT / "small_z_image.py", small)
+        return small
+
+    return source
+
+
 @pytest.fixture(scope="module", params=narrowed(KINDS, "flux"))
 def hosts(
-    request: Any, comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path_factory: Any
+    request: Any, comfy: Any, sources: Any, run_inside: Callable[..., str], tmp_path_factory: Any
 ) -> tuple[str, dict[str, Any]]:
     """What was found of each kind of a model's files."""
     name, folder = request.param, tmp_path_factory.mktemp("stored")
-    source = checkpoints / f"tiny_{name.split(',')[0]}.safetensors"
+    source = sources(name)
     comfy.run_script(SUPPORT / "quantised_files.py", source, folder, *KINDS[name])
     files = [folder / f"{source.stem}_{kind}.safetensors" for kind in KINDS[name]]
     said = run_inside("stored_hosts", *files)
@@ -91,15 +107,16 @@ STACKS: dict[str, list[str]] = {
     "sd15": KINDS["sd15"],
     "sd3": KINDS["sd3"],
     "flux, all": EVERY,
+    "z_image": ["scaled", "int8-rotated"],
 }
 
 
 @pytest.mark.parametrize("name", narrowed(STACKS, "flux"))
 def test_loras_on_a_quantised_base_are_part_of_the_teacher_as_they_are_drawn(
-    name: str, comfy: Any, checkpoints: Path, run_inside: Callable[..., str], tmp_path: Path
+    name: str, comfy: Any, sources: Any, run_inside: Callable[..., str], tmp_path: Path
 ) -> None:
     """Two of core's loaders, one after the other; the plain MODEL is drawn as before."""
-    source = checkpoints / f"tiny_{name.split(',')[0]}.safetensors"
+    source = sources(name)
     comfy.run_script(SUPPORT / "quantised_files.py", source, tmp_path, *STACKS[name])
     files = [tmp_path / f"{source.stem}_{kind}.safetensors" for kind in STACKS[name]]
     for line in run_inside("stored_hosts", "--loras", *files).strip().splitlines():

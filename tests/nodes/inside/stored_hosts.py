@@ -5,13 +5,18 @@
 
 import json
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import comfy.model_management as management
 import comfy.sd
+import small_z_image
 import torch
 
 from onestep.core.checkpoint import clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.families import FAMILIES
 from onestep.core.roles import Roles
 from onestep.nodes.adapt import adapted
 from onestep.nodes.denoiser import ComfyDenoiser
@@ -28,8 +33,8 @@ def load(path, options=OPTIONS):
 def told(host, rows):
     draw = torch.Generator().manual_seed(1)
     config = host.model.model_config.unet_config
-    width = {"unet": config.get("context_dim"), "sd3": 4096, "flux": 4096}[host.family]
-    pooled = None if host.family == "unet" else torch.randn(rows, 2048, generator=draw)
+    width = FAMILIES[host.family].widths(config)[0]
+    pooled = None if host.family in ("unet", "z_image") else torch.randn(rows, 2048, generator=draw)
     return Cond(torch.randn(rows, 7, width, generator=draw), pooled=pooled)
 
 
@@ -118,6 +123,7 @@ def apart(mine, other):
     return float((mine - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
+small_z_image.known()
 for path in PATHS:
     if "--loras" in sys.argv:
         print(json.dumps({path.split("/")[-1]: stacked(path)}))
