@@ -22,7 +22,7 @@ KINDS = {
     "flux, all": EVERY,
     "sd15": ["scaled", "int8-rows"],
     "sd3": ["kitchen-fp8"],
-    "z_image": ["scaled", "scaled-input", "kitchen-fp8", "int8-rotated", "nvfp4"],
+    "z_image": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
 }
 STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
 ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
