@@ -1,4 +1,4 @@
-"""A tiny model's folder in diffusers' host and, through inside/both_hosts.py, in ComfyUI's: what must be equal."""
+"""A tiny model's folder in diffusers' host and, by comfy_both_hosts.py, in ComfyUI's: what must be equal."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ class Hosts:
         return Cond(self.inputs["text"], mask=self.inputs.get("mask"))
 
 
-def both(run_inside: Callable[..., str], folder: Path, prompts: Sequence[str]) -> Hosts:
-    """Three prompts, at three levels."""
+def both(
+    run_inside: Callable[..., str], folder: Path, prompts: Sequence[str], script: str = "both_hosts", **told: Any
+) -> Hosts:
+    """Three prompts, at three levels. told: what ``script`` of tests/nodes/inside is told besides."""
     host = adapt(DiffusionPipeline.from_pretrained(folder))
     inputs, work = inputs_of(host, prompts), folder.parent
     save_file(inputs, work / "in.safetensors")
-    (work / "told.json").write_text(json.dumps({"prompts": list(prompts), "runs": RUNS}))
-    run_inside("both_hosts", folder, work)
+    (work / "told.json").write_text(json.dumps({"prompts": list(prompts), "runs": RUNS} | told))
+    run_inside(script, folder, work)
     report = json.loads((work / "report.json").read_text())
     return Hosts(host, inputs, load_file(work / "out.safetensors"), report, work)
 
