@@ -81,9 +81,11 @@ def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:
 
 def native_size(host: Any) -> tuple[int, int]:
     """(width, height) in pixels at which the model was trained."""
+    from ..pipelines.autoencoder import factor_of
+
     told = host.network.config.get("sample_size") or 128  # Flux' config does not say
     latent = told if isinstance(told, int) else max(told)
-    unit = 2 ** (len(host.pipe.vae.config.block_out_channels) - 1)
+    unit = factor_of(host.pipe.vae)
     return latent * unit, latent * unit
 
 

@@ -26,8 +26,19 @@ from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from ..core.weights_hash import hash_of
 from .attention import differentiable_attention
+from .autoencoder import decoded, encoded
 from .check import check_file
-from .denoiser import ComfyDenoiser, encode, in_front, port_of, refuse_lengths, schedule_of, with_sizes
+from .denoiser import (
+    ComfyDenoiser,
+    encode,
+    framed,
+    in_front,
+    port_of,
+    refuse_lengths,
+    schedule_of,
+    unframed,
+    with_sizes,
+)
 from .origin import made_of, name_of
 from .refusals import refuse_encoder, refuse_patches, refuse_variant
 from .stored import keep_stored, refuse_broken, refuse_foreign
@@ -138,12 +149,13 @@ class ComfyHost:
 
     def decode(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
-            made = self.vae.decode(self.model.process_latent_out(latents.detach().cpu()))
+            made = decoded(self.vae, self.model.process_latent_out(framed(self.model, latents.detach().cpu())))
         return self._after_vae(made.movedim(-1, 1)).clamp_(0, 1)
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self._after_vae(self.model.process_latent_in(self.vae.encode(pictures.movedim(1, -1))))
+            made = self.model.process_latent_in(encoded(self.vae, pictures.movedim(1, -1)))
+            return self._after_vae(unframed(self.model, made))
 
     @torch.inference_mode(False)
     def _after_vae(self, made: Tensor) -> Tensor:

@@ -54,8 +54,26 @@ class ComfyDenoiser:
         alpha = signal(self.schedule, sigma)
         options = {name: dict(value) if isinstance(value, dict) else value for name, value in self.options.items()}
         # where the network embeds no guidance, it is an adapter beside it that is told
-        told = conditions(self.model, cond if self.guidance == "embedded" else cond.with_(guidance=None), x)
-        return self.model.apply_model(x / expand(alpha, x), (sigma / alpha).to(x), transformer_options=options, **told)
+        told = cond if self.guidance == "embedded" else cond.with_(guidance=None)
+        outer = framed(self.model, x / expand(alpha, x))
+        more = conditions(self.model, told, outer)
+        x0 = self.model.apply_model(outer, (sigma / alpha).to(x), transformer_options=options, **more)
+        return unframed(self.model, x0)
+
+
+def of_video(model: Any) -> bool:
+    """Whether a model's latents are [B, C, T, h, w], of which a picture is T = 1, as Wan's and Qwen-Image's."""
+    return bool(getattr(model.latent_format, "latent_dimensions", 2) == 3)
+
+
+def framed(model: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] as the model has them."""
+    return latents.unsqueeze(2) if of_video(model) else latents
+
+
+def unframed(model: Any, latents: Tensor) -> Tensor:
+    """The other way."""
+    return latents.squeeze(2) if of_video(model) else latents
 
 
 def signal(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:

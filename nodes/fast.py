@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.recipe import Recipe
+from . import autoencoder
 from .denoiser import schedule_of
 from .load_lora import RecipeSocket
 from .sample import drawn, seed_input
@@ -89,7 +90,7 @@ class OneStepFast(io.ComfyNode):  # type: ignore[misc]
         guider.inner_set_conds({"positive": encoded(clip, text)})
         if images is None:
             empty = {"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}
-            return io.NodeOutput(vae.decode(drawn(guider, model, empty, recipe, seed)["samples"]))
+            return io.NodeOutput(autoencoder.decoded(vae, drawn(guider, model, empty, recipe, seed)["samples"]))
         one = recipe.at_strength(schedule_of(model.get_model_object("model_sampling")), strength)
         parts = images[..., :3].split(batch_size)
         return io.NodeOutput(torch.cat([anew(guider, model, vae, part, one, seed) for part in parts]))
@@ -109,8 +110,8 @@ def encoded(clip: Any, text: str) -> Any:
 def anew(guider: Any, model: Any, vae: Any, images: Tensor, recipe: Recipe, seed: int) -> Tensor:
     """IMAGE [B, H, W, 3] drawn anew, each from the seed's first noise."""
     # one index for all: ComfyUI then gives each the same noise
-    latent = {"samples": vae.encode(images), "batch_index": [0] * len(images)}
-    return vae.decode(drawn(guider, model, latent, recipe, seed)["samples"])  # type: ignore[no-any-return]
+    latent = {"samples": autoencoder.encoded(vae, images), "batch_index": [0] * len(images)}
+    return autoencoder.decoded(vae, drawn(guider, model, latent, recipe, seed)["samples"])
 
 
 NODES = [OneStepFast]

@@ -21,7 +21,7 @@ from ..core.roles import Roles
 from ..training.host import Shells
 from ..training.plan.trace import DECODE
 from .attention import differentiable_attention
-from .denoiser import ComfyDenoiser, port_of, schedule_of, with_sizes
+from .denoiser import ComfyDenoiser, framed, port_of, schedule_of, unframed, with_sizes
 from .origin import name_of
 from .refusals import refuse_patches, refuse_variant
 from .stored import hollow_weight, is_quantised, keep_stored, take_room
@@ -138,9 +138,9 @@ class Shell:
         weights = [torch.empty_like(weight) for weight in self._decoder.parameters()]
         dtype = next(self._decoder.parameters()).dtype
         with record_function(DECODE):
-            picture: Tensor = self._decoder.decode(latents[:1].to(META, dtype)).float().cpu()
+            picture: Tensor = self._decoder.decode(framed(self.model, latents[:1].to(META, dtype))).float().cpu()
         del weights
-        return picture.expand(len(latents), -1, -1, -1)
+        return unframed(self.model, picture).expand(len(latents), -1, -1, -1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size

@@ -24,7 +24,7 @@ from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
 from ..core.weights_hash import hash_of
-from .autoencoder import Autoencoder, refuse_decoder_alone
+from .autoencoder import Autoencoder, factor_of, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
@@ -216,7 +216,7 @@ class DiffusersHost:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
-        factor = self._known.folded * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        factor = self._known.folded * factor_of(self.pipe.vae)
         unit = math.lcm(8, factor * self._known.patch)
         if width % unit or height % unit or width < unit or height < unit:
             raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
@@ -227,7 +227,7 @@ class DiffusersHost:
         """(width, height) in pixels at which the model was trained."""
         side = self.network.config.get("sample_size") or 128  # Flux' configuration does not say
         height, width = (side, side) if isinstance(side, int) else side
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        factor = factor_of(self.pipe.vae)
         return width * factor, height * factor
 
     # -- training -----------------------------------------------------------------------------------------------------

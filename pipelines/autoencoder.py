@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+)
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -14,6 +23,15 @@ from ..core.errors import OneStepError
 from ..core.memory import attempt, exhausted, notice
 from .places import on_device
 
+VAE = (
+    AutoencoderKL
+    | AutoencoderTiny
+    | AsymmetricAutoencoderKL
+    | ConsistencyDecoderVAE
+    | AutoencoderKLFlux2
+    | AutoencoderKLQwenImage
+    | AutoencoderKLWan
+)
 WHAT = "the autoencoder"
 TILED = f"out of memory: {WHAT} draws in tiles from here on"
 ON_CPU = f"out of memory: {WHAT} draws on the CPU from here on, which takes longer"
@@ -59,18 +77,60 @@ class Autoencoder:
 
 def decoded(vae: Any, latents: Tensor, generator: Any = None) -> Tensor:
     """[B, 3, H, W] pictures in [0, 1] of [B, C, h, w] latents in the model's own scale, on their device."""
-    scaled = _unfolded(vae, latents.float()) if _folds(vae) else latents.float() / vae.config.scaling_factor
-    own = scaled + _shift_factor(vae)
-    pictures: Tensor = vae.decode(own.to(vae.dtype), return_dict=False, generator=generator)[0]
+    own = _unscaled(vae, latents.float()).to(vae.dtype)
+    pictures: Tensor
+    if of_video(vae):  # which draws no noise
+        pictures = vae.decode(own.unsqueeze(2), return_dict=False)[0].squeeze(2)
+    else:
+        pictures = vae.decode(own, return_dict=False, generator=generator)[0]
     return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
 
 def encoded(vae: Any, pictures: Tensor) -> Tensor:
     """The other way: latents (the posterior's mode) of pictures in [0, 1], on their device."""
-    latents: Tensor = mode_of(vae.encode((2 * pictures - 1).to(vae.dtype))).float()
+    x = (2 * pictures - 1).to(vae.dtype)
+    if of_video(vae):
+        return _scaled(vae, mode_of(vae.encode(x.unsqueeze(2))).squeeze(2).float())
+    return _scaled(vae, mode_of(vae.encode(x)).float())
+
+
+def of_video(vae: Any) -> bool:
+    """Whether it takes and gives [B, C, T, H, W], of which a picture is T = 1, as Wan's and Qwen-Image's."""
+    return "temperal_downsample" in vae.config  # spelled so in diffusers
+
+
+def factor_of(vae: Any) -> int:
+    """Pixels along a side of one of its latents."""
+    if of_video(vae):
+        return int(vae.spatial_compression_ratio)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """The autoencoder's own latents of those in the model's scale."""
     if _folds(vae):
-        return _folded(vae, latents)
-    return (latents - _shift_factor(vae)) * vae.config.scaling_factor
+        return _unfolded(vae, latents)
+    if of_video(vae):
+        mean, deviation = _channels(vae)
+        return latents * deviation.to(latents) + mean.to(latents)
+    return latents / vae.config.scaling_factor + _shift_factor(vae)
+
+
+def _scaled(vae: Any, own: Tensor) -> Tensor:
+    """The other way."""
+    if _folds(vae):
+        return _folded(vae, own)
+    if of_video(vae):
+        mean, deviation = _channels(vae)
+        return (own - mean.to(own)) / deviation.to(own)
+    return (own - _shift_factor(vae)) * vae.config.scaling_factor
+
+
+def _channels(vae: Any) -> tuple[Tensor, Tensor]:
+    """[C, 1, 1] each: the mean and the deviation of each channel, over what it was trained on."""
+    told = vae.config.latents_mean, vae.config.latents_std
+    mean, deviation = (torch.tensor(value)[:, None, None] for value in told)
+    return mean, deviation
 
 
 def _folds(vae: Any) -> bool:

@@ -128,10 +128,15 @@ def _check(fast: OneStepPipeline, base: Any, steps: int) -> None:
         raise OneStepError(
             "base and fast share one network, LoRA and all: leave base out, or load the base as a pipeline of its own"
         )
-    told = ("latent_channels", "scaling_factor", "shift_factor")
-    kinds = [tuple(vae.get(name) for name in told) for vae in (fast.vae.config, base.vae.config)]
+    told = ("latent_channels", "scaling_factor", "shift_factor", "z_dim", "latents_mean", "latents_std")
+    kinds = [{name: vae[name] for name in told if vae.get(name)} for vae in (fast.vae.config, base.vae.config)]
     if kinds[0] != kinds[1]:
         raise OneStepError(
-            f"the base's autoencoder (channels, scale, shift {kinds[1]}) is not the few-step model's {kinds[0]}: a "
-            "picture can pass only between models of one autoencoder"
+            f"the base's autoencoder ({_words(kinds[1])}) is not the few-step model's ({_words(kinds[0])}): a picture "
+            "can pass only between models of one autoencoder"
         )
+
+
+def _words(kind: dict[str, Any]) -> str:
+    """An autoencoder's channels and scale, for a person; statistics of each channel would be a page."""
+    return ", ".join(f"{name} {value}" for name, value in kind.items() if not isinstance(value, list | tuple))

@@ -9,11 +9,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
-    AsymmetricAutoencoderKL,
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderTiny,
-    ConsistencyDecoderVAE,
     DiffusionPipeline,
     SchedulerMixin,
 )
@@ -26,6 +21,7 @@ from ..core.guidance import Steering
 from ..core.recipe import Recipe, recipe_of
 from . import acting
 from .adapt import DiffusersHost, denoiser_of, network_of
+from .autoencoder import VAE, factor_of
 from .call_values import check_count, checked
 from .control import load_control
 from .fast import Fast, Mode, refuse_while_fast
@@ -91,7 +87,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | AsymmetricAutoencoderKL | ConsistencyDecoderVAE | AutoencoderKLFlux2,
+        vae: VAE,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -116,7 +112,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
         absent = (name for name, part in self.components.items() if name in IMAGE_PARTS or part is None)
         self._optional_components = list(absent)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.vae_scale_factor = factor_of(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._lora: str | None = None
         self._steps = StepLoRAs()

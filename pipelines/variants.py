@@ -22,7 +22,8 @@ def refuse_variant(family: str, network: Any, pooled_encoder: Any = None, vae: A
             "use a text-to-image base"
         )
     wanted = known.channels(config) / known.folded**2
-    made = getattr(vae, "config", {}).get("latent_channels", wanted)
+    told = getattr(vae, "config", {})
+    made = told.get("latent_channels", told.get("z_dim", wanted))  # z_dim of Wan's and Qwen-Image's
     if made != wanted:
         raise OneStepError(
             f"this {kind} takes latents of {wanted:g} channels, and the VAE's have {made}: use a text-to-image base, "

@@ -10,6 +10,7 @@ import torch
 
 from ...core.errors import OneStepError
 from .folder import Config, Weights, read_config, read_weights, require
+from .video_autoencoder import is_video, load_video_vae
 
 # ComfyUI's own converter counts on four levels, so names are mapped here.
 RENAMED = (
@@ -31,6 +32,8 @@ MIDDLE = (
 def load_vae(folder: Path) -> comfy.sd.VAE:
     """The folder's `vae` as a VAE object with its own reduction (4 for three levels)."""
     config = read_config(folder, "vae")
+    if is_video(config):
+        return load_video_vae(folder)
     require("the autoencoder", config, {"norm_num_groups": 32, "act_fn": "silu", "in_channels": 3, "out_channels": 3})
     weights = complete(convert(read_weights(folder, "vae"), levels(config)), config)
     params = {"ddconfig": architecture(config), "embed_dim": config["latent_channels"]}

@@ -14,7 +14,7 @@ from ...core.families import of_class
 from .autoencoder import load_vae
 from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
-from .latents import TinyLatent, fit_preview_colours, latent_format
+from .latents import fit_preview_colours, latent_format
 from .mmdit import mmdit_setup
 from .text import load_clip
 from .unet import unet_setup
@@ -28,7 +28,7 @@ def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
     return load_patcher(str(folder), latent), load_clip(folder), vae
 
 
-def load_patcher(folder: str, latent: TinyLatent, disable_dynamic: bool = False) -> Any:
+def load_patcher(folder: str, latent: Any, disable_dynamic: bool = False) -> Any:
     """The MODEL alone. ComfyUI calls this again for a deep copy, with disable_dynamic=True."""
     management = comfy.model_management
     setup, weights = setup_of(Path(folder))

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -239,6 +240,14 @@ def folded_vae(channels: int = 4) -> AutoencoderKLFlux2:
     made.bn.running_mean.copy_(torch.linspace(-0.3, 0.4, 4 * channels))
     made.bn.running_var.copy_(torch.linspace(0.5, 2.0, 4 * channels))
     return made
+
+
+def video_vae(cls: Any = AutoencoderKLQwenImage, width: int = 4) -> Any:
+    """Wan's or Qwen-Image's, whose latents are [B, 16, T, h, w], an eighth of the side; its own statistics."""
+    told = {"latents_mean": torch.linspace(-0.9, 1.2, 16), "latents_std": torch.linspace(0.6, 2.9, 16)}
+    made = cls(base_dim=width, z_dim=16, **{name: value.tolist() for name, value in told.items()})
+    randomise(made)
+    return made.eval()
 
 
 def klein_encoder(width: int = 8) -> Qwen3ForCausalLM:
