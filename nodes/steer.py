@@ -71,7 +71,9 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             "1, for a few per cent of a step.",
             search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1, Z-Image or Wan 2.1/2.2."),
+                io.Model.Input(
+                    "model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1, FLUX.2, Z-Image or Wan 2.1/2.2."
+                ),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TOLD),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
                 number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the model's own: {usual('scale', *MODES)}."),

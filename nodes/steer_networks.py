@@ -35,7 +35,8 @@ class Call:
 
     x: [B, C, ...] latents. context: [B, L, C] the positive texts. tokens: [n, L', C] the negative, of which the last
     ``empty`` are the empty text's. parts: tokens of each text that it is made of. pooled: [n, P], by which each of them
-    is modulated; none where the prompt's modulates all. chunks: how many conditions lie behind each other in x. rows:
+    is modulated; none where the prompt's modulates all. firsts: the place of each part's first token, for networks that
+    number them. chunks: how many conditions lie behind each other in x. rows:
     [B] bool, which are steered; None = all. kept: the negative's keys and values, empty until they are made.
     """
 
@@ -47,6 +48,7 @@ class Call:
     empty: int
     parts: list[int]
     pooled: list[Tensor]
+    firsts: list[int]
     chunks: int
     rows: Tensor | None
     reached: Reached
@@ -101,12 +103,13 @@ class Served:
 def served(model: Any) -> Served:
     """How the MODEL's network takes a negative. OneStepError, with a word, where it does not."""
     network = network_of(model)
-    found = SERVED.get(type(network))
-    why = "its network is not known here" if found is None else found.variant(network)
-    if found is None or why:
+    reasons = {kind: kind.variant(network) for kind in SERVED.get(type(network), ())}
+    found = next((kind for kind, why in reasons.items() if why is None), None)
+    if found is None:
+        why = next(iter(reasons.values()), "its network is not known here")
         raise OneStepError(
             f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "
-            "SD3.5, Flux.1, Z-Image and Wan 2.1/2.2. Use CFG for its negative"
+            "SD3.5, Flux.1, FLUX.2, Z-Image and Wan 2.1/2.2. Use CFG for its negative"
         )
     return found
 
@@ -212,6 +215,25 @@ def steer_flux(call: Call, options: dict[str, Any]) -> Tensor:
     return steer_joint(call, options, None)
 
 
+def why_not_flux2(network: Any) -> str | None:
+    return None if network.params.global_modulation and network.params.txt_ids_dims else "its blocks modulate apart"
+
+
+def steer_flux2(call: Call, options: dict[str, Any]) -> Tensor:
+    """The tokens of each text are numbered as if it were the only one."""
+
+    def placed(told: dict[str, Any]) -> dict[str, Any]:
+        places = told["txt_ids"].clone()
+        numbers = [torch.arange(first, first + n) for first, n in zip((0, *call.firsts), lengths, strict=True)]
+        places[..., call.network.params.txt_ids_dims] = torch.cat(numbers)[:, None].to(places)
+        return {**told, "txt_ids": places}
+
+    lengths = (call.context.shape[1], *call.parts)
+    context = steer_flux(call, options)
+    options["patches"] = {**options.get("patches", {}), "post_input": [placed]}
+    return context
+
+
 def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tensor:
     earlier = options.get(OVERRIDE)
     options[OVERRIDE] = JointAttention(call.steering, call.lengths, call.empty, image, call.rows, call.reached, earlier)
@@ -251,10 +273,18 @@ def within_z_image(call: Call, options: dict[str, Any]) -> AbstractContextManage
     return one_stream(call.network, z_image_texts(call), options[OVERRIDE])
 
 
-SERVED: dict[type, Served] = {
-    UNetModel: Served("unet", unet_width, steer_unet, why_not_unet),
-    OpenAISignatureMMDITWrapper: Served("sd3", sd3_width, steer_sd3, why_not_sd3, keywords=False, pooled=True),
-    Flux: Served("flux", lambda network: int(network.txt_in.in_features), steer_flux, why_not_flux, pooled=True),
-    NextDiT: Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),
-    WanModel: Served("wan", lambda network: int(network.text_dim), steer_wan),
+def flux_width(network: Any) -> int:
+    return int(network.txt_in.in_features)
+
+
+SERVED: dict[type, tuple[Served, ...]] = {
+    UNetModel: (Served("unet", unet_width, steer_unet, why_not_unet),),
+    OpenAISignatureMMDITWrapper: (Served("sd3", sd3_width, steer_sd3, why_not_sd3, keywords=False, pooled=True),),
+    Flux: (
+        Served("flux", flux_width, steer_flux, why_not_flux, pooled=True),
+        Served("flux2", flux_width, steer_flux2, why_not_flux2),
+    ),
+    NextDiT: (Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),),
+    WanModel: (Served("wan", lambda network: int(network.text_dim), steer_wan),),
 }
+"""By a network's class; one of several that serves it."""

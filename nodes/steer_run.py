@@ -17,9 +17,11 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 from ..core.guidance import Steering
 from .steer_attention import Reached
 from .steer_networks import Call, KeysValues, Served, bare
+from .steer_text import WHOLE
 
 KEY = "onestep_negative_steering"
 PROMPT = "onestep_prompt"
@@ -127,8 +129,8 @@ class NegativeSteering:
         return comfy.samplers.encode_model_conds(model.extra_conds, entries, x, x.device, "negative", **given)
 
     def _call(self, model: Any, x: Tensor, context: Tensor, flags: list[int], active: list[Entry], run: Run) -> Call:
-        empty = run.empty[id(model)]
-        texts = [entry["model_conds"]["c_crossattn"].cond for entry in (*active, *empty)]
+        entries = (*active, *run.empty[id(model)])
+        texts = [self._text(entry) for entry in entries]
         tokens = torch.cat([comfy.utils.repeat_to_batch_size(text, max(map(len, texts))) for text in texts], 1)
         tokens = management.cast_to_device(tokens, x.device, model.get_dtype_inference())
         rows = None
@@ -138,9 +140,24 @@ class NegativeSteering:
         hooked = getattr(model.current_patcher, "hook_patches", None)  # weights that change between calls
         key = (id(network), *(entry["uuid"] for entry in active))
         kept: KeysValues = {} if hooked else run.keys_values.setdefault(key, {})
-        parts, pooled = [text.shape[1] for text in texts], self._pooled(network, (*active, *empty), x)
-        behind, chunks = sum(parts[len(active) :]), len(flags)
-        return Call(self.steering, network, x, context, tokens, behind, parts, pooled, chunks, rows, run.reached, kept)
+        parts, pooled = [text.shape[1] for text in texts], self._pooled(network, entries, x)
+        behind, chunks, firsts = sum(parts[len(active) :]), len(flags), [self._first(entry) for entry in entries]
+        return Call(
+            *(self.steering, network, x, context, tokens, behind, parts, pooled, firsts),
+            *(chunks, rows, run.reached, kept),
+        )
+
+    def _text(self, entry: Entry) -> Tensor:
+        """[n, L, C] as the model has it; without padding also without what the model itself puts in front."""
+        text: Tensor = entry["model_conds"]["c_crossattn"].cond
+        return text if self.steering.wants_padding else text[:, text.shape[1] - entry["cross_attn"].shape[1] :]
+
+    def _first(self, entry: Entry) -> int:
+        """The place of a text's first token where the model puts padding in front: a text without it stays there."""
+        family = FAMILIES.get(self.served.family)
+        if self.steering.wants_padding or family is None or family.lengths != "filled in front":
+            return 0
+        return max(0, family.tokens - int(entry[WHOLE]))
 
     def _pooled(self, network: Any, entries: tuple[Entry, ...], x: Tensor) -> list[Tensor]:
         """[n, P] of each text, zeros where an entry has none, as the network's own forward has it."""
@@ -183,5 +200,5 @@ def may_lack_guards(model_options: dict[str, Any]) -> bool:
 
 def form_of(call: Call) -> str:
     """A keyword for each form of steering; networks ignore it."""
-    form = repr((call.steering, call.lengths, call.empty, call.tokens.shape, call.rows is None))
+    form = repr((call.steering, call.lengths, call.firsts, call.empty, call.tokens.shape, call.rows is None))
     return f"{KEY}_{hashlib.sha256(form.encode()).hexdigest()[:16]}"

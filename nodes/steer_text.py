@@ -11,6 +11,8 @@ from ..core.errors import OneStepError
 
 OWN = "onestep_unpadded"
 """In a CONDITIONING's dictionary: (the text's own tokens [1, L, C], the padded ones that they belong to)."""
+WHOLE = "onestep_whole"
+"""In that of a text without its padding: how many tokens it has with it."""
 CLIP = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 Tokens = dict[str, list[list[Any]]]
 
@@ -58,7 +60,7 @@ def encode_negative(clip: Any, text: str) -> Any:
 
 def own_tokens(negative: Any) -> Any:
     """CONDITIONING without padding. OneStepError where it does not say what is padding."""
-    return [[_own(text, told), told] for text, told in negative]
+    return [[_own(text, told), told | {WHOLE: text.shape[1]}] for text, told in negative]
 
 
 def _own(text: Tensor, told: dict[str, Any]) -> Tensor:
@@ -88,11 +90,13 @@ def _shortest(clip: Any, tokens: Tokens) -> Tokens:
 
 
 def _length(clip: Any, name: str, batch: list[Any]) -> int:
-    """How many tokens a batch has up to the one that ends it, with that one."""
+    """How many tokens a batch has up to the one that ends it, with that one; where none does, up to its padding."""
     tokenizers = clip.tokenizer
     end = getattr(tokenizers, CLIP.get(name, name), None) or getattr(tokenizers, tokenizers.clip)
-    found = [index for index, (token, *_) in enumerate(batch) if isinstance(token, int) and token == end.end_token]
-    return found[0] + 1 if found else len(batch)
+    numbers = [token if isinstance(token, int) else -1 for token, *_ in batch]
+    if end.end_token is None:
+        return max((index + 1 for index, token in enumerate(numbers) if token != end.pad_token), default=len(batch))
+    return numbers.index(end.end_token) + 1 if end.end_token in numbers else len(batch)
 
 
 def _real(clip: Any, tokens: Tokens, count: int) -> list[int]:

@@ -32,8 +32,10 @@ def encode_text(
 def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, KLEIN, FLUX2):
+    if kind == Z_IMAGE:
         return encode(pipe, kind, [text], device)
+    if kind in (KLEIN, FLUX2):
+        return _of_its_own(pipe, kind, text, device)
     if kind in (SD, SDXL):
         cond = encode(pipe, kind, [text], device)
         return Cond(cond.text[:, : length_of(pipe, pipe.tokenizer, text)], pooled=cond.pooled)
@@ -43,6 +45,27 @@ def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
         return cond
     clip, t5 = cond.text[:, : length_of(pipe, pipe.tokenizer, text)], cond.text[:, pipe.tokenizer_max_length :]
     return Cond(torch.cat([clip, t5], 1), pooled=cond.pooled)
+
+
+def _of_its_own(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
+    """The tokens that the mask shows to a causal encoder, behind or before which padding may lie."""
+    masks: list[torch.Tensor] = []
+
+    def see(module: Any, args: Any, told: dict[str, Any]) -> None:
+        masks.append(told["attention_mask"])
+
+    handle = pipe.text_encoder.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        cond = encode(pipe, kind, [text], device)
+    finally:
+        handle.remove()
+    return Cond(cond.text[:, masks[0][0].bool().to(cond.text.device)])
+
+
+def pads_in_front(pipe: Any) -> bool:
+    """Whether a pipeline's tokenizer, or its processor's, puts padding before a text."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    return getattr(getattr(tokenizer, "tokenizer", tokenizer), "padding_side", "right") == "left"
 
 
 def length_of(pipe: Any, tokenizer: Any, text: str, most: int | None = None) -> int:

@@ -31,10 +31,15 @@ class OwnGuidance:
         """Of the forward about to be made. Raises OneStepError where rows would be acted on that are not the
         prompt's."""
         name = type(self.pipe).__name__
+        family, guided = FAMILIES[self.family], getattr(self.pipe, "do_classifier_free_guidance", False)
+        if guided and family.prompts == "alone":
+            raise OneStepError(
+                f"this {name} draws with guidance of its own, whose negative would be acted on as the prompt is: call "
+                f"it with guidance_scale={family.unguided:g}"
+            )
         if self.rows != "all" and len(text) % 2:
             raise OneStepError(f"the network's batch has {len(text)} rows, no two halves, and rows is {self.rows!r}")
-        if self.rows == "all" and getattr(self.pipe, "do_classifier_free_guidance", False):
-            family = FAMILIES[self.family]
+        if self.rows == "all" and guided:
             raise OneStepError(
                 f"this {name} draws with guidance of its own, whose negative is half of each batch: call it with "
                 f'guidance_scale={family.unguided:g}, or say which half is the prompt\'s (rows="{family.prompts}" in '

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
 from torch import nn
 
 from ..core.compiled import uncompile
@@ -22,7 +23,8 @@ from .steer_attention import CrossSteered, JointSteered, Run
 from .steer_joint import CrossTexts, JointTexts
 from .steer_modulation import Modulation, install
 from .steer_one_stream import OneStream, StreamSteered
-from .steer_served import attentions_of, family_of, pooled_width_of, refuse_foreign, times_of, unsteered, width_of
+from .steer_parallel import ParallelSteered
+from .steer_served import attentions_of, family_of, read_by, refuse_foreign, times_of, unsteered
 from .steer_text import Text, away_of
 from .threads import one_at_a_time, only_here, processors_of, set_processors
 
@@ -45,7 +47,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux or Z-Image, ControlNet's and the like too.
+    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2 or Z-Image, ControlNet's and the like too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -58,7 +60,7 @@ def steered(
     start, end: shares of the schedule between which it acts, both included; 0 is the noisiest.
     rows: which rows of the network's batch are steered. Where classifier-free guidance puts two halves into one batch,
     that is the prompt's: diffusers' own pipelines put it last ("second half"), Z-Image's first. CFG's own negative acts
-    as well. A guided pipeline is refused at "all"; Flux' ``true_cfg_scale`` and Z-Image's ``cfg_truncation`` at any.
+    as well. A guided pipeline is refused at "all", FLUX.2's, Flux' ``true_cfg_scale`` and ``cfg_truncation`` at any.
     cache: keep a U-Net's keys and values of the negative between forwards; only where no weight and no LoRA's scale
     changes within.
 
@@ -79,7 +81,7 @@ def steered(
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows, family)
     attentions = attentions_of(plain, family, chosen.layers)
     latest, earliest = times_of(pipe.scheduler, start, end)
-    away = away_of(pipe, negative, empty, chosen, width_of(plain, attentions), pooled_width_of(plain))
+    away = away_of(pipe, negative, empty, chosen, *read_by(plain, attentions))
     if chosen.neutral:
         yield
         return
@@ -126,7 +128,10 @@ def _steered(
     texts = JointTexts(run, Modulation(), family, network)
     kept = install(network, texts.modulation, undo) if run.away.pooled else {}
     return texts, {
-        name: JointSteered(inner, run, kept.get(name.removesuffix(".processor"))) for name, inner in found.items()
+        name: ParallelSteered(inner, run)
+        if isinstance(inner, Flux2ParallelSelfAttnProcessor)
+        else JointSteered(inner, run, kept.get(name.removesuffix(".processor")))
+        for name, inner in found.items()
     }
 
 

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor
 from torch import Tensor
 
 from ..core.errors import OneStepError
@@ -26,7 +27,9 @@ from .steer_modulation import Kept
 from .steer_text import Away
 from .threads import is_here
 
-JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, FluxAttnProcessor)
+FUSING = (FluxAttnProcessor, Flux2AttnProcessor)
+"""Which look at the attention for how it projects."""
+JOINT = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor, *FUSING)
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
@@ -204,7 +207,7 @@ class Seen:
         return normed(heads(self.found[name], self.attn), norm)
 
 
-# -- SD3 and Flux -----------------------------------------------------------------------------------------------------
+# -- SD3, Flux and FLUX.2 ---------------------------------------------------------------------------------------------
 
 
 class JointSteered:
@@ -227,23 +230,29 @@ class JointSteered:
         if not self.run.acting:
             rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary)
-        self.run.reached = True
         q, k, v = self._projected(attn, hidden_states, "")
         if encoder_hidden_states is not None:
             text = self._projected(attn, encoder_hidden_states, "added_")
             q, k, v = (torch.cat([a, b], 2) for a, b in zip(text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
-        out = self._joint(self._streams(q), self._streams(k), self._streams(v), self.run.chosen(hidden_states))
-        positive, negative, image = (merged(part).to(hidden_states.dtype) for part in out)
+        positive, negative, image = self.attended(q, k, v, hidden_states)
         if encoder_hidden_states is None:
             # Flux' single blocks hold one sequence and project it themselves
             return torch.cat([positive, negative, image], 1)
         texts = torch.cat([positive, negative], 1)
-        texts = texts if attn.context_pre_only else attn.to_add_out(texts)
+        texts = texts if getattr(attn, "context_pre_only", False) else attn.to_add_out(texts)
         if self.kept is not None and self.kept.gate is not None:
             texts = self.kept.gate * texts
         return attn.to_out[1](attn.to_out[0](image)), texts
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Projected:
+        """What each text and the picture found, [B, N, H D]. q, k, v: [B, H, N, D] of all three; states: of the batch
+        that they were made of."""
+        self.run.reached = True
+        out = self._joint(self._streams(q), self._streams(k), self._streams(v), self.run.chosen(states))
+        positive, negative, image = (merged(part).to(states.dtype) for part in out)
+        return positive, negative, image
 
     def _joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None) -> Streams:
         """Negatives of different numbers of tokens one number at a time."""
@@ -261,7 +270,7 @@ class JointSteered:
     def _projected(self, attn: Any, states: Tensor, added: str) -> Projected:
         """Queries, keys and values [B, H, N, D] of the picture's tokens, or ("added_") of the texts'."""
         fused = isinstance(self.inner, FusedJointAttnProcessor2_0)
-        if fused or (isinstance(self.inner, FluxAttnProcessor) and attn.fused_projections):
+        if fused or (isinstance(self.inner, FUSING) and attn.fused_projections):
             parts = (attn.to_added_qkv if added else attn.to_qkv)(states).chunk(3, -1)
         elif added:
             parts = attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states)

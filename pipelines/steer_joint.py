@@ -41,7 +41,8 @@ class CrossTexts:
 
 @dataclass
 class JointTexts:
-    """Of SD3 and Flux: the negative's tokens follow the prompt's, each text's modulated by its own pooled text."""
+    """Of SD3, Flux and FLUX.2: the negative's tokens follow the prompt's, each text's modulated by its own pooled text
+    where it has one."""
 
     run: Run
     modulation: Modulation
@@ -68,10 +69,20 @@ class JointTexts:
             self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
         changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
         if given.get("txt_ids") is not None:
-            # every text lies at the origin of the rotary positions
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
-            changed["txt_ids"] = torch.cat([places, places.new_zeros(every.shape[1], places.shape[1])])
+            changed["txt_ids"] = torch.cat([places, self._places(places)])
         return changed
+
+    def _places(self, like: Tensor) -> Tensor:
+        """[L, axes] of the negative's and the empty text's tokens, each numbered as if it were the only text."""
+        away, axis = self.run.away, FAMILIES[self.family].numbered
+        count = away.tokens.shape[1]
+        places = like.new_zeros(count, like.shape[1])
+        if axis is not None:
+            numbers = torch.arange(count, device=like.device)
+            own = count - away.empty
+            places[:, axis] = torch.where(numbers < own, away.first + numbers, numbers - own).to(like)
+        return places
 
     def clear(self) -> None:
         self.modulation.clear()

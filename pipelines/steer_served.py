@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 
 from ..core.errors import OneStepError
@@ -14,10 +15,11 @@ from ..core.schedule import NoiseSchedule, VPSchedule
 from .networks import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered
 from .steer_one_stream import StreamSteered
+from .steer_parallel import ParallelSteered
 from .threads import processors_of
 
-STEERED = CrossSteered | JointSteered | StreamSteered
-COMPUTED_ANEW = (*JOINT, ZSingleStreamAttnProcessor)
+STEERED = CrossSteered | JointSteered | ParallelSteered | StreamSteered
+COMPUTED_ANEW = (*JOINT, Flux2ParallelSelfAttnProcessor, ZSingleStreamAttnProcessor)
 
 
 def family_of(network: Any) -> str:
@@ -67,6 +69,12 @@ def pooled_width_of(network: Any) -> int:
     """Of the pooled text that modulates a text's tokens; 0 where none does."""
     family = FAMILIES[detect(network)]
     return 0 if family.cross_attention else family.widths(network.config)[1]
+
+
+def read_by(network: Any, attentions: dict[str, Any]) -> tuple[int, int, int]:
+    """How wide the tokens and the pooled text are that it reads; of how many tokens a text is, where it numbers them."""
+    family = FAMILIES[detect(network)]
+    return width_of(network, attentions), pooled_width_of(network), 0 if family.numbered is None else family.tokens
 
 
 def unsteered(processor: Any) -> Any:

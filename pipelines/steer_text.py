@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.guidance import Steering
-from .encode import encode_text
+from .encode import encode_text, pads_in_front
 
 Text = str | Sequence[str] | Tensor | Sequence[Tensor] | Cond
 
@@ -23,13 +23,15 @@ class Away:
 
     tokens: [n, L, C] of an encoder; the last ``empty`` of them are the empty text's. lengths: how many of the others
     each row begins with, where rows have different numbers; None: all. pooled: [n or 1, P] of the negative and of the
-    empty text; none where the prompt's modulates them too.
+    empty text; none where the prompt's modulates them too. first: the place of the negative's first token, where a
+    family numbers them and the tokenizer pads in front.
     """
 
     tokens: Tensor
     empty: int = 0
     lengths: tuple[int, ...] | None = None
     pooled: tuple[Tensor, ...] = ()
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,15 +56,20 @@ class Away:
         return torch.cat([states[:, :, :length], filled, states[:, :, length:]], 2)
 
 
-def away_of(pipe: Any, negative: Text, empty: Text | None, steering: Steering, width: int, pooled: int) -> Away:
+def away_of(
+    pipe: Any, negative: Text, empty: Text | None, steering: Steering, width: int, pooled: int, tokens: int = 0
+) -> Away:
     """Texts are encoded as ``steering`` wants them. width, pooled: of the tokens and the pooled text that the network
-    reads. OneStepError for a text that it does not."""
+    reads; tokens: of a padded text, where it numbers them. OneStepError for a text that it does not read."""
     negative, empty = _joined(negative), _joined(empty)
     told = not isinstance(negative, Tensor | Cond)
     found = _cond_of(pipe, negative, steering)
     _check(found, width, pooled, "negative")
+    if not pooled:
+        found = replace(found, pooled=None)
     if not steering.wants_empty or steering.neutral:
-        return _cut(found, steering)
+        cut = _cut(found, steering)
+        return cut if steering.wants_padding or not pads_in_front(pipe) else _placed(cut, tokens)
     if empty is None and not told:
         raise OneStepError('perp measures from the empty text: give empty=..., "" encoded as the negative is')
     zero = _cond_of(pipe, "" if empty is None else empty, steering)
@@ -103,6 +110,16 @@ def _cut(cond: Cond, steering: Steering) -> Away:
     lengths = tuple(int(count) for count in cond.mask.sum(1))
     tokens = cond.text[:, : max(lengths)]
     return Away(tokens, 0, lengths if len(set(lengths)) > 1 else None, pooled)
+
+
+def _placed(away: Away, tokens: int) -> Away:
+    """Its tokens where they are in a text of so many ``tokens``, padded in front."""
+    if away.lengths and tokens:
+        raise OneStepError(
+            "VSF's negatives have several numbers of tokens, which this model counts from a text's end: give one "
+            "negative for all prompts, or steer by nasa, nag or perp"
+        )
+    return replace(away, first=max(0, tokens - away.tokens.shape[1]))
 
 
 def _with_empty(away: Away, zero: Away) -> Away:

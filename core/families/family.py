@@ -91,7 +91,7 @@ class Family:
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
     unguided: the guidance scale that diffusers' own pipeline has for none. prompts: the half of a batch of classifier-
-    free guidance that they are there.
+    free guidance that they are there; "alone" where the other text has a forward of its own.
     pipelines: diffusers' own, for text to image. second: whether a configuration is the second one's. half: the dtype
     of half the bytes in which it is trained.
 
@@ -100,7 +100,8 @@ class Family:
     of several sizes, with ControlNets' residuals between them. cross_attention: the picture alone attends to the text;
     else both attend jointly. ends: pattern of the layers by which what attention found enters the stream, where
     adapters add. entry: what writes the picture's stream at first; "" where no control is served. summary: the layer
-    that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. steering: by mode,
+    that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. numbered: the
+    rotary axis along which a text's tokens are numbered from 0; None where all lie at the origin. steering: by mode,
     the numbers of a negative where nobody gives any; none where steering is not served.
     """
 
@@ -140,7 +141,7 @@ class Family:
     unembedded: Literal["cfg", "none"] = "none"
     usual_guidance: float = 1.0
     unguided: float = 1.0
-    prompts: Literal["first half", "second half"] = "second half"
+    prompts: Literal["first half", "second half", "alone"] = "second half"
     pipelines: tuple[str, ...]
     second: Callable[[Config], bool] = lambda config: False
     half: Literal["float16", "bfloat16"] = "bfloat16"
@@ -151,6 +152,7 @@ class Family:
     ends: str
     entry: str = ""
     summary: str = ""
+    numbered: int | None = None
     steering: Mapping[str, Numbers] = field(default_factory=dict)
 
     def reason(self, path: str) -> str | None:

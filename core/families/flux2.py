@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..schedule import FlowSchedule, StepsShift
-from .family import NORM, Block, Config, Encoder, Family, first
+from .family import NORM, Block, Config, Encoder, Family, Numbers, first
 from .flux import Layout, layout_of_canonical, layout_of_comfy
 from .table import QKV, Row, repeated
 
@@ -93,6 +93,7 @@ FLUX2 = Family(
     guidance=("guidance_embeds", "guidance_embed"),
     usual_guidance=4.0,
     unembedded="cfg",
+    prompts="alone",
     pipelines=("Flux2KleinPipeline", "Flux2Pipeline"),
     second=lambda config: bool(config.get("guidance_embeds")),
     blocks={
@@ -103,4 +104,11 @@ FLUX2 = Family(
         "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first", patch=1),
     },
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0|single_transformer_blocks\.\d+\.attn\.to_out",
+    numbered=3,
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(3.5),
+        "perp": Numbers(10.0),
+    },
 )

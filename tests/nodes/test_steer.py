@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-EACH = ("sd15", "sd3", "flux", "z_image")
+EACH = ("sd15", "sd3", "flux", "flux2", "z_image")
 EXACT = 1e-5  # of the oracle's standard deviation
 
 
@@ -109,7 +109,7 @@ WORDS = {
     "twice": ("already", "Combine"),
     "not served: lumina2": ("Lumina2", "fill", "Z-Image"),
     "reference": ("reference pictures", "ReferenceLatent"),
-    "not served: flux2": ("Flux2", "positions", "Flux.1"),
+    "not served: numbered": ("Flux", "positions", "FLUX.2"),
     "not served: pixart": ("PixArt", "SD1.5"),
     "not served: video unet": ("SVD", "video"),
     "dual guider": ("Dual CFG Guider", "Basic Guider"),

@@ -25,7 +25,6 @@ from onestep.core.schedule import FlowSchedule, of_size
 from onestep.pipelines import diverse
 from onestep.pipelines.adapt import DiffusersHost, adapt, denoiser_of
 from onestep.pipelines.one_step import OneStepPipeline
-from onestep.pipelines.steer import steered
 from onestep.training.engine.inputs import base_note
 
 
@@ -190,11 +189,3 @@ def test_a_model_that_edits_is_refused_by_name() -> None:
     pipe = Flux2KleinKVPipeline(**make("klein").components)
     with pytest.raises(OneStepError, match=r"FLUX.2 klein KV \(editing\) models cannot be adapted yet: use SD1.5"):
         adapt(pipe)
-
-
-def test_negatives_are_refused_by_name_as_yet() -> None:
-    with (
-        pytest.raises(OneStepError, match="Flux2Transformer2DModel is not served by negative steering: use SD1.5"),
-        steered(make("klein"), "red", "nag"),
-    ):
-        pass

@@ -98,7 +98,7 @@ def with_lora(network: Any, name: str) -> None:
             torch.nn.init.normal_(weight, std=0.3)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "flux2", "z_image"])
 def test_a_lora_acts_on_the_negatives_keys_and_values_too(name: str) -> None:
     """At each scale the same as with the LoRA folded into the weights, though the scale changes within `steered`."""
     pipe, network = pipe_of(name)
@@ -159,7 +159,7 @@ def test_half_precision_is_the_same_but_for_its_rounding(name: str, mode: str, d
 
 @pytest.mark.broad
 @pytest.mark.slow
-@pytest.mark.parametrize("name", narrowed(["sd15", "sd35", "flux"], "sd15"))
+@pytest.mark.parametrize("name", narrowed(["sd15", "sd35", "flux", "flux2"], "sd15"))
 def test_a_compiled_network_follows_each_steering(name: str) -> None:
     """Compiled before: plain, steered, steered by another negative (Flux: at another scale too), and plain again."""
     torch._dynamo.reset()
@@ -189,7 +189,7 @@ def test_a_compiled_network_follows_each_steering(name: str) -> None:
     [
         ("sd15", texts(1, 6)[:, :, :20], {}, "20 wide, this network reads 24"),
         ("sd35", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
-        ("flux", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
+        *((name, torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24") for name in ("flux", "flux2")),
         ("z_image", torch.zeros(1, 6, 64), {}, "64 wide, this network reads 24"),
         ("sd15", texts(1, 6)[0], {}, r"the negative is \(6, 24\)"),
         ("sd15", 7, {}, "the negative is int"),
@@ -295,7 +295,7 @@ def test_it_does_not_act_in_training(name: str) -> None:
         host.release()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "flux2", "z_image"])
 def test_gradients_pass_without_checkpointing(name: str) -> None:
     """Finite differences of the picture's sum along one direction; SD3 and Flux round to float32 on their way."""
     pipe, network = pipe_of(name)

@@ -20,7 +20,7 @@ MODES = list(SCALES)
 
 def exact(name: str) -> float:
     """Of the largest value, in float64. diffusers computes Flux' rotary positions in float32."""
-    return 1e-7 if name == "flux" else 1e-10
+    return 1e-7 if name in ("flux", "flux2") else 1e-10
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -157,7 +157,7 @@ def test_a_control_net_acts_beside_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "flux2"])
 def test_fused_projections_draw_the_same(name: str, mode: str) -> None:
     pipe, network = pipe_of(name)
     negative = texts(1, 4)

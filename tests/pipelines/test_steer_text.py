@@ -8,7 +8,7 @@ import pytest
 import torch
 from narrowed import thinned
 from small_networks import inputs_of
-from steered_networks import JOINT, SCALES, UNETS, away, doubled, pipe_of, pooled, run, texts
+from steered_networks import JOINT, POOLED, SCALES, UNETS, away, doubled, pipe_of, pooled, run, texts
 from tiny_pipelines import make
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def of(length: int, count: int = 1, seed: int = 7) -> Cond:
 # -- pooled text ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "name", "mode"), thinned(5, [3, 8], JOINT, SCALES))
+@pytest.mark.parametrize(("length", "name", "mode"), thinned(5, [3, 8], POOLED, SCALES))
 def test_each_text_is_modulated_by_its_own_pooled_text(name: str, mode: str, length: int) -> None:
     """As in the doubled network, whose rows have a text and its pooled text each; by VSF all are under the prompt's."""
     pipe, network = pipe_of(name)
@@ -51,7 +51,7 @@ def test_each_text_is_modulated_by_its_own_pooled_text(name: str, mode: str, len
         close(run(name, network), under_the_prompts)
 
 
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", POOLED)
 def test_the_prompts_pooled_text_changes_nothing(name: str) -> None:
     """Bit for bit: a gate of a token is its text's."""
     pipe, network = pipe_of(name)
@@ -63,7 +63,7 @@ def test_the_prompts_pooled_text_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", ["first half", "second half"])
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", POOLED)
 def test_half_of_a_batch_is_under_its_negatives(name: str, rows: Any) -> None:
     pipe, network = pipe_of(name)
     inputs, negatives = inputs_of(name), of(6, 2)

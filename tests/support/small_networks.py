@@ -148,7 +148,7 @@ def run_flux2(network: Any, inputs: Inputs) -> Tensor:
     one = torch.zeros(1, dtype=torch.long)
     predicted = network(
         **{"hidden_states": x.flatten(2).transpose(1, 2), "encoder_hidden_states": inputs["text"]},
-        **{"timestep": inputs["time"], "guidance": inputs["guidance"] if network.config.guidance_embeds else None},
+        **{"timestep": inputs["time"], "guidance": inputs["guidance"]},
         **{"img_ids": torch.cartesian_prod(one, row, column, one)},
         txt_ids=torch.cartesian_prod(one, one, one, number),
     ).sample

@@ -1,12 +1,14 @@
 """What negative steering must compute, in NumPy on diffusers' own networks: processors that know no Steering.
 
-U-Nets: each cross-attention by its formula. SD3 and Flux: the doubled form, a batch of positive and negative text (and
-the empty one, where the mode wants it) with the same picture, whose rows are overwritten in all after each attention.
+U-Nets: each cross-attention by its formula. SD3, Flux and FLUX.2: the doubled form, a batch of positive and negative
+text (and the empty one, where the mode wants it) with the same picture, whose rows are overwritten in all after each
+attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,9 @@ from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
-UNETS, JOINT = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
+PIPES |= {"flux2": "klein"}
+UNETS, POOLED = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
+JOINT = (*POOLED, "flux2")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep
 TAU, ALPHA, OFFSET = 2.5, 0.25, 0.1
@@ -136,10 +140,14 @@ class CrossOracle:
 
 
 class JointOracle:
-    """The doubled form: rows are the positive texts' pictures, then the negatives'. lengths: tokens of each text."""
+    """The doubled form: rows are the positive texts' pictures, then the negatives'. lengths: tokens of each text. last:
+    whether a shorter negative lies at the end of its row, else at the beginning."""
 
-    def __init__(self, mode: str, lengths: list[int]) -> None:
+    def __init__(self, mode: str, lengths: list[int], last: bool = False) -> None:
         self.mode, self.lengths = mode, lengths
+        self.own = [
+            slice(last * (max(lengths) - length), last * (max(lengths) - length) + length) for length in lengths
+        ]
 
     def __call__(
         self,
@@ -162,7 +170,8 @@ class JointOracle:
         if encoder_hidden_states is None:
             return merged
         texts_out, image = merged[:, : max(self.lengths)], merged[:, max(self.lengths) :]
-        return attn.to_out[0](image), texts_out if attn.context_pre_only else attn.to_add_out(texts_out)
+        last = getattr(attn, "context_pre_only", False)
+        return attn.to_out[0](image), texts_out if last else attn.to_add_out(texts_out)
 
     def _project(self, attn: Any, states: Tensor, layers: tuple[str, ...], norms: Any) -> list[Array]:
         found = [torch.from_numpy(joined(getattr(attn, layer)(states), attn.heads)) for layer in layers]
@@ -173,14 +182,15 @@ class JointOracle:
         each, length = len(q) // len(self.lengths), max(self.lengths)
         # where texts differ in length the shorter one is padded, and nobody looks at the padding
         hidden = np.zeros((len(q), 1, 1, k.shape[2]))
-        for number, tokens in enumerate(self.lengths):
-            hidden[number * each : (number + 1) * each, :, :, tokens:length] = -np.inf
+        hidden[..., :length] = -np.inf
+        for number, own in enumerate(self.own):
+            hidden[number * each : (number + 1) * each, :, :, own] = 0
         out = attend(q, k, v, hidden)
         if self.mode == "vsf":
             keys, values = (
                 (
-                    np.concatenate([x[:each, :, : self.lengths[0]], x[:each, :, length:]], 2),
-                    x[each:, :, : self.lengths[1]],
+                    np.concatenate([x[:each, :, self.own[0]], x[:each, :, length:]], 2),
+                    x[each:, :, self.own[1]],
                 )
                 for x in (k, v)
             )
@@ -191,6 +201,25 @@ class JointOracle:
         return out
 
 
+class ParallelOracle:
+    """FLUX.2's single blocks: W [attention, silu(g) u], (q, k, v, g, u) = V n."""
+
+    def __init__(self, oracle: JointOracle) -> None:
+        self.oracle = oracle
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, image_rotary_emb: Any = None
+    ) -> Tensor:
+        found = array(attn.to_qkv_mlp_proj(hidden_states))
+        width, mlp = attn.inner_dim, attn.mlp_hidden_dim
+        q, k, v, g, u = np.split(found, [width, 2 * width, 3 * width, 3 * width + mlp], 2)
+        q, k, v = (joined(torch.from_numpy(part), attn.heads) for part in (q, k, v))
+        q, k = array(attn.norm_q(torch.from_numpy(q))), array(attn.norm_k(torch.from_numpy(k)))
+        out = self.oracle._attended(rotated(q, image_rotary_emb), rotated(k, image_rotary_emb), v)
+        out = out.transpose(0, 2, 1, 3).reshape(*found.shape[:2], width)
+        return attn.to_out(torch.from_numpy(np.concatenate([out, g / (1 + np.exp(-g)) * u], 2)).to(hidden_states))
+
+
 def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
     """Pairs (a, b) of neighbours turned by their angle: (a cos - b sin, b cos + a sin)."""
     cos, sin = (array(part)[:, ::2] for part in angles)
@@ -198,23 +227,39 @@ def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
     return np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
 
 
-def doubled(name: str, network: Any, mode: str, negative: Tensor | Cond, **more: Tensor | list[Tensor]) -> Tensor:
-    """The doubled form's prediction for the inputs of ``name``, each text under its own pooled text where the negative
-    has one; ``more`` are residuals of a ControlNet."""
-    inputs = inputs_of(name, next(network.parameters()).dtype)
+def doubled(
+    name: str,
+    network: Any,
+    mode: str,
+    negative: Tensor | Cond,
+    inputs: dict[str, Tensor] | None = None,
+    last: bool = False,
+    **more: Tensor | list[Tensor],
+) -> Tensor:
+    """The doubled form's prediction for ``inputs``, by default those of ``name``, each text under its own pooled text
+    where the negative has one; ``more`` are residuals of a ControlNet. last: as in JointOracle."""
+    inputs = inputs_of(name, next(network.parameters()).dtype) if inputs is None else inputs
     negative = negative if isinstance(negative, Cond) else Cond(negative)
     zero = empty_with_pooled().to(negative.text)
     count, others = len(inputs["text"]), (negative, zero) if mode == "perp" else (negative,)
     every = [inputs["text"], *(other.text.expand(count, -1, -1) for other in others)]
     lengths = [text.shape[1] for text in every]
-    padded = [torch.nn.functional.pad(text, (0, 0, 0, max(lengths) - text.shape[1]), value=3.0) for text in every]
+    missing = [max(lengths) - length for length in lengths]
+    sides = [(0, 0, count, 0) if last else (0, 0, 0, count) for count in missing]
+    padded = [torch.nn.functional.pad(text, side, value=3.0) for text, side in zip(every, sides, strict=True)]
     rows = {key: torch.cat([value] * len(every)) for key, value in inputs.items()} | {"text": torch.cat(padded)}
     if negative.pooled is not None:
         rows["pooled"] = torch.cat([inputs["pooled"], *(other.pooled.expand(count, -1) for other in others)])
     more = {key: [torch.cat([part] * len(every)) for part in parts] for key, parts in more.items()}
-    oracle = JointOracle(mode, lengths)
-    during = replaced(network, lambda attn: None if attn.added_kv_proj_dim is None and name != "flux" else oracle)
-    with picture_under_the_prompt(network, len(every)):
+    oracle = JointOracle(mode, lengths, last)
+
+    def choose(attn: Any) -> Any:
+        if hasattr(attn, "to_qkv_mlp_proj"):
+            return ParallelOracle(oracle)
+        return None if attn.added_kv_proj_dim is None and name != "flux" else oracle
+
+    during = replaced(network, choose)
+    with picture_under_the_prompt(network, len(every)) if name in POOLED else nullcontext():
         answer = during(lambda: run(name, network, rows, **more))
     one, *same = answer.chunk(len(every))
     for other in same:  # the picture's stream is one and the same

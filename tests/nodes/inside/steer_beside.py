@@ -19,26 +19,14 @@ import node_helpers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
-from comfy_steering import (
-    FORMS,
-    KINDS,
-    condition,
-    doubled,
-    empty_for,
-    fill,
-    hooked,
-    look,
-    noise_of,
-    shape_of,
-    tiny,
-    x0_of,
-)
+from comfy_doubled import doubled
+from comfy_steering import FORMS, KINDS, condition, empty_for, fill, hooked, look, noise_of, shape_of, tiny, x0_of
 
 import nodes as core
 from onestep.core.guidance import DEFAULTS, Steering
 from onestep.nodes.steer import NegativeSteeringNode, steered_model
 
-JOINT = ("sd3", "flux", "z_image")
+JOINT = ("sd3", "flux", "flux2", "z_image")
 SHARES = (0.1, 0.4, 0.6, 0.9)
 told = {}
 
@@ -192,6 +180,8 @@ def ranges(kind, model):
         assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], plain[2:])
     x0 = x0_of(by("perp", model, early + late), positive, shares=SHARES)
     assert torch.equal(x0[:2], whole[:2]) and torch.equal(x0[2:], other[2:])
+    if kind == "flux2":  # which numbers the tokens of each text: their order is no matter
+        return apart(*(x0_of(by("perp", model, texts), positive) for texts in (one + two, two + one)))
     joined, alike = ([[text, one[0][1]]] for text in (torch.cat((one[0][0], two[0][0]), 1), two[0][0]))
     if kind in ("sd3", "flux"):  # each text under its own pooled vector
         assert apart(x0_of(by("perp", model, one + two), positive), x0_of(by("perp", model, joined), positive)) > 1e-3

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_steering import FORMS, checkpoint, condition, doubled, empty_for, hooked, tiny, x0_of
+from comfy_doubled import doubled
+from comfy_steering import FORMS, checkpoint, condition, empty_for, hooked, tiny, x0_of
 
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
 
-NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "z_image", "wan")
+NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "wan")
 LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
 
 
@@ -22,7 +23,7 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
     positive[0][1] |= told
     ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
-    if kind in ("sd3", "sd35", "flux", "z_image"):
+    if kind in ("sd3", "sd35", "flux", "flux2", "z_image"):
         expected = doubled(model, positive, negative, form)
     else:
         with hooked(model, negative[0][0], form):
@@ -30,6 +31,23 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     scale = float(expected.std())
     apart = float((ours - expected).abs().max()) / scale
     return apart, float((x0_of(model, positive)[0] - expected).abs().max()) / scale
+
+
+def padded(model, form):
+    """As klein's encoder has it: 512 tokens, of which a mask shows the text's own at the front."""
+    positive, negative = condition("flux2", 512, 1), condition("flux2", 512, 2)
+    text, told = negative[0]
+    negative = [
+        [text, {"pooled_output": told["pooled_output"], "attention_mask": (torch.arange(512) < 9)[None].long()}]
+    ]
+    ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
+    if form["mode"] == "vsf":
+        negative = [[text[:, :9], told]]
+    expected = doubled(model, positive, negative, form, last=form["mode"] != "vsf")
+    scale = float(expected.std())
+    return float((ours - expected).abs().max()) / scale, float(
+        (x0_of(model, positive)[0] - expected).abs().max()
+    ) / scale
 
 
 def every_form(model, kind, **told):
@@ -46,10 +64,13 @@ with torch.inference_mode():
     found["wan-i2v without pictures"] = every_form(video, "wan-i2v")
     reference = {"reference_latents": [torch.randn(1, 16, 6, 4)]}
     found["flux with a reference picture"] = every_form(tiny("flux"), "flux", **reference)
+    reference = {"reference_latents": [torch.randn(1, 128, 3, 2)]}
+    found["flux2 with a reference picture"] = every_form(tiny("flux2"), "flux2", **reference)
+    found["flux2, padded behind"] = {name: padded(tiny("flux2"), form) for name, form in FORMS.items()}
     for kind in ("sd15", "sdxl"):
         behind = {name: {**form, "layers": "decoder"} for name, form in FORMS.items()}
         found[f"{kind}, decoder"] = {name: measured(tiny(kind), kind, form) for name, form in behind.items()}
-    for kind in ("sd15", "sd3", "flux", "wan"):
+    for kind in ("sd15", "sd3", "flux", "flux2", "wan"):
         model = tiny(kind)
         for name, lengths in LENGTHS.items():
             found[f"{kind}, {name}"] = {"nag": measured(model, kind, FORMS["nag"], lengths)}

@@ -24,8 +24,14 @@ from onestep.core.errors import OneStepError
 from onestep.nodes.steer_text import OWN, EncodeNegative, encode_negative, own_tokens
 
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+QWEN = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 T5 = {"d_model": 4096, "d_ff": 8, "d_kv": 8, "num_heads": 2, "num_layers": 1}
-SMALL = {"clip_l_model_config": CLIP, "clip_g_model_config": CLIP, "t5xxl_model_config": T5}
+SMALL = {
+    "clip_l_model_config": CLIP,
+    "clip_g_model_config": CLIP,
+    "t5xxl_model_config": T5,
+    "qwen3_4b_model_config": QWEN,
+}
 sd3, flux = comfy.text_encoders.sd3_clip, comfy.text_encoders.flux
 LAYOUTS = {
     "sd15": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
@@ -34,6 +40,7 @@ LAYOUTS = {
     "sd3 without T5": (sd3.SD3Tokenizer, sd3.sd3_clip(t5=False)),
     "sd3 with T5 alone": (sd3.SD3Tokenizer, sd3.sd3_clip(False, False, dtype_t5=torch.float32)),
     "flux": (flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float32)),
+    "klein": (flux.KleinTokenizer, flux.klein_te()),
 }
 LONG = "a very old lighthouse in a storm by the sea, " * 9
 TEXTS = {"empty": "", "short": "a red dragon", "weighed": "a (red:1.3) dragon", "long": LONG}
@@ -52,6 +59,10 @@ def by_hand(clip, name, text):
     """CLIP's tokens up to the one that ends each 77 of them, of the padded text; T5's of the text read at its own
     length."""
     tokens, model = clip.tokenize(text), clip.cond_stage_model
+    if name == "klein":
+        return model.encode_token_weights(
+            {"qwen3_4b": [[pair for pair in tokens["qwen3_4b"][0] if pair[0] != 151643]]}
+        )[0]
     batches = tokens["l"]
     ends = [next(i for i, pair in enumerate(batch) if pair[0] == 49407) + 1 for batch in batches]
     short = [[pair for pair in batch if pair[0] != 0] for batch in tokens.get("t5xxl", [])]
@@ -70,7 +81,9 @@ with torch.inference_mode():
             (found,) = encode_negative(clip, text)
             (plain,) = core.CLIPTextEncode().encode(clip, text)[0]
             own, expected = found[1][OWN][0], by_hand(clip, name, text)
-            same = torch.equal(found[0], plain[0]) and torch.equal(found[1]["pooled_output"], plain[1]["pooled_output"])
+            same = torch.equal(found[0], plain[0])
+            if plain[1]["pooled_output"] is not None:
+                same = same and torch.equal(found[1]["pooled_output"], plain[1]["pooled_output"])
             near = own.shape == expected.shape and float((own - expected).abs().max() / expected.std()) < 1e-5
             told[f"{name}, {kind}"] = [same, near, own.shape[1], plain[0].shape[1]]
 
