@@ -72,7 +72,7 @@ def pooled_width_of(network: Any) -> int:
 
 
 def read_by(network: Any, attentions: dict[str, Any]) -> tuple[int, int, int]:
-    """How wide the tokens and the pooled text are that it reads; of how many tokens a text is, where it numbers them."""
+    """How wide tokens and pooled text are that it reads; of how many tokens a text is, where it numbers them."""
     family = FAMILIES[detect(network)]
     return width_of(network, attentions), pooled_width_of(network), 0 if family.numbered is None else family.tokens
 
