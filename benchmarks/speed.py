@@ -42,7 +42,8 @@ def networks(layout: str) -> Any:
 
     from onestep.core.denoiser import EpsDenoiser
     from onestep.core.families import bind_diffusers
-    from onestep.pipelines.networks import NETWORKS, schedule_of
+    from onestep.pipelines.networks import NETWORKS
+    from onestep.pipelines.schedules import schedule_of
 
     widths = {"sd15": (320, 640, 1280, 1280), "sd15-quarter": (96, 192, 288, 288)}[layout]
     torch.manual_seed(0)

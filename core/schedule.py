@@ -97,7 +97,12 @@ def of_size(schedule: NoiseSchedule, shape: Sequence[int]) -> NoiseSchedule:
     """``schedule`` for latents of ``shape`` [..., h, w]; the same where the size of a picture does not matter."""
     if not isinstance(schedule, FlowSchedule) or schedule.by_steps is None:
         return schedule
-    return replace(schedule, by_steps=StepsShift(shape[-2] * shape[-1]))
+    return replace(schedule, by_steps=schedule.by_steps.of(shape[-2] * shape[-1]))
+
+
+def unstretched(schedule: NoiseSchedule) -> NoiseSchedule:
+    """``schedule`` whose equal steps end where they lead: a few-step student has no step to spare near the end."""
+    return replace(schedule, terminal=0.0) if isinstance(schedule, FlowSchedule) else schedule
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,28 @@ class StepsShift:
         few = 8.73809524e-05 * self.tokens + 1.89833333
         return math.exp(many if self.tokens > 4300 else few + (steps - 10) / 190 * (many - few))
 
+    def of(self, latents: int) -> StepsShift:
+        return StepsShift(latents)
+
+
+@dataclass(frozen=True)
+class SizeShift:
+    """The shift e^mu of ``tokens`` of 2 x 2 latents, for any number of steps: mu lies on a line through ``low`` and
+    ``high``, (tokens, mu) each (calculate_shift of diffusers' pipelines). linear: the shift is mu itself."""
+
+    tokens: int
+    low: tuple[int, float]
+    high: tuple[int, float]
+    linear: bool = False
+
+    def __call__(self, steps: int) -> float:
+        slope = (self.high[1] - self.low[1]) / (self.high[0] - self.low[0])
+        mu = self.low[1] + slope * (self.tokens - self.low[0])
+        return mu if self.linear else math.exp(mu)
+
+    def of(self, latents: int) -> SizeShift:
+        return replace(self, tokens=latents // 4)
+
 
 @dataclass(frozen=True)
 class FlowSchedule:
@@ -196,13 +223,15 @@ class FlowSchedule:
 
     ``shift`` moves equal steps towards noise: sigma = s u / (1 + (s - 1) u) (SD3, arXiv:2403.03206, Eq. 23).
     by_steps: that of a base whose equal steps are moved by as much as their number says, and the picture's tokens.
+    terminal: where the last of its equal steps begins, to which all are stretched; 0 where they are not.
     """
 
     shift: float = 1.0
     multiplier: float = 1000.0
     sigma_min: float = 0.0
     sigma_max: float = 1.0
-    by_steps: StepsShift | None = None
+    by_steps: StepsShift | SizeShift | None = None
+    terminal: float = 0.0
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 - sigma.double()
@@ -227,7 +256,11 @@ class FlowSchedule:
 
     def trailing(self, steps: int) -> Tensor:
         moved = self if self.by_steps is None else replace(self, shift=self.by_steps(steps))
-        return self.time_of_sigma(moved.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps))
+        sigma = moved.sigma_at(torch.arange(steps, 0, -1, dtype=torch.float64) / steps)
+        if self.terminal and steps > 1:
+            # 1 - (1 - sigma) (1 - terminal) / (1 - last): diffusers' stretch_shift_to_terminal
+            sigma = 1 - (1 - sigma) * (1 - self.terminal) / (1 - sigma[-1])
+        return self.time_of_sigma(sigma)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class ComfyHost:
         schedule = schedule_of(self.model.model_sampling, self.family)
         options = {"optimized_attention_override": differentiable_attention}
         self.denoiser: Denoiser = ComfyDenoiser(
-            self.model, schedule, roles, self._known.guidance_of(config), options, self._known.lengths == "grouped"
+            self.model, schedule, roles, self._known.guidance_of(config), options, self._known.lengths
         )
         self.device = torch.device(self.patcher.load_device)
         self.blocks, self.in_place = blocks_of(network), in_place_of(network)

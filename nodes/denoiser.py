@@ -29,14 +29,14 @@ from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
 @dataclass
 class ComfyDenoiser:
     """See `core.denoiser.Denoiser`. model: a `BaseModel`. options: its transformer_options, copied at each call.
-    grouped: whether texts of each length are a call of their own."""
+    lengths: what becomes of texts of several lengths, as in `core.families.family.Family`."""
 
     model: Any
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance
     options: dict[str, Any] = field(default_factory=dict)
-    grouped: bool = False
+    lengths: str = "repeated"
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)
@@ -46,7 +46,7 @@ class ComfyDenoiser:
 
     def _grouped(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """ComfyUI pads no text: those of one length are one call, where the network sees what would pad them."""
-        if not self.grouped:
+        if self.lengths != "grouped":
             return self._apply(x, sigma, cond)
         return by_length(self._apply, self.roles, x, sigma, cond, 1)
 
@@ -56,7 +56,7 @@ class ComfyDenoiser:
         # where the network embeds no guidance, it is an adapter beside it that is told
         told = cond if self.guidance == "embedded" else cond.with_(guidance=None)
         outer = framed(self.model, x / expand(alpha, x))
-        more = conditions(self.model, told, outer)
+        more = conditions(self.model, told, outer, self.lengths)
         x0 = self.model.apply_model(outer, (sigma / alpha).to(x), transformer_options=options, **more)
         return unframed(self.model, x0)
 
@@ -130,19 +130,22 @@ def schedule_of(model_sampling: Any, family: str | None = None) -> NoiseSchedule
 # -- conditions -------------------------------------------------------------------------------------------------------
 
 
-def conditions(model: Any, cond: Cond, x: Tensor) -> dict[str, Any]:
-    """What the model's extra_conds makes of ``cond``: keyword arguments of apply_model."""
+def conditions(model: Any, cond: Cond, x: Tensor, lengths: str = "repeated") -> dict[str, Any]:
+    """What the model's extra_conds makes of ``cond``: keyword arguments of apply_model. lengths: of a ComfyDenoiser."""
+    if lengths == "masked":
+        return _told(model, cond, x, cond.text, None if cond.mask is None else cond.mask.long())
     if cond.size is None or bool((cond.size == cond.size[:1]).all()):
-        return _told(model, cond, x)
-    rows = [_told(model, cond[row : row + 1], x[row : row + 1]) for row in range(len(x))]
+        return _told(model, cond, x, even_lengths(cond))
+    each = [(cond[row : row + 1], x[row : row + 1]) for row in range(len(x))]
+    rows = [_told(model, one, of_it, even_lengths(one)) for one, of_it in each]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _told(model: Any, cond: Cond, x: Tensor) -> dict[str, Any]:
-    text, sizes = even_lengths(cond), {}
+def _told(model: Any, cond: Cond, x: Tensor, text: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    sizes = {} if mask is None else {"attention_mask": mask}
     if cond.size is not None:
         names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
-        sizes = dict(zip(names, cond.size[0].tolist(), strict=True))
+        sizes |= dict(zip(names, cond.size[0].tolist(), strict=True))
     values = model.extra_conds(
         cross_attn=text, pooled_output=cond.pooled, noise=x, device=x.device, prompt_type="positive", **sizes
     )

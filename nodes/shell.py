@@ -84,9 +84,7 @@ class Shell:
         self._config = self.model.model_config.unet_config
         options = {"optimized_attention_override": differentiable_attention}
         guidance, schedule = self._known.guidance_of(self._config), schedule_of(model.model.model_sampling, self.family)
-        self.denoiser: Any = ComfyDenoiser(
-            self.model, schedule, Roles([]), guidance, options, self._known.lengths == "grouped"
-        )
+        self.denoiser: Any = ComfyDenoiser(self.model, schedule, Roles([]), guidance, options, self._known.lengths)
         self.blocks, self.in_place = blocks_of(self.network), in_place_of(self.network)
         self.shell(targets)
 

@@ -28,8 +28,9 @@ from .autoencoder import Autoencoder, factor_of, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
-from .networks import NETWORKS, Extras, has_ip_adapter, port_of, prediction_of, schedule_of
+from .networks import NETWORKS, Extras, has_ip_adapter, port_of
 from .places import channels_last, is_quantized, on_device, place
+from .schedules import prediction_of, schedule_of
 from .steer_served import is_steered
 from .text import encoders_of
 from .trainable import prepare

@@ -29,7 +29,7 @@ from ..core.sampling import sample
 from ..core.targets import Target
 from .adapt import DiffusersHost, denoiser_of
 from .few_step import FewStep
-from .networks import prediction_of
+from .schedules import prediction_of
 
 ROLE, SEED = "extracted", 0
 Tick = Callable[[int, int], None]

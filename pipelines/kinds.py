@@ -16,6 +16,14 @@ SD, SDXL = FAMILIES["unet"].pipelines
 (FLUX,) = FAMILIES["flux"].pipelines
 (Z_IMAGE,) = FAMILIES["z_image"].pipelines
 KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
+(QWEN_IMAGE,) = FAMILIES["qwen_image"].pipelines
+
+LANGUAGE_MODELS = {
+    "Qwen3ForCausalLM": KLEIN,
+    "Mistral3ForConditionalGeneration": FLUX2,
+    "Qwen2_5_VLForConditionalGeneration": QWEN_IMAGE,
+}
+"""Whose text encoders they are; Z-Image's is no head of its own."""
 
 
 def pipeline_for(network: Any) -> str:
@@ -30,8 +38,8 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    if names[0].startswith(("Qwen3", "Mistral3")):
-        return {"Qwen3ForCausalLM": KLEIN, "Mistral3ForConditionalGeneration": FLUX2}.get(names[0], Z_IMAGE)
+    if names[0].startswith(("Qwen", "Mistral3")):
+        return LANGUAGE_MODELS.get(names[0], Z_IMAGE)
     if "T5" in names[1]:
         return FLUX
     # SD3 reads the projected text of both of its CLIPs, SDXL that of the second

@@ -1,11 +1,10 @@
-"""A diffusers network and scheduler as the contract's: what each family is told, and in which form.
+"""A diffusers network as the contract's: what each family is told, and in which form.
 
 Every network takes x [B, C, h, w] in the model's own latent scale, its time [B] and a `Cond`; it answers [B, C, h, w].
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -26,11 +26,16 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
-from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
-Transformer = SD3Transformer2DModel | FluxTransformer2DModel | ZImageTransformer2DModel | Flux2Transformer2DModel
+Transformer = (
+    SD3Transformer2DModel
+    | FluxTransformer2DModel
+    | ZImageTransformer2DModel
+    | Flux2Transformer2DModel
+    | QwenImageTransformer2DModel
+)
 
 
 @dataclass(frozen=True)
@@ -167,12 +172,36 @@ class Flux2Network:
         return unpack(answer, height, width, 1)
 
 
+@dataclass(frozen=True)
+class QwenImageNetwork:
+    """QwenImageTransformer2DModel over 2x2 patches of one frame, which reads sigma and, where texts are padded, their
+    mask."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = _in_dtype(cond, x, self.module.dtype)
+        height, width = x.shape[-2:]
+        answer = self.module(
+            pack(x).to(self.module.dtype),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=None if cond.mask is None else cond.mask.to(x.device),
+            timestep=time.to(x.device, torch.float32) / 1000,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width)
+
+
 NETWORKS: dict[str, Any] = {
     "unet": UNetNetwork,
     "sd3": SD3Network,
     "flux": FluxNetwork,
     "z_image": ZImageNetwork,
     "flux2": Flux2Network,
+    "qwen_image": QwenImageNetwork,
 }
 
 
@@ -195,68 +224,6 @@ def port_of(network: Any) -> Port | None:
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
     return Port(network, carry) if FAMILIES[detect(network)].unet else None
-
-
-# -- schedules --------------------------------------------------------------------------------------------------------
-
-
-def prediction_of(scheduler: Any) -> str:
-    """ "epsilon", "v_prediction", "sample" or "flow"."""
-    if _is_flow(scheduler):
-        return "flow"
-    if scheduler.config.get("timestep_type") == "continuous" or "EDM" in type(scheduler).__name__:
-        raise OneStepError(
-            f"the scheduler {type(scheduler).__name__} has EDM's noise levels (as CosXL's and Playground's), which are "
-            "not supported yet: use a base of Stable Diffusion's own levels"
-        )
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction", "sample") or "beta_schedule" not in scheduler.config:
-        raise OneStepError(
-            f"the scheduler {type(scheduler).__name__} with prediction_type {kind!r} is not known here: "
-            "give the pipeline the scheduler its checkpoint was published with"
-        )
-    return str(kind)
-
-
-def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
-    """The noise schedule that a network was trained with, from its scheduler's configuration. family: the network's,
-    whose own it is where the scheduler leaves the shift to the pipeline."""
-    config = scheduler.config
-    if _is_flow(scheduler):
-        known = FAMILIES[family].schedule if family else None
-        left = isinstance(known, FlowSchedule) and known.by_steps and config.get("use_dynamic_shifting", False)
-        return known if known and left else FlowSchedule(_shift(config))
-    return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    told = config.get("use_flow_sigmas", False) or config.get("prediction_type") in ("flow", "flow_prediction")
-    return bool(told) or type(scheduler).__name__.startswith("FlowMatch")
-
-
-def _shift(config: Mapping[str, Any]) -> float:
-    """The factor by which steps move towards noise. Where it grows with the picture it is that of the largest."""
-    if not config.get("use_dynamic_shifting", False):
-        return float(config.get("shift", config.get("flow_shift", 1.0)))
-    shift = float(config.get("max_shift", 1.15))
-    return math.exp(shift) if config.get("time_shift_type", "exponential") == "exponential" else shift
-
-
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    start, end, times = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-    kind = config["beta_schedule"]
-    if kind == "linear":
-        return torch.linspace(start, end, times, dtype=torch.float64)
-    if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, times, dtype=torch.float64) ** 2
-    if kind == "squaredcos_cap_v2":
-        # arXiv:2102.09672, Eq. 17
-        bar = torch.cos((torch.linspace(0, 1, times + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
-    raise OneStepError(f"the beta schedule {kind!r} is not known here: use linear, scaled_linear or cosine betas")
 
 
 # -- conditions -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
-from .kinds import FLUX, FLUX2, KLEIN, SD, SDXL, Z_IMAGE
+from .kinds import FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SDXL, Z_IMAGE
 from .networks import port_of
 from .text import encoders_of, t5_tokens
 
@@ -154,8 +154,8 @@ def of_host(host: DiffusersHost, targets: str) -> Shell:
 
 def tokens_of(pipe: Any, kind: str) -> int:
     """Tokens of a text as a loaded pipeline, one of `kinds.PIPELINES`, pads it."""
-    if kind in (Z_IMAGE, KLEIN, FLUX2):
-        return FAMILIES["z_image" if kind == Z_IMAGE else "flux2"].tokens
+    if kind in (Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE):
+        return next(family.tokens for family in FAMILIES.values() if kind in family.pipelines)
     clip = 0 if kind == FLUX else int(pipe.tokenizer.model_max_length)
     return clip + (0 if kind in (SD, SDXL) else t5_tokens(pipe))
 
@@ -215,7 +215,7 @@ def _tokens(folder: Path, configs: Mapping[str, Any]) -> int:
     """Of a text, as the folder's pipeline pads it."""
     config = configs.get("transformer", {})
     family = of_class(config.get("_class_name", ""))
-    if family in ("z_image", "flux2"):
+    if family in ("z_image", "flux2", "qwen_image"):
         return FAMILIES[family].tokens
     if family == "flux":
         return 512 if config.get("guidance_embeds") else 256

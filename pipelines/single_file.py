@@ -126,7 +126,7 @@ def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
 def _what_else(keys: Collection[str]) -> str:
     """What a file is that is no checkpoint of a U-Net, and what to do."""
     text, parts = "\n".join(keys), {part for key in keys for part in key.split(".")}
-    later = next((title for mark, title in LATER_MARKS.items() if mark in parts), "")
+    later = next((title for mark, title in LATER_MARKS.items() if parts.issuperset(mark.split("."))), "")
     signs: list[tuple[Callable[[str], bool], str]] = [
         (lambda t: "lora_" in t, "is a LoRA, not a checkpoint: give it as the LoRA, with its base as the model"),
         (lambda t: bool(later), f"is a checkpoint of {later}, which is not served: use {choices()}"),

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, STEERING, choices, detect, of_class
 from ..core.schedule import NoiseSchedule, VPSchedule
-from .networks import schedule_of
+from .schedules import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered
 from .steer_one_stream import StreamSteered
 from .steer_parallel import ParallelSteered

@@ -15,12 +15,12 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from .call_values import texts_of
-from .kinds import FLUX, FLUX2, KLEIN, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
 Embeds = Tensor | Sequence[Tensor]
-"""[P, L, C], or of texts of several lengths [L, C] of each, as ZImagePipeline has them."""
+"""[P, L, C], or of texts of several lengths [L, C] of each, as ZImagePipeline has them: no mask is needed then."""
 
 
 def t5_tokens(pipe: Any) -> int:
@@ -44,9 +44,15 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
         if kind == Z_IMAGE:
             texts, _ = pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
             return Cond.concat([Cond(text[None]) for text in texts])
+        if kind == QWEN_IMAGE:
+            return _masked(*pipe.encode_prompt(list(prompts), device))
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
+
+
+def _masked(text: Tensor, mask: Tensor | None) -> Cond:
+    return Cond(text, None if mask is None else mask.bool())
 
 
 def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int) -> Cond:
@@ -69,7 +75,7 @@ def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
         cond = encode(pipe, kind, prompts, device).repeat(each)
-    if kind == Z_IMAGE:
+    if kind in (Z_IMAGE, QWEN_IMAGE):
         return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
@@ -81,7 +87,7 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2")}
-ENCODERS |= dict.fromkeys((Z_IMAGE, KLEIN, FLUX2), ("",))
+ENCODERS |= dict.fromkeys((Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE), ("",))
 """Which text encoders a text cannot do without, by their names' endings."""
 
 
@@ -183,7 +189,7 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
     """The embeddings of ``given``, checked against what ``network`` reads."""
     text_width, pooled_width = widths(network)
     if isinstance(given.embeds, list | tuple):
-        if FAMILIES[detect(network)].lengths != "grouped":
+        if FAMILIES[detect(network)].lengths not in ("grouped", "masked"):
             raise OneStepError(f"{given.name}_embeds is a list, this model reads a tensor [prompts, tokens, width]")
         shape = ("tokens", text_width)
         return Cond.concat([Cond(_checked(f"{given.name}_embeds", value, shape)[None]) for value in given.embeds])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,13 @@ from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
 from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_PIPELINES, WAN_STEERING
+from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
 from .z_image import Z_IMAGE
 
-FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE, "flux2": FLUX2}
+FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE, "flux2": FLUX2, "qwen_image": QWEN_IMAGE}
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering} | {"wan": WAN_STEERING}
 
@@ -40,14 +42,20 @@ def detect(network: nn.Module) -> str:
     network = unwrapped(network)
     classes = {cls.__name__ for cls in type(network).__mro__}
     children = {name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False))}
-    variants = [title for mark, title in LATER_MARKS.items() if mark in children]
+    variants = [title for mark, title in LATER_MARKS.items() if _has(network, mark)]
     for name, family in FAMILIES.items():
-        if not variants and (family.network in classes or children.issuperset(family.marks)):
+        if not variants and (family.network in classes or 0 < len(family.marks) == len(children & {*family.marks})):
             return name
     later = [*variants, *(LATER[name] for name in sorted(classes & LATER.keys()))]
     if later:
         raise OneStepError(f"{later[0]} models cannot be adapted yet: use {choices()}.")
     raise OneStepError(f"A network of class {type(network).__name__} is not known here: use {choices()}.")
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    """Whether there is anything at ``path``, a module, a weight or a setting that is on."""
+    found = reduce(lambda inside, name: getattr(inside, name, None), path.split("."), network)
+    return found is not None and found is not False
 
 
 def refuse_pipeline(name: str) -> None:
@@ -100,7 +108,8 @@ def part_of(name: str) -> str:
     """ "attn", "mlp" or "rest". The joint layers of Flux' single blocks count as attention."""
     if re.search(r"(^|\.)(attn[12]?|attention)\.|^single_transformer_blocks\.\d+\.proj_out$", name):
         return "attn"
-    return "mlp" if re.search(r"\.(ff|ff_context)\.(net\.|linear_)|\.proj_mlp$|\.feed_forward\.", name) else "rest"
+    mlp = r"\.(ff|ff_context|(img|txt)_mlp)\.(net\.|linear_)|\.proj_mlp$|\.feed_forward\."
+    return "mlp" if re.search(mlp, name) else "rest"
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

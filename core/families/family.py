@@ -61,9 +61,9 @@ class Family:
 
     Recognition:
     title, models, short: for a person, "the transformer of SD3 and SD3.5", "SD3, SD3.5" and "SD3".
-    network: diffusers' class. marks: children of the root that tell ComfyUI's tree. keys: what a LoRA's keys have in no
-    other family's file. shared: what they may have as well as another's; the wanted model decides then, or ratios: a
-    layer's outputs by its inputs, by the end of its path, where that is another's own.
+    network: diffusers' class. marks: children of the root that tell ComfyUI's tree; none where its class has that name.
+    keys: what a LoRA's keys have in no other family's file. shared: what they may have as well as another's; the wanted
+    model decides then, or ratios: a layer's outputs by its inputs, by the end of its path, where that is another's own.
 
     Layers:
     rows: the table of a layout. layout_of_canonical, layout_of_comfy: from the paths of a network's layers. default:
@@ -78,15 +78,16 @@ class Family:
 
     Latents, text, time:
     encoders: the text encoders of its models, by how wide their tokens are.
-    patch: latents along a side of one token. packed: diffusers' network reads a row of patches, and its in_channels
+    patch: latents along a side of one token. even: the hosts place tokens alike only where each side has an even number
+    of them. packed: diffusers' network reads a row of patches, and its in_channels
     counts a whole one. innermost: whether the channels vary fastest in a patch that is embedded as a token, else
     slowest. folded: latents along a side of the autoencoder's that are one of the network's, normed by its statistics.
     widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled: every model
     reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
-    it), "grouped" into a call for each, must be "equal", or are "filled in front" by zeros to `tokens`, as ComfyUI's
-    model itself does. filled: a text is filled up to a multiple of so many tokens by the network itself; 0 where it is
-    not. tokens: of a text of usual length.
+    it), "grouped" into a call for each, "masked" behind each's own tokens, must be "equal", or are "filled in front" by
+    zeros to `tokens`, as ComfyUI's model itself does. filled: a text is filled up to a multiple of so many tokens by
+    the network itself; 0 where it is not. tokens: of a text of usual length.
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
@@ -127,12 +128,13 @@ class Family:
 
     encoders: Mapping[int, Encoder]
     patch: int
+    even: bool = False
     packed: bool = False
     folded: int = 1
     innermost: bool = False
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
-    lengths: Literal["repeated", "equal", "grouped", "filled in front"]
+    lengths: Literal["repeated", "equal", "grouped", "masked", "filled in front"]
     filled: int = 0
     tokens: int
     schedule: NoiseSchedule

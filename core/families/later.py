@@ -8,7 +8,9 @@ from .family import Numbers
 LATER = {
     "PixArtTransformer2DModel": "PixArt",
     "PixArtMS": "PixArt",
-    "QwenImageTransformer2DModel": "Qwen-Image",
+    "LensTransformer2DModel": "Lens",
+    "MageFlowTransformer2DModel": "Mage-Flow",
+    "QwenImage21Transformer2DModel": "Qwen-Image 2.1",
     "Lumina2Transformer2DModel": "Lumina2",
     "NextDiT": "Lumina2",
     "ChromaTransformer2DModel": "Chroma",
@@ -16,27 +18,36 @@ LATER = {
     "WanTransformer3DModel": "Wan",
     "WanModel": "Wan",
 }
-# Root modules that only a later family's tree has, where its class has an earlier one's name.
+# Attributes that only a later family's network has, where its class has an earlier one's name.
 LATER_MARKS = {
     "distilled_guidance_layer": "Chroma",
     "siglip_embedder": "Z-Image Omni",
     "dec_net": "Z-Image in pixels",
     "clip_text_pooled_proj": "NewBie",
+    "time_text_embed.addition_t_embedding": "Qwen-Image-Layered",
+    "__index_timestep_zero__": "Qwen-Image-Edit",
+    "zero_cond_t": "Qwen-Image-Edit",
 }
 
 # Pipelines of diffusers whose network has a served family's class, and weights of its own.
-LATER_PIPELINES = {"Flux2KleinKVPipeline": "FLUX.2 klein KV (editing)"}
+LATER_PIPELINES = {
+    "Flux2KleinKVPipeline": "FLUX.2 klein KV (editing)",
+    "QwenImageEditPipeline": "Qwen-Image-Edit",
+    "QwenImageEditInpaintPipeline": "Qwen-Image-Edit",
+    "QwenImageEditPlusPipeline": "Qwen-Image-Edit",
+    "QwenImageLayeredPipeline": "Qwen-Image-Layered",
+}
 
 # Their text encoders, by how wide the tokens are.
 LATER_ENCODERS = {
     2304: "Lumina 2's Gemma-2-2B",
-    3584: "Qwen-Image's Qwen2.5-VL-7B",
 }
 
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
-    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
+    r"transformer_blocks[._]\d+[._]attn[._](img|txt)_qkv|transformer_blocks[._]\d+[._](img|txt)_mlp[._]w[123]": "Lens",
+    r"addition_t_embedding": "Qwen-Image-Layered",
     r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
     r"(^|[._])layers[._]\d+[._]adaLN_modulation[._]1[._]": "Lumina 2",
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",

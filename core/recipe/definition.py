@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OneStepError
 from ..families import FAMILIES
-from ..schedule import NoiseSchedule, initial_noise_scale, k_sigma, log_snr
+from ..schedule import NoiseSchedule, initial_noise_scale, k_sigma, log_snr, unstretched
 from .checks import check_recipe, version_1
 
 VERSION = 2
@@ -126,7 +126,7 @@ class Recipe:
         """
         shares = start * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
         lower = schedule.time_of_sigma(schedule.sigma_at(shares))
-        timesteps = schedule.trailing(steps) if start == 1 else lower
+        timesteps = unstretched(schedule).trailing(steps) if start == 1 else lower
         return cls.at(schedule, timesteps, renoise=steps > 1, family=family, sizes=sizes, **more)
 
     def to_json(self) -> str:

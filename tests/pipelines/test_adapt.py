@@ -14,8 +14,8 @@ from torch import Tensor
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.pipelines.adapt import adapt
-from onestep.pipelines.networks import schedule_of
 from onestep.pipelines.patches import pack, unpack
+from onestep.pipelines.schedules import schedule_of
 
 FAMILIES = list(MAKERS)
 RESCALED = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}

@@ -5,6 +5,14 @@ import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+
+def same_names(config):
+    """ComfyUI has no map of Qwen-Image: its tree has diffusers' own names."""
+    network = QwenImageTransformer2DModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    return {key: key for key in network.state_dict()}
+
 
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
@@ -12,6 +20,7 @@ MAPS = {
     "flux": comfy.utils.flux_to_diffusers,
     "z_image": comfy.utils.z_image_to_diffusers,
     "flux2": comfy.utils.flux_to_diffusers,
+    "qwen_image": same_names,
 }
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
 MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -49,6 +50,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     "z_image": ("z_image", ZImageTransformer2DModel, {}),
+    "qwen_image": ("qwen_image", QwenImageTransformer2DModel, {}),
     **{
         name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
         for name, config in FLUX2.items()
@@ -89,6 +91,7 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
         **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
     },
+    "qwen_image": {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
     **{
         name: {
             **{"image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None},

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -81,6 +82,14 @@ def flux2(**more: Any) -> nn.Module:
     )
 
 
+def qwen_image() -> nn.Module:
+    """Qwen-Image's layout: two blocks of two streams."""
+    return QwenImageTransformer2DModel(
+        **{"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 24},
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -106,6 +115,10 @@ def z_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
 def flux2_inputs(draw: Callable[..., Tensor]) -> Inputs:
     inputs = {"x": draw(2, 128, 4, 6), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
     return {**inputs, "guidance": torch.tensor([4.0, 2.5])}
+
+
+def qwen_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
 def run_unet(network: Any, inputs: Inputs) -> Tensor:
@@ -155,6 +168,18 @@ def run_flux2(network: Any, inputs: Inputs) -> Tensor:
     return predicted.transpose(1, 2).reshape(x.shape)
 
 
+def run_qwen_image(network: Any, inputs: Inputs) -> Tensor:
+    """Patches as Flux', of one frame; text tokens follow the picture's places along the diagonal."""
+    x = inputs["x"]
+    batch, channels, height, width = x.shape
+    tiles = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    predicted = network(
+        **{"hidden_states": tiles.reshape(batch, height * width // 4, channels * 4), "timestep": inputs["time"]},
+        **{"encoder_hidden_states": inputs["text"], "img_shapes": [[(1, height // 2, width // 2)]] * batch},
+    ).sample
+    return predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -173,6 +198,7 @@ CASES = {
     "flux": Case("flux", flux, flux_inputs, run_flux),
     "z_image": Case("z_image", z_image, z_image_inputs, run_z_image),
     "flux2": Case("flux2", flux2, flux2_inputs, run_flux2),
+    "qwen_image": Case("qwen_image", qwen_image, qwen_image_inputs, run_qwen_image),
 }
 
 
@@ -221,6 +247,10 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"depth_single_blocks": 1, "axes_dim": [8, 8, 8, 8], "theta": 2000, "qkv_bias": False, "ops_bias": False},
         **{"guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True},
         **{"default_ref_method": "index", "ref_index_scale": 10.0},
+    },
+    "qwen_image": {
+        **{"image_model": "qwen_image", "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2},
+        **{"in_channels": 64, "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)},
     },
 }
 

@@ -9,10 +9,12 @@ from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
 from onestep.core.families import bind_comfy, detect
 
 CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT, "flux2": Flux}
+CLASSES["qwen_image"] = QwenImageTransformer2DModel
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():
