@@ -54,7 +54,8 @@ def detect(network: nn.Module) -> str:
 
 def _has(network: nn.Module, path: str) -> bool:
     """Whether there is anything at ``path``, a module, a weight or a setting that is on."""
-    found = reduce(lambda inside, name: getattr(inside, name, None), path.split("."), network)
+    start: Any = network
+    found = reduce(lambda inside, name: getattr(inside, name, None), path.split("."), start)
     return found is not None and found is not False
 
 
