@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from .errors import OneStepError
 from .lengths import by_length
@@ -27,11 +28,14 @@ class Denoiser(Protocol):
     x: [B, C, H, W] (or [B, C, F, H, W]) noisy latents in the model's own scale, x = alpha(sigma) x0 + sigma noise,
     float32.
     sigma: [B] levels, float64. The result has the shape and dtype of x.
+    token_norm: latents along a side of the tokens whose guided velocities have the norm of the prompt's; 0: guidance is
+    as it is.
     """
 
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance
+    token_norm: int
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor: ...
 
@@ -47,6 +51,7 @@ class _Wrapped:
     guidance: Guidance = "cfg"
     time_scale: float = 1.0
     filled: int = 0
+    token_norm: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), cast_as(self.schedule.time_of_sigma(sigma), x), cond)
@@ -125,7 +130,21 @@ def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond |
     elif scale == 1:
         return denoise(x, sigma, cond)
     d_c, d_u = both(denoise, x, sigma, cond, null)
-    return d_u + scale * (d_c - d_u)
+    return as_host(denoise.token_norm, x, d_c, d_u + scale * (d_c - d_u))
+
+
+def as_host(token_norm: int, x: Tensor, d_c: Tensor, answer: Tensor) -> Tensor:
+    """``answer``, guided from ``d_c`` at x, all [B, C, h, w] of a flow, as a host guides whose tokens are so wide."""
+    if not token_norm:
+        return answer
+    # v = (x - D) / sigma; v_k ||v_c|| / ||v_k|| over each token's numbers, as QwenImagePipeline: sigma cancels
+    ratio = _token_norms(x - d_c, token_norm) / _token_norms(x - answer, token_norm).clamp_min(1e-12)
+    return x - ratio.repeat_interleave(token_norm, -2).repeat_interleave(token_norm, -1) * (x - answer)
+
+
+def _token_norms(v: Tensor, side: int) -> Tensor:
+    """[B, 1, h / side, w / side] of [B, C, h, w]."""
+    return side * avg_pool2d(v.square().sum(1, keepdim=True), side).sqrt()
 
 
 def both(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None) -> tuple[Tensor, Tensor]:

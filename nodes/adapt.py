@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_comfy, blocks_of, detect, in_place_of, select
+from ..core.families import FAMILIES, bind_comfy, blocks_of, check_size, detect, in_place_of, select
 from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
@@ -168,9 +168,7 @@ class ComfyHost:
         width, height = size
         latent = self.model.latent_format
         factor = int(latent.spacial_downscale_ratio)
-        unit = max(8, factor * self._known.patch)
-        if width % unit or height % unit or min(width, height) < unit:
-            raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
+        check_size(self.name, self.family, size, factor)
         return int(latent.latent_channels), height // factor, width // factor
 
     # -- training -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.lengths import by_length, lengths_of
 from ..core.roles import Roles
-from ..core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, expand
+from ..core.schedule import FlowSchedule, NoiseSchedule, StepsShift, VPSchedule, expand
 
 
 @dataclass
@@ -37,6 +37,7 @@ class ComfyDenoiser:
     guidance: Guidance
     options: dict[str, Any] = field(default_factory=dict)
     lengths: str = "repeated"
+    token_norm: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)
@@ -111,8 +112,10 @@ def schedule_of(model_sampling: Any, family: str | None = None) -> NoiseSchedule
         if isinstance(model_sampling, sampling.ModelSamplingFlux):
             shift = math.exp(model_sampling.shift)  # e^mu / (e^mu + 1/u - 1) is the shift e^mu
             known = FAMILIES[family].schedule if family else None
-            usual = isinstance(known, FlowSchedule) and math.isclose(shift, known.shift, rel_tol=1e-6)
-            return known if usual and known else FlowSchedule(shift)
+            # one by size is diffusers' alone: nothing of ComfyUI's draws so
+            if isinstance(known, FlowSchedule) and isinstance(known.by_steps, StepsShift):
+                return known if math.isclose(shift, known.shift, rel_tol=1e-6) else FlowSchedule(shift)
+            return FlowSchedule(shift)
         if getattr(kind, "timestep", None) is sampling.ModelSamplingDiscreteFlow.timestep:
             return FlowSchedule(float(model_sampling.shift))
     own = getattr(kind, "timestep", None) is sampling.ModelSamplingDiscrete.timestep

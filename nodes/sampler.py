@@ -81,6 +81,7 @@ class _Guided:
     callback: Callable[..., None] | None
     steps: int
     step: int = 0
+    token_norm: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         alpha = signal(self.schedule, sigma)

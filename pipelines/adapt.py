@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,16 @@ from ..core.compiled import uncompile, unwrapped
 from ..core.cond import Cond
 from ..core.denoiser import PREDICTIONS, Denoiser
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_diffusers, blocks_of, detect, refuse_pipeline, refuse_text, select
+from ..core.families import (
+    FAMILIES,
+    bind_diffusers,
+    blocks_of,
+    check_size,
+    detect,
+    refuse_pipeline,
+    refuse_text,
+    select,
+)
 from ..core.licences import BASE, BASE_LORA, Part
 from ..core.recipe import Recipe
 from ..core.roles import Roles
@@ -114,6 +122,7 @@ def denoiser_of(
         recipe.time_scale if recipe is not None else 1.0,
         # for adapters' rows, texts of several lengths are calls of their own; whatever else acts on rows sees one batch
         FAMILIES[family].filled if roles is not None else 0,
+        FAMILIES[family].patch if FAMILIES[family].token_norm else 0,
     )
 
 
@@ -218,9 +227,7 @@ class DiffusersHost:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
         factor = self._known.folded * factor_of(self.pipe.vae)
-        unit = math.lcm(8, factor * self._known.patch)
-        if width % unit or height % unit or width < unit or height < unit:
-            raise OneStepError(f"{self.name} draws sizes that are multiples of {unit} pixels, not {width}x{height}")
+        check_size(self.name, self.family, size, factor)
         return self._known.channels(self.network.config), height // factor, width // factor
 
     @property

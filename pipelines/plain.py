@@ -82,7 +82,7 @@ class DiffusersSettings:
         shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
         if known.folded > 1:
             return f"noise = pipe._unpack_latents_with_ids(*pipe.prepare_latents({shape}))"
-        return f"noise = pipe.prepare_latents({shape}){'[0]' if packed else ''}"
+        return f"noise = pipe.prepare_latents({shape}){'[0]' if packed and known.placed else ''}"
 
     def _call(self, pipe: Any) -> dict[str, Any]:
         """diffusers puts zeros where SD3 has no T5, and for SDXL's empty negative prompt, if not told otherwise."""
@@ -91,6 +91,8 @@ class DiffusersSettings:
             call["max_sequence_length"] = 0
         if self.embedded is not None and pipe.transformer.config.guidance_embeds:
             call["guidance_scale"] = self.embedded
+        if call.get("true_cfg_scale", 1) != 1:
+            call["negative_prompt"] = ""  # without one that pipeline guides nothing
         if call.get("guidance_scale", 1) != 1 and pipe.config.get("force_zeros_for_empty_prompt"):
             call["negative_prompt"] = ""
         return call
@@ -154,7 +156,7 @@ def _flow(recipe: Recipe, embedded_guidance: float | None) -> DiffusersSettings:
     either = bool(known.guidance) and known.unembedded == "cfg"
     guidance = embedded_guidance if known.guidance and not either else recipe.guidance
     # Z-Image's own pipeline counts from 0: D_c + g (D_c - D_u)
-    call |= {} if guidance is None else {"guidance_scale": guidance - 1 + known.unguided}
+    call |= {} if guidance is None else {known.scale: guidance - 1 + known.unguided}
     told = (known.usual_guidance if embedded_guidance is None else embedded_guidance) if either else None
     first = recipe.timesteps[0] / 1000
     scale = recipe.initial_noise_scale * math.hypot(1 - first, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,19 +39,19 @@ def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
     config = scheduler.config
     if _is_flow(scheduler):
         known = FAMILIES[family].schedule if family else None
-        by_steps = known.by_steps if isinstance(known, FlowSchedule) else None
-        if by_steps is None or not config.get("use_dynamic_shifting", False):
-            return FlowSchedule(_shift(config), terminal=float(config.get("shift_terminal") or 0.0))
-        return known if isinstance(by_steps, StepsShift) and known else _by_size(config, by_steps.tokens)
+        terminal = float(config.get("shift_terminal") or 0.0)
+        if not (isinstance(known, FlowSchedule) and known.by_steps and config.get("use_dynamic_shifting", False)):
+            return FlowSchedule(_shift(config), terminal=terminal)
+        if isinstance(known.by_steps, StepsShift):
+            return known
+        return replace(known, by_steps=_by_size(config, known.by_steps.tokens), terminal=terminal)
     return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
 
 
-def _by_size(config: Mapping[str, Any], tokens: int) -> FlowSchedule:
+def _by_size(config: Mapping[str, Any], tokens: int) -> SizeShift:
     """Of a scheduler that leaves mu to its pipeline, which finds it by the picture's ``tokens``."""
     low, high = ((int(config[f"{end}_image_seq_len"]), float(config[f"{end}_shift"])) for end in ("base", "max"))
-    by_size = SizeShift(tokens, low, high, config.get("time_shift_type", "exponential") != "exponential")
-    terminal = float(config.get("shift_terminal") or 0.0)
-    return FlowSchedule(_shift(config), by_steps=by_size, terminal=terminal)
+    return SizeShift(tokens, low, high, config.get("time_shift_type", "exponential") != "exponential")
 
 
 def _is_flow(scheduler: Any) -> bool:

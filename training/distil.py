@@ -19,7 +19,7 @@ from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
-from .engine.setup import Setup, roles_as_before
+from .engine.setup import Setup, as_before
 from .engine.student import STUDENT, add_student, mean_device
 from .engine.trainer import EMA, Trainer
 from .engine.turns import Numbers
@@ -73,7 +73,7 @@ def distil(
     for size in settings.size_list:
         host.latent_shape(size)
     initial = initial_state(host, settings, takes_over=METHODS[settings.method].recipe is recipe_of)
-    check_base(host)
+    check_base(host, settings)
     METHODS[settings.method].check(host, settings)
     refuse_missing(settings)
     config = config_of(host, prompts, settings, METHODS[settings.method].recipe(host, settings))
@@ -119,7 +119,7 @@ class _Session:
             stack.enter_context(self.layout.training(self.host))
             with processes.first_alone():
                 self.notes += stack.enter_context(threads_of(self.run, self.setup, goes_on))
-            stack.enter_context(roles_as_before(self.host))
+            stack.enter_context(as_before(self.host, self.settings))
             self.checkpoints = stack.enter_context(self.layout.hooked(self.host))
             self.trainer = self._trainer()
             self.pace, self.monitor = Pace(*self.layout.counted(self.trainer.plan)), watching(self.setup)

@@ -152,6 +152,12 @@ class Settings:
         "Compile the network's blocks with their adapters by torch.compile: minutes before the first updates, fewer "
         "operations from then on. A diffusers pipeline alone; where it fails, the run goes on uncompiled and says so.",
     )
+    token_norm: str = setting(
+        "host",
+        "Whether the teacher's guided velocity has in each token the norm of the prompt's, as diffusers draws "
+        "Qwen-Image, and ComfyUI does not; host = as the host draws the base.",
+        choices=("host", "on", "off"),
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""

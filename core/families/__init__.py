@@ -6,6 +6,7 @@ Data and torch.nn: neither host is imported. How a family is added: docs/adding-
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -193,6 +194,20 @@ def _check_width(family: str, layers: Mapping[str, nn.Module], config: Mapping[s
     if wrong:
         found = Target(wrong[0], layers[wrong[0]]).in_features
         raise OneStepError(f"The layer {wrong[0]} is {found} wide, but the model's configuration says {told}.")
+
+
+def check_size(name: str, family: str, size: tuple[int, int], factor: int) -> None:
+    """Raises OneStepError for a ``size`` (width, height) in pixels that the model ``name`` is not drawn at. factor:
+    pixels along a side of one of its latents."""
+    known = FAMILIES[family]
+    unit = math.lcm(8, factor * known.patch * (2 if known.even else 1))
+    if any(side % unit or side < unit for side in size):
+        why = " (at others diffusers and ComfyUI place its tokens differently)" * known.even
+        width, height = (max(unit, round(side / unit) * unit) for side in size)
+        raise OneStepError(
+            f"{name} draws sizes that are multiples of {unit} pixels{why}, not {size[0]}x{size[1]}: "
+            f"take {width}x{height}"
+        )
 
 
 def refuse_text(family: str, config: Mapping[str, Any], found: int) -> None:

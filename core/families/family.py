@@ -91,8 +91,10 @@ class Family:
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
-    unguided: the guidance scale that diffusers' own pipeline has for none. prompts: the half of a batch of classifier-
-    free guidance that they are there; "alone" where the other text has a forward of its own.
+    unguided: the guidance scale that diffusers' own pipeline has for none. token_norm: whether it brings each token's
+    guided velocity to the norm of the prompt's. scale: its argument of classifier-free guidance. placed: whether it
+    makes latents with their places, where they are packed. prompts: the half of a batch of classifier-free guidance
+    that they are there; "alone" where the other text has a forward of its own.
     pipelines: diffusers' own, for text to image. second: whether a configuration is the second one's. half: the dtype
     of half the bytes in which it is trained.
 
@@ -143,6 +145,9 @@ class Family:
     unembedded: Literal["cfg", "none"] = "none"
     usual_guidance: float = 1.0
     unguided: float = 1.0
+    token_norm: bool = False
+    scale: str = "guidance_scale"
+    placed: bool = True
     prompts: Literal["first half", "second half", "alone"] = "second half"
     pipelines: tuple[str, ...]
     second: Callable[[Config], bool] = lambda config: False

@@ -69,8 +69,12 @@ QWEN_IMAGE = Family(
     pooled=False,
     lengths="masked",
     tokens=128,
-    schedule=FlowSchedule(math.exp(0.9), by_steps=SizeShift(MEGAPIXEL, (256, 0.5), (8192, 0.9)), terminal=0.02),
+    # ComfyUI's shift for every size, and diffusers' own by the size
+    schedule=FlowSchedule(math.exp(1.15), by_steps=SizeShift(MEGAPIXEL, (256, 0.5), (8192, 0.9)), terminal=0.02),
     divided=1000,
+    token_norm=True,
+    scale="true_cfg_scale",
+    placed=False,
     pipelines=("QwenImagePipeline",),
     blocks={"QwenImageTransformerBlock": Block(("img_mlp", "txt_mlp"), picture=1)},
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0",

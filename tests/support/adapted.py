@@ -11,7 +11,8 @@ SIZE = (16, 16)
 
 
 def noisy(host: DiffusersHost, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, *host.latent_shape(SIZE), dtype=dtype)
+    size = (64, 64) if host.family == "qwen_image" else SIZE
+    return torch.randn(batch, *host.latent_shape(size), dtype=dtype)
 
 
 def with_student(host: DiffusersHost, role: str = "student", seed: int = 1) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import tiny_qwen
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -275,7 +276,11 @@ def klein(distilled: bool = False, **scheduler: Any) -> Flux2KleinPipeline:
     )
 
 
-MODERN = {"z_image": z_image, "klein": klein}
+def qwen_image(**scheduler: Any) -> Any:
+    return tiny_qwen.qwen_image(video_vae(), WIDTH, 2, **scheduler)
+
+
+MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import randomness
-from ...core.denoiser import both
+from ...core.denoiser import as_host, both
 from ...core.errors import OneStepError
 from ...core.roles import TEACHER
 from ...core.sampling import initial_latents, jump
@@ -90,7 +90,8 @@ class Trajectories(Blocks):
             for _ in range(length):
                 x, sigma, w = walkers.x, walkers.sigma, walkers.w.clone()
                 d_c, d_u = both(denoise, x, sigma, batch.cond, null)
-                target, apart = d_u + expand(w, x) * (d_c - d_u), (d_c - d_u).flatten(1).norm(dim=1)
+                target = as_host(denoise.token_norm, x, d_c, d_u + expand(w, x) * (d_c - d_u))
+                apart = (d_c - d_u).flatten(1).norm(dim=1)
                 seen.append([side.cpu() for side in (x, target, sigma, apart, w)])
                 walkers.step(target, seen[-1][3])
         keeps = torch.stack([self._keeps(block, row, length) for row in rows])

@@ -14,7 +14,7 @@ from ...core.ksampler import nearest_start
 from ...core.licences import BASE
 from ...core.recipe import Recipe
 from ...core.recipe.distilled_base import few_step_kind
-from ...core.schedule import NoiseSchedule, VPSchedule, of_size
+from ...core.schedule import FlowSchedule, NoiseSchedule, VPSchedule, of_size
 from ...core.tensor_file import read_header
 from ..host import Host
 from ..settings import Settings
@@ -24,9 +24,13 @@ SIGMA_INIT = 2.5
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_base(host: Host) -> None:
-    """Raises OneStepError where this checkpoint cannot be distilled by any method."""
+def check_base(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where this checkpoint cannot be distilled by any method, or guided so."""
     denoise = host.denoiser
+    if settings.token_norm == "on" and not isinstance(denoise.schedule, FlowSchedule):
+        raise OneStepError(
+            f"token_norm is for models that predict a velocity, which {host.name} is not: set it to host"
+        )
     noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
     if isinstance(denoise, EpsDenoiser) and float(denoise.schedule.alpha(noisiest)) == 0:
         raise OneStepError(

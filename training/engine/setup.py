@@ -10,6 +10,7 @@ from pathlib import Path
 from ...core.checkpoint import Checkpoints, clone_inputs
 from ...core.compiled import compiled_blocks
 from ...core.denoiser import Denoiser
+from ...core.families import FAMILIES
 from ...core.gates import gated_layers
 from ...core.recipe import Recipe
 from ...core.recomputed import BLOCKS
@@ -52,13 +53,16 @@ def hooked(host: Host, grade: str, compiled: bool = False) -> Iterator[Checkpoin
 
 
 @contextmanager
-def roles_as_before(host: Host) -> Iterator[None]:
-    """Within, roles may be added; after, they are dropped: a second run on ``host`` starts from nothing, and frees
-    nothing twice."""
-    roles = host.denoiser.roles
+def as_before(host: Host, settings: Settings) -> Iterator[None]:
+    """Within, roles may be added, and guidance is as the settings say; after, all is as before: a second run on
+    ``host`` starts from nothing, and frees nothing twice."""
+    roles, token_norm = host.denoiser.roles, host.denoiser.token_norm
     before = set(roles.names())
+    if settings.token_norm != "host":
+        host.denoiser.token_norm = FAMILIES[host.family].patch if settings.token_norm == "on" else 0
     try:
         yield
     finally:
+        host.denoiser.token_norm = token_norm
         for role in set(roles.names()) - before:
             roles.drop(role)

@@ -27,7 +27,7 @@ from ...core.schedule import NoiseSchedule, add_noise, cast_as, expand
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
 from .discriminator import Discriminator
-from .guidance_scale import Scale, added, guided, scale_of
+from .guidance_scale import Scale, Tokens, added, guided, scale_of
 
 CRITIC = "critic"
 
@@ -161,7 +161,7 @@ class DistributionMatching:
         if scores.null is None:
             return scores
         k = scale_of(self.guidance, batch)
-        return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale))
+        return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale, _tokens(denoise, x_s)))
 
     def _judging(self, x_s: Tensor, first: str) -> AbstractContextManager[list[Tensor]]:
         """Within, a forward whose first answer is ``first`` leaves the teacher's features."""
@@ -186,7 +186,7 @@ class DistributionMatching:
         if scores.fake_null is not None:
             # D_F^k - D_c = (D_F - D_c) + (k_F - 1) (D_F - D_F,u): PG-SB and VSD guide both sides
             k = scale_of(self.critic_guidance, batch)
-            delta = delta + added(scores.fake, scores.fake_null, k, self.rescale)
+            delta = delta + added(scores.fake, scores.fake_null, k, self.rescale, _tokens(denoise, scores.x_s))
         return self._weighed(denoise, scores, delta)
 
     def _guide(self, denoise: Denoiser, batch: Batch, scores: Scores, stream: str) -> Tensor:
@@ -195,7 +195,8 @@ class DistributionMatching:
             scores = self.scores(denoise, batch, scores.x, self.guidance_levels, stream, critic=False)
         assert scores.null is not None
         k = scale_of(self.guidance, batch)
-        return self._weighed(denoise, scores, -added(scores.real, scores.null, k, self.rescale))
+        tokens = _tokens(denoise, scores.x_s)
+        return self._weighed(denoise, scores, -added(scores.real, scores.null, k, self.rescale, tokens))
 
     def _weighed(self, denoise: Denoiser, scores: Scores, delta: Tensor) -> Tensor:
         weighed = expand(self.weight(denoise.schedule, scores), delta) * delta
@@ -212,3 +213,7 @@ class DistributionMatching:
                 "set matching_guidance to 1"
             )
         return nulls
+
+
+def _tokens(denoise: Denoiser, x_s: Tensor) -> Tokens:
+    return (denoise.token_norm, x_s) if denoise.token_norm else None

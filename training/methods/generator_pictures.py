@@ -30,7 +30,7 @@ def generator_pictures(host: Host, prompts: Sequence[str], settings: Settings) -
     texts = check_prompts(prompts)
     if len(settings.size_list) > 1:
         raise OneStepError(f"pictures of {len(settings.size_list)} sizes make no batch: give one size")
-    check_base(host)
+    check_base(host, settings)
     check(host, settings)
     roles, targets = host.denoiser.roles, list(host.denoiser.roles.targets.values())
     generate, path = partial(controlled, host.denoiser, generator_recipe(host, settings)), settings.initial_lora

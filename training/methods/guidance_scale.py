@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.denoiser import as_host
 from ...core.schedule import expand
 from ..engine.batch import Batch
 
@@ -32,10 +33,16 @@ def scale_of(scale: Scale, batch: Batch) -> Tensor:
     return scale(batch) if isinstance(scale, RandomScale) else torch.full((len(batch),), scale, dtype=torch.float64)
 
 
-def guided(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0) -> Tensor:
-    """D^k = D_u + k (D_c - D_u) [B, ...] for k [B]. rescale: phi, the share of it that is brought back to D_c's own
-    deviation, against the saturation of a large k."""
+Tokens = tuple[int, Tensor] | None
+"""A denoiser's token_norm and the x that it was asked at, where it has one."""
+
+
+def guided(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0, tokens: Tokens = None) -> Tensor:
+    """D^k = D_u + k (D_c - D_u) [B, ...] for k [B], as the host has it. rescale: phi, the share of it that is brought
+    back to D_c's own deviation, against the saturation of a large k."""
     answer = d_u + expand(k, d_c) * (d_c - d_u)
+    if tokens is not None:
+        answer = as_host(*tokens, d_c, answer)
     if rescale == 0:
         return answer
     # arXiv:2305.08891, Eq. 15 and 16: phi D^k std(D_c) / std(D^k) + (1 - phi) D^k
@@ -43,7 +50,9 @@ def guided(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0) -> Tensor:
     return expand(rescale * ratio + (1 - rescale), answer) * answer
 
 
-def added(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0) -> Tensor:
+def added(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0, tokens: Tokens = None) -> Tensor:
     """D^k - D_c [B, ...]: what guidance adds to an answer."""
     # without rescaling it is (k - 1) (D_c - D_u), which is 0 exactly at k = 1
-    return guided(d_c, d_u, k, rescale) - d_c if rescale else expand(k - 1, d_c) * (d_c - d_u)
+    if rescale or tokens is not None:
+        return guided(d_c, d_u, k, rescale, tokens) - d_c
+    return expand(k - 1, d_c) * (d_c - d_u)

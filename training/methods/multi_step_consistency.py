@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...core.cond import Cond
-from ...core.denoiser import Denoiser, guided
+from ...core.denoiser import Denoiser, as_host, guided
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
 from ...core.sampling import initial_latents, jump
@@ -58,7 +58,7 @@ def negative_guided(
     # three prompts in one forward
     answer = denoise(torch.cat([x] * 3), torch.cat([sigma] * 3), Cond.concat(list(texts)))
     d_c, d_0, d_cn = answer.chunk(3)
-    return d_0 + w * (d_c - d_0) - v * (d_cn - d_c)
+    return as_host(denoise.token_norm, x, d_c, d_0 + w * (d_c - d_0) - v * (d_cn - d_c))
 
 
 def solve(denoise: Denoiser, x: Tensor, sigmas: Tensor, texts: tuple[Cond, Cond, Cond], w: float, v: float) -> Tensor:

@@ -112,7 +112,7 @@ class Led:
 
     def __init__(self, rollout: Rollout, batch: Batch, both: Cond) -> None:
         self.rollout, self.batch, self.both, of = rollout, batch, both, rollout.denoise
-        self.schedule, self.roles, self.guidance = of.schedule, of.roles, of.guidance
+        self.schedule, self.roles, self.guidance, self.token_norm = of.schedule, of.roles, of.guidance, of.token_norm
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         with self.roles.use(STUDENT):
