@@ -47,9 +47,10 @@ def _strange_options(model: Any) -> list[str]:
 
 def refuse_variant(family: str, model: Any) -> None:
     """Models of a known network that are told more than a text."""
-    config = model.model_config.unet_config
-    channels = config.get("in_channels", model.latent_format.latent_channels)
-    if channels != model.latent_format.latent_channels:
+    config, wanted = model.model_config.unet_config, model.latent_format.latent_channels
+    channels = config.get("in_channels", wanted)
+    # Qwen-Image's configuration counts those of a whole patch
+    if channels not in (wanted, wanted * FAMILIES[family].patch ** 2 if FAMILIES[family].packed else wanted):
         raise OneStepError(
             f"this model takes {channels} input channels (inpainting, depth or editing): use a text-to-image base"
         )

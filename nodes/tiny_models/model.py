@@ -16,13 +16,15 @@ from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
 from .latents import fit_preview_colours, latent_format
 from .mmdit import mmdit_setup
+from .qwen import qwen_image_setup
 from .text import load_clip
 from .unet import unet_setup
 from .z_image import z_image_setup
 
 
 def load_tiny(folder: Path) -> tuple[Any, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet`, or a `transformer` of SD3, Z-Image or FLUX.2."""
+    """MODEL, CLIP and VAE of a diffusers-layout folder with a `unet`, or a `transformer` of SD3 or a
+    modern family."""
     vae, latent = load_vae(folder), latent_format(folder)
     fit_preview_colours(latent, vae)
     return load_patcher(str(folder), latent), load_clip(folder), vae
@@ -47,7 +49,8 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
     if has_part(folder, "unet"):
         return unet_setup(folder)
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
-    return {"z_image": z_image_setup, "flux2": flux2_setup}.get(str(family), mmdit_setup)(folder)
+    setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
+    return setups.get(str(family), mmdit_setup)(folder)
 
 
 def load_weights(model: Any, weights: Weights, patcher: Any) -> None:

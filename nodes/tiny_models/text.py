@@ -17,6 +17,7 @@ from ...core.errors import OneStepError
 from ...core.families import of_class
 from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
+from .qwen import qwen25_target
 from .z_image import qwen3_target
 
 FLOAT32 = {"dtype": torch.float32}  # half precision would be the default on a GPU
@@ -127,7 +128,10 @@ class TinyPair(torch.nn.Module):
 
 def load_clip(folder: Path) -> comfy.sd.CLIP:
     """The folder's text encoder(s) as one CLIP object."""
-    if read_config(folder, "text_encoder").get("model_type") == "qwen3":
+    kind = read_config(folder, "text_encoder").get("model_type")
+    if kind == "qwen2_5_vl":
+        return assembled(*qwen25_target(folder))
+    if kind == "qwen3":
         klein = of_class(read_config(folder, "transformer").get("_class_name", "")) == "flux2"
         return assembled(*(klein_target if klein else qwen3_target)(folder))
     return load_pair(folder) if has_part(folder, "text_encoder_2") else load_single(folder)

@@ -108,17 +108,18 @@ def check_rows(hosts: Hosts) -> None:
     assert gap(mixed, torch.cat([teacher, student])) < 1e-5 and gap(hosts.comfys["mixed"], mixed) < 5e-5
 
 
-def check_trained(hosts: Hosts, method: str, prompts: Sequence[str], layers: int) -> None:
-    """Each host's own loader finds all ``layers`` of what the other trained, and the two students are nearly equal."""
+def check_trained(hosts: Hosts, method: str, prompts: Sequence[str], layers: int, **more: Any) -> None:
+    """Each host's own loader finds all ``layers`` of what the other trained, and the two students are nearly equal.
+    more: settings beside those of RUNS, which ComfyUI was told too."""
     name, said = hosts.report["files"][method]
     theirs = hosts.work / f"comfy-{method}" / name
     assert f"loads all {layers} layers" in said
     assert f"loads all {layers} layers" in hosts.host.check_file(theirs)
     pipe = DiffusionPipeline.from_pretrained(hosts.work / "model")
-    ours = distill(pipe, prompts, method, out=hosts.work / method, **RUNS[method])
+    ours = distill(pipe, prompts, method, out=hosts.work / method, **RUNS[method] | more)
     assert f"all {layers} layers" in ours.check and ours.recipe.family == hosts.host.family
     mine, other = (load_lora(path, family=hosts.host.family).state for path in (ours.path, theirs))
     assert mine.keys() == other.keys()
     for layer in mine:
         products = [b.double() @ a.double() for a, b in (mine[layer], other[layer])]
-        assert gap(products[1], products[0]) < 0.05, layer
+        assert float((products[1] - products[0]).norm()) <= 0.05 * float(products[0].norm()), layer

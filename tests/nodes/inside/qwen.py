@@ -1,0 +1,47 @@
+"""qwen.py FOLDER WORK: a tiny Qwen-Image in ComfyUI (support/comfy_both_hosts.py), its latents, and texts of several
+lengths under a mask."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
+import torch
+from comfy_both_hosts import COND, answer, facts, given, load, measured, trained
+
+from onestep.core.errors import OneStepError
+from onestep.nodes.adapt import adapted
+
+
+def alone(host):
+    """x0 of each row by itself, of its real tokens."""
+    x, sigma = given["x"], given["sigma"]
+    lengths = COND.mask.sum(1).tolist()
+    rows = [(slice(i, i + 1), type(COND)(COND.text[i : i + 1, :length])) for i, length in enumerate(lengths)]
+    with torch.no_grad():
+        each = [host.denoiser(x[row], sigma[row], cond) for row, cond in rows]
+        return {"together": host.denoiser(x, sigma, COND), "alone": torch.cat(each)}
+
+
+def pictures(host):
+    """Pictures, their latents, and what these are decoded to."""
+    made = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+    latents = host.latents_of(made)
+    return {"pictures": made, "latents": latents, "decoded": host.decode(latents)}
+
+
+def refused(host):
+    try:
+        host.latent_shape((1328, 1328))
+    except OneStepError as error:
+        return str(error)
+
+
+with torch.inference_mode():
+    model, clip, vae = load()
+    with adapted(model, clip, vae) as host:
+        out = alone(host) | pictures(host)
+        more, again = measured(host)
+        report = facts(host, again) | {"refused": refused(host), "token_norm": host.denoiser.token_norm}
+    report["files"] = trained(model, clip, vae)
+answer(out | more, report)
