@@ -157,6 +157,24 @@ def test_a_rescaled_guidance_term(case: Case) -> None:
     np.testing.assert_allclose(rows(g), weight * (d_f - real), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_guidance_with_each_tokens_norm(case: Case) -> None:
+    """As diffusers guides Qwen-Image, in NumPy: a token is a latent's channels, whose v_k has the length of v_c."""
+    world, x, k = World(case), drawn(), 5.0
+    world.denoise.token_norm = 1
+    objective = engine.DistributionMatching(guidance=k, levels=At(case.sigma))
+    g, scores = objective.cotangent(world.denoise, world.batch(), x)
+    x_s = case.alpha * rows(x) + case.sigma * rows(world.batch().normal("match noise"))
+    d_c, d_u, d_f, _ = (value.reshape(-1, 2, 4) for value in answers(world, (case.alpha, case.sigma)))
+    x_s = x_s.reshape(-1, 2, 4)
+    v_c, v_k = x_s - d_c, x_s - (d_u + k * (d_c - d_u))
+    length = np.linalg.norm(v_c, axis=1, keepdims=True) / np.linalg.norm(v_k, axis=1, keepdims=True)
+    real = (x_s - length * v_k).reshape(len(x), -1)
+    np.testing.assert_allclose(rows(scores.guided), real, rtol=1e-8, atol=1e-10)
+    weight = 1 / np.abs(rows(x) - real).mean(1, keepdims=True)
+    np.testing.assert_allclose(rows(g), weight * (d_f.reshape(len(x), -1) - real), rtol=1e-8, atol=1e-10)
+
+
 def test_a_fully_rescaled_answer_has_the_deviation_of_the_plain_one() -> None:
     c, u = drawn(seed=1), drawn(seed=2)
     back = guidance_scale.guided(c, u, torch.full((4,), 8.0, dtype=torch.float64), 1.0)

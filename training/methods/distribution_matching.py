@@ -194,8 +194,8 @@ class DistributionMatching:
         if self.guidance_levels is not None:
             scores = self.scores(denoise, batch, scores.x, self.guidance_levels, stream, critic=False)
         assert scores.null is not None
-        k = scale_of(self.guidance, batch)
         tokens = _tokens(denoise, scores.x_s)
+        k = scale_of(self.guidance, batch)
         return self._weighed(denoise, scores, -added(scores.real, scores.null, k, self.rescale, tokens))
 
     def _weighed(self, denoise: Denoiser, scores: Scores, delta: Tensor) -> Tensor:

@@ -53,6 +53,5 @@ def guided(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0, tokens: To
 def added(d_c: Tensor, d_u: Tensor, k: Tensor, rescale: float = 0.0, tokens: Tokens = None) -> Tensor:
     """D^k - D_c [B, ...]: what guidance adds to an answer."""
     # without rescaling it is (k - 1) (D_c - D_u), which is 0 exactly at k = 1
-    if rescale or tokens is not None:
-        return guided(d_c, d_u, k, rescale, tokens) - d_c
-    return expand(k - 1, d_c) * (d_c - d_u)
+    changed = rescale or tokens is not None
+    return guided(d_c, d_u, k, rescale, tokens) - d_c if changed else expand(k - 1, d_c) * (d_c - d_u)
