@@ -31,7 +31,7 @@ class Call:
     time: Tensor
     cond: Cond
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    cache: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 class AdapterModule(Protocol):

@@ -147,8 +147,8 @@ class GuidanceAttention(nn.Module):
 
 
 class GuidanceOffset(nn.Module):
-    """An adapter module on the blocks of a transformer of SD3, Flux or Z-Image: out(MLP(guidance + time + prompt))
-    [B, C] for every token of the picture, in Z-Image of the stream. Otherwise as `GuidanceAttention`."""
+    """An adapter module on the blocks of a transformer of SD3, Flux, FLUX.2 or Z-Image: out(MLP(guidance + time +
+    prompt)) [B, C] for every token of the picture, in Z-Image of the stream. Otherwise as `GuidanceAttention`."""
 
     kind = "guidance-offset"
 
@@ -174,8 +174,10 @@ class GuidanceOffset(nn.Module):
             return output
         c = embed.scale(cond.guidance) + embed.moment(call.time) + embed.text(cond.summary.to(embed.phases))
         added = _beyond_one(call, output) * self.out[self.at[name]](self.mix(c))[:, None].to(output)
-        # Flux' single blocks hold the text's tokens before the picture's
-        words = cond.text.shape[1] if name.startswith("single_") else 0
+        # Flux' and FLUX.2's single blocks, behind the double ones, hold the texts' tokens before the picture's
+        single = name.startswith("single_")
+        words = output.shape[1] - call.cache["picture"] if single else 0
+        call.cache["picture"] = output.shape[1] - words
         return output + F.pad(added.expand(-1, output.shape[1] - words, -1), (0, 0, words, 0))
 
 

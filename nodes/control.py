@@ -73,7 +73,7 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3 and Flux takes besides its picture, or as what Z-Image's entry gives; a copy's as core's
+    first block of SD3, Flux and FLUX.2 takes besides its picture, or as what Z-Image's entry gives; a copy's as core's
     ControlNet has them."""
 
     def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:

@@ -96,7 +96,7 @@ class Guided:
         flags = options.get("cond_or_uncond") or [0]
         scales = torch.tensor([1.0 if flag else self.guidance for flag in flags], device=x.device)
         pooled = kwargs.get("y") if FAMILIES[self.family].pooled else None
-        text = options.get(PROMPT, text) if FAMILIES[self.family].filled else text  # whose summary is of the prompt
+        text = options.get(PROMPT, text)  # a summary is of the prompt alone
         return Cond(text, pooled=pooled, guidance=scales.repeat_interleave(len(x) // len(flags)))
 
 

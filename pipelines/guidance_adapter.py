@@ -32,6 +32,7 @@ ORDER = {
     "unet": ("sample", "timestep", "encoder_hidden_states"),
     "sd3": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+    "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "z_image": ("x", "t", "cap_feats"),
 }
 
@@ -43,8 +44,8 @@ def load_guidance_adapter(
 
     It works beside LoRAs, loaded before or after, and on any checkpoint of the base that it was trained on. rows: which
     of the network's batch are guided; a pipeline with guidance of its own is refused, unless that is told its prompt's
-    half ("second half" in diffusers' pipelines, but for Z-Image's): then both act. Raises OneStepError for a file that
-    is no adapter, or one of another base.
+    half ("second half" in diffusers' pipelines, but for Z-Image's; FLUX.2's have none): then both act. Raises
+    OneStepError for a file that is no adapter, or one of another base.
     """
     return GuidanceDial(pipe, read_guidance_adapter(pipe, file), guidance, rows)
 
@@ -78,8 +79,8 @@ class GuidanceDial(OnNetwork):
             self._roles = Roles([targets[name] for name in sorted(module.before | module.after)])
             self._roles.add_module(ROLE, module)
             self._roles.install()
-            # Z-Image's summary is the prompt's alone, whatever a steered forward's texts are
-            self._attach(pipe, network, own, first=FAMILIES[self._family].filled > 0)
+            # a summary is the prompt's alone, whatever a steered forward's texts are
+            self._attach(pipe, network, own, first=True)
 
     @property
     def guidance(self) -> float:

@@ -103,7 +103,9 @@ FLUX2 = Family(
         "DoubleStreamBlock": Block(("img_mlp", "txt_mlp"), ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
         "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first", patch=1),
     },
+    entry="x_embedder",
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0|single_transformer_blocks\.\d+\.attn\.to_out",
+    summary="context_embedder",
     numbered=3,
     steering={
         "nasa": Numbers(0.25),

@@ -25,7 +25,7 @@ def joint(run_inside: Callable[..., str], tmp_path_factory: Any) -> dict[str, An
     return json.loads(said.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z_image"])
 def test_joint_models_take_it_before_their_first_block(joint: dict[str, Any], kind: str) -> None:
     """Against the same adapter on the layer that embeds the picture, which is where it was trained; with CFG too."""
     found = joint[kind]
@@ -33,12 +33,12 @@ def test_joint_models_take_it_before_their_first_block(joint: dict[str, Any], ki
     assert found["new"] and found["after"] and found["early"] == 0 and found["late"] > 0.02
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2"])
 def test_joint_models_keep_what_else_replaces_their_first_block(joint: dict[str, Any], kind: str) -> None:
     assert joint[kind]["replaced"] < 1e-5 and joint[kind]["replacement"] > 0.02
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z_image"])
 def test_odd_latents_are_filled_up_as_the_network_fills_them(joint: dict[str, Any], kind: str) -> None:
     assert joint[kind]["odd"] < 1e-5
 

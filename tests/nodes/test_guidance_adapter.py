@@ -23,7 +23,7 @@ BOUND = between_hosts(VPSchedule.scaled_linear(), 899)
 """At a tenth of the sampling, where a U-Net's rounding comes out 1 / alpha = 9 times as large."""
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "z_image"])
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "z_image", "klein"])
 def test_the_guider_sees_what_the_trainer_trained(measured: Any, kind: str) -> None:
     found = measured[kind]
     assert found["effect"] > 0.02 and found["the trainer's"] < BOUND

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapted import noisy
 from loaded_adapters import in_either_order, on_another_checkpoint
-from tiny_pipelines import flux, sd, sd3, sdxl, z_image
+from tiny_pipelines import flux, klein, sd, sd3, sdxl, z_image
 from torch import Tensor
 
 from onestep.core.adapter_file import save_adapter
@@ -23,6 +23,7 @@ from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.steer import steered
 
 PIPES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(embedded=False), "z_image": z_image}
+PIPES |= {"klein": klein}
 PROMPTS = ["a cat", "a red dog"]
 
 
@@ -110,7 +111,7 @@ CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
 
 
 def recipe_of(name: str, guidance: float = 1.0) -> Recipe:
-    family = name if name in ("sd3", "flux", "z_image") else "unet"
+    family = {"klein": "flux2"}.get(name, name if name in ("sd3", "flux", "z_image") else "unet")
     return Recipe((999.0,) if family == "unet" else (1000.0,), guidance=guidance, family=family)
 
 
@@ -138,7 +139,7 @@ def test_one_step_pipeline_draws_under_it(name: str, tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network_of(pipe).modules())
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "z_image", "klein"])
 def test_beside_a_recipes_guidance_both_act(name: str, tmp_path: Path) -> None:
     """D_u + k (D_agd - D_u): the negative's own rows are nobody's."""
     pipe, _, file = made(name, tmp_path)
@@ -169,6 +170,16 @@ def test_diffusers_own_guidance_is_refused_unless_told_the_prompts_half(tmp_path
     assert error(guided[:2], plain[:2]) < 1e-5 and error(guided[2:], alone) < 1e-5 and error(plain[2:], alone) > 1e-2
 
 
+def test_kleins_own_guidance_is_refused(tmp_path: Path) -> None:
+    """Its negative has a forward of its own."""
+    pipe, _, file = made("klein", tmp_path)
+    with (
+        load_guidance_adapter(pipe, file, 5, rows="first half"),
+        pytest.raises(OneStepError, match="call it with guidance_scale=1"),
+    ):
+        pipe(prompt=PROMPTS, guidance_scale=3.0, num_inference_steps=1, **CALL)
+
+
 def test_z_images_own_guidance_puts_the_prompt_first(tmp_path: Path) -> None:
     """Its prompts are lists of tokens of several lengths, and it is told what is left of the noise."""
     pipe, _, file = made("z_image", tmp_path)
@@ -189,13 +200,14 @@ def test_z_images_own_guidance_puts_the_prompt_first(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_beside_a_negative_it_reads_the_prompt_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["z_image", "klein"])
+def test_beside_a_negative_it_reads_the_prompt_alone(name: str, tmp_path: Path) -> None:
     """In either order; NAG away from the prompt itself is none, so that the adapter alone is left."""
-    pipe, _, file = made("z_image", tmp_path)
+    pipe, _, file = made(name, tmp_path)
     told: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0, **CALL}
 
     def draw() -> Tensor:
-        images: Tensor = pipe("a cat", generator=torch.Generator().manual_seed(1), **told).images
+        images: Tensor = pipe(prompt="a cat", generator=torch.Generator().manual_seed(1), **told).images
         return images
 
     pipe.set_progress_bar_config(disable=True)

@@ -72,10 +72,12 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "wan-i2v": (supported.WAN21_I2V, {**WAN, "model_type": "i2v", "in_dim": 36}),
     "video unet": (supported.SVD_img2vid, {**UNET, **SVD}),
     "flux2": (supported.Flux2, FLUX2),
+    "klein": (supported.Flux2, {**FLUX2, "guidance_embed": False}),
     "numbered": (supported.Flux, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
-WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "lumina2": 64, "flux2": 64}
+WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "lumina2": 64}
+WIDTHS |= dict.fromkeys(("flux2", "klein"), 64)
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},

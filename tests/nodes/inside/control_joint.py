@@ -22,7 +22,7 @@ from onestep.nodes.control import LoadControlAdapter
 
 WORK = Path(sys.argv[1])
 folder_paths.add_model_folder_path("controlnet", str(WORK))
-EMBED = {"sd3": "x_embedder", "flux": "img_in", "z_image": "x_embedder"}
+EMBED = {"sd3": "x_embedder", "flux": "img_in", "flux2": "img_in", "z_image": "x_embedder"}
 
 
 def made(targets, family, shape):
@@ -73,7 +73,8 @@ class Case:
 
     def by_hook(self, noise, control, conds):
         """x0 where the features are added to the embedded picture by a hook of this test."""
-        grid = control.shape[2] // 16, control.shape[3] // 16
+        cell = 8 * self.model.model.diffusion_model.patch_size
+        grid = control.shape[2] // cell, control.shape[3] // cell
 
         def add(module, given, out):
             x = given[0]
@@ -102,7 +103,8 @@ def measured(case):
     both = controlled(0.3, over=controlled(0.4))
     foreign = model.clone()
     foreign.set_model_patch_replace(doubled, "dit", "double_block", 0)
-    odd, small = torch.randn(1, case.shape[0], 7, 5, generator=torch.Generator().manual_seed(6)), case.image[:, :, :48]
+    odd = torch.randn(1, case.shape[0], 7, 5, generator=torch.Generator().manual_seed(6))
+    small = case.image[:, :56, :40] if case.network.patch_size == 1 else case.image[:, :, :48]
     return {
         "effect": apart(full, case.plain),
         "side": max(apart(full, case.by_adapter()), apart(part, case.by_adapter(0.7))),
@@ -131,5 +133,5 @@ def beside_reference(case):
 with torch.inference_mode():
     cases = {family: Case(family) for family in EMBED}
     told = {family: measured(case) for family, case in cases.items()}
-    told["reference"] = beside_reference(cases["flux"])
+    told["reference"] = max(beside_reference(cases[family]) for family in ("flux", "flux2"))
 print(json.dumps(told))

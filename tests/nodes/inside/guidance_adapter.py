@@ -16,10 +16,10 @@ from onestep.core.errors import OneStepError
 from onestep.core.guidance_adapter import new_adapter, with_guidance
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule
-from onestep.nodes.denoiser import ComfyDenoiser, schedule_of, with_sizes
+from onestep.nodes.denoiser import ComfyDenoiser, in_front, schedule_of, with_sizes
 from onestep.nodes.guidance_adapter import guided_model, targets_of
 
-FAMILIES = {"sd15": "unet", "sdxl": "unet", "sd3": "sd3", "z_image": "z_image"}
+FAMILIES = {"sd15": "unet", "sdxl": "unet", "sd3": "sd3", "z_image": "z_image", "klein": "flux2"}
 W, CFG = 5.0, 3.0
 
 
@@ -46,8 +46,9 @@ def by_the_trainer(model, family, side, positive):
     if not isinstance(schedule, FlowSchedule):
         alpha = 1 / (1 + level**2).sqrt()
         x, level = x * alpha.float(), level * alpha
-    pooled = None if family == "z_image" else positive[0][1]["pooled_output"]
+    pooled = None if family in ("z_image", "flux2") else positive[0][1]["pooled_output"]
     cond = with_sizes(Cond(positive[0][0], pooled=pooled), (64, 64))
+    cond = in_front(cond, 512) if family == "flux2" else cond
     cond = with_guidance(cond, W)
     with roles.use("student"), torch.no_grad():
         x0 = ComfyDenoiser(base, schedule, roles, "cfg")(x, level, cond)
