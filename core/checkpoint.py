@@ -211,17 +211,19 @@ class _Input:
     parts of an input's gradient in another order.
     """
 
-    __slots__ = ("_copy", "_version", "value")
+    __slots__ = ("_copy", "_version", "_wanted", "value")
 
     def __init__(self, value: Any) -> None:
         tensor = isinstance(value, Tensor)
+        # what a block adds to in place may ask for a gradient only from then on
+        self._wanted = tensor and value.requires_grad
         self.value = value if tensor else _own(value)
         self._copy = value.detach().clone() if tensor else None
         self._version = _version(value)
 
     def settle(self) -> None:
         if self._copy is not None and (self._version is None or self.changed):
-            self.value = self._copy.requires_grad_(self.value.requires_grad)
+            self.value = self._copy.requires_grad_(self._wanted)
             self._version = _version(self.value)
         self._copy = None
 

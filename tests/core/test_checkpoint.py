@@ -129,13 +129,18 @@ def in_place(net: Network, x: Tensor) -> Tensor:
     return net.flux(net.flux(net.blocks[0](x).clone()))
 
 
+def in_place_of_what_asks_for_none(net: Network, x: Tensor) -> Tensor:
+    return net.flux(x.detach().clone()) + x.sin()
+
+
 def half_without_gradient(net: Network, x: Tensor) -> Tensor:
     with torch.no_grad():
         shift = net.blocks[0](x)
     return net.blocks[1](net.blocks[0](x + shift))
 
 
-RUNS = [positional, by_keyword, with_dictionary, dictionary_by_keyword, repeated, in_place, half_without_gradient]
+RUNS = [positional, by_keyword, with_dictionary, dictionary_by_keyword, repeated, in_place]
+RUNS += [in_place_of_what_asks_for_none, half_without_gradient]
 
 
 @pytest.mark.parametrize("run", RUNS)

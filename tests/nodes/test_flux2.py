@@ -6,14 +6,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import both_hosts
+import both_hosts_drawn
 import pytest
 import tiny_folders
 import torch
 from both_hosts import Hosts, gap
+from both_hosts_drawn import ADAPTERS
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from onestep.core.families import FAMILIES
+from onestep.core.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon"]
+SHIFT = FAMILIES["flux2"].schedule.shift
+STEERED = [("nag", "a wall", "red"), ("nasa", "a red dragon", "a wall"), ("vsf", "a wall", "red"), ("perp", "red", "a")]
+FOUR = Recipe((1000.0, 900.0, 750.0, 500.0), family="flux2", shift=SHIFT, sizes=((32, 32),))
 LAYERS = 4 + 2 * 12 + 2 * 2
 """The ends, two double and two single blocks."""
 
@@ -21,7 +30,7 @@ LAYERS = 4 + 2 * 12 + 2 * 2
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_folders.klein_folder(tmp_path_factory.mktemp("klein") / "model")
-    return both_hosts.both(run_inside, folder, PROMPTS)
+    return both_hosts.both(run_inside, folder, PROMPTS, **both_hosts_drawn.told(folder, FOUR, STEERED, "a wall"))
 
 
 def test_prompts_become_the_same_conditions_of_512_tokens(hosts: Hosts) -> None:
@@ -63,3 +72,24 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize("method", both_hosts.RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS)
+
+
+@pytest.mark.parametrize("number", range(len(STEERED)), ids=[mode for mode, *_ in STEERED])
+def test_a_negative_steers_both_hosts_alike(number: int, hosts: Hosts) -> None:
+    both_hosts_drawn.check_steered(hosts, number, STEERED[number])
+
+
+def test_the_base_draws_the_first_part_alike_in_both_hosts(hosts: Hosts) -> None:
+    """By the scheduler "simple", which moves its steps alike, however many they are."""
+    base = DiffusionPipeline.from_pretrained(hosts.work / "model")
+    base.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    both_hosts_drawn.check_diverse(hosts, "a wall", base)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_either_host_trains_the_same_adapter(method: str, hosts: Hosts) -> None:
+    both_hosts_drawn.check_adapter(hosts, method, PROMPTS)
+
+
+def test_the_guidance_of_either_host_draws_alike(hosts: Hosts) -> None:
+    both_hosts_drawn.check_guidance(hosts)

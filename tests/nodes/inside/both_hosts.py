@@ -1,5 +1,5 @@
-"""both_hosts.py FOLDER WORK: a tiny model's folder in ComfyUI (support/comfy_both_hosts.py), its latents, and texts
-that the model itself fills up."""
+"""both_hosts.py FOLDER WORK: a tiny model's folder in ComfyUI (support/comfy_both_hosts.py), its latents, texts
+that the model itself fills up, and what it draws."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import answer, facts, given, load, measured, trained
+from comfy_both_hosts import answer, facts, given, load, measured, told, trained
+from comfy_drawn import drawn
 
 from onestep.core.cond import Cond
 from onestep.nodes.adapt import adapted
@@ -37,5 +38,7 @@ with torch.inference_mode():
         out = filled(host) | pictures(host)
         more, again = measured(host)
         report = facts(host, again)
+    if "steered" in told:
+        more |= drawn(model, clip)
     report["files"] = trained(model, clip, vae)
 answer(out | more, report)

@@ -1,0 +1,92 @@
+"""What is hung on a model and drawn with it, in diffusers' host and in ComfyUI's (support/comfy_drawn.py): negatives,
+adapters, a base's first part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from both_hosts import RUNS, Hosts, gap
+from diffusers import DiffusionPipeline
+from lora_files import random_lora
+from torch import Tensor, nn
+
+from onestep.core import control_copy, guidance_adapter
+from onestep.core.adapter_file import load_adapter, read_told
+from onestep.core.recipe import Recipe
+from onestep.pipelines import diverse
+from onestep.pipelines.adapt import denoiser_of
+from onestep.pipelines.distill import distill
+from onestep.pipelines.guidance_adapter import load_guidance_adapter
+from onestep.pipelines.one_step import OneStepPipeline
+from onestep.pipelines.steer import steered
+
+MAKERS = guidance_adapter.MAKERS | control_copy.MAKERS
+SHARE, SEED, BASE_STEPS, GUIDANCE = 0.3, 7, 8, 3.0
+SHORT_RUN = {"batch": 2, "steps": 3, "sizes": "32x32", "watch_every": 0, "preview_every": 0, "learning_rate": 0.01}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "agd": {**SHORT_RUN, "teacher_steps": 2, "states": 1, "guidance_high": 5.0},
+    "nct": {**SHORT_RUN, "pairs": 4, "control": "canny", "control_width": 8, "noise_levels": 2},
+}
+
+
+def told(folder: Path, recipe: Recipe, negatives: Sequence[Sequence[str]], prompt: str) -> dict[str, Any]:
+    """What ComfyUI is asked besides. negatives: (mode, prompt, negative)."""
+    few = random_lora(DiffusionPipeline.from_pretrained(folder), folder.parent / "few.safetensors", recipe, 0.1)
+    asked: dict[str, Any] = {"runs": RUNS | ADAPTERS, "steered": negatives, "share": SHARE}
+    return asked | {"diverse": [str(few), prompt, SEED, BASE_STEPS, GUIDANCE]}
+
+
+@torch.no_grad()
+def check_steered(hosts: Hosts, number: int, told: Sequence[str]) -> None:
+    """x0 at one level away from a negative, by text encoders of both hosts."""
+    host, mode, prompt, negative = hosts.host, *told
+    schedule = host.denoiser.schedule
+    sigma = schedule.sigma_at(torch.tensor([1 - SHARE], dtype=torch.float64))
+    x, cond = hosts.inputs["x"][:1] * sigma.float(), host.encode([prompt], (32, 32))
+    plain = host.denoiser(x, sigma, cond)
+    with steered(host.pipe, negative, mode):
+        found = host.denoiser(x, sigma, cond)
+    assert gap(hosts.comfys[f"steered/{number}"], found) < 5e-5 and gap(found, plain) > 1e-2
+
+
+def check_diverse(hosts: Hosts, prompt: str, base: Any = None) -> None:
+    """Two SamplerCustom in ComfyUI and `diverse` in diffusers. base: a pipeline whose levels are ComfyUI's."""
+    fast = OneStepPipeline.from_pipe(DiffusionPipeline.from_pretrained(hosts.work / "model"))
+    fast.load_one_step_lora(hosts.work / "few.safetensors")
+    call: dict[str, Any] = {"seed": SEED, "output_type": "latent"}
+    wanted = diverse(fast, prompt, base=base, base_steps=BASE_STEPS, guidance=GUIDANCE, **call).images
+    assert gap(hosts.comfys["diverse"], wanted) < 1e-4 and gap(fast(prompt, **call).images, wanted) > 0.01
+
+
+def check_adapter(hosts: Hosts, method: str, prompts: Sequence[str]) -> None:
+    """Both hosts train the same one, to a twentieth of the way that training has taken it."""
+    work, (name, said) = hosts.work, hosts.report["files"][method]
+    assert "bit for bit" in said
+    pipe = DiffusionPipeline.from_pretrained(work / "model")
+    ours = distill(pipe, prompts, method, out=work / method, **ADAPTERS[method])
+    files = ours.path, work / f"comfy-{method}" / name
+    mine, theirs = (load_adapter(path, MAKERS, hosts.host.family).module for path in files)
+    start = type(mine).from_config(**read_told(ours.path)["config"])
+    moved = 0.0
+    for (layer, one), (_, other), (_, first) in zip(*map(_parameters, (mine, theirs, start)), strict=True):
+        moved += float((one - first).norm())
+        assert float((one - other).norm()) < 0.05 * float((one - first).norm()) + 1e-6, layer
+    assert moved > 0
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, value.detach()) for name, value in module.named_parameters()]
+
+
+@torch.no_grad()
+def check_guidance(hosts: Hosts) -> None:
+    """Both adapters, once trained, draw nearly alike."""
+    host, inputs, work, cond = hosts.host, hosts.inputs, hosts.work, hosts.cond
+    plain, drawn = denoiser_of(host.pipe)(inputs["x"], inputs["sigma"], cond), []
+    for path in (work / "agd" / "result.safetensors", work / "comfy-agd" / hosts.report["files"]["agd"][0]):
+        with load_guidance_adapter(host.pipe, path, 4.0):
+            drawn.append(denoiser_of(host.pipe)(inputs["x"], inputs["sigma"], cond))
+    assert gap(drawn[1], drawn[0]) < 0.1 * gap(drawn[0], plain)
