@@ -44,9 +44,9 @@ SCALES = {"NASA": 0.25, "NAG": 5.0, "VSF": 1.0, "PERP": 10.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A network with random weights. side: of its latents. tokens: of each text. blocks: on each level of a U-Net going
-    down, or a transformer's double and single ones, in Z-Image behind how many of each refiner; none of SD3's last
-    kind, whose text goes nowhere. wide: False = a toy."""
+    """A network with random weights. side: of its latents, 16 pixels each in FLUX.2, else 8. tokens: of each text.
+    blocks: on each level of a U-Net going down, or a transformer's double and single ones, in Z-Image behind how many
+    of each refiner; none of SD3's last kind, whose text goes nowhere. wide: False = a toy."""
 
     family: str
     side: int
@@ -75,6 +75,10 @@ CASES = {
     "flux-whole": Case("flux", 128, 512, (19, 38)),
     "z_image": Case("z_image", 32, 32, (2, 1)),
     "z_image-whole": Case("z_image", 128, 128, (30, 2)),
+    "klein": Case("flux2", 64, 512, (1, 1)),
+    "klein-whole": Case("flux2", 64, 512, (5, 20)),
+    "klein-512": Case("flux2", 32, 512, (5, 20)),
+    "toy-flux2": Case("flux2", 8, 512, (1, 1), wide=False),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),
     "toy-sd3": Case("sd3", 8, 7, wide=False),

@@ -27,7 +27,7 @@ from onestep.core.guidance_adapter import new_adapter
 from onestep.nodes.guidance_adapter import guided_model, targets_of
 from onestep.nodes.steer import steered_model
 
-POOLED = {"sd15": 768, "sdxl": 1280, "sd3": 2048, "flux": 768}
+POOLED = {"sd15": 768, "sdxl": 1280, "sd3": 2048, "flux": 768, "flux2": 1}
 WIDE: dict[str, dict[str, Any]] = {
     "sd15": {
         **{"model_channels": 320, "channel_mult": [1, 2, 4, 4], "num_heads": 8},
@@ -43,6 +43,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
     },
     "flux": {"hidden_size": 3072, "num_heads": 24, "mlp_ratio": 4.0, "axes_dim": [16, 56, 56]},
+    # klein 4B's
+    "flux2": {"hidden_size": 3072, "num_heads": 24, "axes_dim": [32] * 4, "context_in_dim": 7680},
 }
 
 
@@ -62,6 +64,8 @@ def model_of(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
         layout["num_blocks"] = case.blocks[0] + 1
     if case.family == "flux":
         layout |= {"depth": case.blocks[0], "depth_single_blocks": case.blocks[1], "vec_in_dim": POOLED["flux"]}
+    if case.family == "flux2":
+        layout |= {"depth": case.blocks[0], "depth_single_blocks": case.blocks[1], "guidance_embed": False}
     config = family(layout)
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=device)
@@ -84,7 +88,8 @@ class OneCall(comfy.samplers.Sampler):  # type: ignore[misc]
 def text_of(case: Case, seed: int) -> list[Any]:
     """A CONDITIONING; all share one pooled vector."""
     draw = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, case.tokens, WIDTHS.get(case.family, 4096), generator=draw)
+    width = WIDE[case.family].get("context_in_dim") if case.wide else None
+    text = torch.randn(1, case.tokens, width or WIDTHS.get(case.family, 4096), generator=draw)
     return [[text, {"pooled_output": torch.ones(1, POOLED[case.family])}]]
 
 
@@ -120,7 +125,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
             steered_model, model, without_padding(negative), Steering(name.lower(), scale), empty=text_of(case, 3)
         )
     found["AGD"] = partial(_guided, model)
-    if case.family in ("sd3", "flux"):
+    if case.family in ("sd3", "flux", "flux2"):
         found[DOUBLED[1]] = partial(_doubled, model, case)
     if case.family != "sd3":  # whose attention it does not reach
         found[DOUBLED[2]] = lambda: NAGuidance.execute(model, 5.0, 0.5, 1.5)[0]

@@ -40,6 +40,7 @@ TOYS = {
     },
     "sd3": {"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
     "flux": {"attention_head_dim": 128, "num_attention_heads": 1},
+    "flux2": {"num_attention_heads": 1, "joint_attention_dim": 64},
     "z_image": {"dim": 288, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
 }
 Inputs = dict[str, Any]
@@ -80,11 +81,19 @@ def _z_image(case: Case, toy: dict[str, Any]) -> Any:
     return diffusers.ZImageTransformer2DModel(**lengths, **toy, n_layers=layers, n_refiner_layers=refiners)
 
 
+def _flux2(case: Case, toy: dict[str, Any]) -> Any:
+    """klein 4B's width."""
+    double, single = case.blocks
+    wide = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+    return diffusers.Flux2Transformer2DModel(**{**wide, **toy}, num_layers=double, num_single_layers=single)
+
+
 MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
     "sd15": lambda case, toy: diffusers.UNet2DConditionModel(**{**SD15, **toy}, layers_per_block=case.blocks[0]),
     "sdxl": lambda case, toy: diffusers.UNet2DConditionModel(**{**SDXL, **toy}, layers_per_block=case.blocks[0]),
     "sd3": _sd3,
     "flux": _flux,
+    "flux2": _flux2,
     "z_image": _z_image,
 }
 
@@ -98,7 +107,7 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     if case.family == "z_image":
         told = {"x": [draw(16, 1, case.side, case.side)], "cap_feats": [draw(case.tokens, 2560)]}
         return {**told, "t": torch.tensor([0.3], device=device), "return_dict": False}
-    text = {"sd15": 768, "sdxl": 2048}.get(case.family, 4096)
+    text = {"sd15": 768, "sdxl": 2048, "flux2": 7680 if case.wide else 64}.get(case.family, 4096)
     told: Inputs = {"encoder_hidden_states": draw(1, case.tokens, text), "return_dict": False}
     told["timestep"] = torch.tensor([700.0], device=device)
     if case.family in ("sd15", "sdxl"):
@@ -112,6 +121,11 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
         told |= {"timestep": torch.tensor([0.7], device=device), "guidance": torch.tensor([3.5], device=device)}
         places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
         told |= {"img_ids": places.to(device), "txt_ids": torch.zeros(case.tokens, 3, device=device)}
+    if case.family == "flux2":
+        zero, side, tokens = torch.zeros(1), torch.arange(case.side).float(), torch.arange(case.tokens).float()
+        told |= {"hidden_states": draw(1, case.side**2, 128), "timestep": torch.tensor([0.7], device=device)}
+        told |= {"img_ids": torch.cartesian_prod(zero, side, side, zero).to(device)}
+        told |= {"txt_ids": torch.cartesian_prod(zero, zero, zero, tokens).to(device)}
     return told
 
 
@@ -157,7 +171,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
     found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
     found["AGD"] = partial(row, _guided)
     found[DOUBLED[0]] = partial(row, given=twice(told, negative))
-    if case.family in ("sd3", "flux"):
+    if case.family in ("sd3", "flux", "flux2"):
         found[DOUBLED[1]] = partial(row, lambda twin: _doubled(twin, case), twice(told, negative))
     return found
 
@@ -188,4 +202,4 @@ def _doubled(network: Any, case: Case) -> None:
     for block in network.transformer_blocks:
         block.attn.to_out[0].register_forward_pre_hook(of_double)
     for block in getattr(network, "single_transformer_blocks", ()):
-        block.proj_out.register_forward_pre_hook(of_single)
+        getattr(block, "proj_out", getattr(block.attn, "to_out", None)).register_forward_pre_hook(of_single)

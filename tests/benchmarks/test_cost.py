@@ -20,7 +20,8 @@ import cost  # noqa: E402
 import cost_diffusers  # noqa: E402
 
 SINGLE = ("plain", "NASA", "NAG", "VSF", "PERP", "AGD")
-TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-z_image")
+TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2", "toy-z_image")
+JOINT = ("toy-sd3", "toy-flux", "toy-flux2")
 
 
 def found_by(name: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def test_rows_act_and_the_doubled_form_is_the_same_steering(name: str) -> None:
     found = found_by(name)
     scale = float(found["plain"].std())
     away = {row: float((x - found["plain"]).abs().max()) / scale for row, x in found.items()}
-    assert set(found) == {*SINGLE, "CFG"} | ({"doubled form"} if name in ("toy-sd3", "toy-flux") else set())
+    assert set(found) == {*SINGLE, "CFG"} | ({"doubled form"} if name in JOINT else set())
     assert away["CFG"] < 1e-5, "both halves of a batch for CFG are plain rows"
     assert min(away[row] for row in SINGLE[1:]) > 1e-4
     if "doubled form" in found:
@@ -84,5 +85,5 @@ def test_rows_in_comfyui() -> None:
     for name, apart in told.items():
         assert {*SINGLE, "CFG"} < set(apart)
         assert min(apart[row] for row in ("plain", "NASA", "VSF", "PERP", "AGD")) > 1e-4, name
-    for name in ("toy-sd3", "toy-flux"):
+    for name in JOINT:
         assert told[name]["doubled form"] < 1e-4 * told[name]["plain"]

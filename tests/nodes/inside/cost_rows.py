@@ -12,7 +12,7 @@ import torch
 
 told = {}
 with torch.inference_mode():
-    for name in ("toy-sd15", "toy-sd3", "toy-flux"):
+    for name in ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2"):
         makers = cost_comfy.makers(cost.CASES[name], torch.device("cpu"), torch.float32, "")
         found = {row: make()()[1].clone() for row, make in makers.items()}
         nag, scale = found["NAG"], float(found[cost.PLAIN].std())
