@@ -2,8 +2,8 @@
 
     python benchmarks/train_tiny.py --data tiles.npz --model all --out runs/tiny
 
-`vae` comes first (the teachers read it from --out), then `tiny`, `tiny-flow` and `judge` in any order or at once. A
-killed run goes on where it was. Without --minutes the result depends on the seed and the thread count alone.
+`vae` comes first (the teachers read it from --out), then `tiny`, `tiny-flow`, `tiny-dit` and `judge` in any order or at
+once. A killed run goes on where it was. Without --minutes the result depends on the seed and the thread count alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from tiny_models import autoencoder, data, flow, judging, store, teacher, tokens, unet
+from tiny_models import autoencoder, data, dit, flow, judging, store, teacher, tokens, unet
 from tiny_models.loop import Plan
 
 
@@ -23,9 +23,8 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     tiles = data.load(args.data)
-    wanted = ("vae", "tiny", "tiny-flow", "judge") if args.model == "all" else (args.model,)
-    makers = {"vae": make_vae, "tiny": make_tiny, "tiny-flow": make_flow, "judge": make_judge}
-    for name in wanted:
+    makers = {"vae": make_vae, "tiny": make_tiny, "tiny-flow": make_flow, "tiny-dit": make_dit, "judge": make_judge}
+    for name in makers if args.model == "all" else (args.model,):
         makers[name](tiles, args)
 
 
@@ -51,12 +50,21 @@ def make_flow(tiles: data.Tiles, args: argparse.Namespace) -> None:
     train_teacher(tiles, args, args.name or "tiny-flow", flow, flow.Shape(), plan(args, steps=9000, lr=8e-4))
 
 
-def train_teacher(tiles, args, name, family, shape, schedule) -> None:  # type: ignore[no-untyped-def]
-    """family: the module `unet` or `flow`. Latents and tokens are made once; snapshots go to OUT/snapshot/NAME."""
+def make_dit(tiles: data.Tiles, args: argparse.Namespace) -> None:
+    """Train the transformer of one stream into OUT/NAME/model."""
+    schedule = plan(args, steps=6000, lr=1e-3)
+    train_teacher(tiles, args, args.name or "tiny-dit", dit, dit.Shape(), schedule, tokens.build_qwen)
+
+
+def train_teacher(tiles, args, name, family, shape, schedule, learn=tokens.build) -> None:  # type: ignore[no-untyped-def]
+    """family: the module `unet`, `flow` or `dit`; learn: the tokenizer of captions.
+
+    Latents and tokens are made once; snapshots go to OUT/snapshot/NAME.
+    """
     vae = AutoencoderKL.from_pretrained(args.out / "vae" / "model").eval()
     latents = autoencoder.encode(vae, tiles.centred) * vae.config.scaling_factor * args.latent_std
     vae.register_to_config(scaling_factor=vae.config.scaling_factor * args.latent_std, shift_factor=0.0)
-    tokenizer = tokens.build(tiles.captions)
+    tokenizer = learn(tiles.captions)
 
     def write(modules: torch.nn.ModuleDict, folder: Path) -> None:
         store.save(family.pipeline(modules, vae, tokenizer, shape), folder)
@@ -86,7 +94,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help=".npz with image [N, 32, 32, 3] and caption")
-    parser.add_argument("--model", choices=("vae", "tiny", "tiny-flow", "judge", "all"), default="all")
+    parser.add_argument("--model", choices=("vae", "tiny", "tiny-flow", "tiny-dit", "judge", "all"), default="all")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, snapshots and results")
     parser.add_argument("--steps", type=int, default=0, help="updates; 0 = the model's own number")
     parser.add_argument("--minutes", type=float, default=0.0, help="finish after this time; 0 = no limit")

@@ -54,8 +54,8 @@ class Prompts:
     def __init__(self, tiles: Tiles, tokenizer: object) -> None:
         forms = list(product((True, False), repeat=3))
         texts = [prompt(c, w, *form) for c, w in zip(tiles.captions, tiles.words, strict=True) for form in forms]
-        self.ids = encode(tokenizer, texts).view(len(tiles), 2, 2, 2, -1)
-        self.empty = encode(tokenizer, [""])[0]
+        *ids, self.empty = encode(tokenizer, [*texts, ""])
+        self.ids = torch.stack(ids).view(len(tiles), 2, 2, 2, -1)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Token ids [B, L] for tiles [B]; name and words dropped by chance, some prompts emptied for guidance."""
@@ -66,5 +66,9 @@ class Prompts:
 
 
 def encode(tokenizer: object, texts: Sequence[str]) -> Tensor:
-    """Padded token ids [N, L]."""
-    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids  # type: ignore
+    """Padded token ids [N, L]; L is CLIP's own length, or of a tokenizer with a template that of the longest text."""
+    if tokenizer.chat_template is None:  # type: ignore[attr-defined]
+        return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids  # type: ignore
+    turns = ([{"role": "user", "content": text}] for text in texts)
+    asked = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]  # type: ignore
+    return tokenizer(asked, padding=True, padding_side="right", return_tensors="pt").input_ids  # type: ignore

@@ -119,10 +119,7 @@ def loss(modules: nn.ModuleDict, prompts: Prompts, shape: Shape) -> Loss:
     """The velocity noise - x0 at a time of logit-normal law."""
 
     def of_batch(x0: Tensor, noise: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-        batch = len(x0)
-        share = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        # Esser et al. 2024 (SD3), section 3.1: logit-normal times, here of scale 1.2 so that the ends are seen too.
-        t = torch.sigmoid(1.2 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
+        batch, t = len(x0), logit_normal(len(x0), generator)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         with torch.autocast("cpu", torch.bfloat16), zero_tokens_as_one(modules["transformer"]) as transformer:
             text, pooled = condition(modules, prompts.draw(rows, generator), shape.joint)
@@ -133,6 +130,13 @@ def loss(modules: nn.ModuleDict, prompts: Prompts, shape: Shape) -> Loss:
         return nn.functional.mse_loss(out.sample.float(), noise - x0)
 
     return of_batch
+
+
+def logit_normal(batch: int, generator: torch.Generator) -> Tensor:
+    """Times [B], one in each equal share of the law (Esser et al. 2024, SD3, section 3.1), here of scale 1.2 so that
+    the ends are seen too."""
+    share = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    return torch.sigmoid(1.2 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
 
 
 def pipeline(

@@ -1,4 +1,5 @@
-"""The training of a teacher, of whichever family: the module `unet` or `flow`, which says what is built and learnt."""
+"""The training of a teacher, of whichever family: the module `unet`, `flow` or `dit`, which says what is built and
+learnt."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from .data import Prompts
 from .loop import Plan, Training
@@ -20,7 +21,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 class Family(Protocol):
     """build: fresh networks. loss: what they learn, of the prompts that go with the tiles."""
 
-    def build(self, shape: Any, tokenizer: CLIPTokenizer) -> nn.ModuleDict: ...
+    def build(self, shape: Any, tokenizer: Any) -> nn.ModuleDict: ...
     def loss(self, modules: nn.ModuleDict, prompts: Prompts, shape: Any) -> Loss: ...
 
 
@@ -28,7 +29,7 @@ def train(
     family: Family,
     latents: Tensor,
     prompts: Prompts,
-    tokenizer: CLIPTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     shape: Any,
     plan: Plan,
     folder: Path,

@@ -20,8 +20,9 @@ from .folder import Config, Weights, read_config, read_weights
 from .mmdit import sampling_settings
 
 PREFIX = "qwen3_4b"
-TIME = {"hidden_size": 1024, "output_size": 256}
-"""Of the time's embedding: diffusers' is so wide at any size, ComfyUI's no wider than the network."""
+TIME, TIME_OUT = 1024, 256
+"""Of the time's embedding: diffusers' is so wide within at any size, ComfyUI's no wider than the network; at its end
+diffusers' is no wider than the network, ComfyUI's so wide at any size."""
 LAYER = -2  # whose hidden states are the text
 
 
@@ -33,7 +34,8 @@ class TinyZImage(comfy.supported_models.ZImage):  # type: ignore[misc]
     def get_model(self, state_dict: Weights, prefix: str = "", device: Any = None) -> Any:
         model = super().get_model(state_dict, prefix, device)
         build = {"dtype": model.get_dtype(), "device": device, "operations": comfy.ops.manual_cast}
-        model.diffusion_model.t_embedder = TimestepEmbedder(**TIME, **build)
+        out = min(self.unet_config["dim"], TIME_OUT)
+        model.diffusion_model.t_embedder = TimestepEmbedder(TIME, output_size=out, **build)
         return model
 
 
