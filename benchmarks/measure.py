@@ -3,6 +3,7 @@
     python benchmarks/measure_states.py --model tiny --out runs/measure/tiny
     python benchmarks/measure.py score --model tiny --states runs/measure/tiny --reference tiles.npz
     python benchmarks/measure.py table --states runs/measure/tiny --out benchmarks/results/measure.md
+    python benchmarks/measure.py score --model tiny-flow --states runs/recipe --finished "switch-4-*" --out runs/four
 
 `score` takes the states in a random order and writes what it has found as it goes; it goes on where it was stopped.
 The judge sees --samples pictures of a state, twice, from two sets of prompts and noises; each candidate sees
@@ -26,9 +27,12 @@ from measure_table import table
 from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
+from onestep.cli.lora import read_lora
 from onestep.cli.model import native_size, open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.cond import Cond
+from onestep.core.errors import OneStepError
+from onestep.core.factors import State
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.core.sampling import sample, teacher_sample
@@ -125,30 +129,41 @@ def candidates(student: Tensor, teacher: Tensor, mine: Any, theirs: Any) -> dict
     return found
 
 
+def student_of(file: Path, host: Any) -> tuple[State, Recipe]:
+    """Of a state that a run kept, or of a finished run's result."""
+    if file.name == "result.safetensors":
+        lora = read_lora(str(file), host)
+        if lora.later:
+            raise OneStepError(f"{file.parent} has a LoRA for each step: choose runs of one LoRA with --finished")
+        return lora.state, lora.recipe
+    return read_state(file), Recipe.from_json((file.parents[1] / "recipe.json").read_text())
+
+
 def score(args: argparse.Namespace) -> None:
     """A line of score.jsonl for each state."""
     host, prompts = open_host(args.model, device="cpu"), read_prompts(args.prompts)
-    recipe = Recipe.from_json((args.states / "recipe.json").read_text())
+    pattern = f"{args.finished}/result.safetensors" if args.finished else f"*/*-{args.role}.safetensors"
+    files = sorted(args.states.glob(pattern))
+    recipe = student_of(files[0], host)[1]
     judge = judge_of(args.model, args.judge)
-    out = args.states / "score.jsonl"
+    folder = args.out or args.states
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "score.jsonl"
     known = {json.loads(line)["state"] for line in out.read_text().splitlines()} if out.is_file() else set()
     real = judge.features(read_pictures(args.reference)) if args.reference else None
     judged = [make_set(host, prompts, f"judge {at}", args.samples, same=False) for at in range(2)]
     watched = [make_set(host, prompts, f"watch {at}", args.watched, same=True) for at in range(2)]
     with torch.no_grad(), host.denoiser.roles.installed():
-        teachers = {
-            kept.name: kept.teacher(host, args.states / f"{kept.name}.safetensors") for kept in judged + watched
-        }
+        teachers = {kept.name: kept.teacher(host, folder / f"{kept.name}.safetensors") for kept in judged + watched}
         wanted = {kept.name: judge.features(pictures(host, teachers[kept.name])) for kept in judged}
         theirs = {kept.name: seen(host, teachers[kept.name], kept) for kept in watched}
-        files = sorted(args.states.glob(f"*/*-{args.role}.safetensors"))
         random.Random(0).shuffle(files)
         for file in files:
-            name = f"{file.parent.name}/{file.stem}"
+            name = file.relative_to(args.states).with_suffix("").as_posix()
             if name in known:
                 continue
             began = time.monotonic()
-            host.denoiser.roles.load(ROLE, read_state(file))
+            host.denoiser.roles.load(ROLE, student_of(file, host)[0])
             line: dict[str, Any] = {"state": name}
             for kept in judged:
                 features = judge.features(pictures(host, kept.student(host, recipe)))
@@ -176,9 +191,10 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--samples", type=int, default=768)
     parser.add_argument("--role", default="*", choices=("*", *ROLES), help="whose states are scored")
+    parser.add_argument("--finished", help="in place of kept states: the runs in --states whose results are scored")
     parser.add_argument("--watched", type=int, default=64)
     parser.add_argument("--times", type=float, default=2.0, help="of the best state's FD-local: those that are ranked")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="of score, a folder (--states); of table, a file (standard output)")
     args = parser.parse_args()
     if args.what == "table":
         table(args.states, args.out, args.times)

@@ -70,9 +70,11 @@ def test_states_are_made_scored_and_ranked(
     measure_states.make("tiny", "guided", prompts, tmp_path, 6, 1, **short | {"steps": 2}, **matching)
     args = Namespace(
         model="tiny", judge=None, prompts=str(tmp_path / "prompts.txt"), states=tmp_path, reference=None, samples=8,
-        watched=8, role="*",
+        watched=8, role="*", finished=None, out=None,
     )  # fmt: skip
     measure.score(args)
+    measure.score(Namespace(**vars(args) | {"finished": "*/run", "out": tmp_path / "again"}))
+    assert len(measure_table.read_lines(tmp_path / "again")) == 2
     lines = measure_table.read_lines(tmp_path)
     assert len(lines) == len(list(tmp_path.glob("*/*-*.safetensors"))) >= 4
     states = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]
