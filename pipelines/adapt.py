@@ -232,10 +232,10 @@ class DiffusersHost:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels at which the model was trained."""
-        side = self.network.config.get("sample_size") or 128  # Flux' configuration does not say
-        height, width = (side, side) if isinstance(side, int) else side
+        """(width, height) in pixels at which the model was trained: by its network's configuration or its VAE's."""
         factor = factor_of(self.pipe.vae)
+        side = self.network.config.get("sample_size") or (self.pipe.vae.config.get("sample_size") or 1024) // factor
+        height, width = (side, side) if isinstance(side, int) else side
         return width * factor, height * factor
 
     # -- training -----------------------------------------------------------------------------------------------------
