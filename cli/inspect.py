@@ -137,7 +137,7 @@ def in_comfyui(recipe: Recipe) -> dict[str, Any]:
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
-    from ..pipelines.plain import EITHER_GUIDANCE, WITHOUT_T5, diffusers_settings
+    from ..pipelines.plain import EITHER_GUIDANCE, GUIDER, WITHOUT_T5, diffusers_settings
 
     try:
         settings = diffusers_settings(recipe)
@@ -145,6 +145,9 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         return [f"# {error}"]
     changes = "".join(f", {name}={value!r}" for name, value in settings.changes.items())
     words = {name: f"{name}={value!r}" for name, value in settings.call.items()}
+    guider = [GUIDER.format(settings.call["guidance_scale"])] if settings.modular else []
+    if settings.modular:
+        words = {name: word for name, word in words.items() if name != "guidance_scale"} | {"": 'output="images"'}
     if settings.embedded is not None:
         words["guidance_scale"] = EITHER_GUIDANCE.format(settings.call["guidance_scale"], settings.embedded)
     call = "".join(f", {word}" for word in words.values())
@@ -156,6 +159,7 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         f"pipe.load_lora_weights({str(path)!r})",
         *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
         f"pipe.scheduler = diffusers.{settings.scheduler}.from_config(pipe.scheduler.config{changes})",
+        *guider,
         *([settings.noise_line()] if settings.latents_scale != 1 else []),
         f'pipe(prompt="your prompt"{call})',
     ]

@@ -81,6 +81,8 @@ def _in_rows(parts: list[Tensor], rows: list[int]) -> Tensor:
 def as_picture(block: Block, output: Any, size: Sequence[int]) -> Tensor:
     """[B, channels, rows, columns] of what ``block`` gives for latents of ``size`` (h, w)."""
     value = output[block.picture] if isinstance(output, tuple | list) else output
+    if value.ndim == 5:  # [B, 1, rows, columns, channels] of a video's one frame
+        return value[:, 0].movedim(-1, 1)  # type: ignore[no-any-return]
     if value.ndim == 4:
         return value  # type: ignore[no-any-return]
     rows, columns = _cells(size, block.patch) if block.sequence else _grid(value.shape[1], size)

@@ -1,6 +1,7 @@
 """LoRA files that ComfyUI's LoraLoader and diffusers' load_lora_weights both read, and the reading of everybody else's.
 
-Written: in the family's dialect, U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without.
+Written: in the family's dialect, U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without,
+by diffusers' paths or, where ComfyUI finds none of those, by its own.
 Both hosts map every one of these keys; of peft's names for U-Nets ComfyUI loses the attention. May import torch and
 core.
 """
@@ -116,7 +117,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     keys = [key for key in header.tensors if key not in unused]
     refuse_kinds(keys)
     refuse_adapters(keys)
-    refuse_families(keys)
+    refuse_families(keys, family)
     family = _family(path, {key: header.tensors[key] for key in keys}, header.metadata, family)
     _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from .errors import OneStepError
 from .families import FAMILIES
@@ -34,7 +35,7 @@ REFUSED = {
 }
 
 TEXT_ENCODER = re.compile(
-    r"lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
+    r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
     r"conditioner\.embedders\.|(base_model\.model\.)?text_model\."
 )
 # Not of the denoiser's LoRA either, and legal beside it: the trigger words' embeddings (bundles of kohya's and
@@ -122,13 +123,22 @@ def _has_ratios(ratios: Iterable[tuple[str, float]], shapes: Mapping[str, Sequen
 
 def key_of(family: str, name: str) -> tuple[str, str]:
     """The keys under which both hosts find A and B, in the family's dialect."""
-    if FAMILIES[family].dialect == "kohya":
+    dialect = FAMILIES[family].dialect
+    if dialect == "kohya":
         return f"{_kohya(name)}.lora_down.weight", f"{_kohya(name)}.lora_up.weight"
-    return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight"
+    path = f"diffusion_model.{_in_comfy(family)[name]}" if dialect == "native" else f"transformer.{name}"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+
+
+@cache
+def _in_comfy(family: str) -> dict[str, str]:
+    """ComfyUI's path of each canonical name of a family that it fuses no layer of."""
+    known = FAMILIES[family]
+    return {name: row.host for row in known.rows(known.default) for name in row.names}
 
 
 def alpha_key_of(family: str, name: str) -> str | None:
-    """Kohya's files carry alpha; diffusers refuses or misreads it beside "transformer." keys."""
+    """Kohya's files carry alpha; diffusers refuses or misreads it beside other keys."""
     return f"{_kohya(name)}.alpha" if FAMILIES[family].dialect == "kohya" else None
 
 
@@ -162,11 +172,15 @@ def refuse_adapters(keys: Iterable[str]) -> None:
         raise OneStepError(f"This file holds {len(names)} adapters ({told}): save the one that is wanted alone.")
 
 
-def refuse_families(keys: Iterable[str]) -> None:
-    """Raise for the LoRAs of known families that are not served."""
+def refuse_families(keys: Iterable[str], wanted: str | None = None) -> None:
+    """Raise for the LoRAs of known families that are not served. wanted: the family of the model that it is for, whose
+    layers may have another's names."""
+    keys = list(keys)
+    text = "\n".join(keys)
+    own = [known for name, known in FAMILIES.items() if name == wanted or re.search(known.keys, text)]
     for key in keys:
         family = next((family for pattern, family in LATER_KEYS.items() if re.search(pattern, key)), None)
-        if family is not None:
+        if family is not None and not any(re.search(known.shared, key) for known in own):
             served = ", ".join(spec.title for spec in FAMILIES.values())
             raise OneStepError(f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {served}.")
 

@@ -25,7 +25,6 @@ from ..core.licences import Part
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from ..core.weights_hash import hash_of
-from .attention import differentiable_attention
 from .autoencoder import decoded, encoded
 from .check import check_file
 from .denoiser import (
@@ -40,7 +39,9 @@ from .denoiser import (
     with_sizes,
 )
 from .origin import made_of, name_of
+from .own_text import own_text
 from .refusals import refuse_encoder, refuse_patches, refuse_variant
+from .rotary import training_options
 from .stored import keep_stored, refuse_broken, refuse_foreign
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
@@ -90,9 +91,9 @@ class ComfyHost:
         targets = select(bind_comfy(self.family, network, config), self.targets)
         roles = Roles(targets, port_of(network, self.family))
         schedule = schedule_of(self.model.model_sampling, self.family)
-        options = {"optimized_attention_override": differentiable_attention}
+        guidance = self._known.guidance_of(config)
         self.denoiser: Denoiser = ComfyDenoiser(
-            self.model, schedule, roles, self._known.guidance_of(config), options, self._known.lengths
+            self.model, schedule, roles, guidance, training_options(self.family), self._known.lengths
         )
         self.device = torch.device(self.patcher.load_device)
         self.blocks, self.in_place = blocks_of(network), in_place_of(network)
@@ -127,7 +128,8 @@ class ComfyHost:
             return self.with_sizes(self.texts(prompts).to("cpu", torch.float32), size)
 
     def texts(self, prompts: Sequence[str]) -> Cond:
-        cond = encode(self.clip, prompts, self._pooled)
+        with own_text(self.model, self.device) as own:
+            cond = encode(self.clip, prompts, self._pooled, own)
         if self._known.lengths == "filled in front":
             cond = in_front(cond, self._known.tokens)
         if self._known.lengths in ("equal", "filled in front"):

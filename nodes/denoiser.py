@@ -24,6 +24,7 @@ from ..core.families import FAMILIES
 from ..core.lengths import by_length, lengths_of
 from ..core.roles import Roles
 from ..core.schedule import FlowSchedule, NoiseSchedule, StepsShift, VPSchedule, expand
+from .own_text import OwnText
 
 
 @dataclass
@@ -172,13 +173,20 @@ def even_lengths(cond: Cond) -> Tensor:
     return torch.stack(rows)
 
 
-def encode(clip: Any, prompts: Any, pooled: bool) -> Cond:
-    """The CLIP's conditions of ``prompts``, on the CPU, in its own dtype, in ordinary tensors."""
+def encode(clip: Any, prompts: Any, pooled: bool, own: OwnText | None = None) -> Cond:
+    """The CLIP's conditions of ``prompts``, on the CPU, in its own dtype, in ordinary tensors. own: what the network
+    makes of each, where it makes its text itself."""
+    made = conditionings(clip, prompts)
+    with torch.inference_mode(False), torch.no_grad():
+        texts = [_own(text) if own is None else _own(own(_own(text), _all_own(told))) for text, told in made]
+        poolings = [_own(told.get("pooled_output")) if pooled else None for _, told in made]
+    return Cond.concat([Cond(text, pooled=pooling) for text, pooling in zip(texts, poolings, strict=True)])
+
+
+def conditionings(clip: Any, prompts: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """(text, what is told beside it) of each of ``prompts``."""
     with torch.inference_mode():
-        made = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in prompts]
-    with torch.inference_mode(False):
-        parts = [Cond(_own(text), pooled=_own(told.get("pooled_output")) if pooled else None) for text, told in made]
-    return Cond.concat(parts)
+        return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in prompts]
 
 
 def in_front(cond: Cond, tokens: int) -> Cond:
@@ -189,6 +197,10 @@ def in_front(cond: Cond, tokens: int) -> Cond:
 
 def _own(value: Tensor | None) -> Any:
     return None if value is None else value.detach().to("cpu", copy=True).clone()
+
+
+def _all_own(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: _own(value) if isinstance(value, Tensor) else value for name, value in told.items()}
 
 
 def refuse_lengths(cond: Cond, prompts: Any) -> None:

@@ -10,7 +10,8 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_comfy, detect, refuse_text, select
 from ..training.engine.donor import read_initial
 from ..training.settings import Settings
-from .denoiser import encode
+from .denoiser import conditionings
+from .own_text import refuse_without_ids
 
 
 def refuse_patches(model: Any) -> None:
@@ -60,7 +61,8 @@ def refuse_variant(family: str, model: Any) -> None:
 
 def refuse_encoder(clip: Any, model: Any) -> None:
     """Raises OneStepError for another model's text encoder."""
-    text = encode(clip, [""], False).text
+    ((text, told),) = conditionings(clip, [""])
+    refuse_without_ids(model.diffusion_model, told)
     refuse_text(detect(model.diffusion_model), model.model_config.unet_config, text.shape[-1])
 
 

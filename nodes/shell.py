@@ -20,10 +20,10 @@ from ..core.licences import Part
 from ..core.roles import Roles
 from ..training.host import Shells
 from ..training.plan.trace import DECODE
-from .attention import differentiable_attention
 from .denoiser import ComfyDenoiser, framed, port_of, schedule_of, unframed, with_sizes
 from .origin import name_of
 from .refusals import refuse_patches, refuse_variant
+from .rotary import training_options
 from .stored import hollow_weight, is_quantised, keep_stored, take_room
 
 META = torch.device("meta")
@@ -82,8 +82,8 @@ class Shell:
         keep_stored(self.network)
         self._decoder = None if vae is None else hollow(vae.first_stage_model)
         self._config = self.model.model_config.unet_config
-        options = {"optimized_attention_override": differentiable_attention}
         guidance, schedule = self._known.guidance_of(self._config), schedule_of(model.model.model_sampling, self.family)
+        options = training_options(self.family)
         self.denoiser: Any = ComfyDenoiser(self.model, schedule, Roles([]), guidance, options, self._known.lengths)
         self.blocks, self.in_place = blocks_of(self.network), in_place_of(self.network)
         self.shell(targets)

@@ -36,6 +36,7 @@ from .autoencoder import Autoencoder, factor_of, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
+from .modular import name_of
 from .networks import NETWORKS, Extras, has_ip_adapter, port_of
 from .places import channels_last, is_quantized, on_device, place
 from .schedules import prediction_of, schedule_of
@@ -141,7 +142,7 @@ class DiffusersHost:
         self.network = network_of(self.pipe)
         self.family = detect(self.network)
         self._known = FAMILIES[self.family]
-        self.name = Path(str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)).name
+        self.name = Path(name_of(self.pipe) or type(self.pipe).__name__).name
         self.blocks = blocks_of(self.network)
         self.in_place: list[nn.Module] = []
         self._decoder: Autoencoder | None = None
@@ -149,7 +150,7 @@ class DiffusersHost:
 
     @property
     def made_of(self) -> list[Part]:
-        told = str(self.pipe.config.get("_name_or_path") or "")
+        told = name_of(self.pipe)
         loras = [(BASE_LORA, str(name), None) for name in getattr(self.network, "peft_config", {})]
         return [(BASE, self.name, Path(told) if told and Path(told).exists() else None), *loras]
 

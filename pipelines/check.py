@@ -14,6 +14,7 @@ from ..core.compiled import unwrapped
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import fit, load_lora
+from .modular import made_of
 from .quiet import attempt
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -54,7 +55,8 @@ def _loaded(pipe: Any, network: Any, path: Path) -> Factors:
     """(A, scale B) by module path, as the pipeline's own load_lora_weights puts them into a network."""
     shell = _hollow(network)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
-    empty = type(pipe)(**{**dict.fromkeys(pipe.components), "scheduler": pipe.scheduler, name: shell}, **_flags(pipe))
+    parts = {**dict.fromkeys(pipe.components), "scheduler": pipe.scheduler, name: shell}
+    empty = made_of(type(pipe), {**parts, **_flags(pipe)})
     attempt(path, lambda: empty.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER))
     return {path: _factors(module) for path, module in shell.named_modules() if hasattr(module, "lora_A")}
 

@@ -9,6 +9,7 @@ import diffusers
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
+from .modular import is_modular, name_of, part_names
 
 PIPELINES = tuple(name for family in FAMILIES.values() for name in family.pipelines)
 SD, SDXL = FAMILIES["unet"].pipelines
@@ -17,6 +18,7 @@ SD, SDXL = FAMILIES["unet"].pipelines
 (Z_IMAGE,) = FAMILIES["z_image"].pipelines
 KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (QWEN_IMAGE,) = FAMILIES["qwen_image"].pipelines
+(ANIMA,) = FAMILIES["anima"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,
@@ -39,7 +41,7 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     if names[0].startswith(("Qwen", "Mistral3")):
-        return LANGUAGE_MODELS.get(names[0], Z_IMAGE)
+        return LANGUAGE_MODELS.get(names[0], Z_IMAGE if parts.get("text_conditioner") is None else ANIMA)
     if "T5" in names[1]:
         return FLUX
     # SD3 reads the projected text of both of its CLIPs, SDXL that of the second
@@ -55,8 +57,7 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
 def own_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``parts`` that the family's own pipeline has; OneStepError for others that are there."""
     kind = pipeline_of(parts)
-    cls = getattr(diffusers, kind)
-    wanted = cls._get_signature_keys(cls)[0]
+    wanted = part_names(getattr(diffusers, kind))
     strange = [name for name, part in parts.items() if part is not None and name not in wanted]
     if strange:
         raise OneStepError(
@@ -69,7 +70,7 @@ def own_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def passed_on(cls: Any, pipeline: Any) -> dict[str, Any]:
     """What a pipeline of class ``cls`` is made of from the parts and settings of ``pipeline``."""
-    wanted, settings = cls._get_signature_keys(cls)
+    wanted, settings = part_names(cls), () if is_modular(cls) else cls._get_signature_keys(cls)[1]
     parts = {name: part for name, part in pipeline.components.items() if name in wanted}
     found = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
     return parts | {name: found[name] for name in settings if found.get(name) is not None}
@@ -77,6 +78,8 @@ def passed_on(cls: Any, pipeline: Any) -> dict[str, Any]:
 
 def kept_settings(pipeline: Any, source: Any) -> dict[str, Any]:
     """Settings of ``source`` that ``pipeline`` does not have, as diffusers keeps them for a pipeline made of this."""
+    if is_modular(type(source)):
+        return {"_name_or_path": name_of(source)}
     skipped = {*type(pipeline)._get_signature_keys(type(pipeline))[1], "class_name", "diffusers_version"}
     found = {name.removeprefix("_"): value for name, value in source.config.items() if name not in source.components}
     return {f"_{name}": value for name, value in found.items() if name not in skipped}

@@ -8,11 +8,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, choices, of_class
@@ -20,12 +22,13 @@ from ..core.stored import holds_float8
 from ..core.tensor_file import read_header
 from .bundled import path_of
 from .kinds import PIPELINES
+from .modular import is_modular, loaded_names, made_of, part_names
 from .quiet import attempt
 from .single_file import FIRST, load_single_file
 from .weights import load_parts
 
 BUNDLED = ("tiny", "tiny-flow")
-WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
 UNUSED = ("feature_extractor", "image_encoder")  # parts that only an IP-Adapter or the safety checker asks for
 BIGGEST_INDEX_BYTES = 1 << 20
 
@@ -99,6 +102,8 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Any:
     """The pipeline of a diffusers folder, from its safetensors alone."""
     index = read_index(folder)
     cls = getattr(diffusers, pipeline_class(folder, index))
+    if is_modular(cls):
+        return _assembled(folder, cls, index, dtype)
     for part in WEIGHTS:
         _refuse_pickles(folder / part)
     parts = _left_out(folder, cls, index) | load_parts(folder, index, WEIGHTS, dtype)
@@ -114,9 +119,27 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Any:
     )
 
 
+def _assembled(folder: Path, cls: Any, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A modular pipeline of the parts that lie in the folder, wherever its index says that they came from."""
+    entries = {name: entry[:2] for name, entry in index.items() if isinstance(entry, list) and _present(index, name)}
+    entries = {name: entry for name, entry in entries.items() if name in part_names(cls) and (folder / name).is_dir()}
+    if absent := sorted(loaded_names(cls) - set(entries)):
+        raise OneStepError(f"{folder.name[:80]} has no {absent[0]}: give the folder of a whole {cls.__name__}")
+    parts = load_parts(folder, entries, WEIGHTS, dtype)
+    for name in sorted(set(entries) - set(parts)):
+        library, kind = entries[name]
+        made = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
+        if made is None:
+            raise OneStepError(f"{folder.name[:80]}'s {name} is a {str(kind)[:60]}, which is not known here")
+        parts[name] = attempt(folder / name, partial(made.from_pretrained, folder / name, local_files_only=True))
+    return attempt(folder, lambda: made_of(cls, parts))
+
+
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json of a diffusers folder."""
+    """model_index.json of a diffusers folder, or modular_model_index.json."""
     file = folder / "model_index.json"
+    modular = folder / "modular_model_index.json"
+    file = modular if modular.is_file() and not file.is_file() else file
     try:
         if file.stat().st_size > BIGGEST_INDEX_BYTES:
             raise ValueError("it is too long")
@@ -125,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no table")
     except (OSError, ValueError) as error:
         raise OneStepError(
-            f"{str(folder)[-150:]} is no diffusers folder: model_index.json cannot be read ({str(error)[:80]}); "
+            f"{str(folder)[-150:]} is no diffusers folder: {file.name} cannot be read ({str(error)[:80]}); "
             "give the folder that holds it"
         ) from None
     return index
@@ -153,7 +176,7 @@ def class_for(parts: Mapping[str, Any]) -> str:
 
 
 def _present(parts: Mapping[str, Any], name: str) -> bool:
-    return parts.get(name) not in (None, [None, None])
+    return parts.get(name) is not None and list(parts[name][:2]) != [None, None]
 
 
 def refuse_broken(pipe: Any, path: Path) -> None:

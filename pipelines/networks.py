@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -26,6 +27,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
+from .padding_mask import without_torchvision
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
@@ -35,6 +37,7 @@ Transformer = (
     | ZImageTransformer2DModel
     | Flux2Transformer2DModel
     | QwenImageTransformer2DModel
+    | CosmosTransformer3DModel
 )
 
 
@@ -195,6 +198,31 @@ class QwenImageNetwork:
         return unpack(answer, height, width)
 
 
+@dataclass(frozen=True)
+class AnimaNetwork:
+    """CosmosTransformer3DModel of a video of one frame, of which nothing is padding, which reads sigma."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __post_init__(self) -> None:
+        without_torchvision()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if self.extras.attention:
+            raise OneStepError("diffusers' Anima takes no joint_attention_kwargs: leave them out")
+        text, _ = _in_dtype(cond, x, self.module.dtype)
+        frames = x.to(self.module.dtype).unsqueeze(2)
+        answer = self.module(
+            frames,
+            time.to(x.device, torch.float32) / 1000,
+            text,
+            padding_mask=torch.zeros_like(frames[:1, :1, 0]),
+            return_dict=False,
+        )[0]
+        return answer.squeeze(2)
+
+
 NETWORKS: dict[str, Any] = {
     "unet": UNetNetwork,
     "sd3": SD3Network,
@@ -202,6 +230,7 @@ NETWORKS: dict[str, Any] = {
     "z_image": ZImageNetwork,
     "flux2": Flux2Network,
     "qwen_image": QwenImageNetwork,
+    "anima": AnimaNetwork,
 }
 
 

@@ -8,10 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    SchedulerMixin,
-)
+from diffusers import AnimaTextConditioner, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +25,7 @@ from .fast import Fast, Mode, refuse_while_fast
 from .guidance_adapter import check_guidance, read_guidance_adapter
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
+from .modular import made_of
 from .networks import Extras, Transformer, UNet
 from .noise import Generator as Generator
 from .noise import Noise
@@ -41,7 +39,10 @@ from .steps import Callback, Called, Steps, StepState
 from .switches import Switches
 from .text import Embeds, PromptInput, at_guidance, beside, conditions, embeddings, negative_conditions
 
-TEXT_PARTS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
+TEXT_PARTS = (
+    *(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer")),
+    *("t5_tokenizer", "text_conditioner"),
+)
 IMAGE_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -49,7 +50,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
-    ZImagePipeline, Flux2KleinPipeline or Flux2Pipeline:
+    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline or AnimaModularPipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
     embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.
@@ -81,7 +82,9 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     output_type: "pil", "np", "pt" or "latent".
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
+    model_cpu_offload_seq = (
+        "text_encoder->text_encoder_2->text_encoder_3->text_conditioner->image_encoder->unet->transformer->vae"
+    )
     _optional_components = [*TEXT_PARTS, *IMAGE_PARTS, "unet", "transformer"]
     _exclude_from_cpu_offload = ["safety_checker"]
 
@@ -95,6 +98,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         text_encoder_3: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
+        t5_tokenizer: PreTrainedTokenizerBase | None = None,
+        text_conditioner: AnimaTextConditioner | None = None,
         unet: UNet | None = None,
         transformer: Transformer | None = None,
         safety_checker: PreTrainedModel | None = None,
@@ -105,8 +110,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     ) -> None:
         super().__init__()
         texts = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
-        images = (safety_checker, feature_extractor, image_encoder)
-        parts: dict[str, Any] = dict(zip((*TEXT_PARTS, *IMAGE_PARTS), (*texts, *images), strict=True))
+        others = (t5_tokenizer, text_conditioner, safety_checker, feature_extractor, image_encoder)
+        parts: dict[str, Any] = dict(zip((*TEXT_PARTS, *IMAGE_PARTS), (*texts, *others), strict=True))
         self.register_modules(**own_parts(parts | {"unet": unet, "transformer": transformer}))
         self.register_modules(vae=vae, scheduler=scheduler)
         self.register_to_config(recipe=recipe, embedded_guidance=embedded_guidance)
@@ -273,7 +278,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         cls = getattr(diffusers, pipeline_of(self.components))
         made = {"requires_safety_checker": False} if "safety_checker" in self.components else {}
         with quiet():
-            return cls(**made | passed_on(cls, self))
+            return made_of(cls, made | passed_on(cls, self))
 
     def host(self, recipe: Recipe) -> DiffusersHost:
         """The parts behind the contract, as ``recipe`` wants the network read."""

@@ -12,6 +12,7 @@ import diffusers
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.recipe import Recipe
+from .modular import is_modular
 
 TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
 # Whatever the base's own scheduler did: sigma noise at the timesteps themselves, down to 0.
@@ -28,6 +29,9 @@ WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
 """What to call an SD3 pipeline with that may lack T5, where diffusers puts zeros; 256 is its own default."""
 EITHER_GUIDANCE = "guidance_scale={1!r} if pipe.transformer.config.guidance_embeds else {0!r}"
 """FLUX.2's: what dev embeds, and klein's classifier-free guidance."""
+
+GUIDER = "pipe.guider = type(pipe.guider).from_config(pipe.guider.config, guidance_scale={!r})"
+"""Of a pipeline that is put together of blocks, of which guidance is one."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,24 @@ class DiffusersSettings:
     family: str = "unet"
     embedded: float | None = None
 
+    @property
+    def modular(self) -> bool:
+        """Whether the family's own pipeline is put together of blocks."""
+        return is_modular(getattr(diffusers, FAMILIES[self.family].pipelines[0]))
+
     def apply(self, pipe: Any) -> dict[str, Any]:
         """Give ``pipe`` the scheduler; returns the arguments to call it with."""
         pipe.scheduler = getattr(diffusers, self.scheduler).from_config(pipe.scheduler.config, **self.changes)
-        return self._call(pipe)
+        call = self._call(pipe)
+        if is_modular(type(pipe)):  # whose guidance is a part of it
+            pipe.guider = type(pipe.guider).from_config(pipe.guider.config, guidance_scale=call.pop("guidance_scale"))
+            call["output"] = "images"
+        return call
 
     def script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float = 1.0) -> str:
         """At most ten lines of Python for ``pipe``'s class that draw seed 0; what to print for a person."""
+        if is_modular(type(pipe)):
+            return self._modular_script(pipe, model, file, prompt, lora_scale)
         name, without_t5, path = type(pipe).__name__, _without_t5(pipe), Path(file)
         more = ", text_encoder_3=None, tokenizer_3=None" if without_t5 else ""
         changes = "".join(f", {key}={value!r}" for key, value in self.changes.items())
@@ -72,6 +87,25 @@ class DiffusersSettings:
             call += f", latents={self.latents_scale!r} * noise"
         return "\n".join([*lines, f'pipe(prompt={prompt!r}{call}).images[0].save("picture.png")'])
 
+    def _modular_script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float) -> str:
+        """The same of a pipeline that is put together of blocks, and has its guidance as a part."""
+        name, path, call = type(pipe).__name__, Path(file), dict(self.call)
+        guidance = call.pop("guidance_scale")
+        changes = "".join(f", {key}={value!r}" for key, value in self.changes.items())
+        lines = [
+            f"import torch; from diffusers import {name}, {self.scheduler}",
+            f"pipe = {name}.from_pretrained({model!r}); pipe.load_components()",
+            f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})",
+            *([f"pipe.fuse_lora(lora_scale={lora_scale!r})"] if lora_scale != 1 else []),
+            f"pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config{changes})",
+            GUIDER.format(guidance),
+            "torch.manual_seed(0)",
+            *([self.noise_line()] if self.latents_scale != 1 else []),
+        ]
+        more = "".join(f", {key}={value!r}" for key, value in call.items())
+        more += f", latents={self.latents_scale!r} * noise" if self.latents_scale != 1 else ""
+        return "\n".join([*lines, f'pipe(prompt={prompt!r}{more}, output="images")[0].save("picture.png")'])
+
     def noise_line(self) -> str:
         """Python that draws standard normal ``noise`` in the shape that a loaded ``pipe`` takes as latents."""
         known = FAMILIES[self.family]
@@ -79,6 +113,9 @@ class DiffusersSettings:
         channels = f"pipe.{network}.config.in_channels{' // 4' if packed else ''}"
         native = f"pipe.{network}.config.sample_size" if known.unet else "pipe.default_sample_size"
         height, width = (self.call.get(side, f"{native} * pipe.vae_scale_factor") for side in ("height", "width"))
+        if self.modular:
+            factor = "pipe.vae_scale_factor"
+            return f"noise = torch.randn(1, {channels}, 1, {height} // {factor}, {width} // {factor})"
         shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
         if known.folded > 1:
             return f"noise = pipe._unpack_latents_with_ids(*pipe.prepare_latents({shape}))"

@@ -26,7 +26,7 @@ from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
-from .kinds import FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SDXL, Z_IMAGE
+from .kinds import FLUX, SD, SDXL
 from .networks import port_of
 from .text import encoders_of, t5_tokens
 
@@ -154,8 +154,9 @@ def of_host(host: DiffusersHost, targets: str) -> Shell:
 
 def tokens_of(pipe: Any, kind: str) -> int:
     """Tokens of a text as a loaded pipeline, one of `kinds.PIPELINES`, pads it."""
-    if kind in (Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE):
-        return next(family.tokens for family in FAMILIES.values() if kind in family.pipelines)
+    one = next((known for known in FAMILIES.values() if kind in known.pipelines and not known.pooled), None)
+    if one is not None and not one.unet:
+        return one.tokens
     clip = 0 if kind == FLUX else int(pipe.tokenizer.model_max_length)
     return clip + (0 if kind in (SD, SDXL) else t5_tokens(pipe))
 
@@ -176,7 +177,7 @@ def _shell(name: str, configs: Mapping[str, Any], tokens: int, targets: str, dty
 def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype, of_vae: torch.dtype) -> Shell:
     for part, module in modules.items():
         torch.nn.Module.to(module, of_vae if part == "vae" else dtype).requires_grad_(False).eval()
-    nobody = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
+    nobody = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner"))
     pipe = SimpleNamespace(**modules, **nobody, scheduler=scheduler, config={"_name_or_path": name})
     return Shell(pipe, denoiser_of(pipe, Roles([])), META)
 
@@ -215,7 +216,7 @@ def _tokens(folder: Path, configs: Mapping[str, Any]) -> int:
     """Of a text, as the folder's pipeline pads it."""
     config = configs.get("transformer", {})
     family = of_class(config.get("_class_name", ""))
-    if family in ("z_image", "flux2", "qwen_image"):
+    if family is not None and not FAMILIES[family].pooled:
         return FAMILIES[family].tokens
     if family == "flux":
         return 512 if config.get("guidance_embeds") else 256

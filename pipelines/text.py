@@ -15,7 +15,7 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from .call_values import texts_of
-from .kinds import FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
@@ -48,6 +48,8 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
             return _masked(*pipe.encode_prompt(list(prompts), device))
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
+        if kind == ANIMA:
+            return _conditioned(pipe, list(prompts), device)
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -70,6 +72,22 @@ def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, len
     return Cond(pipe.encode_prompt(prompts, **more)[0])
 
 
+def _conditioned(pipe: Any, prompts: list[str], device: torch.device) -> Cond:
+    """What Anima's conditioner makes of the states of one text encoder at the places of another's token ids."""
+    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+
+    told = AnimaTextEncoderStep.encode_prompt(pipe, prompts, prepare_unconditional_embeds=False, device=device)
+    conditioner = pipe.text_conditioner
+    return Cond(
+        conditioner(
+            source_hidden_states=told["qwen_prompt_embeds"].to(device, conditioner.dtype),
+            target_input_ids=told["t5_input_ids"].to(device),
+            target_attention_mask=told["t5_attention_mask"].to(device),
+            source_attention_mask=told["qwen_attention_mask"].to(device),
+        )
+    )
+
+
 def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each: int) -> tuple[Embeds, Tensor | None]:
     """Text and pooled text of ``texts``, ``each`` times in a row; needs the text encoders of ``pipe`` alone."""
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
@@ -82,23 +100,24 @@ def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each
 
 def encoders_of(pipe: Any) -> list[Any]:
     """The text encoders that a pipeline has."""
-    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
+    found = (getattr(pipe, name, None) for name in names)
     return [module for module in found if module is not None]
 
 
-ENCODERS = {SD: ("",), SDXL: ("", "_2"), SD3: ("", "_2"), FLUX: ("", "_2")}
-ENCODERS |= dict.fromkeys((Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE), ("",))
-"""Which text encoders a text cannot do without, by their names' endings."""
+FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+ENCODERS = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE), FIRST) | dict.fromkeys((SDXL, SD3, FLUX), BOTH)
+ENCODERS |= {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
+"""Which parts a text cannot do without."""
 
 
 def _check_encoders(pipe: Any, kind: str) -> None:
-    for number in ENCODERS[kind]:
-        for part in (f"text_encoder{number}", f"tokenizer{number}"):
-            if getattr(pipe, part) is None:
-                raise OneStepError(
-                    f"this pipeline has no {part} to read a prompt with: load it, or give prompt_embeds, and "
-                    "negative_prompt_embeds where guidance or steering is on"
-                )
+    for part in ENCODERS[kind]:
+        if getattr(pipe, part, None) is None:
+            raise OneStepError(
+                f"this pipeline has no {part} to read a prompt with: load it, or give prompt_embeds, and "
+                "negative_prompt_embeds where guidance or steering is on"
+            )
     if kind == SD3 and pipe.text_encoder_3 is None and pipe.transformer is None:
         raise OneStepError("SD3 without T5 encodes a prompt as wide as its transformer reads: load the transformer too")
 

@@ -12,8 +12,9 @@ from ..core.families import blocks_of
 from ..core.ordinary import make_ordinary
 from ..core.stored import PLAIN, in_float8, is_plain, serve
 from ..core.targets import Target, is_adaptable, kernel_size
+from .modular import is_modular
 
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
 CACHES = ("cache", "fbc_", "pyramid", "taylor")  # in the names of diffusers' hooks
 
 
@@ -33,7 +34,8 @@ def prepare(pipe: Any, network: nn.Module) -> None:
 
 
 def _refuse_absent(pipe: Any) -> None:
-    needed = ["vae", "text_encoder", "tokenizer", "scheduler"]
+    modular = ["t5_tokenizer", "text_conditioner"] if is_modular(type(pipe)) else []
+    needed = ["vae", "text_encoder", "tokenizer", *modular, "scheduler"]
     absent = [name for name in needed if getattr(pipe, name, None) is None]
     if absent:
         raise OneStepError(

@@ -18,6 +18,7 @@ from ..compiled import unwrapped
 from ..errors import OneStepError
 from ..targets import Target, is_adaptable, out_features
 from . import unet
+from .anima import ANIMA
 from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
@@ -28,7 +29,15 @@ from .table import Row, natural
 from .unet import UNET
 from .z_image import Z_IMAGE
 
-FAMILIES = {"unet": UNET, "sd3": SD3, "flux": FLUX, "z_image": Z_IMAGE, "flux2": FLUX2, "qwen_image": QWEN_IMAGE}
+FAMILIES = {
+    "unet": UNET,
+    "sd3": SD3,
+    "flux": FLUX,
+    "z_image": Z_IMAGE,
+    "flux2": FLUX2,
+    "qwen_image": QWEN_IMAGE,
+    "anima": ANIMA,
+}
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering} | {"wan": WAN_STEERING}
 

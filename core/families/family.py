@@ -73,7 +73,8 @@ class Family:
     license: what its known models were published under, for a person; shown where a base's own is not known.
 
     LoRA files:
-    dialect: "kohya" is lora_unet_<path with _> with alpha, "transformer" is transformer.<path>.lora_A/B without.
+    dialect: "kohya" is lora_unet_<path with _> with alpha, "transformer" is transformer.<path>.lora_A/B without,
+    "native" is diffusion_model.<ComfyUI's path>.lora_A/B without, of a family that ComfyUI fuses no layer of.
     architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
 
     Latents, text, time:
@@ -88,6 +89,8 @@ class Family:
     it), "grouped" into a call for each, "masked" behind each's own tokens, must be "equal", or are "filled in front" by
     zeros to `tokens`, as ComfyUI's model itself does. filled: a text is filled up to a multiple of so many tokens by
     the network itself; 0 where it is not. tokens: of a text of usual length.
+    token_ids: what ComfyUI's conditions call the ids from which, beside the encoder's text, its network makes the text
+    that it reads; text_adapter: by what child of its root.
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
@@ -100,7 +103,8 @@ class Family:
 
     Structure:
     blocks: kinds of blocks in both hosts, as checkpointing, streaming and discriminators' heads see them. unet: levels
-    of several sizes, with ControlNets' residuals between them. cross_attention: the picture alone attends to the text;
+    of several sizes, with ControlNets' residuals between them. fused_rotary: ComfyUI norms and rotates queries and keys
+    by one op of its own, which has no backward. cross_attention: the picture alone attends to the text;
     else both attend jointly. ends: pattern of the layers by which what attention found enters the stream, where
     adapters add. entry: what writes the picture's stream at first; "" where no control is served. summary: the layer
     that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. numbered: the
@@ -125,7 +129,7 @@ class Family:
     not_adapted: tuple[tuple[str, str], ...]
     width: Callable[[Config], int | None] = lambda config: None
 
-    dialect: Literal["kohya", "transformer"] = "transformer"
+    dialect: Literal["kohya", "transformer", "native"] = "transformer"
     architecture: Mapping[int | None, str] = field(default_factory=dict)
 
     encoders: Mapping[int, Encoder]
@@ -139,6 +143,8 @@ class Family:
     lengths: Literal["repeated", "equal", "grouped", "masked", "filled in front"]
     filled: int = 0
     tokens: int
+    token_ids: str = ""
+    text_adapter: str = ""
     schedule: NoiseSchedule
     divided: float = 1.0
     guidance: tuple[str, ...] = ()
@@ -155,6 +161,7 @@ class Family:
 
     blocks: Mapping[str, Block]
     unet: bool = False
+    fused_rotary: bool = False
     cross_attention: bool = False
     ends: str
     entry: str = ""

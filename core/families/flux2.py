@@ -66,7 +66,7 @@ FLUX2 = Family(
     keys=r"to_qkv_mlp_proj|single_transformer_blocks[._]\d+[._]attn[._]to_out(\.lora|\.alpha|$)"
     r"|transformer_blocks[._]\d+[._]ff(_context)?[._]linear_(in|out)|(double|single)_stream_modulation"
     r"|time_guidance_embed",
-    shared=r"transformer_blocks[._]\d+[._]attn|(double|single)_blocks[._]\d",
+    shared=r"transformer_blocks[._]\d+[._]attn[._]|(double|single)_blocks[._]\d",
     ratios=((r"(img|txt)_mlp[._]0", 6.0), (r"(img|txt)_mlp[._]2", 1 / 3), (r"linear1", 9.0), (r"linear2", 1 / 4)),
     license="FLUX.2 klein 4B: Apache-2.0; klein 9B and dev: FLUX non-commercial",
     rows=rows,

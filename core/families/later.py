@@ -17,6 +17,8 @@ LATER = {
     "Chroma": "Chroma",
     "WanTransformer3DModel": "Wan",
     "WanModel": "Wan",
+    "MiniTrainDIT": "Cosmos-Predict2",
+    "GeneralDIT": "Cosmos",
 }
 # Attributes that only a later family's network has, where its class has an earlier one's name.
 LATER_MARKS = {
@@ -27,6 +29,9 @@ LATER_MARKS = {
     "time_text_embed.addition_t_embedding": "Qwen-Image-Layered",
     "__index_timestep_zero__": "Qwen-Image-Edit",
     "zero_cond_t": "Qwen-Image-Edit",
+    "crossattn_proj": "Cosmos-Predict2.5",
+    "img_context_proj": "Cosmos-Predict2.5",
+    "learnable_pos_embed": "Cosmos",
 }
 
 # Pipelines of diffusers whose network has a served family's class, and weights of its own.
@@ -36,6 +41,9 @@ LATER_PIPELINES = {
     "QwenImageEditInpaintPipeline": "Qwen-Image-Edit",
     "QwenImageEditPlusPipeline": "Qwen-Image-Edit",
     "QwenImageLayeredPipeline": "Qwen-Image-Layered",
+    **dict.fromkeys(("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"), "Cosmos-Predict2"),
+    **dict.fromkeys(("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"), "Cosmos"),
+    "Cosmos2_5_PredictBasePipeline": "Cosmos-Predict2.5",
 }
 
 # Their text encoders, by how wide the tokens are.
@@ -45,7 +53,7 @@ LATER_ENCODERS = {
 
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
-    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
+    r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]((k|v)_img|norm_[qk]|[qkvo])[._](?!proj)|ffn[._])": "Wan",
     r"transformer_blocks[._]\d+[._]attn[._](img|txt)_qkv|transformer_blocks[._]\d+[._](img|txt)_mlp[._]w[123]": "Lens",
     r"addition_t_embedding": "Qwen-Image-Layered",
     r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",

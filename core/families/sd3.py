@@ -67,7 +67,7 @@ SD3 = Family(
     network="SD3Transformer2DModel",
     marks=("joint_blocks", "x_embedder", "y_embedder"),
     keys=r"joint_blocks[._]\d",
-    shared=r"transformer_blocks[._]\d+[._](attn|norm1|ff)",
+    shared=r"transformer_blocks[._]\d+[._](attn2?[._]|norm1|ff)",
     license=(
         "SD3 and SD3.5: Stability AI Community; not used, nor their outputs, "
         '"to create or improve any foundational generative AI model (excluding the Models or Derivative Works)"'

@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 
 from ...core.families import of_class
+from .anima import anima_setup
 from .autoencoder import load_vae
 from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
@@ -50,6 +51,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
         return unet_setup(folder)
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
     setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
+    setups["anima"] = anima_setup
     return setups.get(str(family), mmdit_setup)(folder)
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ...core.errors import OneStepError
 from ...core.families import of_class
+from .anima import anima_target
 from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
 from .qwen import qwen25_target
@@ -132,8 +133,8 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
     if kind == "qwen2_5_vl":
         return assembled(*qwen25_target(folder))
     if kind == "qwen3":
-        klein = of_class(read_config(folder, "transformer").get("_class_name", "")) == "flux2"
-        return assembled(*(klein_target if klein else qwen3_target)(folder))
+        family = of_class(read_config(folder, "transformer").get("_class_name", ""))
+        return assembled(*{"flux2": klein_target, "anima": anima_target}.get(str(family), qwen3_target)(folder))
     return load_pair(folder) if has_part(folder, "text_encoder_2") else load_single(folder)
 
 

@@ -21,7 +21,11 @@ MIDDLES = {
     **{"sd15": "mid_block.resnets.1", "sd2": "mid_block.resnets.1", "sdxl": "mid_block.resnets.1"},
     **{"sd3": "transformer_blocks.11", "sd35_medium": "transformer_blocks.11"},
     **{"flux": "single_transformer_blocks.9", "z_image": "layers.14", "klein_4b": "single_transformer_blocks.7"},
-    **{"klein_9b": "single_transformer_blocks.7", "flux2_dev": "single_transformer_blocks.19"},
+    **{
+        "klein_9b": "single_transformer_blocks.7",
+        "flux2_dev": "single_transformer_blocks.19",
+        "anima": "transformer_blocks.13",
+    },
 }
 
 KINDS = {kind: block for family in ("unet", "sd3", "flux") for kind, block in FAMILIES[family].blocks.items()}

@@ -11,6 +11,7 @@ import safetensors.torch
 import small_networks as small
 import torch
 from diffusers import (
+    AnimaModularPipeline,
     DDIMScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
@@ -93,6 +94,10 @@ def pipeline_of(name: str, network: Any) -> Any:
         )
     if name == "z_image":
         return ZImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
+    if name == "anima":
+        pipe = AnimaModularPipeline()
+        pipe.update_components(transformer=network)
+        return pipe
     if name == "flux2":
         return Flux2KleinPipeline(**none, transformer=network, scheduler=FlowScheduler())
     none |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))

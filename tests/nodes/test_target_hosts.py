@@ -24,13 +24,23 @@ pytestmark = pytest.mark.comfy
 # Rotary positions are float32 in both hosts, and so are diffusers' RMS norms: float64 does not help there.
 DTYPES = {
     **dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64),
-    **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image"), torch.float32),
+    **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image", "anima"), torch.float32),
 }
-FEATURES = {"sd15": 9, "sdxl": 14, "sd3": 2, "sd35": 2, "flux": 2, "z_image": 2, "flux2": 2, "qwen_image": 2}
+FEATURES = {
+    "sd15": 9,
+    "sdxl": 14,
+    "sd3": 2,
+    "sd35": 2,
+    "flux": 2,
+    "z_image": 2,
+    "flux2": 2,
+    "qwen_image": 2,
+    "anima": 2,
+}
 """Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-LOOSER = {"z_image": 5e-5}
-"""Its text is normed eight times on its way, each a float32 sum in another order."""
+LOOSER = {"z_image": 5e-5, "anima": 5e-5}
+"""Z-Image's text is normed eight times on its way, each a float32 sum in another order; so is Anima's picture."""
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from onestep.core.cond import Cond
 from onestep.core.lora_file import load_lora
 from onestep.pipelines.adapt import DiffusersHost, adapt
 from onestep.pipelines.distill import distill
+from onestep.pipelines.load import load
 
 RUN = {"warm_start": 1, "pairs": 2, "batch": 2, "steps": 2, "rank": 2, "sizes": "32x32", "preview_samples": 1}
 RUN |= {"teacher_steps": 2, "watch_every": 2, "watch_samples": 4, "preview_every": 2}
@@ -46,7 +46,7 @@ def both(
     run_inside: Callable[..., str], folder: Path, prompts: Sequence[str], script: str = "both_hosts", **told: Any
 ) -> Hosts:
     """Three prompts, at three levels. told: what ``script`` of tests/nodes/inside is told besides."""
-    host = adapt(DiffusionPipeline.from_pretrained(folder))
+    host = adapt(load(folder))
     inputs, work = inputs_of(host, prompts), folder.parent
     save_file(inputs, work / "in.safetensors")
     (work / "told.json").write_text(json.dumps({"prompts": list(prompts), "runs": RUNS} | told))
@@ -115,7 +115,7 @@ def check_trained(hosts: Hosts, method: str, prompts: Sequence[str], layers: int
     theirs = hosts.work / f"comfy-{method}" / name
     assert f"loads all {layers} layers" in said
     assert f"loads all {layers} layers" in hosts.host.check_file(theirs)
-    pipe = DiffusionPipeline.from_pretrained(hosts.work / "model")
+    pipe = load(hosts.work / "model")
     ours = distill(pipe, prompts, method, out=hosts.work / method, **RUNS[method] | more)
     assert f"all {layers} layers" in ours.check and ours.recipe.family == hosts.host.family
     mine, other = (load_lora(path, family=hosts.host.family).state for path in (ours.path, theirs))

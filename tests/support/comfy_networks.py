@@ -3,6 +3,7 @@
 import comfy.ops
 import comfy.utils
 import torch
+from comfy.ldm.anima.model import Anima, LLMAdapter
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
@@ -14,6 +15,33 @@ def same_names(config):
     return {key: key for key in network.state_dict()}
 
 
+def anima_map(config):
+    """ComfyUI has none of its own: names as diffusers' LoRA loader turns them (lora_conversion_utils.py)."""
+    pairs = [("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("output_proj", "to_out.0")]
+    block = [
+        (f"{theirs}.{a}", f"{ours}.{b}")
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for a, b in pairs
+    ]
+    block += [
+        (f"{theirs}.{n}_norm", f"{ours}.norm_{n}")
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for n in "qk"
+    ]
+    block += [("mlp.layer1", "ff.net.0.proj"), ("mlp.layer2", "ff.net.2")]
+    norms = [("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3")]
+    block += [(f"adaln_modulation_{theirs}.{at}", f"{ours}.linear_{at}") for theirs, ours in norms for at in (1, 2)]
+    layers = [(f"blocks.{n}.{a}", f"transformer_blocks.{n}.{b}") for n in range(config["num_blocks"]) for a, b in block]
+    layers += [
+        ("x_embedder.proj.1", "patch_embed.proj"),
+        ("t_embedding_norm", "time_embed.norm"),
+        ("final_layer.linear", "proj_out"),
+    ]
+    layers += [(f"t_embedder.1.linear_{at}", f"time_embed.t_embedder.linear_{at}") for at in (1, 2)]
+    layers += [(f"final_layer.adaln_modulation.{at}", f"norm_out.linear_{at}") for at in (1, 2)]
+    return {f"{ours}.weight": f"{theirs}.weight" for theirs, ours in layers}
+
+
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
     "sd3": comfy.utils.mmdit_to_diffusers,
@@ -21,6 +49,7 @@ MAPS = {
     "z_image": comfy.utils.z_image_to_diffusers,
     "flux2": comfy.utils.flux_to_diffusers,
     "qwen_image": same_names,
+    "anima": anima_map,
 }
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
 MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
@@ -38,9 +67,13 @@ BESIDE = {
 
 
 def as_published(network):
-    """A small Z-Image whose embedding of the time is as wide as the published one's, and diffusers' of any size."""
+    """A small Z-Image whose embedding of the time is as wide as the published one's, and diffusers' of any size; a
+    small Anima whose text's adapter is small too, which ComfyUI makes of one size."""
     if isinstance(network, NextDiT):
         network.t_embedder = TimestepEmbedder(1024, output_size=256, operations=comfy.ops.disable_weight_init)
+    if isinstance(network, Anima):
+        sizes = {"source_dim": 24, "target_dim": 24, "model_dim": 24, "num_layers": 1, "num_heads": 2}
+        network.llm_adapter = LLMAdapter(**sizes, operations=comfy.ops.disable_weight_init)
     return network
 
 
@@ -59,4 +92,5 @@ def fill(family, model, weights, config):
         start, length = (0, len(state[key])) if rows is None else rows[1:]
         state[key][start : start + length] = value if change is None else change(value)
         written[key][start : start + length] = True
-    return [key for key, done in written.items() if not done.all()]
+    # the adapter of the text is no part of diffusers' network
+    return [key for key, done in written.items() if not done.all() and not key.startswith("llm_adapter.")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -37,6 +38,11 @@ FLUX2: dict[str, dict[str, Any]] = {
     }.items()
 }
 
+ANIMA: dict[str, Any] = {
+    **{"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 28, "text_embed_dim": 1024},
+    **{"adaln_lora_dim": 256, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None},
+}
+
 # By name: (family, diffusers' class, its config).
 PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "sd15": ("unet", UNet2DConditionModel, {"cross_attention_dim": 768, "attention_head_dim": 8}),
@@ -51,6 +57,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "flux": ("flux", FluxTransformer2DModel, {"guidance_embeds": True}),
     "z_image": ("z_image", ZImageTransformer2DModel, {}),
     "qwen_image": ("qwen_image", QwenImageTransformer2DModel, {}),
+    "anima": ("anima", CosmosTransformer3DModel, ANIMA),
     **{
         name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
         for name, config in FLUX2.items()
@@ -102,6 +109,15 @@ IN_COMFY: dict[str, dict[str, Any]] = {
             **{"mlp_silu_act": True, "guidance_embed": name == "flux2_dev"},
         }
         for name, config in FLUX2.items()
+    },
+    "anima": {
+        **{"image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16},
+        **{"out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True},
+        **{"model_channels": 2048, "num_blocks": 28, "num_heads": 16, "crossattn_emb_channels": 1024},
+        **{"pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1},
+        **{"max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 256, "extra_per_block_abs_pos_emb": False},
+        **{"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0},
+        "rope_enable_fps_modulation": False,
     },
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -16,6 +17,8 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
+
+from onestep.pipelines.padding_mask import without_torchvision
 
 Inputs = dict[str, Tensor]
 
@@ -90,6 +93,15 @@ def qwen_image() -> nn.Module:
     )
 
 
+def anima(**more: Any) -> nn.Module:
+    """Anima's layout: two blocks, modulations of rank 16."""
+    without_torchvision()
+    return CosmosTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "text_embed_dim": 24},
+        **{"adaln_lora_dim": 16, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None, **more},
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -118,6 +130,10 @@ def flux2_inputs(draw: Callable[..., Tensor]) -> Inputs:
 
 
 def qwen_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+
+
+def anima_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
@@ -180,6 +196,13 @@ def run_qwen_image(network: Any, inputs: Inputs) -> Tensor:
     return predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
+def run_anima(network: Any, inputs: Inputs) -> Tensor:
+    """A picture is a video's one frame; nothing of it is padding."""
+    x = inputs["x"].unsqueeze(2)
+    nowhere = torch.zeros_like(x[:1, :1, 0])
+    return network(x, inputs["time"], inputs["text"], padding_mask=nowhere).sample.squeeze(2)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -199,6 +222,7 @@ CASES = {
     "z_image": Case("z_image", z_image, z_image_inputs, run_z_image),
     "flux2": Case("flux2", flux2, flux2_inputs, run_flux2),
     "qwen_image": Case("qwen_image", qwen_image, qwen_image_inputs, run_qwen_image),
+    "anima": Case("anima", anima, anima_inputs, run_anima),
 }
 
 
@@ -251,6 +275,15 @@ IN_COMFY: dict[str, dict[str, Any]] = {
     "qwen_image": {
         **{"image_model": "qwen_image", "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2},
         **{"in_channels": 64, "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)},
+    },
+    "anima": {
+        **{"image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16},
+        **{"out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True},
+        **{"model_channels": 48, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 24},
+        **{"pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1},
+        **{"max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 16, "extra_per_block_abs_pos_emb": False},
+        **{"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0},
+        "rope_enable_fps_modulation": False,
     },
 }
 

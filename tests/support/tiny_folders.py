@@ -8,8 +8,12 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AnimaModularPipeline,
+    AnimaTextConditioner,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -30,7 +34,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    T5TokenizerFast,
 )
+
+from onestep.pipelines.padding_mask import without_torchvision
 
 LENGTH = 24
 WORDS = ("red", "blue", "dragon", "wall")
@@ -186,6 +193,46 @@ def klein_folder(folder: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
     pipe.save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer(folder: Path) -> T5TokenizerFast:
+    """A tokenizer of T5's kind that spells every word."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0), ("\u2581", -1.0)]
+    tokenizer = T5TokenizerFast(vocab=letters + [(chr(code), -2.0) for code in range(33, 127)], extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def anima_folder(folder: Path) -> Path:
+    """AnimaModularPipeline's layout: two blocks, an autoencoder of videos, a text whose conditioner has two blocks."""
+    without_torchvision()
+    torch.manual_seed(1)
+    tokenizer, t5 = qwen_tokenizer(folder / "tokenizer_source"), t5_tokenizer(folder / "t5_source")
+    transformer = CosmosTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "text_embed_dim": 24},
+        **{"adaln_lora_dim": 16, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None},
+    )
+    text = Qwen3Config(
+        **{"vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "pad_token_id": tokenizer.pad_token_id},
+        **{"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    )
+    conditioner = AnimaTextConditioner(
+        **{"source_dim": 24, "target_dim": 24, "model_dim": 32, "num_layers": 2, "num_attention_heads": 2},
+        target_vocab_size=len(t5),
+    )
+    told = {
+        "latents_mean": torch.linspace(-0.9, 1.2, 16).tolist(),
+        "latents_std": torch.linspace(0.6, 2.9, 16).tolist(),
+    }
+    pipe = AnimaModularPipeline()
+    pipe.update_components(
+        **{"transformer": shaken(transformer, 3), "text_conditioner": shaken(conditioner, 5), "tokenizer": tokenizer},
+        **{"vae": shaken(AutoencoderKLQwenImage(base_dim=8, **told), 2), "t5_tokenizer": t5},
+        **{"text_encoder": shaken(Qwen3Model(text), 4), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)},
+    )
+    pipe.save_pretrained(str(folder), overwrite_modular_index=True)
     return folder
 
 

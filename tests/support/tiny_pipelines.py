@@ -8,9 +8,12 @@ from typing import Any
 import tiny_qwen
 import torch
 from diffusers import (
+    AnimaModularPipeline,
+    AnimaTextConditioner,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -39,6 +42,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from onestep.pipelines.padding_mask import without_torchvision
 
 WIDTH = 32  # of every text encoder
 
@@ -280,7 +285,31 @@ def qwen_image(**scheduler: Any) -> Any:
     return tiny_qwen.qwen_image(video_vae(), WIDTH, 2, **scheduler)
 
 
-MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image}
+def anima(**scheduler: Any) -> AnimaModularPipeline:
+    """A modular pipeline: of two text encoders one gives its states, the other its tokens alone."""
+    without_torchvision()
+    encoder = Qwen3Config(
+        **{"vocab_size": 10, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    )
+    conditioner = AnimaTextConditioner(
+        **{"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "num_layers": 1, "num_attention_heads": 2},
+        target_vocab_size=8,
+    )
+    transformer = CosmosTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "text_embed_dim": WIDTH},
+        **{"adaln_lora_dim": 16, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None},
+    )
+    pipe = AnimaModularPipeline()
+    pipe.update_components(
+        **{"transformer": transformer, "vae": video_vae(), "text_conditioner": conditioner},
+        **{"text_encoder": Qwen3Model(encoder), "tokenizer": qwen3_tokenizer(), "t5_tokenizer": t5_tokenizer()},
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+    )
+    return pipe
+
+
+MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
@@ -290,7 +319,7 @@ def make(name: str, seed: int = 0, **scheduler: Any) -> Any:
     pipe = {**MAKERS, **MODERN}[name](**scheduler)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     randomise(network)
-    for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+    for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner"):
         if isinstance(getattr(pipe, part, None), nn.Module):
             getattr(pipe, part).eval()
     pipe.set_progress_bar_config(disable=True)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import comfy.ops
+from comfy.ldm.anima.model import Anima
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -15,6 +16,7 @@ from onestep.core.families import bind_comfy, detect
 
 CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT, "flux2": Flux}
 CLASSES["qwen_image"] = QwenImageTransformer2DModel
+CLASSES["anima"] = Anima
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

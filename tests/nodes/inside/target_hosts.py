@@ -28,6 +28,7 @@ from onestep.core.features import Features
 from onestep.core.lora_file import fit, load_lora
 from onestep.core.roles import Roles
 from onestep.core.targets import Target, is_adaptable
+from onestep.nodes.rotary import training_options
 
 
 class SmallUNet(BASE):
@@ -39,6 +40,7 @@ class SmallUNet(BASE):
 
 CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux, "z_image": supported.ZImage}
 CLASSES |= {"flux2": supported.Flux2, "qwen_image": supported.QwenImage}
+CLASSES |= {"flux2": supported.Flux2, "anima": supported.Anima}
 
 
 def build(family, config, dtype):
@@ -56,6 +58,9 @@ def predict(family, network, inputs):
         return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"]).squeeze(2)
     if family == "z_image":
         return network(inputs["x"], inputs["time"], inputs["text"], inputs["text"].shape[1], transformer_options={})
+    if family == "anima":
+        options = training_options(family)
+        return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"], transformer_options=options).squeeze(2)
     y = inputs.get("y", inputs.get("pooled"))
     return network(inputs["x"], inputs["time"], context=inputs["text"], **({} if y is None else {"y": y}))
 

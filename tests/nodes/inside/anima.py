@@ -1,0 +1,69 @@
+"""anima.py FOLDER WORK: a tiny Anima's folder in ComfyUI (support/comfy_both_hosts.py): its latents, its text beside
+what ComfyUI itself makes of it, its attention beside that of ComfyUI's own op, and whose encoder is refused."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
+import torch
+from comfy_both_hosts import answer, facts, given, load, measured, told, trained
+
+from onestep.core.errors import OneStepError
+from onestep.nodes.adapt import adapted
+from onestep.nodes.denoiser import conditionings
+from onestep.nodes.refusals import refuse_encoder
+
+
+def pictures(host):
+    """Pictures, their latents, and what these are decoded to."""
+    made = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    latents = host.latents_of(made)
+    return {"pictures": made, "latents": latents, "decoded": host.decode(latents)}
+
+
+def by_comfyui(model, clip, host):
+    """x0 by core's own way from a CONDITIONING: its adapter at each step, and its op for the rotary embedding."""
+    x, sigma = given["x"].unsqueeze(2), given["sigma"].float()
+    answers, texts = [], []
+    for row, (text, told_beside) in enumerate(conditionings(clip, told["prompts"])):
+        conds = model.model.extra_conds(
+            cross_attn=text, device=x.device, noise=x, prompt_type="positive", **told_beside
+        )
+        texts.append(conds["c_crossattn"].cond)
+        answers.append(
+            model.model.apply_model(
+                x[row : row + 1], sigma[row : row + 1], c_crossattn=texts[-1], transformer_options={}
+            )
+        )
+    return {"core": torch.cat(answers).squeeze(2), "core text": torch.cat(texts)}
+
+
+def refusals(model, clip):
+    """What is said of a CLIP that gives no token ids."""
+
+    class Plain:
+        tokenize = clip.tokenize
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[text, {"pooled_output": None}] for text, _ in clip.encode_from_tokens_scheduled(tokens)]
+
+    try:
+        refuse_encoder(Plain(), model.model)
+    except OneStepError as error:
+        return str(error)
+
+
+with torch.inference_mode():
+    model, clip, vae = load()
+    with adapted(model, clip, vae) as host:
+        out = pictures(host)
+        with torch.inference_mode():
+            out |= by_comfyui(model, clip, host)
+        more, again = measured(host)
+        with torch.no_grad():
+            cond = host.encode(told["prompts"], (32, 32))
+            out["base"] = host.denoiser(given["x"], given["sigma"], cond)
+        report = facts(host, again) | {"refused": refusals(model, clip)}
+    report["files"] = trained(model, clip, vae)
+answer(out | more, report)
