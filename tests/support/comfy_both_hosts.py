@@ -19,7 +19,8 @@ from onestep.training.presets import preset
 
 FOLDER, WORK = Path(sys.argv[1]), Path(sys.argv[2])
 told = json.loads((WORK / "told.json").read_text())
-given = load_file(WORK / "in.safetensors")
+# copies: where a tensor lies in a file, and not where torch would put it, products are summed in another order
+given = {name: value.clone() for name, value in load_file(WORK / "in.safetensors").items()}
 COND = Cond(given["text"], mask=given.get("mask"))
 
 
