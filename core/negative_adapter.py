@@ -181,9 +181,10 @@ def checked_scale(scale: Any) -> float:
 
 
 def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
-    """Names of the cross-attentions, none for a family whose texts and pictures attend jointly."""
+    """Names of the cross-attentions, none for a family whose texts and pictures attend jointly, or that norms its
+    queries and keys, as Anima."""
     known = FAMILIES[family]
-    ends = [name for name in targets if known.cross_attention and re.fullmatch(known.ends, name)]
+    ends = [name for name in targets if known.unet and re.fullmatch(known.ends, name)]
     return sorted((name.removesuffix(".to_out.0") for name in ends), key=natural)
 
 

@@ -63,7 +63,7 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     does not fit.
     """
     scale, family = checked_scale(scale), detect(model.model.diffusion_model)
-    if not FAMILIES[family].cross_attention:
+    if not FAMILIES[family].unet:
         raise OneStepError(
             f"this {family!r} model has no cross-attention that a negative adapter could act on: use Negative Steering"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +29,20 @@ def own_text(model: Any, device: torch.device) -> Iterator[OwnText | None]:
     if not name:
         yield None
         return
-    dtype, weights = model.get_dtype_inference(), name.replace("ids", "weights")
-
-    def made(text: Tensor, told: dict[str, Any]) -> Tensor:
-        refuse_without_ids(network, told)
-        strengths = told[weights][None, :, None].to(device, dtype)
-        return network.preprocess_text_embeds(text.to(device, dtype), told[name][None].to(device), strengths)  # type: ignore[no-any-return]
-
     with _on(device, network.get_submodule(FAMILIES[detect(network)].text_adapter)):
-        yield made
+        yield partial(made_of, model, device)
+
+
+def made_of(model: Any, device: torch.device, text: Tensor, told: dict[str, Any]) -> Tensor:
+    """[n, L, C] that a model's network reads of a CONDITIONING's text and what is told beside it, on ``device``: its
+    own where it makes one."""
+    network = model.diffusion_model
+    refuse_without_ids(network, told)
+    name, dtype = FAMILIES[detect(network)].token_ids, model.get_dtype_inference()
+    if not name:
+        return text.to(device)
+    strengths = told[name.replace("ids", "weights")][None, :, None].to(device, dtype)
+    return network.preprocess_text_embeds(text.to(device, dtype), told[name][None].to(device), strengths)  # type: ignore[no-any-return]
 
 
 def refuse_without_ids(network: nn.Module, told: dict[str, Any]) -> None:

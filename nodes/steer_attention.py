@@ -166,11 +166,25 @@ class CrossOverride:
         def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, heads, **rest)
 
-        if not self.text_is_next or k.shape[1] != sum(self.lengths):
+        reshaped = bool(rest.get("skip_reshape"))
+        if not self.text_is_next or k.shape[2 if reshaped else 1] != sum(self.lengths):
             return look(q, k, v)
+        if reshaped:
+            rest = {name: value for name, value in rest.items() if name != "skip_reshape"}
+            q, k, v = (_flat(part) for part in (q, k, v))
         self.reached.once = True
         (k, k_negative), (v, v_negative) = k.split(self.lengths, 1), v.split(self.lengths, 1)
         return steered(self.steering, look, (q, k, v), (k_negative, v_negative), self.empty, heads, self.rows)
+
+    def before_self_attention(self, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> dict[str, Any]:
+        """ComfyUI's attn1_patch of a network that calls it before its attention."""
+        self.text_is_next = False
+        return {}
+
+    def before_cross_attention(self, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> dict[str, Any]:
+        """ComfyUI's attn2_patch of a network that calls it before its attention."""
+        self.text_is_next = True
+        return {}
 
     def after_self_attention(self, told: dict[str, Any]) -> Tensor:
         """ComfyUI's attn1_patch of a video network."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.utils
 import torch
+from comfy.ldm.anima.model import Anima
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
@@ -109,7 +111,7 @@ def served(model: Any) -> Served:
         why = next(iter(reasons.values()), "its network is not known here")
         raise OneStepError(
             f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "
-            "SD3.5, Flux.1, FLUX.2, Z-Image and Wan 2.1/2.2. Use CFG for its negative"
+            "SD3.5, Flux.1, FLUX.2, Z-Image, Anima and Wan 2.1/2.2. Use CFG for its negative"
         )
     return found
 
@@ -173,12 +175,13 @@ def steer_unet(call: Call, options: dict[str, Any]) -> Tensor:
     return call.context
 
 
-def steer_wan(call: Call, options: dict[str, Any]) -> Tensor:
-    """Both texts are the context; a patch behind each attention tells the override which one comes next."""
+def steer_cross(call: Call, options: dict[str, Any], when: str) -> Tensor:
+    """Both texts are the context; a patch "before" or "after" each attention, as the network calls it, tells the
+    override which one it is, or which comes next."""
     override = CrossOverride(call.steering, call.lengths, call.empty, call.rows, call.reached, options.get(OVERRIDE))
-    patches = options.get("patches", {})
-    behind = {"attn1_patch": override.after_self_attention, "attn2_patch": override.after_cross_attention}
-    options["patches"] = {**patches, **{name: [*patches.get(name, []), patch] for name, patch in behind.items()}}
+    patches, kinds = options.get("patches", {}), {"attn1_patch": "self", "attn2_patch": "cross"}
+    ours = {name: getattr(override, f"{when}_{kind}_attention") for name, kind in kinds.items()}
+    options["patches"] = {**patches, **{name: [*patches.get(name, []), patch] for name, patch in ours.items()}}
     options[OVERRIDE] = override
     return call.joined()
 
@@ -285,6 +288,13 @@ SERVED: dict[type, tuple[Served, ...]] = {
         Served("flux2", flux_width, steer_flux2, why_not_flux2),
     ),
     NextDiT: (Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),),
-    WanModel: (Served("wan", lambda network: int(network.text_dim), steer_wan),),
+    Anima: (
+        Served(
+            "anima",
+            lambda network: int(network.blocks[0].cross_attn.k_proj.in_features),
+            partial(steer_cross, when="before"),
+        ),
+    ),
+    WanModel: (Served("wan", lambda network: int(network.text_dim), partial(steer_cross, when="after")),),
 }
 """By a network's class; one of several that serves it."""

@@ -150,6 +150,9 @@ class NegativeSteering:
     def _text(self, entry: Entry) -> Tensor:
         """[n, L, C] as the model has it; without padding also without what the model itself puts in front."""
         text: Tensor = entry["model_conds"]["c_crossattn"].cond
+        known = FAMILIES.get(self.served.family)
+        if known is not None and known.token_ids and not self.steering.wants_padding:
+            return text[:, : entry[known.token_ids].shape[-1]]  # zeros fill it up
         return text if self.steering.wants_padding else text[:, text.shape[1] - entry["cross_attn"].shape[1] :]
 
     def _first(self, entry: Entry) -> int:

@@ -8,11 +8,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.errors import OneStepError
+from ..core.families import FAMILIES
 
 OWN = "onestep_unpadded"
 """In a CONDITIONING's dictionary: (the text's own tokens [1, L, C], the padded ones that they belong to)."""
 WHOLE = "onestep_whole"
 """In that of a text without its padding: how many tokens it has with it."""
+TOKEN_IDS = tuple(known.token_ids for known in FAMILIES.values() if known.token_ids)
 CLIP = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 Tokens = dict[str, list[list[Any]]]
 
@@ -51,7 +53,10 @@ def encode_negative(clip: Any, text: str) -> Any:
     CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has.
     """
-    padded, tokens = clip.encode_from_tokens_scheduled(clip.tokenize(text)), _shortest(clip, clip.tokenize(text))
+    padded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    if any(name in told for _, told in padded for name in TOKEN_IDS):
+        return padded  # the network makes its text itself, and fills it up
+    tokens = _shortest(clip, clip.tokenize(text))
     own = clip.encode_from_tokens_scheduled(tokens)
     for (whole, told), (short, _) in zip(padded, own, strict=True):
         told[OWN] = short[:, _real(clip, tokens, short.shape[1])], whole
@@ -64,6 +69,8 @@ def own_tokens(negative: Any) -> Any:
 
 
 def _own(text: Tensor, told: dict[str, Any]) -> Tensor:
+    if any(name in told for name in TOKEN_IDS):
+        return text
     tokens, whole = told.get(OWN, (None, None))
     if whole is text:
         return tokens

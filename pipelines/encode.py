@@ -32,8 +32,11 @@ def encode_text(
 def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, QWEN_IMAGE, ANIMA):
+    if kind in (Z_IMAGE, QWEN_IMAGE):
         return encode(pipe, kind, [text], device)
+    if kind == ANIMA:  # zeros fill it up
+        cond = encode(pipe, kind, [text], device)
+        return Cond(cond.text[:, : length_of(pipe, pipe.t5_tokenizer, text, cond.text.shape[1])])
     if kind in (KLEIN, FLUX2):
         return _of_its_own(pipe, kind, text, device)
     if kind in (SD, SDXL):

@@ -33,6 +33,7 @@ ORDER = {
     "sd3": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
+    "anima": ("hidden_states", "timestep", "encoder_hidden_states"),
     "z_image": ("x", "t", "cap_feats"),
 }
 

@@ -31,7 +31,9 @@ class OwnGuidance:
         """Of the forward about to be made. Raises OneStepError where rows would be acted on that are not the
         prompt's."""
         name = type(self.pipe).__name__
-        family, guided = FAMILIES[self.family], getattr(self.pipe, "do_classifier_free_guidance", False)
+        guider = getattr(self.pipe, "guider", None)  # of a pipeline that is put together of blocks
+        guided = getattr(self.pipe, "do_classifier_free_guidance", False) or getattr(guider, "num_conditions", 1) > 1
+        family = FAMILIES[self.family]
         if guided and family.prompts == "alone":
             raise OneStepError(
                 f"this {name} draws with guidance of its own, whose negative would be acted on as the prompt is: call "

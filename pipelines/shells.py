@@ -46,6 +46,8 @@ class Layout:
 # CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder, Qwen3-4B and 8B
 CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
+# Qwen3-0.6B, and what makes Anima's text of its states
+ANIMA_TEXT = 596_049_920 + 134_663_680
 LAYOUTS = {
     "sd15": Layout("SD1.5", 77, CLIP_L),
     "sd2": Layout("SD2", 77, CLIP_H),
@@ -55,6 +57,7 @@ LAYOUTS = {
     "z-image": Layout("Z-Image", FAMILIES["z_image"].tokens, QWEN3_4B),
     "klein-4b": Layout("FLUX.2 klein 4B", FAMILIES["flux2"].tokens, QWEN3_4B),
     "klein-9b": Layout("FLUX.2 klein 9B", FAMILIES["flux2"].tokens, QWEN3_8B),
+    "anima": Layout("Anima", FAMILIES["anima"].tokens, ANIMA_TEXT),
 }
 
 

@@ -116,7 +116,9 @@ def _steered(
 ) -> tuple[Texts, dict[str, Any]]:
     """In place of the processors ``found``; each text is modulated by its own pooled text where there is one."""
     if FAMILIES[family].cross_attention:
-        return CrossTexts(), {name: CrossSteered.around(inner, run) for name, inner in found.items()}
+        return CrossTexts(FAMILIES[family].divided), {
+            name: CrossSteered.around(inner, run) for name, inner in found.items()
+        }
     for inner in found.values():
         refuse_foreign(inner)
     if FAMILIES[family].filled:

@@ -20,13 +20,14 @@ Given = dict[str, Any]
 
 @dataclass
 class CrossTexts:
-    """Of U-Nets, whose attentions read the negative by themselves."""
+    """Of networks with cross-attention, which reads the negative by itself. divided: as in `Family`."""
 
+    divided: float = 1.0
     time = "timestep"
 
     def counted(self, time: float) -> float:
         """The network's time as its schedule counts it."""
-        return time
+        return time * self.divided
 
     def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
         return None, given["encoder_hidden_states"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Encoder, Family, first
+from .family import NORM, Block, Config, Encoder, Family, Numbers, first
 from .table import Row, count, repeated
 
 OUTSIDE = (
@@ -86,6 +86,7 @@ ANIMA = Family(
     tokens=TOKENS,
     schedule=FlowSchedule(3.0),
     divided=1000,
+    prompts="alone",
     pipelines=("AnimaModularPipeline",),
     blocks={
         "CosmosTransformerBlock": Block(("ff",)),
@@ -94,4 +95,10 @@ ANIMA = Family(
     fused_rotary=True,
     cross_attention=True,
     ends=r"transformer_blocks\.\d+\.attn2\.to_out\.0",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(1.0),
+        "perp": Numbers(10.0),
+    },
 )

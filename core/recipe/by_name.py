@@ -83,6 +83,7 @@ RULES = (
     Rule(("flux-turbo-alpha-8",), (FLUX, r"turbo-?alpha|alimama"), never="inpaint"),
     Rule(("flux-schnell-4",), (FLUX, SCHNELL), MODEL),
     Rule(("z-image-turbo-8",), (r"z-?image", TURBO), MODEL),
+    Rule(("anima-turbo-{n}",), (word("anima"), TURBO), steps=8),
     Rule(("krea2-turbo-8",), (r"krea-?2", TURBO), MODEL),
     Rule(("flux2-klein-4",), (KLEIN, r"flux|klein-?\d"), MODEL, never="base"),
     Rule(("dmd2-{n}",), (DMD2,), steps=4),

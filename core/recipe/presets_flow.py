@@ -62,6 +62,10 @@ FLUX_SHIFT = math.exp(1.15)
 """FLUX.1-dev's at 1024x1024: mu = 1.15 for 4096 tokens."""
 KLEIN_SHIFT = math.exp(2.291179894)
 """FLUX.2's at 1024x1024 and 4 steps: compute_empirical_mu(4096, 4) of its pipelines."""
+ANIMA = (
+    "huggingface.co/circlestone-labs/Anima, model card: Anima Turbo, 4 to 8 steps, cfg 1, Euler; shift 3, as ComfyUI "
+    "draws the base"
+)
 
 FLOW: dict[str, Recipe] = {
     "flux-schnell-4": _flux(
@@ -124,6 +128,7 @@ FLOW: dict[str, Recipe] = {
         )
         for steps in (4, 8)
     },
+    **{f"anima-turbo-{steps}": preset(*even(3.0, steps), family="anima", shift=3.0, source=ANIMA) for steps in (4, 8)},
     "krea2-turbo-8": preset(
         *even(FLUX_SHIFT, 8),
         family="krea2",

@@ -84,6 +84,8 @@ MODELS = {
     "FLUX.1-schnell": "flux-schnell-4",
     "z_image_turbo_bf16.safetensors": "z-image-turbo-8",
     "ZImageTurbo_fp8.safetensors": "z-image-turbo-8",
+    "anima-turbo-v1.0.safetensors": "anima-turbo-8",
+    "anima_turbo_4steps_bf16.safetensors": "anima-turbo-4",
     "flux-2-klein-4b-fp8.safetensors": "flux2-klein-4",
     "krea2_turbo_fp8_scaled.safetensors": "krea2-turbo-8",
 }

@@ -280,7 +280,7 @@ def test_a_header_that_makes_no_adapter(config: dict[str, Any]) -> None:
 def test_another_base_a_joint_one_and_values_out_of_range_are_refused() -> None:
     _, roles, _ = on("sd15")
     side = roles.modules["student"]
-    for name in ("sdxl", "sd3", "flux"):
+    for name in ("sdxl", "sd3", "flux", "anima"):
         targets = {target.name: target for target in bind_diffusers(network_of(name))}
         with pytest.raises(OneStepError, match="this adapter is for another base: it needs"):
             check_base(side, targets, CASES[name].family)

@@ -131,6 +131,7 @@ CARDS = {
     "flux2-klein-4": dynamic(4, compute_empirical_mu(4096, 4)),
     "qwen-image-lightning-4": dynamic(4, math.log(3)),
     "qwen-image-lightning-8": dynamic(8, math.log(3)),
+    **{f"anima-turbo-{steps}": dynamic(steps, math.log(3)) for steps in (4, 8)},
     "krea2-turbo-8": dynamic(8, 1.15),
     "wan2.1-lightx2v-4": lightx2v(),
     "wan2.2-lightx2v-4": lightx2v(),

@@ -4,12 +4,23 @@ load; in ComfyUI D and its text are those of core's own ops."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import both_hosts
 import pytest
 import tiny_folders
 import torch
 from both_hosts import Hosts, gap
+from small_networks import seeded
+
+from onestep.core.adapter_file import save_adapter
+from onestep.core.guidance import MODES, Steering
+from onestep.core.guidance_adapter import new_adapter
+from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import OneStepPipeline, adapt, steered
+from onestep.pipelines.encode import encode_text
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
@@ -18,12 +29,27 @@ LAYERS = 6 + 2 * 16
 NEGATIVE = {"negative": "a dull wall"}
 """Of an empty text diffusers makes zeros, and ComfyUI what its encoder makes of a padding token."""
 
+STEERED = ["a red dragon", "a wall of stone", "x"]
+"""The prompt, what it is steered away from, and what PERP measures from."""
+RECIPE = Recipe.at(FlowSchedule(3.0), torch.tensor([900.0], dtype=torch.float64), family="anima", sizes=((32, 32),))
+
+
+@torch.no_grad()
+def stirred(folder: Path, path: Path) -> None:
+    """A guidance adapter away from its start."""
+    module, draw = new_adapter(adapt(load(folder)).denoiser.roles.targets, "anima", 1), seeded(2)
+    for _, value in sorted(module.named_parameters()):
+        value.add_(0.1 * draw(*value.shape).float())
+    save_adapter(path, module, "anima")
+
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_folders.anima_folder(tmp_path_factory.mktemp("anima") / "model")
     runs = {method: {**told, **NEGATIVE} for method, told in both_hosts.RUNS.items()}
-    return both_hosts.both(run_inside, folder, PROMPTS, "anima", runs=runs)
+    stirred(folder, folder.parent / "guidance.safetensors")
+    told = {"runs": runs, "steered": STEERED, "recipe": RECIPE.to_json()}
+    return both_hosts.both(run_inside, folder, PROMPTS, "anima", **told)
 
 
 def test_prompts_become_the_same_512_tokens(hosts: Hosts) -> None:
@@ -66,3 +92,33 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize("method", both_hosts.RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **NEGATIVE)
+
+
+@torch.no_grad()
+def test_a_guidance_adapter_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    pipe = OneStepPipeline.from_pipe(load(hosts.work / "model"))
+    noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5))
+    pipe.load_guidance_adapter(hosts.work / "guidance.safetensors")
+    drawn = pipe(STEERED[0], recipe=RECIPE, latents=noise, output_type="latent").images
+    assert gap(hosts.comfys["steered guided"], drawn) < 1e-4
+    assert gap(hosts.comfys["steered none"], drawn) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["none", *MODES])
+def test_a_steered_picture_is_the_same_in_both_hosts(mode: str, hosts: Hosts) -> None:
+    prompt, negative, empty = STEERED
+    pipe = OneStepPipeline.from_pipe(load(hosts.work / "model"))
+    noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5))
+    told = {"recipe": RECIPE, "latents": noise, "output_type": "latent"}
+    if mode == "none":
+        drawn = pipe(prompt, **told).images
+    else:
+        plain = pipe.plain()
+        cond = {}
+        for name, text in {"negative": negative, "empty": empty}.items():
+            cond[name] = encode_text(plain, [text], padded=Steering(mode).wants_padding, device="cpu")
+        with steered(pipe, cond["negative"], mode, empty=cond["empty"]):
+            drawn = pipe(prompt, **told).images
+    assert gap(hosts.comfys[f"steered {mode}"], drawn) < 1e-4
+    assert mode == "none" or gap(hosts.comfys["steered none"], drawn) > 1e-3

@@ -31,6 +31,7 @@ from onestep.core.families import FAMILIES
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
+from onestep.pipelines.adapt import adapt
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.training.engine.inputs import automatic_start
 
@@ -40,7 +41,7 @@ TOLERANCE = 1e-5
 """Of the latents' standard deviation, where alpha is not much below 0.4: an answer in float32 has errors of some 1e-7
 of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
-KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2")}
+KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
 CONFIG = {
     **small.IN_COMFY,
     "flux2": {**small.IN_COMFY["flux2"], "guidance_embed": False},
@@ -48,13 +49,22 @@ CONFIG = {
 }
 SCHEDULES: dict[str, NoiseSchedule] = {"unet": VPSchedule.scaled_linear(), "sd3": FlowSchedule(3.0)}
 SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0), "flux2": FAMILIES["flux2"].schedule}
+SCHEDULES["anima"] = FlowSchedule(3.0)
 
 
-def recipes(family: str) -> dict[str, Recipe]:
+def size_of(case: str) -> tuple[int, int]:
+    """Anima's autoencoder has eight pixels a latent, the others' two."""
+    return (64, 64) if case == "anima" else SIZE
+
+
+def recipes(case: str) -> dict[str, Recipe]:
     """By the LoRA's file: the automatic start, a lower one that no scheduler of ComfyUI visits, and pure noise."""
-    schedule, student = SCHEDULES[family], Recipe.for_student
+    family, student = KINDS[case][0], Recipe.for_student
+    schedule = SCHEDULES[family]
     starts = {"automatic": automatic_start(schedule, 1), "lower": 0.57, "noise": 1.0}
-    return {f"{name}.safetensors": student(schedule, 1, family, (SIZE,), start) for name, start in starts.items()}
+    return {
+        f"{name}.safetensors": student(schedule, 1, family, (size_of(case),), start) for name, start in starts.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +73,24 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("picture")
     for case, (family, kind) in KINDS.items():
         pipe, loras = layouts.make(case), {}
-        for name, recipe in recipes(family).items():
+        for name, recipe in recipes(case).items():
             file = random_lora(pipe, folder / f"{case}-{name}", recipe, 0.08)
             loras[file.name] = describe(load_lora(file), file)["comfyui"]
         network = layouts.network(pipe)
         save_file(network.state_dict(), folder / f"{case}.weights.safetensors")
         save_file(layouts.embedded(pipe, PROMPT), folder / f"{case}.cond.safetensors")
         told = {"family": family, "kind": kind, "unet_config": CONFIG[case], "loras": loras, "seed": SEED}
-        folds = FAMILIES[family].folded
-        told |= {"side": layouts.SIDE, "shape": [1, pipe.vae.config.latent_channels * folds**2, 8 // folds, 8 // folds]}
+        told |= {"side": size_of(case)[0], "shape": shape_of(pipe, case)}
         (folder / f"{case}.json").write_text(json.dumps(told))
-        pipe.save_pretrained(folder / case)
+        pipe.save_pretrained(str(folder / case))
     run_inside("one_picture", folder, *KINDS)
     return folder, {case: load_file(folder / f"{case}.out.safetensors") for case in KINDS}
+
+
+def shape_of(pipe: Any, case: str) -> list[int]:
+    """Of an empty latent in ComfyUI."""
+    shape = [1, *adapt(pipe).latent_shape(size_of(case))]
+    return [*shape[:2], 1, *shape[2:]] if case == "anima" else shape
 
 
 CASES = [(case, name) for case in KINDS for name in ("automatic", "lower", "noise")]
@@ -89,22 +104,23 @@ def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: st
     file = folder / f"{case}-{name}.safetensors"
     ways = {way.split("|")[1]: latent for way, latent in found.items() if way.startswith(file.name)}
     without = ways.pop("without", None)
-    ways |= {"diffusers": by_diffusers(case, file), "generate": by_generate(folder / case, file)}
+    ways |= {"diffusers": by_diffusers(case, file), "generate": by_generate(folder / case, file, size_of(case))}
     pipe = OneStepPipeline.from_pipe(layouts.make(case))
     pipe.load_one_step_lora(file)
     ours = pipe(PROMPT, seed=SEED, output_type="latent").images
+    ways = {way: latent.reshape(ours.shape) for way, latent in ways.items()}
     assert {"ManualSigmas", "One-Step Sample"} <= ways.keys() and ("KSampler" in ways or name == "lower")
-    scale, recipe = float(ours.std()), recipes(KINDS[case][0])[f"{name}.safetensors"]
+    scale, recipe = float(ours.std()), recipes(case)[f"{name}.safetensors"]
     apart = {way: float((latent - ours).abs().max()) / scale for way, latent in ways.items()}
     assert max(apart.values()) < tolerance(recipe), apart
     if without is not None:
-        assert float((without - ours).abs().max()) > 0.3 * scale, "the LoRA's effect must be seen"
+        assert float((without.reshape(ours.shape) - ours).abs().max()) > 0.3 * scale, "the LoRA's effect must be seen"
 
 
 def tolerance(recipe: Recipe) -> float:
     """A network that predicts noise divides its errors by alpha; Z-Image's and FLUX.2's hosts agree to 1e-5 in one
     answer."""
-    if recipe.family in ("z_image", "flux2"):
+    if recipe.family in ("z_image", "flux2", "anima"):
         return 5 * TOLERANCE
     lam = recipe.log_snr[0]
     if recipe.family != "unet" or lam is None:
@@ -119,6 +135,8 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     names: dict[str, Any] = {"pipe": pipe, "diffusers": diffusers, "torch": torch}
     torch.manual_seed(SEED)  # the noise is the first that is drawn
     exec("\n".join(lines), names)
+    if case == "anima":
+        return eval(call.replace("your prompt", PROMPT).replace('"images"', '"latents"'), names)
     call = call.replace("your prompt", PROMPT).removesuffix(")") + ', output_type="latent")'
     latents = eval(call, names).images
     if case == "flux2":
@@ -132,12 +150,12 @@ def folded(pipe: Any, latents: Tensor) -> Tensor:
     return (pipe._patchify_latents(latents) - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
 
 
-def by_generate(folder: Path, file: Path) -> Tensor:
+def by_generate(folder: Path, file: Path, size: tuple[int, int]) -> Tensor:
     """What the command draws, before it is decoded."""
     words = ["generate", str(folder), "--lora", str(file), "--prompt", PROMPT, "--seed", str(SEED), "--out", "x.png"]
     host = open_host(str(folder), device="cpu")
     try:
-        return generate.draw(host, [PROMPT], read_lora(str(file), host), parse(words), SIZE)[0]
+        return generate.draw(host, [PROMPT], read_lora(str(file), host), parse(words), size)[0]
     finally:
         host.release()
 

@@ -17,7 +17,6 @@ from tiny_pipelines import make, t5, t5_tokenizer, video_vae
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
-from onestep.pipelines import steered
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.distill import distill
 from onestep.pipelines.load import load
@@ -165,7 +164,3 @@ def test_what_is_not_served_is_refused_by_name() -> None:
         recipe = Recipe.at(FlowSchedule(3.0), torch.tensor([1000.0], dtype=torch.float64), family="anima")
         fast = OneStepPipeline.from_pipe(pipe)
         fast("a cat", recipe=recipe, joint_attention_kwargs={"a": 1}, width=32, height=32)
-    host = adapt(make("anima"))
-    negative = host.encode(["red"], SIZE)
-    with pytest.raises(OneStepError, match="not served by negative steering"), steered(host.pipe, negative, "nag"):
-        pass

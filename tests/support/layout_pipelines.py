@@ -9,6 +9,8 @@ import small_networks as small
 import tiny_pipelines as tiny
 import torch
 from diffusers import (
+    AnimaModularPipeline,
+    AnimaTextConditioner,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
@@ -19,6 +21,8 @@ from diffusers import (
 )
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
+
+from onestep.pipelines.encode import encode_text
 
 SIDE = 16
 """Pixels; the tiny autoencoder halves them."""
@@ -80,8 +84,25 @@ def flux2() -> Any:
     )
 
 
+def anima() -> Any:
+    """Latents of a video's one frame, an eighth of the side."""
+    encoder = Qwen3Config(
+        **{"vocab_size": 10, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    )
+    sizes = {"source_dim": 24, "target_dim": 24, "model_dim": 24, "num_layers": 1, "num_attention_heads": 2}
+    pipe = AnimaModularPipeline()
+    pipe.update_components(
+        **{"vae": tiny.video_vae(), "transformer": small.network_of("anima", torch.float32)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "text_encoder": Qwen3Model(encoder)},
+        **{"text_conditioner": AnimaTextConditioner(**sizes, target_vocab_size=8)},
+        **{"tokenizer": tiny.qwen3_tokenizer(), "t5_tokenizer": tiny.t5_tokenizer()},
+    )
+    return pipe
+
+
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
-MAKERS["flux2"] = flux2
+MAKERS |= {"flux2": flux2, "anima": anima}
 
 
 def make(name: str) -> Any:
@@ -106,6 +127,8 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
     if name == "ZImagePipeline":
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
+    if name == "AnimaModularPipeline":
+        return {"text": encode_text(pipe, [prompt], device="cpu").text}
     if name == "Flux2KleinPipeline":
         return {"text": pipe.encode_prompt(prompt)[0]}
     if name == "FluxPipeline":

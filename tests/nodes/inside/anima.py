@@ -7,12 +7,17 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import answer, facts, given, load, measured, told, trained
+from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
 
 from onestep.core.errors import OneStepError
+from onestep.core.guidance import MODES, Steering
+from onestep.core.recipe import Recipe
 from onestep.nodes.adapt import adapted
 from onestep.nodes.denoiser import conditionings
+from onestep.nodes.guidance_adapter import guided_model
 from onestep.nodes.refusals import refuse_encoder
+from onestep.nodes.sample import OneStepSample
+from onestep.nodes.steer import steered_model
 
 
 def pictures(host):
@@ -37,6 +42,21 @@ def by_comfyui(model, clip, host):
             )
         )
     return {"core": torch.cat(answers).squeeze(2), "core text": torch.cat(texts)}
+
+
+def steered(model, clip):
+    """One step of the base, steered by each mode's own numbers, from a seed's noise; and unsteered."""
+    positive, negative, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in told["steered"])
+    recipe = Recipe.from_json(told["recipe"])
+    start = {"samples": torch.zeros(1, 16, 1, 4, 4)}
+    models = {mode: steered_model(model, negative, Steering(mode), empty=empty) for mode in MODES} | {"none": model}
+    models["guided"] = guided_model(model, WORK / "guidance.safetensors", 4.0)
+    return {
+        f"steered {mode}": model.model.process_latent_in(
+            OneStepSample.execute(one, positive, start, recipe, 5).args[0]["samples"]
+        ).squeeze(2)
+        for mode, one in models.items()
+    }
 
 
 def refusals(model, clip):
@@ -65,5 +85,6 @@ with torch.inference_mode():
             cond = host.encode(told["prompts"], (32, 32))
             out["base"] = host.denoiser(given["x"], given["sigma"], cond)
         report = facts(host, again) | {"refused": refusals(model, clip)}
+    out |= steered(model, clip)
     report["files"] = trained(model, clip, vae)
 answer(out | more, report)

@@ -1,0 +1,164 @@
+"""Anima from the trainer's node in a real ComfyUI: a student of four steps, its server killed on the way; what comes
+out draws one picture by core's nodes, by ours and in diffusers."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_folders
+import torch
+from comfy_graphs import distil, latents, text
+from comfy_support import running_server
+from safetensors.torch import save_file
+
+from onestep.cli.inspect import describe
+from onestep.core.lora_file import LoraFile, load_lora
+from onestep.core.recipe import Recipe
+from onestep.core.sampling import sample
+from onestep.pipelines.adapt import adapt
+from onestep.pipelines.load import load
+from onestep.training.runs.run import Run
+
+pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
+SEED, PROMPT, UPDATES = 11, "a red dragon", 12
+PROMPTS = f"{PROMPT}\na wall\nan old wall of blue stones beside a red dragon that sleeps"
+SETTINGS = {"learning_rate": 1e-2, "ema": 0.5, "save_every": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folders.anima_folder(tmp_path_factory.mktemp("anima") / "model")
+
+
+def graph(folder: Path, name: str) -> dict[str, Any]:
+    told = {"preset": "Balanced", "steps": UPDATES, "student_steps": "4", "existing": "continue"}
+    return {
+        "model": {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}},
+        "distil": distil(name, "dmd", SETTINGS, prompts=PROMPTS, **told),
+    }
+
+
+def lora(server: Any, name: str) -> Path:
+    return Path(server.base / "models" / "loras" / "onestep" / f"{name}.safetensors")
+
+
+def factors(path: Path) -> dict[str, bytes]:
+    state = load_lora(path).state
+    return {key: torch.cat([a.flatten(), b.flatten()]).numpy().tobytes() for key, (a, b) in state.items()}
+
+
+@pytest.fixture(scope="module")
+def uncut(folder: Path, comfy_server: Any) -> Path:
+    finished = comfy_server.run(graph(folder, "anima-uncut"))
+    assert finished.status == "success", finished.error
+    assert "loads all 38 layers" in finished.outputs["distil"]["text"][0]
+    return lora(comfy_server, "anima-uncut")
+
+
+def test_a_killed_server_goes_on_to_the_bit(uncut: Path, folder: Path, comfy: Any, pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "custom_nodes").symlink_to(pack.parent)
+    with running_server(comfy, tmp_path) as server:
+
+        def kill(name: str, data: dict[str, Any], prompt_id: str) -> None:
+            if name == "onestep.progress" and data["update"] >= 6 and data["numbers"]:
+                server.process.send_signal(signal.SIGKILL)
+
+        with pytest.raises(Exception):  # noqa: B017  (whatever the socket says of a server that is gone)
+            server.run(graph(folder, "anima-killed"), on_event=kill)
+        assert server.process.wait(20) == -signal.SIGKILL
+    run = Run(tmp_path / "output" / "onestep" / "anima-killed")
+    assert run.metrics()[-1]["update"] >= 6 and not (run.folder / "result.safetensors").exists()
+    with running_server(comfy, tmp_path) as server:
+        finished = server.run(graph(folder, "anima-killed"))
+        assert finished.status == "success", finished.error
+        found = lora(server, "anima-killed")
+    assert factors(found) == factors(uncut)
+
+
+def drawing(folder: Path, file: LoraFile, path: Path) -> dict[str, Any]:
+    """core's two nodes by the values that `onestep inspect` prints, with the LoRA and without, and ours."""
+    name, simple = f"onestep/{path.name}", describe(file, path)["comfyui"]["simple"]
+    advanced = "start_at_step" in simple
+    sampling = {**simple, ("noise_seed" if advanced else "seed"): SEED, "latent_image": ["empty", 0]}
+    sampling |= {"positive": ["text", 0], "negative": ["text", 0]}
+    core = {"class_type": "KSamplerAdvanced" if advanced else "KSampler", "inputs": sampling}
+    ours = {"positive": ["text", 0], "latent_image": ["empty", 0], "recipe": ["loaded", 1], "seed": SEED}
+    loaded = {"model": ["model", 0], "lora_name": name, "recipe": "from the file"}
+    merged = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0}
+    return {
+        "model": {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}},
+        "text": text(PROMPT, "model"),
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 32, "height": 48, "batch_size": 1}},
+        "merged": {"class_type": "LoraLoaderModelOnly", "inputs": merged},
+        "loaded": {"class_type": "OneStepLoadLoRA", "inputs": loaded},
+        "core": {**core, "inputs": {**sampling, "model": ["merged", 0]}},
+        "base": {**core, "inputs": {**sampling, "model": ["model", 0]}},
+        "ours": {"class_type": "OneStepSample", "inputs": {**ours, "model": ["loaded", 0]}},
+    }
+
+
+@torch.no_grad()
+def by_diffusers(folder: Path, file: LoraFile) -> torch.Tensor:
+    """Four steps of the same network in diffusers, from KSampler's noise, which goes on from the next seed."""
+    host = adapt(load(folder), device="cpu")
+    first, later = (torch.Generator().manual_seed(seed) for seed in (SEED, SEED + 1))
+    host.denoiser.roles.load("student", file.state)
+    with host.denoiser.roles.use("student"):
+        recipe, noise = Recipe.from_json(str(file.recipe)), torch.randn(1, 16, 6, 4, generator=first)
+        cond = host.encode([PROMPT], (32, 48))
+        x0 = sample(host.denoiser, recipe, cond, noise, lambda step: torch.randn(noise.shape, generator=later))
+    mean, deviation = (
+        torch.tensor(value)[:, None, None]
+        for value in (host.pipe.vae.config[f"latents_{name}"] for name in ("mean", "std"))
+    )
+    return (x0 * deviation + mean).unsqueeze(2)
+
+
+def test_one_picture(uncut: Path, folder: Path, comfy_server: Any) -> None:
+    file = load_lora(uncut)
+    drawn = latents(comfy_server, drawing(folder, file, uncut))
+    drawn["diffusers"], scale = by_diffusers(folder, file), float(drawn["ours"].std())
+    assert {tuple(latent.shape) for latent in drawn.values()} == {(1, 16, 1, 6, 4)}
+    apart = {way: float((latent - drawn["ours"]).abs().max()) / scale for way, latent in drawn.items()}
+    assert apart.pop("base") > 0.1, "the LoRA's effect must be seen"
+    assert max(apart.values()) < 1e-4, apart
+
+
+def sister(folder: Path, name: str) -> None:
+    """A LoRA of one attention in the names of another family, or of a wider model."""
+    path, out, rank = {
+        "wan": ("diffusion_model.blocks.0.self_attn.q", 48, 2),
+        "flux": ("transformer.single_transformer_blocks.0.proj_mlp", 48, 2),
+        "wider": ("diffusion_model.blocks.0.self_attn.q_proj", 5120, 2),
+    }[name]
+    state = {f"{path}.lora_A.weight": torch.ones(rank, out), f"{path}.lora_B.weight": torch.ones(out, rank)}
+    save_file(state, folder / f"anima-{name}.safetensors")
+
+
+WRONG = {
+    "wan": "This LoRA is for Wan",
+    "flux": "is a LoRA for the transformer of Flux, but this model is the transformer of Anima",
+    "wider": "has factors [2, 5120] and [5120, 2], this model needs [2, 48] and [48, 2]",
+}
+
+
+def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: Any) -> None:
+    """Its text encoder, and LoRAs, before anything is copied or written."""
+    told = graph(folder, "anima-refused")
+    tiny = {"class_type": "OneStepLoadTinyModel", "inputs": {"name": "tiny"}}
+    told["distil"]["inputs"]["clip"] = ["tiny", 1]
+    said = comfy_server.run({**told, "tiny": tiny}).error
+    assert re.search(r"the text encoder gives no token ids .*: load Anima's Qwen3-0\.6B", said), said
+    other = graph(folder, "anima-refused")
+    other["distil"]["inputs"]["model"] = ["tiny", 0]
+    assert "the text encoder is Anima's Qwen3-0.6B, whose text" in comfy_server.run({**other, "tiny": tiny}).error
+    for name, why in WRONG.items():
+        sister(comfy_server.base / "models" / "loras", name)
+        told = graph(folder, "anima-refused")
+        told["distil"]["inputs"]["initial_lora"] = f"anima-{name}.safetensors"
+        assert why in comfy_server.run(told).error, name
+    assert not (comfy_server.base / "output" / "onestep" / "anima-refused").exists()
