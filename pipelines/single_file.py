@@ -135,6 +135,14 @@ def _what_else(keys: Collection[str]) -> str:
             f"is a Z-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),
         (
+            lambda t: "llm_adapter." in t and "adaln_modulation_mlp" in parts,
+            f"is an Anima checkpoint, whose text encoder and tokenizers lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
+            lambda t: "adaln_modulation_mlp" in parts,
+            f"is a checkpoint of Cosmos-Predict2, which is not served: use {choices()}",
+        ),
+        (
             lambda t: "joint_blocks." in t or "double_blocks." in t,
             f"is an SD3 or Flux checkpoint, whose T5 tokenizer does not travel with us: {FOLDERS}",
         ),

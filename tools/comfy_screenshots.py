@@ -57,7 +57,11 @@ NEEDS_FILES = "return !!window.app.rootGraph._nodes.find(node => node.type === '
 TRAINS = "return !!window.app.rootGraph._nodes.find(node => arguments[0].includes(node.type))"
 LEFT = "return !!document.querySelector('.onestep-chart polyline') || " + browser.ENDED.removeprefix("return ")
 # Those that a workflow names and no pack brings, empty.
-OWN_FILES = ("diffusion_models/z_image_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors", "vae/ae.safetensors")
+OWN_FILES = (
+    *("diffusion_models/z_image_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors", "vae/ae.safetensors"),
+    *("diffusion_models/anima-base-v1.0.safetensors", "text_encoders/qwen_3_06b_base.safetensors"),
+    "vae/qwen_image_vae.safetensors",
+)
 # What a user gets wrong: which node's widgets are set to what. Two are refused as they are queued, one as it runs.
 ERRORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "name": (TRAINERS, {"name": "CON", "sizes": "32x32"}),

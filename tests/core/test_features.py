@@ -25,6 +25,7 @@ MIDDLES = {
         "klein_9b": "single_transformer_blocks.7",
         "flux2_dev": "single_transformer_blocks.19",
         "anima": "transformer_blocks.13",
+        "qwen_image": "transformer_blocks.29",
     },
 }
 

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     ZImagePipeline,
@@ -94,6 +95,8 @@ def pipeline_of(name: str, network: Any) -> Any:
         )
     if name == "z_image":
         return ZImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
+    if name == "qwen_image":
+        return QwenImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
     if name == "anima":
         pipe = AnimaModularPipeline()
         pipe.update_components(transformer=network)

@@ -17,9 +17,9 @@ from small_runs import SMALL, small
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 DISTIL, SAMPLE, NEGATIVE = "1 distil a checkpoint", "2 draw in one step", "4 negative prompt at CFG 1"
 CORE, CHAIN = "3 draw with core nodes", "10 a LoRA for each step"
-OWN = "11 distil Z-Image"
+OWN = ("11 distil Z-Image", "13 distil Anima")
 OWN_LOADERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
-"""What loads a person's own files in that one, and from which folder of models."""
+"""What loads a person's own files in those, and from which folder of models."""
 # Those that train besides the first: how many pictures stand side by side, and what the node says at the end.
 TRAINED = [
     ("5 train a negative adapter", 2, "load it with Apply Negative Adapter"),
@@ -28,7 +28,7 @@ TRAINED = [
     ("8 variety from the base", 2, "onestep/tiny-8.safetensors"),
     ("9 adapt a few-step LoRA", 3, "onestep/tiny-9.safetensors"),
 ]
-NAMES = sorted([DISTIL, SAMPLE, CORE, NEGATIVE, CHAIN, OWN, *(name for name, *_ in TRAINED)])
+NAMES = sorted([DISTIL, SAMPLE, CORE, NEGATIVE, CHAIN, *OWN, *(name for name, *_ in TRAINED)])
 BUNDLED = "bundled-tiny-one-step.safetensors"
 TWO = ("bundled-tiny-two-steps.safetensors", "bundled-tiny-two-steps-2.safetensors")
 COMES_WITH_IT = (BUNDLED, *TWO, "bundled-tiny-night-style.safetensors")
@@ -78,9 +78,9 @@ def made_small(server: Any, graph: dict[str, Any], name: str, steps: int = 2) ->
 
 @pytest.fixture(scope="module")
 def own_files(comfy_server: Any, root: Path) -> list[Path]:
-    """Files of the names that are in the workflow of a person's own; there is nothing in them."""
+    """Files of the names that are in the workflows of a person's own; there is nothing in them."""
     made = []
-    for node in workflow(root, f"api/{OWN}").values():
+    for node in (node for name in OWN for node in workflow(root, f"api/{name}").values()):
         if node["class_type"] in OWN_LOADERS:
             name = next(value for key, value in node["inputs"].items() if key.endswith("_name"))
             made.append(comfy_server.base / "models" / OWN_LOADERS[node["class_type"]] / name)
@@ -230,11 +230,14 @@ def test_it_needs_no_file_that_the_pack_or_the_graph_does_not_bring(root: Path, 
         assert node["inputs"].get("existing", "continue") == "continue"
 
 
-def test_a_family_of_ones_own_needs_the_names_of_its_files_alone(comfy_server: Any, root: Path, own_files: Any) -> None:
+@pytest.mark.parametrize("name", OWN)
+def test_a_family_of_ones_own_needs_the_names_of_its_files_alone(
+    comfy_server: Any, root: Path, own_files: Any, name: str
+) -> None:
     """The server takes the graph, and comes as far as what is in the files."""
-    graph = workflow(root, f"api/{OWN}")
+    graph = workflow(root, f"api/{name}")
     (failed,) = comfy_server.run(graph).named("execution_error")
-    assert len(own_files) == 3 and failed["node_type"] in OWN_LOADERS, failed
+    assert len(own_files) == 3 * len(OWN) and failed["node_type"] in OWN_LOADERS, failed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from diffusers import Cosmos2TextToImagePipeline, FlowMatchEulerDiscreteScheduler
 from lora_files import random_lora
+from safetensors.torch import save_file
 from tiny_pipelines import make, t5, t5_tokenizer, video_vae
 
 from onestep.core.errors import OneStepError
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import diverse
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.distill import distill
 from onestep.pipelines.load import load
@@ -164,3 +166,42 @@ def test_what_is_not_served_is_refused_by_name() -> None:
         recipe = Recipe.at(FlowSchedule(3.0), torch.tensor([1000.0], dtype=torch.float64), family="anima")
         fast = OneStepPipeline.from_pipe(pipe)
         fast("a cat", recipe=recipe, joint_attention_kwargs={"a": 1}, width=32, height=32)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (
+            ["llm_adapter.blocks.0.cross_attn.q_proj.weight"],
+            "is an Anima checkpoint, whose text encoder and tokenizers",
+        ),
+        ([], "is a checkpoint of Cosmos-Predict2, which is not served"),
+    ],
+)
+def test_a_single_file_is_refused_with_what_it_is(more: list[str], why: str, tmp_path: Path) -> None:
+    keys = ["blocks.0.mlp.layer1.weight", "blocks.0.adaln_modulation_mlp.1.weight", *more]
+    save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "a.safetensors")
+    with pytest.raises(OneStepError, match=why):
+        load(tmp_path / "a.safetensors")
+
+
+@torch.no_grad()
+def test_variety_from_the_base_is_its_guided_steps_and_the_rest() -> None:
+    """By hand: Euler from 1 to the hand-over at 0.9 under guidance 4, then 0.9 and 0.75 without."""
+    times = torch.tensor([1000.0, 900.0, 750.0], dtype=torch.float64)
+    recipe = Recipe.at(FlowSchedule(3.0), times, family="anima", sizes=(SIZE,))
+    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(3))
+    told: dict[str, Any] = {"recipe": recipe, "base": make("anima"), "base_steps": 4, "guidance": 4.0}
+    told |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
+    ours = diverse(OneStepPipeline.from_pipe(make("anima")), "a cat", **told).images
+    host = adapt(make("anima"))
+    cond, null = host.encode(["a cat"], SIZE), host.encode([""], SIZE)
+
+    def found(x: torch.Tensor, sigma: float, text: Any) -> torch.Tensor:
+        return host.denoiser(x, torch.tensor([sigma], dtype=torch.float64), text)
+
+    away, x0 = found(noise, 1.0, null), found(noise, 1.0, cond)
+    x = noise - 0.1 * (noise - (away + 4.0 * (x0 - away)))
+    x = x - 0.15 / 0.9 * (x - found(x, 0.9, cond))
+    expected = found(x, 0.75, cond)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * float(expected.std()))
