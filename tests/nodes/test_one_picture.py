@@ -42,6 +42,8 @@ TOLERANCE = 1e-5
 of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
 KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
+KINDS["qwen_image"] = ("qwen_image", "QwenImage")
+OF_VIDEO = ("anima", "qwen_image")
 CONFIG = {
     **small.IN_COMFY,
     "flux2": {**small.IN_COMFY["flux2"], "guidance_embed": False},
@@ -49,12 +51,12 @@ CONFIG = {
 }
 SCHEDULES: dict[str, NoiseSchedule] = {"unet": VPSchedule.scaled_linear(), "sd3": FlowSchedule(3.0)}
 SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0), "flux2": FAMILIES["flux2"].schedule}
-SCHEDULES["anima"] = FlowSchedule(3.0)
+SCHEDULES |= {"anima": FlowSchedule(3.0), "qwen_image": FAMILIES["qwen_image"].schedule}
 
 
 def size_of(case: str) -> tuple[int, int]:
-    """Anima's autoencoder has eight pixels a latent, the others' two."""
-    return (64, 64) if case == "anima" else SIZE
+    """Autoencoders of videos have eight pixels a latent, the others two."""
+    return (64, 64) if case in OF_VIDEO else SIZE
 
 
 def recipes(case: str) -> dict[str, Recipe]:
@@ -90,7 +92,7 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
 def shape_of(pipe: Any, case: str) -> list[int]:
     """Of an empty latent in ComfyUI."""
     shape = [1, *adapt(pipe).latent_shape(size_of(case))]
-    return [*shape[:2], 1, *shape[2:]] if case == "anima" else shape
+    return [*shape[:2], 1, *shape[2:]] if case in OF_VIDEO else shape
 
 
 CASES = [(case, name) for case in KINDS for name in ("automatic", "lower", "noise")]
@@ -118,9 +120,9 @@ def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: st
 
 
 def tolerance(recipe: Recipe) -> float:
-    """A network that predicts noise divides its errors by alpha; Z-Image's and FLUX.2's hosts agree to 1e-5 in one
+    """A network that predicts noise divides its errors by alpha; the modern families' hosts agree to 1e-5 in one
     answer."""
-    if recipe.family in ("z_image", "flux2", "anima"):
+    if recipe.family in ("z_image", "flux2", *OF_VIDEO):
         return 5 * TOLERANCE
     lam = recipe.log_snr[0]
     if recipe.family != "unet" or lam is None:
@@ -141,7 +143,8 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     latents = eval(call, names).images
     if case == "flux2":
         return folded(pipe, latents)
-    return pipe._unpack_latents(latents, *SIZE, pipe.vae_scale_factor) if case == "flux" else latents
+    packed = case in ("flux", "qwen_image")
+    return pipe._unpack_latents(latents, *size_of(case), pipe.vae_scale_factor) if packed else latents
 
 
 def folded(pipe: Any, latents: Tensor) -> Tensor:

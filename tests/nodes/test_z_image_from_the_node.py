@@ -141,7 +141,7 @@ def sister(folder: Path, name: str) -> None:
 
 WRONG = {
     "lumina": "This LoRA is for Lumina 2",
-    "qwen": "This LoRA is for Qwen-Image",
+    "qwen": "is a LoRA for the transformer of Qwen-Image, but this model is the transformer of Z-Image",
     "flux": "is a LoRA for the transformer of Flux, but this model is the transformer of Z-Image",
     "wider": "has factors [2, 3840] and [3840, 2], this model needs [2, 288] and [288, 2]",
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import small_networks as small
 import tiny_pipelines as tiny
+import tiny_qwen
 import torch
 from diffusers import (
     AnimaModularPipeline,
@@ -101,8 +102,15 @@ def anima() -> Any:
     return pipe
 
 
+def qwen_image() -> Any:
+    """Its text is 24 wide, in heads of 12."""
+    pipe = tiny_qwen.qwen_image(tiny.video_vae(), 24, 2)
+    pipe.register_modules(transformer=small.network_of("qwen_image", torch.float32))
+    return pipe
+
+
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
-MAKERS |= {"flux2": flux2, "anima": anima}
+MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image}
 
 
 def make(name: str) -> Any:
@@ -129,7 +137,7 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
     if name == "AnimaModularPipeline":
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
-    if name == "Flux2KleinPipeline":
+    if name in ("Flux2KleinPipeline", "QwenImagePipeline"):
         return {"text": pipe.encode_prompt(prompt)[0]}
     if name == "FluxPipeline":
         text, pooled, _ = pipe.encode_prompt(prompt, None)

@@ -41,7 +41,7 @@ def tokenizer(folder: Path | None = None) -> Qwen2Tokenizer:
 def encoder(vocabulary: int, width: int = 128, heads: int = 1) -> Qwen2_5_VLForConditionalGeneration:
     """ComfyUI's heads are 128 wide. Its eyes are as small as can be: no picture is shown to it."""
     half = width // heads // 2
-    sections = [half // 4, half * 3 // 8, half * 3 // 8]
+    sections = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
     text = {
         **{"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": heads, "num_key_value_heads": 1, "max_position_embeddings": 1024},
