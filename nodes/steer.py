@@ -72,7 +72,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1, FLUX.2, Z-Image or Wan 2.1/2.2."
+                    "model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1, FLUX.2, Z-Image, Qwen-Image or Wan."
                 ),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TOLD),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),

@@ -16,6 +16,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def served(model: Any) -> Served:
         why = next(iter(reasons.values()), "its network is not known here")
         raise OneStepError(
             f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves SD1.5, SD2, SDXL, SD3, "
-            "SD3.5, Flux.1, FLUX.2, Z-Image, Anima and Wan 2.1/2.2. Use CFG for its negative"
+            "SD3.5, Flux.1, FLUX.2, Z-Image, Qwen-Image, Anima and Wan 2.1/2.2. Use CFG for its negative"
         )
     return found
 
@@ -237,6 +238,23 @@ def steer_flux2(call: Call, options: dict[str, Any]) -> Tensor:
     return context
 
 
+def why_not_qwen(network: Any) -> str | None:
+    return "it draws layers" if network.time_text_embed.use_additional_t_cond else None
+
+
+def steer_qwen(call: Call, options: dict[str, Any]) -> Tensor:
+    """The tokens of each text follow the picture's places as if it were the only one."""
+
+    def placed(told: dict[str, Any]) -> dict[str, Any]:
+        places = told["txt_ids"]
+        return {**told, "txt_ids": torch.cat([places[:, :length] for length in lengths], 1)}
+
+    lengths = (call.context.shape[1], *call.parts)
+    context = steer_flux(call, options)
+    options["patches"] = {**options.get("patches", {}), "post_input": [placed]}
+    return context
+
+
 def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tensor:
     earlier = options.get(OVERRIDE)
     options[OVERRIDE] = JointAttention(call.steering, call.lengths, call.empty, image, call.rows, call.reached, earlier)
@@ -296,5 +314,6 @@ SERVED: dict[type, tuple[Served, ...]] = {
         ),
     ),
     WanModel: (Served("wan", lambda network: int(network.text_dim), partial(steer_cross, when="after")),),
+    QwenImageTransformer2DModel: (Served("qwen_image", flux_width, steer_qwen, why_not_qwen),),
 }
 """By a network's class; one of several that serves it."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
 from torch import nn
 
 from ..core.compiled import uncompile
@@ -23,8 +22,7 @@ from .steer_attention import CrossSteered, JointSteered, Run
 from .steer_joint import CrossTexts, JointTexts
 from .steer_modulation import Modulation, install
 from .steer_one_stream import OneStream, StreamSteered
-from .steer_parallel import ParallelSteered
-from .steer_served import attentions_of, family_of, read_by, refuse_foreign, times_of, unsteered
+from .steer_served import apart_of, attentions_of, family_of, read_by, refuse_foreign, times_of, unsteered
 from .steer_text import Text, away_of
 from .threads import one_at_a_time, only_here, processors_of, set_processors
 
@@ -47,7 +45,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2 or Z-Image, ControlNet's and the like too.
+    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image; ControlNet's and the like too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -130,8 +128,8 @@ def _steered(
     texts = JointTexts(run, Modulation(), family, network)
     kept = install(network, texts.modulation, undo) if run.away.pooled else {}
     return texts, {
-        name: ParallelSteered(inner, run)
-        if isinstance(inner, Flux2ParallelSelfAttnProcessor)
+        name: apart(inner, run)
+        if (apart := apart_of(inner))
         else JointSteered(inner, run, kept.get(name.removesuffix(".processor")))
         for name, inner in found.items()
     }

@@ -230,9 +230,9 @@ class JointSteered:
         if not self.run.acting:
             rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary)
-        q, k, v = self._projected(attn, hidden_states, "")
+        q, k, v = self.projected(attn, hidden_states, "")
         if encoder_hidden_states is not None:
-            text = self._projected(attn, encoder_hidden_states, "added_")
+            text = self.projected(attn, encoder_hidden_states, "added_")
             q, k, v = (torch.cat([a, b], 2) for a, b in zip(text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(part, image_rotary_emb, sequence_dim=2) for part in (q, k))
@@ -267,7 +267,7 @@ class JointSteered:
             found.negative[at] = away.lengthened(out.negative, length)
         return found
 
-    def _projected(self, attn: Any, states: Tensor, added: str) -> Projected:
+    def projected(self, attn: Any, states: Tensor, added: str) -> Projected:
         """Queries, keys and values [B, H, N, D] of the picture's tokens, or ("added_") of the texts'."""
         fused = isinstance(self.inner, FusedJointAttnProcessor2_0)
         if fused or (isinstance(self.inner, FUSING) and attn.fused_projections):

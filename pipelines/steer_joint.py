@@ -42,8 +42,8 @@ class CrossTexts:
 
 @dataclass
 class JointTexts:
-    """Of SD3, Flux and FLUX.2: the negative's tokens follow the prompt's, each text's modulated by its own pooled text
-    where it has one."""
+    """Of SD3, Flux, FLUX.2 and Qwen-Image: the negative's tokens follow the prompt's, each text's modulated by its own
+    pooled text where it has one."""
 
     run: Run
     modulation: Modulation
@@ -62,6 +62,12 @@ class JointTexts:
             raise OneStepError(
                 "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
             )
+        mask = given.get("encoder_hidden_states_mask")
+        if mask is not None and not bool(mask.all()):
+            raise OneStepError(
+                "steering cannot follow a mask over prompts of several lengths: draw those of each number of tokens in "
+                "a call of their own"
+            )
         text, away = given["encoder_hidden_states"], self.run.away
         every = self.run.spread(away.tokens.to(text.device, text.dtype), len(text))
         self.run.positive_tokens = text.shape[1]
@@ -69,6 +75,8 @@ class JointTexts:
             lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
             self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
         changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
+        if mask is not None:
+            changed["encoder_hidden_states_mask"] = None
         if given.get("txt_ids") is not None:
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
             changed["txt_ids"] = torch.cat([places, self._places(places)])

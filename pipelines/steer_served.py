@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 
 from ..core.errors import OneStepError
@@ -16,10 +17,20 @@ from .schedules import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered
 from .steer_one_stream import StreamSteered
 from .steer_parallel import ParallelSteered
+from .steer_qwen import QwenSteered
 from .threads import processors_of
 
-STEERED = CrossSteered | JointSteered | ParallelSteered | StreamSteered
-COMPUTED_ANEW = (*JOINT, Flux2ParallelSelfAttnProcessor, ZSingleStreamAttnProcessor)
+STEERED = CrossSteered | JointSteered | ParallelSteered | QwenSteered | StreamSteered
+APART: dict[type, Any] = {
+    Flux2ParallelSelfAttnProcessor: ParallelSteered,
+    QwenDoubleStreamAttnProcessor2_0: QwenSteered,
+}
+COMPUTED_ANEW = (*JOINT, *APART, ZSingleStreamAttnProcessor)
+
+
+def apart_of(processor: Any) -> Any:
+    """What steers a joint attention that is called unlike SD3's, or None."""
+    return next((steered for kind, steered in APART.items() if isinstance(processor, kind)), None)
 
 
 def family_of(network: Any) -> str:

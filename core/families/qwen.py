@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from ..schedule import FlowSchedule, SizeShift
-from .family import NORM, Block, Config, Encoder, Family
+from .family import NORM, Block, Config, Encoder, Family, Numbers
 from .table import Row, count, repeated
 
 
@@ -75,7 +75,14 @@ QWEN_IMAGE = Family(
     token_norm=True,
     scale="true_cfg_scale",
     placed=False,
+    prompts="alone",
     pipelines=("QwenImagePipeline",),
     blocks={"QwenImageTransformerBlock": Block(("img_mlp", "txt_mlp"), picture=1)},
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(3.5),
+        "perp": Numbers(10.0),
+    },
 )

@@ -34,7 +34,7 @@ LAYERS = 34
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_qwen.qwen_image_folder(tmp_path_factory.mktemp("qwen") / "model", video_vae())
+    return tiny_qwen.qwen_image_folder(tmp_path_factory.mktemp("qwen") / "model", video_vae(), 256, 2)
 
 
 def graph(folder: Path, name: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: An
     tiny = {"class_type": "OneStepLoadTinyModel", "inputs": {"name": "tiny"}}
     told["distil"]["inputs"]["clip"] = ["tiny", 1]
     said = comfy_server.run({**told, "tiny": tiny}).error
-    assert re.search(r"the text encoder gives tokens of \d+ numbers, and this model reads 128: load", said), said
+    assert re.search(r"the text encoder gives tokens of \d+ numbers, and this model reads 256: load", said), said
     for name, why in WRONG.items():
         sister(comfy_server.base / "models" / "loras", name)
         told = graph(folder, "q-refused")

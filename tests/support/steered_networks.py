@@ -26,9 +26,9 @@ from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
-PIPES |= {"flux2": "klein"}
+PIPES |= {"flux2": "klein", "qwen_image": "qwen_image"}
 UNETS, POOLED = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
-JOINT = (*POOLED, "flux2")
+JOINT = (*POOLED, "flux2", "qwen_image")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep
 TAU, ALPHA, OFFSET = 2.5, 0.25, 0.1
@@ -220,6 +220,38 @@ class ParallelOracle:
         return attn.to_out(torch.from_numpy(np.concatenate([out, g / (1 + np.exp(-g)) * u], 2)).to(hidden_states))
 
 
+class QwenOracle:
+    """Qwen-Image's, whose two streams are turned apart, by e^(i angle)."""
+
+    def __init__(self, oracle: JointOracle) -> None:
+        self.oracle = oracle
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        *more: Any,
+        image_rotary_emb: Any,
+        **rest: Any,
+    ) -> Any:
+        project, length = self.oracle._project, encoder_hidden_states.shape[1]
+        picture = project(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k))
+        layers = ("add_q_proj", "add_k_proj", "add_v_proj")
+        text = project(attn, encoder_hidden_states, layers, (attn.norm_added_q, attn.norm_added_k))
+        for stream, angles in ((picture, image_rotary_emb[0]), (text, image_rotary_emb[1])):
+            stream[:2] = [turned(part, angles.to(torch.complex128).numpy()) for part in stream[:2]]
+        out = self.oracle._attended(*(np.concatenate(pair, 2) for pair in zip(text, picture, strict=True)))
+        merged = torch.from_numpy(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1)).to(hidden_states)
+        return attn.to_out[0](merged[:, length:]), attn.to_add_out(merged[:, :length])
+
+
+def turned(x: Array, angles: NDArray[np.complex128]) -> Array:
+    """Pairs of neighbours as complex numbers, by unit numbers [N, D / 2]."""
+    z = (x[..., ::2] + 1j * x[..., 1::2]) * angles
+    return np.stack([z.real, z.imag], -1).reshape(x.shape)
+
+
 def rotated(x: Array, angles: tuple[Tensor, Tensor]) -> Array:
     """Pairs (a, b) of neighbours turned by their angle: (a cos - b sin, b cos + a sin)."""
     cos, sin = (array(part)[:, ::2] for part in angles)
@@ -256,6 +288,8 @@ def doubled(
     def choose(attn: Any) -> Any:
         if hasattr(attn, "to_qkv_mlp_proj"):
             return ParallelOracle(oracle)
+        if name == "qwen_image":
+            return QwenOracle(oracle)
         return None if attn.added_kv_proj_dim is None and name != "flux" else oracle
 
     during = replaced(network, choose)

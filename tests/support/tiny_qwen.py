@@ -70,10 +70,10 @@ def qwen_image(vae: Any, width: int = 128, heads: int = 1, **scheduler: Any) -> 
     )
 
 
-def qwen_image_folder(folder: Path, vae: Any, **scheduler: Any) -> Path:
+def qwen_image_folder(folder: Path, vae: Any, width: int = 128, heads: int = 1, **scheduler: Any) -> Path:
     """QwenImagePipeline's layout, with weights of none at its special start."""
     torch.manual_seed(1)
-    pipe = qwen_image(vae, **scheduler)
+    pipe = qwen_image(vae, width, heads, **scheduler)
     shaken(pipe.transformer, 3)
     shaken(pipe.text_encoder, 4)
     pipe.save_pretrained(folder)
