@@ -51,6 +51,10 @@ FLUX2 = {
     **{"guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True},
     **{"default_ref_method": "index", "ref_index_scale": 10.0},
 }
+QWEN_IMAGE = {
+    **{"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 32},
+    **{"num_attention_heads": 2, "joint_attention_dim": 64, "axes_dims_rope": (8, 12, 12)},
+}
 SDXL = {"context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
 SVD = {
     **{"in_channels": 8, "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential"},
@@ -73,10 +77,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "video unet": (supported.SVD_img2vid, {**UNET, **SVD}),
     "flux2": (supported.Flux2, FLUX2),
     "klein": (supported.Flux2, {**FLUX2, "guidance_embed": False}),
+    "qwen_image": (supported.QwenImage, QWEN_IMAGE),
     "numbered": (supported.Flux, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
-WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "lumina2": 64}
+WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "qwen_image": 64, "lumina2": 64}
 WIDTHS |= dict.fromkeys(("flux2", "klein"), 64)
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
@@ -130,8 +135,9 @@ def empty_for(negative: Any) -> list[Any]:
 
 
 def shape_of(model: Any, side: int = 8) -> tuple[int, ...]:
-    channels = model.model.latent_format.latent_channels
-    return (channels, 2, side, side) if model.model.latent_format.latent_dimensions == 3 else (channels, side, side)
+    latent, picture = model.model.latent_format, hasattr(model.model.diffusion_model, "txt_in")
+    channels, frames = latent.latent_channels, 1 if picture else 2
+    return (channels, frames, side, side) if latent.latent_dimensions == 3 else (channels, side, side)
 
 
 class Probe(comfy.samplers.Sampler):
