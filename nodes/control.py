@@ -73,8 +73,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3, Flux and FLUX.2 takes besides its picture, or as what Z-Image's entry gives; a copy's as core's
-    ControlNet has them."""
+    first block of SD3, Flux, FLUX.2, Qwen-Image takes besides its picture, or as what Z-Image's entry gives; a copy's
+    as core's ControlNet has them."""
 
     def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:
         super().__init__()
@@ -131,6 +131,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
 
     def _features(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> list[Tensor]:
         """The adapter's, for latents ``x`` at the levels ``t`` and the prompts ``cond``, in the order of its places."""
+        x = x.squeeze(2) if x.ndim == 5 else x  # of a single frame
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch, self.patch))
         hint = comfy.controlnet.broadcast_image_to(self._hint(x), len(x), batched_number).expand(len(x), -1, -1, -1)
         if isinstance(self.adapter, ControlCopy):

@@ -34,6 +34,7 @@ ORDER = {
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "anima": ("hidden_states", "timestep", "encoder_hidden_states"),
+    "qwen_image": ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"),
     "z_image": ("x", "t", "cap_feats"),
 }
 
@@ -113,7 +114,7 @@ class GuidanceDial(OnNetwork):
     def _cond(self, told: dict[str, Any], text: Any, scales: Tensor | None) -> Cond:
         if isinstance(text, list):  # of tokens [L, C]
             return Cond.concat([Cond(tokens[None]) for tokens in text]).with_(guidance=scales)
-        mask = told.get("encoder_attention_mask")
+        mask = told.get("encoder_attention_mask", told.get("encoder_hidden_states_mask"))
         mask = None if mask is None else mask.bool()
         return Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=scales)
 

@@ -79,6 +79,8 @@ QWEN_IMAGE = Family(
     pipelines=("QwenImagePipeline",),
     blocks={"QwenImageTransformerBlock": Block(("img_mlp", "txt_mlp"), picture=1)},
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0",
+    entry="img_in",
+    summary="txt_in",
     steering={
         "nasa": Numbers(0.25),
         "nag": Numbers(5.0),

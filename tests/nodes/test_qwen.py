@@ -8,11 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import both_hosts
+import both_hosts_drawn as drawn
 import pytest
 import tiny_qwen
 import torch
-from both_hosts import RUNS, Hosts, gap
+from both_hosts import Hosts, gap
 from tiny_pipelines import video_vae
+
+from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
@@ -23,14 +27,19 @@ ENDS = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net
 SILENT = [f"transformer_blocks.1.{name}" for name in ENDS]
 """What the last block makes of the text goes nowhere."""
 GUIDED = {"regression": {"token_norm": "off"}, "dmd": {"token_norm": "on"}}
+ON = {"token_norm": "on"}
+"""Either host's guidance in both; a base's first part is drawn without."""
+NEGATIVES = [("nag", "a wall", "a red dragon"), ("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")]
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     static: dict[str, Any] = {"use_dynamic_shifting": False, "shift": math.exp(1.15), "shift_terminal": None}
     folder = tiny_qwen.qwen_image_folder(tmp_path_factory.mktemp("qwen") / "model", video_vae(), **static)
-    runs = {method: {**RUNS[method], **more} for method, more in GUIDED.items()}
-    return both_hosts.both(run_inside, folder, PROMPTS, "qwen", runs=runs)
+    recipe = Recipe.for_student(FlowSchedule(math.exp(1.15)), 2, "qwen_image", ((32, 32),))
+    told = drawn.told(folder, recipe, NEGATIVES, PROMPTS[0], 1.0)
+    told["runs"] = {method: {**told["runs"][method], **GUIDED.get(method, ON)} for method in told["runs"]}
+    return both_hosts.both(run_inside, folder, PROMPTS, "qwen", **told)
 
 
 def test_prompts_become_the_same_conditions_of_several_lengths(hosts: Hosts) -> None:
@@ -77,3 +86,21 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize("method", GUIDED)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **GUIDED[method])
+
+
+@pytest.mark.parametrize("number", range(len(NEGATIVES)), ids=[mode for mode, *_ in NEGATIVES])
+def test_a_negative_is_steered_away_from_alike(number: int, hosts: Hosts) -> None:
+    drawn.check_steered(hosts, number, NEGATIVES[number])
+
+
+def test_a_bases_first_part_is_alike(hosts: Hosts) -> None:
+    drawn.check_diverse(hosts, PROMPTS[0], guidance=1.0)
+
+
+@pytest.mark.parametrize("method", drawn.ADAPTERS)
+def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
+    drawn.check_adapter(hosts, method, PROMPTS, **ON)
+
+
+def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
+    drawn.check_guidance(hosts)

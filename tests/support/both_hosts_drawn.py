@@ -32,11 +32,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def told(folder: Path, recipe: Recipe, negatives: Sequence[Sequence[str]], prompt: str) -> dict[str, Any]:
+def told(
+    folder: Path, recipe: Recipe, negatives: Sequence[Sequence[str]], prompt: str, guidance: float = GUIDANCE
+) -> dict[str, Any]:
     """What ComfyUI is asked besides. negatives: (mode, prompt, negative)."""
     few = random_lora(DiffusionPipeline.from_pretrained(folder), folder.parent / "few.safetensors", recipe, 0.1)
     asked: dict[str, Any] = {"runs": RUNS | ADAPTERS, "steered": negatives, "share": SHARE}
-    return asked | {"diverse": [str(few), prompt, SEED, BASE_STEPS, GUIDANCE]}
+    return asked | {"diverse": [str(few), prompt, SEED, BASE_STEPS, guidance]}
 
 
 @torch.no_grad()
@@ -52,21 +54,22 @@ def check_steered(hosts: Hosts, number: int, told: Sequence[str]) -> None:
     assert gap(hosts.comfys[f"steered/{number}"], found) < 5e-5 and gap(found, plain) > 1e-2
 
 
-def check_diverse(hosts: Hosts, prompt: str, base: Any = None) -> None:
+def check_diverse(hosts: Hosts, prompt: str, base: Any = None, guidance: float = GUIDANCE) -> None:
     """Two SamplerCustom in ComfyUI and `diverse` in diffusers. base: a pipeline whose levels are ComfyUI's."""
     fast = OneStepPipeline.from_pipe(DiffusionPipeline.from_pretrained(hosts.work / "model"))
     fast.load_one_step_lora(hosts.work / "few.safetensors")
     call: dict[str, Any] = {"seed": SEED, "output_type": "latent"}
-    wanted = diverse(fast, prompt, base=base, base_steps=BASE_STEPS, guidance=GUIDANCE, **call).images
+    wanted = diverse(fast, prompt, base=base, base_steps=BASE_STEPS, guidance=guidance, **call).images
     assert gap(hosts.comfys["diverse"], wanted) < 1e-4 and gap(fast(prompt, **call).images, wanted) > 0.01
 
 
-def check_adapter(hosts: Hosts, method: str, prompts: Sequence[str]) -> None:
-    """Both hosts train the same one, to a twentieth of the way that training has taken it."""
+def check_adapter(hosts: Hosts, method: str, prompts: Sequence[str], **more: Any) -> None:
+    """Both hosts train the same one, to a twentieth of the way that training has taken it. more: settings beside those
+    of ADAPTERS, which ComfyUI was told too."""
     work, (name, said) = hosts.work, hosts.report["files"][method]
     assert "bit for bit" in said
     pipe = DiffusionPipeline.from_pretrained(work / "model")
-    ours = distill(pipe, prompts, method, out=work / method, **ADAPTERS[method])
+    ours = distill(pipe, prompts, method, out=work / method, **ADAPTERS[method] | more)
     files = ours.path, work / f"comfy-{method}" / name
     mine, theirs = (load_adapter(path, MAKERS, hosts.host.family).module for path in files)
     start = type(mine).from_config(**read_told(ours.path)["config"])
