@@ -74,7 +74,7 @@ class JointTexts:
         if away.pooled:
             lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
             self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
-        changed = {"encoder_hidden_states": torch.cat([text, every], 1)}
+        changed: Given = {"encoder_hidden_states": torch.cat([text, every], 1)}
         if mask is not None:
             changed["encoder_hidden_states_mask"] = None
         if given.get("txt_ids") is not None:
