@@ -26,6 +26,7 @@ from ..core.one_stream import Texts
 from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
 from .steer_modulation import modulated
 from .steer_one_stream import StreamAttention, one_stream
+from .steer_places import behind_picture, numbered
 
 OVERRIDE = "optimized_attention_override"
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
@@ -224,18 +225,7 @@ def why_not_flux2(network: Any) -> str | None:
 
 
 def steer_flux2(call: Call, options: dict[str, Any]) -> Tensor:
-    """The tokens of each text are numbered as if it were the only one."""
-
-    def placed(told: dict[str, Any]) -> dict[str, Any]:
-        places = told["txt_ids"].clone()
-        numbers = [torch.arange(first, first + n) for first, n in zip((0, *call.firsts), lengths, strict=True)]
-        places[..., call.network.params.txt_ids_dims] = torch.cat(numbers)[:, None].to(places)
-        return {**told, "txt_ids": places}
-
-    lengths = (call.context.shape[1], *call.parts)
-    context = steer_flux(call, options)
-    options["patches"] = {**options.get("patches", {}), "post_input": [placed]}
-    return context
+    return steer_placed(call, options, numbered)
 
 
 def why_not_qwen(network: Any) -> str | None:
@@ -243,15 +233,13 @@ def why_not_qwen(network: Any) -> str | None:
 
 
 def steer_qwen(call: Call, options: dict[str, Any]) -> Tensor:
-    """The tokens of each text follow the picture's places as if it were the only one."""
+    return steer_placed(call, options, behind_picture)
 
-    def placed(told: dict[str, Any]) -> dict[str, Any]:
-        places = told["txt_ids"]
-        return {**told, "txt_ids": torch.cat([places[:, :length] for length in lengths], 1)}
 
-    lengths = (call.context.shape[1], *call.parts)
+def steer_placed(call: Call, options: dict[str, Any], placed: Callable[..., Any]) -> Tensor:
+    """Of networks whose text tokens have places: those of each text are as if it were the only one."""
     context = steer_flux(call, options)
-    options["patches"] = {**options.get("patches", {}), "post_input": [placed]}
+    options["patches"] = {**options.get("patches", {}), "post_input": [partial(placed, call)]}
     return context
 
 
