@@ -95,7 +95,9 @@ def _plan(made: Parser) -> None:
         "made to fit. A run goes down to smaller micro-batches by itself; what would change its result is proposed."
     )
     add = made.add_argument
-    layouts = "`sd15`, `sd2`, `sdxl`, `sd35-medium`, `flux-dev`, `z-image`, `klein-4b`, `klein-9b`, `anima`, `qwen-image`"
+    layouts = (
+        "`sd15`, `sd2`, `sdxl`, `sd35-medium`, `flux-dev`, `z-image`, `klein-4b`, `klein-9b`, `anima`, `qwen-image`"
+    )
     add("model", metavar="MODEL", help=f"{layouts}, or a model as for distill")
     add("--card", metavar="CARD", help="a size, like 12GB, or a name, like 'RTX 3060' (default: the card found)")
     add("--method", metavar="NAME", help="how the student learns; see: onestep methods")

@@ -27,6 +27,7 @@ from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
 from .steer_modulation import modulated
 from .steer_one_stream import StreamAttention, one_stream
 from .steer_places import behind_picture, numbered
+from .steer_variants import why_not_flux, why_not_flux2, why_not_qwen, why_not_sd3, why_not_z_image
 
 OVERRIDE = "optimized_attention_override"
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
@@ -191,12 +192,6 @@ def steer_cross(call: Call, options: dict[str, Any], when: str) -> Tensor:
 # -- one sequence -----------------------------------------------------------------------------------------------------
 
 
-def why_not_sd3(network: Any) -> str | None:
-    if network.context_processor or network.register_length:
-        return "its text tokens see each other"
-    return "it scales without a shift" if network.joint_blocks[0].context_block.scale_mod_only else None
-
-
 def sd3_width(network: Any) -> int:
     return int(network.context_embedder.in_features)
 
@@ -204,11 +199,6 @@ def sd3_width(network: Any) -> int:
 def steer_sd3(call: Call, options: dict[str, Any]) -> Tensor:
     height, width = (-(-side // call.network.patch_size) for side in call.x.shape[-2:])
     return steer_joint(call, options, height * width)
-
-
-def why_not_flux(network: Any) -> str | None:
-    numbered = network.params.txt_ids_dims or network.params.global_modulation
-    return "its text tokens have positions" if numbered else None
 
 
 def steer_flux(call: Call, options: dict[str, Any]) -> Tensor:
@@ -220,16 +210,8 @@ def steer_flux(call: Call, options: dict[str, Any]) -> Tensor:
     return steer_joint(call, options, None)
 
 
-def why_not_flux2(network: Any) -> str | None:
-    return None if network.params.global_modulation and network.params.txt_ids_dims else "its blocks modulate apart"
-
-
 def steer_flux2(call: Call, options: dict[str, Any]) -> Tensor:
     return steer_placed(call, options, numbered)
-
-
-def why_not_qwen(network: Any) -> str | None:
-    return "it draws layers" if network.time_text_embed.use_additional_t_cond else None
 
 
 def steer_qwen(call: Call, options: dict[str, Any]) -> Tensor:
@@ -247,14 +229,6 @@ def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tenso
     earlier = options.get(OVERRIDE)
     options[OVERRIDE] = JointAttention(call.steering, call.lengths, call.empty, image, call.rows, call.reached, earlier)
     return call.joined()
-
-
-def why_not_z_image(network: Any) -> str | None:
-    if network.siglip_embedder is not None:
-        return "it reads pictures too"
-    if network.clip_text_pooled_proj is not None:
-        return "it is modulated by a pooled text"
-    return None if network.pad_tokens_multiple else "it does not fill its texts up"
 
 
 def z_image_width(network: Any) -> int:

@@ -1,4 +1,4 @@
-"""Where the tokens of several texts lie, in ComfyUI's networks that place them: each text as if it were the only one."""
+"""Where the tokens of several texts lie in ComfyUI's networks that place them: each text as if it were the only one."""
 
 from __future__ import annotations
 
