@@ -6,6 +6,7 @@ Configurations and CLIP's tokenizer lie in configs/. Each module is asked for it
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def kind_of(path: Path, header: Header) -> Kind:
     """Which kind of checkpoint a file holds, by its keys."""
     keys, name = header.tensors, path.name[:80]
     if FIRST not in keys:
-        raise OneStepError(f"{name} {_what_else(keys)}")
+        raise OneStepError(f"{name} {_what_else(keys, name)}")
     shape = keys[FIRST].shape
     if len(shape) != 4 or shape[1] != 4:
         channels = shape[1] if len(shape) == 4 else list(shape)
@@ -123,9 +124,10 @@ def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
     return prediction_in(path, header, kind.config == "sd2").v
 
 
-def _what_else(keys: Collection[str]) -> str:
+def _what_else(keys: Collection[str], name: str) -> str:
     """What a file is that is no checkpoint of a U-Net, and what to do."""
     text, parts = "\n".join(keys), {part for key in keys for part in key.split(".")}
+    flux2, editing = "double_stream_modulation_img" in parts, re.search(r"(?<![a-z])kv(?![a-z])", name.lower())
     later = next((title for mark, title in LATER_MARKS.items() if parts.issuperset(mark.split("."))), "")
     signs: list[tuple[Callable[[str], bool], str]] = [
         (lambda t: "lora_" in t, "is a LoRA, not a checkpoint: give it as the LoRA, with its base as the model"),
@@ -133,6 +135,12 @@ def _what_else(keys: Collection[str]) -> str:
         (
             lambda t: "noise_refiner." in t and "x_pad_token" in parts,
             f"is a Z-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        # its weights have the shapes of klein 9B's
+        (lambda t: flux2 and bool(editing), f"is FLUX.2 klein KV (editing), which is not served: use {choices()}"),
+        (
+            lambda t: flux2,
+            f"is a FLUX.2 checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),
         (
             lambda t: "llm_adapter." in t and "adaln_modulation_mlp" in parts,

@@ -59,6 +59,7 @@ LEFT = "return !!document.querySelector('.onestep-chart polyline') || " + browse
 # Those that a workflow names and no pack brings, empty.
 OWN_FILES = (
     *("diffusion_models/z_image_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors", "vae/ae.safetensors"),
+    *("diffusion_models/flux-2-klein-base-4b.safetensors", "vae/flux2-vae.safetensors"),
     *("diffusion_models/anima-base-v1.0.safetensors", "text_encoders/qwen_3_06b_base.safetensors"),
     "vae/qwen_image_vae.safetensors",
 )

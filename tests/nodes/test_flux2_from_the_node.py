@@ -1,5 +1,5 @@
 """FLUX.2 klein from the trainer's node in a real ComfyUI: a student of four of its own steps draws one picture by
-core's nodes, by ours and in diffusers."""
+core's nodes, by ours and in diffusers; its server is killed on the way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import tiny_folders
 import torch
 from comfy_graphs import distil, latents, text
 from diffusers import DiffusionPipeline
+from killed_server import factors, lora_of, resumed
+from own_workflow import check_drawn, cut_short
 
 from onestep.cli.inspect import describe
 from onestep.core.families import FAMILIES
@@ -24,20 +26,39 @@ pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("
 SEED, PROMPT, LATENTS = 11, "a red dragon", (1, 16, 4, 4)
 
 
-def trained(server: Any, folder: Path) -> LoraFile:
-    told = {"preset": "Balanced", "steps": 4, "student_steps": "4", "prompts": f"{PROMPT}\na wall"}
-    graph = {
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folders.klein_folder(tmp_path_factory.mktemp("klein") / "model")
+
+
+def graph(folder: Path, name: str) -> dict[str, Any]:
+    told = {"preset": "Balanced", "steps": 6, "student_steps": "4", "existing": "continue"}
+    settings = {"learning_rate": 1e-2, "ema": 0.5, "save_every": 1}
+    return {
         "model": {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}},
-        "distil": distil("klein", "dmd", {"learning_rate": 1e-2, "ema": 0.0}, **told),
+        "distil": distil(name, "dmd", settings, prompts=f"{PROMPT}\na wall", **told),
     }
-    finished = server.run(graph)
+
+
+@pytest.fixture(scope="module")
+def uncut(folder: Path, comfy_server: Any) -> Path:
+    finished = comfy_server.run(graph(folder, "klein"))
     assert finished.status == "success", finished.error
     assert "loads all 32 layers" in finished.outputs["distil"]["text"][0]
-    return load_lora(path_of(server))
+    return lora_of(comfy_server, "klein")
 
 
-def path_of(server: Any) -> Path:
-    return Path(server.base / "models" / "loras" / "onestep" / "klein.safetensors")
+def test_a_killed_server_goes_on_to_the_bit(uncut: Path, folder: Path, comfy: Any, pack: Path, tmp_path: Path) -> None:
+    found = resumed(comfy, pack, tmp_path, lambda: graph(folder, "klein-killed"), "klein-killed", 3)
+    assert factors(found) == factors(uncut)
+
+
+def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
+    """Workflow 12 with the tiny folder in the place of a person's files, cut short."""
+    told = cut_short(root, "12 distil klein", folder)
+    (levels,) = (node["inputs"] for node in told.values() if node["class_type"] == "Flux2Scheduler")
+    levels |= {"steps": 2, "width": 64, "height": 64}
+    check_drawn(comfy_server, told)
 
 
 def drawing(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -79,14 +100,13 @@ def by_diffusers(folder: Path, file: LoraFile, recipe: Recipe) -> torch.Tensor:
         return sample(host.denoiser, recipe, cond, noise, lambda step: torch.randn(LATENTS, generator=later))
 
 
-def test_four_steps_from_the_node_are_one_picture(comfy_server: Any, tmp_path: Path) -> None:
-    folder = tiny_folders.klein_folder(tmp_path / "model")
-    file = trained(comfy_server, folder)
+def test_four_steps_from_the_node_are_one_picture(uncut: Path, folder: Path, comfy_server: Any) -> None:
+    file = load_lora(uncut)
     recipe = Recipe.from_json(str(file.recipe))
     # of 16 tokens, as FLUX.2's pipelines move four steps
     times = of_size(FAMILIES["flux2"].schedule, LATENTS).trailing(4)
     torch.testing.assert_close(torch.tensor(recipe.timesteps, dtype=torch.float64), times)
-    drawn = latents(comfy_server, drawing(folder, describe(file, path_of(comfy_server))["comfyui"]["general"]))
+    drawn = latents(comfy_server, drawing(folder, describe(file, uncut)["comfyui"]["general"]))
     drawn["diffusers"], scale = by_diffusers(folder, file, recipe), float(drawn["ours"].std())
     apart = {way: float((latent - drawn["ours"]).abs().max()) / scale for way, latent in drawn.items()}
     assert apart.pop("base") > 0.01, "the LoRA's effect must be seen"

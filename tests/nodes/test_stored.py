@@ -23,7 +23,10 @@ KINDS = {
     "sd15": ["scaled", "int8-rows"],
     "sd3": ["kitchen-fp8"],
     "z_image": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
+    "flux2": ["scaled", "scaled-input", "kitchen-fp8", "int8-rotated", "nvfp4", "w4a8"],
 }
+SMALL = {"z_image": "small_z_image.py", "flux2": "small_flux2.py"}
+"""What makes those that are not among the tiny checkpoints."""
 STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
 ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
 """By how much ComfyUI's own products of a kind differ on a CPU, which round their input; others do not there."""
@@ -57,14 +60,15 @@ def test_a_weight_that_is_cast_to_its_own_size_is_stored_so_once(layers: dict[st
 @pytest.fixture(scope="module")
 def sources(comfy: Any, checkpoints: Path, tmp_path_factory: Any) -> Callable[[str], Path]:
     """The checkpoint of a name, before it is stored otherwise."""
-    small = tmp_path_factory.mktemp("small") / "tiny_z_image.safetensors"
+    folder = tmp_path_factory.mktemp("small")
 
     def source(name: str) -> Path:
-        if name != "z_image":
-            return checkpoints / f"tiny_{name.split(',')[0]}.safetensors"
-        if not small.exists():
-            comfy.run_script(SUPPORT / "small_z_image.py", small)
-        return small
+        file = f"tiny_{name.split(',')[0]}.safetensors"
+        if name not in SMALL:
+            return checkpoints / file
+        if not (folder / file).exists():
+            comfy.run_script(SUPPORT / SMALL[name], folder / file)
+        return folder / file
 
     return source
 
@@ -108,6 +112,7 @@ STACKS: dict[str, list[str]] = {
     "sd3": KINDS["sd3"],
     "flux, all": EVERY,
     "z_image": ["scaled", "int8-rotated"],
+    "flux2": ["scaled", "int8-rotated"],
 }
 
 

@@ -108,6 +108,10 @@ CASES = {
     "a LoRA": ({"lora_unet_x.lora_down.weight": (1, 1)}, "is a LoRA"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (1, 1)}, "SD3 or Flux.*diffusers folder"),
     "SD3": ({"model.diffusion_model.joint_blocks.0.x.weight": (1, 1)}, "SD3 or Flux.*diffusers folder"),
+    "FLUX.2": (
+        {"double_blocks.0.x.weight": (1, 1), "double_stream_modulation_img.lin.weight": (1, 1)},
+        "a FLUX.2 checkpoint.*diffusers folder",
+    ),
     "Z-Image": ({"noise_refiner.0.x.weight": (1, 1), "x_pad_token": (1, 1)}, "a Z-Image checkpoint.*diffusers folder"),
     "Z-Image Omni": (
         {
@@ -136,6 +140,14 @@ def test_other_files_are_refused_with_what_they_are(case: str, tmp_path: Path) -
     with pytest.raises(OneStepError, match=why) as caught:
         load(table(tmp_path / "x.safetensors", keys))
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["flux-2-klein-9b-kv", "FLUX.2_klein_KV_fp8"])
+def test_a_klein_that_keeps_keys_and_values_is_known_by_its_name(name: str, tmp_path: Path) -> None:
+    """Its weights have the shapes of klein 9B's."""
+    path = table(tmp_path / f"{name}.safetensors", {"double_stream_modulation_img.lin.weight": (1, 1)})
+    with pytest.raises(OneStepError, match=r"is FLUX.2 klein KV \(editing\), which is not served: use .*FLUX.2"):
+        load(path)
 
 
 @pytest.mark.parametrize("ending", ["ckpt", "pt", "bin", "pth"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import layout_pipelines as layouts
 import pytest
 from allocated import host, trained
 from narrowed import narrowed
 
 from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, GRADES
+from onestep.pipelines.adapt import adapt
 from onestep.pipelines.shells import of_host
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.plan.rehearse import OPTIMIZER, rehearse
@@ -65,6 +67,16 @@ def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
 def test_so_is_a_picture_that_is_no_square(size: str, recompute: str, tmp_path: Path) -> None:
     """The first an eighth of 832x1216, in whose U-Net levels of odd widths and heights meet."""
     settings, real = settings_of("dmd", 2, sizes=size), host()
+    measured = trained(real, settings, tmp_path, recompute, True)
+    assert measured > 4 * 2**20
+    assert predicted(settings, real, recompute, True) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("recompute", GRADES)
+def test_so_is_flux_2(recompute: str, tmp_path: Path) -> None:
+    """Of 512 text tokens beside the picture's 16."""
+    settings, real = settings_of("dmd", 2), adapt(layouts.flux2())
     measured = trained(real, settings, tmp_path, recompute, True)
     assert measured > 4 * 2**20
     assert predicted(settings, real, recompute, True) == pytest.approx(measured, rel=0.01)

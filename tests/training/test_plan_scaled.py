@@ -23,7 +23,7 @@ def settings_of(name: str, batch: int, rank: int, accumulation: int = 1) -> Sett
     return settings_for(method="dmd", sizes=size, **own, **LEAST, **guided)
 
 
-BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("sdxl", "sd3", "flux")]
+BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("sdxl", "sd3", "flux", "flux2")]
 
 
 @pytest.mark.parametrize("name", ["sd15", *BROAD])

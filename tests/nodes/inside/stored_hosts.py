@@ -34,7 +34,7 @@ def told(host, rows):
     draw = torch.Generator().manual_seed(1)
     config = host.model.model_config.unet_config
     width = FAMILIES[host.family].widths(config)[0]
-    pooled = None if host.family in ("unet", "z_image") else torch.randn(rows, 2048, generator=draw)
+    pooled = torch.randn(rows, 2048, generator=draw) if FAMILIES[host.family].pooled else None
     return Cond(torch.randn(rows, 7, width, generator=draw), pooled=pooled)
 
 

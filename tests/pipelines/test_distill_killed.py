@@ -1,0 +1,38 @@
+"""`onestep.distill`, killed and called again, ends as if nothing had been, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import distil_runner
+import pytest
+import tiny_folders
+import torch
+from narrowed import narrowed
+
+from onestep.core.lora_file import load_lora
+from onestep.training.runs.run import Run
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+FOLDERS = {
+    "klein": tiny_folders.klein_folder,
+    "z_image": tiny_folders.z_image_folder,
+}
+
+
+@pytest.mark.parametrize("name", narrowed(FOLDERS))
+def test_a_killed_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    model, out = FOLDERS[name](tmp_path / "model"), tmp_path / "cut"
+    whole = distil_runner.ran(model, tmp_path / "whole").path
+    told = [str(model), str(out), "2", str(torch.get_num_threads())]
+    done = subprocess.run([sys.executable, str(Path(distil_runner.__file__)), *told], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert Run(out).metrics()[-1]["update"] >= 2 and not (out / "result.safetensors").exists()
+    found, wanted = (load_lora(path).state for path in (distil_runner.ran(model, out).path, whole))
+    assert found.keys() == wanted.keys()
+    for layer, factors in wanted.items():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[layer], factors, strict=True)), layer
