@@ -74,9 +74,9 @@ def test_so_is_a_picture_that_is_no_square(size: str, recompute: str, tmp_path: 
 
 @pytest.mark.broad
 @pytest.mark.parametrize("recompute", GRADES)
-def test_so_is_flux_2(recompute: str, tmp_path: Path) -> None:
-    """Of 512 text tokens beside the picture's 16."""
+def test_flux_2_takes_no_more_than_is_predicted(recompute: str, tmp_path: Path) -> None:
+    """Of 512 text tokens beside a picture's 16: what is predicted is at most a tenth too much."""
     settings, real = settings_of("dmd", 2), adapt(layouts.flux2())
     measured = trained(real, settings, tmp_path, recompute, True)
     assert measured > 4 * 2**20
-    assert predicted(settings, real, recompute, True) == pytest.approx(measured, rel=0.01)
+    assert 0.995 * measured <= predicted(settings, real, recompute, True) <= 1.1 * measured
