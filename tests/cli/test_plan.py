@@ -41,16 +41,19 @@ def test_without_a_card_the_run_is_counted_as_it_is_set(onestep: Command) -> Non
 
 
 @pytest.mark.broad
-@pytest.mark.broad
-def test_z_image_is_counted_as_it_is_published(onestep: Command) -> None:
-    """6.15 B in bfloat16, Qwen3-4B beside it while texts are encoded; at 512x512, to be short."""
+@pytest.mark.parametrize(
+    ("layout", "base", "texts"),
+    [("z-image", 6.155e9, 4_022_468_096), ("anima", 1_956_405_248, 596_049_920 + 134_663_680)],
+)
+def test_a_layout_is_counted_as_it_is_published(onestep: Command, layout: str, base: float, texts: int) -> None:
+    """In bfloat16, the text encoder beside it while texts are encoded; at 512x512, to be short."""
     words = ("--set", "sizes=512x512", "--set", "rank=16", "--set", "steps=1", "--method", "regression", "--json")
-    said = onestep("plan", "z-image", "--card", "24GB", *words)
+    said = onestep("plan", layout, "--card", "24GB", *words)
     told = json.loads(said.out)
     assert said.code == 0 and told["taken"] is not None
     rung = told["rungs"][told["taken"]]
-    assert rung["made_of"]["base"] == pytest.approx(2 * 6.155e9, rel=0.002)
-    assert rung["parts"]["prompts"] >= 2 * 4_022_468_096
+    assert rung["made_of"]["base"] == pytest.approx(2 * base, rel=0.002)
+    assert rung["parts"]["prompts"] >= 2 * texts
 
 
 def test_sdxl_is_counted_at_a_size_that_is_no_square(onestep: Command) -> None:
