@@ -147,6 +147,9 @@ class ControlAdapter(nn.Module):
             return output
         if output.ndim == 2:
             return self._in_one_row(name, x, output, call)
+        if output.ndim == 5:  # [B, 1, h, w, C] of a video's one frame; behind its latents Anima has a mask of padding
+            x = x.flatten(1, 3)[..., : self.config.latents]
+            return self.on_output(name, x, output.flatten(1, 3), call).view_as(output)
         if name == self.config.places[0].name:
             self._note(control, x, output, call)
         feature = float(call.inputs.get("strength", 1.0)) * call.cache[f"control {name}"]

@@ -117,12 +117,13 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return previous
-        features = self._features(x_noisy, t, cond, batched_number)
+        of_frames = x_noisy.ndim == 5  # a video's, of which a picture is one
+        features = self._features(x_noisy[:, :, 0] if of_frames else x_noisy, t, cond, batched_number)
         if FAMILIES[self.family].unet:
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
         added = self.strength * tokens(features[0])
-        if FAMILIES[self.family].filled:  # whose blocks cannot be replaced
+        if FAMILIES[self.family].filled or of_frames:  # whose blocks cannot be replaced
             behind_entry(self.entry, added, transformer_options)
         else:
             replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})

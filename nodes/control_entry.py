@@ -35,7 +35,7 @@ def behind_entry(entry: nn.Module, added: Tensor, options: dict[str, Any]) -> No
     """
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = entry.register_forward_hook(lambda module, given, out: out + added.to(out))
+        handle = entry.register_forward_hook(lambda module, given, out: out + added.to(out).view_as(out))
         try:
             with torch.compiler.set_stance("force_eager"):
                 return executor(*args, **kwargs)

@@ -94,6 +94,7 @@ ANIMA = Family(
     },
     fused_rotary=True,
     cross_attention=True,
+    entry="patch_embed.proj",
     ends=r"transformer_blocks\.\d+\.attn2\.to_out\.0",
     steering={
         "nasa": Numbers(0.25),

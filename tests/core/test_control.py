@@ -46,6 +46,7 @@ PLACES = {
     "flux2": {"x_embedder": (64, 1)},
     "qwen_image": {"img_in": (64, 1)},
     "z_image": {"all_x_embedder.2-1": (288, 1)},
+    "anima": {"patch_embed.proj": (48, 1)},
 }
 
 
@@ -144,7 +145,7 @@ def _adding(feature: Tensor) -> Any:
         flat = feature if output.ndim == 4 else feature.flatten(2).transpose(1, 2)
         if output.ndim == 2:  # Z-Image's pictures in one row, each of 24 tokens filled up to 32
             flat = nn.functional.pad(flat, (0, 0, 0, 8)).flatten(0, 1)
-        return output + flat.to(output)
+        return output + flat.to(output).view_as(output)
 
     return add
 

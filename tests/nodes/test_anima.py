@@ -11,8 +11,10 @@ import pytest
 import tiny_folders
 import torch
 from both_hosts import Hosts, gap
+from safetensors.torch import load_file, save_file
 from small_networks import seeded
 
+from onestep.core import control
 from onestep.core.adapter_file import save_adapter
 from onestep.core.guidance import MODES, Steering
 from onestep.core.guidance_adapter import new_adapter
@@ -35,19 +37,25 @@ RECIPE = Recipe.at(FlowSchedule(3.0), torch.tensor([900.0], dtype=torch.float64)
 
 
 @torch.no_grad()
-def stirred(folder: Path, path: Path) -> None:
-    """A guidance adapter away from its start."""
-    module, draw = new_adapter(adapt(load(folder)).denoiser.roles.targets, "anima", 1), seeded(2)
-    for _, value in sorted(module.named_parameters()):
-        value.add_(0.1 * draw(*value.shape).float())
-    save_adapter(path, module, "anima")
+def stirred(folder: Path, work: Path) -> None:
+    """A guidance and a control adapter away from their starts, each in a file of its kind's name in ``work``."""
+    targets, draw = adapt(load(folder)).denoiser.roles.targets, seeded(2)
+    made = {"guidance": new_adapter(targets, "anima", 1)}
+    made["control"] = control.new_adapter("anima", targets, ("canny", 1), (32, 32), (16, 4, 4), width=16)
+    save_file(
+        {"picture": torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(4))}, work / "picture.safetensors"
+    )
+    for name, module in made.items():
+        for _, value in sorted(module.named_parameters()):
+            value.add_(0.1 * draw(*value.shape).float())
+        save_adapter(work / f"{name}.safetensors", module, "anima")
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_folders.anima_folder(tmp_path_factory.mktemp("anima") / "model")
     runs = {method: {**told, **NEGATIVE} for method, told in both_hosts.RUNS.items()}
-    stirred(folder, folder.parent / "guidance.safetensors")
+    stirred(folder, folder.parent)
     told = {"runs": runs, "steered": STEERED, "recipe": RECIPE.to_json()}
     return both_hosts.both(run_inside, folder, PROMPTS, "anima", **told)
 
@@ -101,6 +109,18 @@ def test_a_guidance_adapter_is_the_same_in_both_hosts(hosts: Hosts) -> None:
     pipe.load_guidance_adapter(hosts.work / "guidance.safetensors")
     drawn = pipe(STEERED[0], recipe=RECIPE, latents=noise, output_type="latent").images
     assert gap(hosts.comfys["steered guided"], drawn) < 1e-4
+    assert gap(hosts.comfys["steered none"], drawn) > 1e-3
+
+
+@torch.no_grad()
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    """Its features are added where the picture's tokens enter."""
+    pipe = OneStepPipeline.from_pipe(load(hosts.work / "model"))
+    noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5))
+    pipe.load_control(hosts.work / "control.safetensors")
+    told = {"recipe": RECIPE, "latents": noise, "output_type": "latent"}
+    drawn = pipe(STEERED[0], control_image=load_file(hosts.work / "picture.safetensors")["picture"], **told).images
+    assert gap(hosts.comfys["steered by control"], drawn) < 1e-4
     assert gap(hosts.comfys["steered none"], drawn) > 1e-3
 
 

@@ -6,18 +6,24 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
+import folder_paths
 import torch
 from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
+from safetensors.torch import load_file
 
+from nodes import ControlNetApplyAdvanced
 from onestep.core.errors import OneStepError
 from onestep.core.guidance import MODES, Steering
 from onestep.core.recipe import Recipe
 from onestep.nodes.adapt import adapted
+from onestep.nodes.control import LoadControlAdapter
 from onestep.nodes.denoiser import conditionings
 from onestep.nodes.guidance_adapter import guided_model
 from onestep.nodes.refusals import refuse_encoder
 from onestep.nodes.sample import OneStepSample
 from onestep.nodes.steer import steered_model
+
+folder_paths.add_model_folder_path("controlnet", str(WORK))
 
 
 def pictures(host):
@@ -50,12 +56,18 @@ def steered(model, clip):
     recipe = Recipe.from_json(told["recipe"])
     start = {"samples": torch.zeros(1, 16, 1, 4, 4)}
     models = {mode: steered_model(model, negative, Steering(mode), empty=empty) for mode in MODES} | {"none": model}
+    net = LoadControlAdapter.execute("control.safetensors").args[0]
+    picture = load_file(WORK / "picture.safetensors")["picture"].movedim(1, -1).expand(-1, -1, -1, 3)
+    controlled, _ = ControlNetApplyAdvanced().apply_controlnet(positive, positive, net, picture, 1.0, 0.0, 1.0)
     models["guided"] = guided_model(model, WORK / "guidance.safetensors", 4.0)
     return {
         f"steered {mode}": model.model.process_latent_in(
-            OneStepSample.execute(one, positive, start, recipe, 5).args[0]["samples"]
+            OneStepSample.execute(one, words, start, recipe, 5).args[0]["samples"]
         ).squeeze(2)
-        for mode, one in models.items()
+        for mode, one, words in (
+            *((mode, one, positive) for mode, one in models.items()),
+            ("by control", model, controlled),
+        )
     }
 
 
