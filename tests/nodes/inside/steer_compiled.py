@@ -53,6 +53,7 @@ def measured(kind, guarded, forms):
 with torch.inference_mode():
     told["sd15"] = measured("sd15", False, ("nasa", "vsf", "perp"))
     told["flux"] = measured("flux", False, ("vsf", "nag"))
+    told["flux2"] = measured("flux2", False, ("vsf", "nag"))
     told["wan"] = measured("wan", False, ("nasa",))
     told["sd3"] = measured("sd3", False, ("nag", "perp"))
     told["sd3 guarded"] = measured("sd3", True, ("nag",))
