@@ -62,6 +62,8 @@ OWN_FILES = (
     *("diffusion_models/flux-2-klein-base-4b.safetensors", "vae/flux2-vae.safetensors"),
     *("diffusion_models/anima-base-v1.0.safetensors", "text_encoders/qwen_3_06b_base.safetensors"),
     "vae/qwen_image_vae.safetensors",
+    "diffusion_models/qwen_image_2512_fp8_e4m3fn.safetensors",
+    "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
 )
 # What a user gets wrong: which node's widgets are set to what. Two are refused as they are queued, one as it runs.
 ERRORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

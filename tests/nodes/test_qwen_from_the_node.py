@@ -3,6 +3,7 @@ comes out draws one picture by core's nodes, by ours and in diffusers."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from comfy_graphs import distil, latents, text
 from comfy_support import running_server
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from small_runs import small
 from tiny_pipelines import video_vae
 
 from onestep.cli.inspect import describe
@@ -166,3 +168,27 @@ def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: An
     told["distil"]["inputs"]["sizes"] = "48x64"
     assert "multiples of 32 pixels" in comfy_server.run(told).error
     assert not (comfy_server.base / "output" / "onestep" / "q-refused").exists()
+
+
+def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
+    """Workflow 14 with the tiny folder in the place of a person's files, cut short."""
+    read = (root / "workflows" / "api" / "14 distil Qwen-Image.json").read_text(encoding="utf-8")
+    told, slots = json.loads(read), {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+    loaders = {key: slots[node["class_type"]] for key, node in told.items() if node["class_type"] in slots}
+    for node in told.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders:
+                node["inputs"][name] = ["model", loaders[value[0]]]
+    told = {key: node for key, node in told.items() if key not in loaders}
+    told["model"] = {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}}
+    (trainer,) = (node["inputs"] for node in told.values() if node["class_type"] == "OneStepDistil")
+    trainer |= small("cdm", steps=2, learning_rate=0.05)
+    trainer |= {"sizes": "32x32", "student_steps": "4", "teacher_steps": 2, "rank": 2}
+    (size,) = (node["inputs"] for node in told.values() if node["class_type"] == "EmptySD3LatentImage")
+    size |= {"width": 64, "height": 64}
+    (show,) = (key for key, node in told.items() if node["class_type"] == "PreviewImage")
+    finished = comfy_server.run(told)
+    assert finished.status == "success", finished.error
+    (drawn,) = comfy_server.images(finished, show)
+    height, width = drawn.shape[:2]
+    assert width == 2 * height + 8 and (drawn[:, :height] != drawn[:, -height:]).mean() > 0.02
