@@ -21,7 +21,9 @@ from .families.family import Block
 from .role_map import RoleMap
 from .targets import Target
 
-_UNET = re.compile(r"(?:down_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\.")
+_UNET = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\."
+)
 _DIT = re.compile(r"(single_)?(?:transformer_blocks|layers)\.(\d+)\.")
 
 
@@ -38,7 +40,7 @@ class Features:
         count: int,
         active: Callable[[], RoleMap] = RoleMap,
     ) -> None:
-        found = _in_order(targets, blocks)
+        found = {name: block for name, block in in_order(targets, blocks).items() if not name.startswith("up_blocks")}
         if not found:
             raise OneStepError(
                 "this base has no blocks with adapted layers that a discriminator's head could look at: choose a "
@@ -51,23 +53,56 @@ class Features:
     def kept(self, latents: Tensor) -> Iterator[list[Tensor]]:
         """Within, one call of the denoiser about ``latents`` [B, C, h, w]; after it its features are there, one a
         block."""
-        kept: list[list[Tensor]] = [[] for _ in self._blocks]
-        rows: list[int] = []
-        found: list[Tensor] = []
-
-        def keep(place: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # a copy: ComfyUI's Flux writes what the next block adds into the same memory
-            kept[place].append(as_picture(block_of(block), output, latents.shape[-2:]).clone())
-            if place == 0:
-                rows.extend(self._active().rows)
-
-        handles = [block.register_forward_hook(partial(keep, place)) for place, block in enumerate(self._blocks)]
-        try:
+        # a copy: ComfyUI's Flux writes what the next block adds into the same memory
+        with seen(self._blocks, latents, torch.clone, self._active) as found:
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-        found.extend(_in_rows(parts, rows) for parts in kept if parts)
+
+
+class Deviations:
+    """How much each channel of each block of a U-Net or a transformer varies over the picture. targets, active: as of
+    `Features`. None of them where no block has adapted layers."""
+
+    def __init__(
+        self, targets: Mapping[str, Target], blocks: Iterable[nn.Module], active: Callable[[], RoleMap] = RoleMap
+    ) -> None:
+        self._blocks, self._active = list(in_order(targets, blocks).values()), active
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @contextmanager
+    def kept(self, latents: Tensor) -> Iterator[list[Tensor]]:
+        """Within, one call of the denoiser about ``latents`` [B, C, h, w]; after it [B, channels] of each block."""
+        with seen(self._blocks, latents, _deviation, self._active) as found:
+            yield found
+
+
+def _deviation(picture: Tensor) -> Tensor:
+    return picture.flatten(2).float().std(2, correction=0)
+
+
+@contextmanager
+def seen(
+    blocks: Sequence[nn.Module], latents: Tensor, read: Callable[[Tensor], Tensor], active: Callable[[], RoleMap]
+) -> Iterator[list[Tensor]]:
+    """Within, one call of a denoiser about ``latents``; after it what ``read`` made of each block's picture [B,
+    channels, rows, columns]."""
+    kept: list[list[Tensor]] = [[] for _ in blocks]
+    rows: list[int] = []
+    found: list[Tensor] = []
+
+    def keep(place: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept[place].append(read(as_picture(block_of(block), output, latents.shape[-2:])))
+        if place == 0:
+            rows.extend(active().rows)
+
+    handles = [block.register_forward_hook(partial(keep, place)) for place, block in enumerate(blocks)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found.extend(_in_rows(parts, rows) for parts in kept if parts)
 
 
 def _in_rows(parts: list[Tensor], rows: list[int]) -> Tensor:
@@ -107,7 +142,7 @@ def _grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
     )
 
 
-def _in_order(targets: Mapping[str, Target], blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+def in_order(targets: Mapping[str, Target], blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """The blocks that can be looked at by canonical name, in the order in which the network comes to them."""
     owners = {layer: block for block in blocks for layer in block.modules()}
     found: dict[nn.Module, tuple[tuple[int, ...], str]] = {}
@@ -122,9 +157,10 @@ def _place(name: str) -> tuple[tuple[int, ...], str] | None:
     """(the place of the block that holds the layer ``name`` among the others, its name)."""
     unet, dit = _UNET.match(name), _DIT.match(name)
     if unet is not None:
-        level, kind, index, inner = unet.groups()
+        half, level, kind, index, inner = unet.groups()
         # a level is a residual block, then its attention, then the next residual block
-        order = (10**6 if level is None else int(level), 2 * int(index) + (kind == "attentions"), int(inner or 0))
+        first = 10**6 if half is None else int(level) + 2 * 10**6 * (half == "up")
+        order = (first, 2 * int(index) + (kind == "attentions"), int(inner or 0))
         return order, unet[0].rstrip(".")
     return None if dit is None else ((bool(dit[1]), int(dit[2])), dit[0].rstrip("."))
 

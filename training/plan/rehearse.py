@@ -38,7 +38,7 @@ from .rehearsed import Rehearsed as Rehearsed
 from .trace import DECODE as DECODE
 from .trace import Count
 
-PROMPTS, REFERENCE, WATCH, OPTIMIZER = "prompts", "reference", "watch", "optimiser"
+PROMPTS, REFERENCE, WATCH, LOOK, OPTIMIZER = "prompts", "reference", "watch", "look", "optimiser"
 FORWARD, MOMENTS = "forward", "moments"
 INITIAL = "initial LoRA"
 """What lies under an adapter module, and does not learn."""
@@ -147,7 +147,10 @@ class _Rehearsal:
             self._label_moments(trainer)
         if watch is not None:
             with part(WATCH):
-                watch(self.host, setup.recipe, EMA if settings.ema else STUDENT)
+                drawn = watch.student(self.host, setup.recipe, EMA if settings.ema else STUDENT)
+            if watch.by_look(self.host):
+                with part(LOOK):
+                    watch.look(self.host, drawn)
         if settings.preview_every:
             self.host.decode(torch.empty(1, *setup.prompts.shapes[setup.prompts.sizes[0]], device=self.host.device))
         with part(FORWARD):

@@ -9,7 +9,7 @@ from ..data.pairs import MADE
 from ..settings import Settings
 from ..watch.measures import EACH
 from .cards import Card
-from .rehearse import DECODE, FORWARD, REFERENCE, WATCH, Rehearsed
+from .rehearse import DECODE, FORWARD, LOOK, REFERENCE, WATCH, Rehearsed
 
 LAUNCH = 10e-6
 """Seconds in which a fast processor hands the card an operation: it may not be quicker than that."""
@@ -94,6 +94,9 @@ def _seconds(once: _Once) -> dict[str, float]:
         shown = min(settings.preview_samples, -(-samples // EACH))
         previews = 2 * shown * once.decode() * _times(settings.preview_every, played)
         found[WATCHING] += samples * beside.watch * once.work(WATCH) * drawn + previews
+    if LOOK in played.count.names:
+        # the teacher's pictures are looked at once, and at the end both of those that may be the result
+        found[WATCHING] += samples * once.work(LOOK) * (_times(settings.watch_every, played) + 3)
     return found
 
 

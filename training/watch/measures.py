@@ -21,6 +21,7 @@ from ..engine.setup import Setup
 from ..engine.turns import Numbers
 from ..host import Host
 from ..settings import Settings
+from .look import apart, look, looks
 from .reference import Latents, Reference
 
 EACH = 4
@@ -31,14 +32,14 @@ EACH = 4
 class Watch:
     """Student against teacher on fixed prompts and fixed noise, in latents.
 
-    distance: sliced Wasserstein between their 3x3 patches, 0 = same distribution of detail.
+    distance: how far apart they look to the frozen base (`look`), 0 = alike; of a base without blocks the detail.
+    detail: sliced Wasserstein between their 3x3 patches, 0 = same distribution of detail.
     content: rms of each prompt's mean picture against the teacher's, over the teacher's rms.
     variety: mean distance between pictures of one prompt, as a share of the teacher's.
     spread: standard deviation of all latents, as a share of the teacher's; above 1 is burnt, below 1 is dull.
 
     Where there is a "plain" drawing to compare with, as a control's or a negative's student has it, distance is what
-    the student misses of what it is asked for, as a share of what the plain drawing misses; and what is distance above
-    is called detail.
+    the student misses of what it is asked for, as a share of what the plain drawing misses.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class Watch:
     latents: Latents
     reference: Reference
     slices: Slices
+    seen: list[Tensor] | None = None  # of the teacher's latents, once they are looked at
 
     @classmethod
     def prepare(
@@ -82,12 +84,32 @@ class Watch:
     def measured(self, host: Host, found: Tensor) -> Numbers:
         """The measures of a student's latents on the watch's prompts and noise."""
         numbers = compare(found, self.teacher, min(EACH, len(self.noise)))
+        if self.by_look(host):
+            return numbers | {"distance": self.looked(host, found)}
         if "plain" not in self.latents:
             return numbers
         missed, plain = (self.reference.missed(host, self.latents, x) for x in (found, self.latents["plain"]))
         # nothing to be asked for: no share of it is missed
         share = missed / plain if plain > 1e-6 else math.nan
-        return numbers | {"detail": numbers["distance"], "distance": share}
+        return numbers | {"distance": share}
+
+    def by_look(self, host: Host) -> bool:
+        """Whether the distance is the base's look."""
+        return "plain" not in self.latents and len(looks(host)) > 0
+
+    def looked(self, host: Host, found: Tensor) -> float:
+        """How far a student's latents look from the teacher's."""
+        self.seen = self.seen or self.look(host, self.teacher)
+        return apart(self.look(host, found), self.seen)
+
+    def look(self, host: Host, latents: Tensor) -> list[Tensor]:
+        """Of each of the base's blocks [N, channels] on the CPU, of latents on the watch's prompts."""
+        at = looks(host)
+
+        def made(part: Batch, x: Tensor) -> Latents:
+            return {f"{place}": value for place, value in enumerate(look(host, at, part, x))}
+
+        return list(in_slices(host, self.batch, latents, made, self.slices).values())
 
     def student(self, host: Host, recipe: Recipe, role: str) -> Tensor:
         """``role``'s latents on the watch's prompts and noise, with its adapter's inputs, [N, C, h, w] on the CPU."""
@@ -139,8 +161,10 @@ def in_slices(
 def compare(student: Tensor, teacher: Tensor, each: int) -> Numbers:
     """The watch's measures of latents [N, C, h, w], ``each`` of one prompt after the other."""
     centre = (student - teacher).unflatten(0, (-1, each)).mean(1).square().mean().sqrt()
+    detail = patch_distance(student, teacher)
     return {
-        "distance": patch_distance(student, teacher),
+        "distance": detail,
+        "detail": detail,
         "content": float(centre / teacher.square().mean().sqrt()),
         "variety": variety(student, each) / max(variety(teacher, each), 1e-12),
         "spread": float(student.std() / teacher.std()),
