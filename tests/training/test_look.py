@@ -12,8 +12,7 @@ from small_host import SmallHost, setup_of, small
 from onestep.core.memory import Slices
 from onestep.core.roles import TEACHER
 from onestep.training.engine.inputs import recipe_of
-from onestep.training.evaluation.measures import energy_distance
-from onestep.training.watch.look import SHARE, apart, looks
+from onestep.training.watch.look import SHARE, apart, energy_distance, looks
 from onestep.training.watch.measures import Watch, patch_distance
 from onestep.training.watch.reference import by_teacher
 

@@ -64,13 +64,6 @@ def covariance(x: Tensor) -> Tensor:
     return centred.T @ centred / max(1, len(x) - 1)
 
 
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of features [N, F] and [M, F], of all pairs: never below 0, and 0 of
-    equal sets (Szekely and Rizzo 2013, Eq. 2.5); float64."""
-    a, b = a.double(), b.double()
-    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
-
-
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Unbiased squared MMD of features [N, F] and [M, F], k(x, y) = (x y / F + 1)^3: KID (arXiv:1801.01401, Eq. 4)."""
     a, b = a.double(), b.double()
