@@ -19,6 +19,7 @@ from onestep.training.runs.run import Run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
 FOLDERS = {
+    "sd3": tiny_folders.sd3_folder,
     "klein": tiny_folders.klein_folder,
     "z_image": tiny_folders.z_image_folder,
 }

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from onestep.pipelines.distill import distill
+from onestep.pipelines.load import load
 
 RUN = {"student_steps": 4, "warm_start": 1, "critic_warm_up": 1, "critic_updates": 1, "pairs": 2, "batch": 2}
 RUN |= {"steps": 4, "rank": 2, "sizes": "32x32", "teacher_steps": 2, "watch_samples": 4, "preview_every": 0}
@@ -22,7 +22,7 @@ RUN |= {"save_every": 1, "ema": 0.5, "learning_rate": 0.01}
 
 
 def ran(model: Path, out: Path, **more: Any) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe = load(model)
     return distill(pipe, ["a red dragon", "a wall"], "dmd", out=out, existing="continue", **RUN, **more)
 
 
