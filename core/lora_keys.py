@@ -9,7 +9,7 @@ from functools import cache
 
 from .errors import OneStepError
 from .families import FAMILIES
-from .families.later import LATER_KEYS
+from .families.later import LATER_KEYS, LATER_SHARED
 from .families.table import Row
 
 # What is behind the path of the layer, in the dialects that exist.
@@ -179,8 +179,10 @@ def refuse_families(keys: Iterable[str], wanted: str | None = None) -> None:
     text = "\n".join(keys)
     own = [known for name, known in FAMILIES.items() if name == wanted or re.search(known.keys, text)]
     for key in keys:
-        family = next((family for pattern, family in LATER_KEYS.items() if re.search(pattern, key)), None)
-        if family is not None and not any(re.search(known.shared, key) for known in own):
+        shared = any(re.search(known.shared, key) for known in own)
+        later = LATER_KEYS if shared else LATER_KEYS | LATER_SHARED
+        family = next((family for pattern, family in later.items() if re.search(pattern, key)), None)
+        if family is not None:
             served = ", ".join(spec.title for spec in FAMILIES.values())
             raise OneStepError(f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {served}.")
 

@@ -1,0 +1,38 @@
+"""LoRAs of known families that are not served are refused by name, also where their attention's names are another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from onestep.core.errors import OneStepError
+from onestep.core.families import FAMILIES
+from onestep.core.lora_file import load_lora
+
+KEYS = [
+    ("transformer.transformer_blocks.0.attn.to_gate", "Krea 2"),
+    ("lora_unet_transformer_blocks_3_attn_to_gate", "Krea 2"),
+    ("diffusion_model.blocks.7.attn.wq", "Krea 2"),
+    ("diffusion_model.txtfusion.projector", "Krea 2"),
+    ("transformer.text_fusion.refiner_blocks.0.ff.up", "Krea 2"),
+    ("diffusion_model.distilled_guidance_layer.in_proj", "Chroma"),
+    ("diffusion_model.joint_transformer_blocks.0.attn.to_q", "AuraFlow"),
+    ("diffusion_model.double_stream_blocks.0.block.attn1.to_q", "HiDream"),
+    ("diffusion_model.double_blocks.0.img_attn_qkv", "HunyuanVideo"),
+]
+
+
+@pytest.mark.parametrize(("layer", "whose"), KEYS)
+@pytest.mark.parametrize("wanted", [None, "sd3", "qwen_image"])
+def test_a_later_familys_lora_is_refused_by_name(layer: str, whose: str, wanted: str | None, tmp_path: Path) -> None:
+    """The attention's other layers, whose names SD3 and Qwen-Image have too, come before it in the file."""
+    keys = ["transformer.transformer_blocks.0.attn.to_q", layer] if "transformer_blocks" in layer else [layer]
+    ends = ("lora_down", "lora_up") if layer.startswith("lora_unet") else ("lora_A", "lora_B")
+    tensors = {f"{key}.{end}.weight": torch.ones(2, 2) for key in keys for end in ends}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(OneStepError, match=f"This LoRA is for {whose} .*not served: use one for") as refused:
+        load_lora(tmp_path / "a.safetensors", family=wanted)
+    assert all(known.title in str(refused.value) for known in FAMILIES.values())
