@@ -56,7 +56,7 @@ def adapted(model: Any, clip: Any, vae: Any, *, targets: str = "all") -> Iterato
     """
     refuse_patches(model)
     # before gigabytes are read for the copy
-    refuse_variant(detect(model.model.diffusion_model), model.model)
+    refuse_variant(detect(model.model.diffusion_model), model.model, name_of(model))
     refuse_foreign(model.model.diffusion_model)
     refuse_broken(model.model.diffusion_model)
     if clip is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_base
 
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_comfy, detect, refuse_text, select
+from ..core.families import FAMILIES, bind_comfy, detect, refuse_name, refuse_text, select
 from ..training.engine.donor import read_initial
 from ..training.settings import Settings
 from .denoiser import conditionings
@@ -46,8 +46,9 @@ def _strange_options(model: Any) -> list[str]:
     return found
 
 
-def refuse_variant(family: str, model: Any) -> None:
-    """Models of a known network that are told more than a text."""
+def refuse_variant(family: str, model: Any, name: str) -> None:
+    """Models of a known network that are told more than a text. name: of the checkpoint."""
+    refuse_name(family, name)
     config, wanted = model.model_config.unet_config, model.latent_format.latent_channels
     channels = config.get("in_channels", wanted)
     # Qwen-Image's configuration counts those of a whole patch

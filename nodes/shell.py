@@ -75,8 +75,8 @@ class Shell:
         refuse_patches(model)
         self.family = detect(model.model.diffusion_model)
         self._known = FAMILIES[self.family]
-        refuse_variant(self.family, model.model)
         self.name, self.device = name_of(model), META
+        refuse_variant(self.family, model.model, self.name)
         self.model = hollow(model.model)
         self.network = self.model.diffusion_model
         keep_stored(self.network)

@@ -6,7 +6,6 @@ Configurations and CLIP's tokenizer lie in configs/. Each module is asked for it
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import diffusers
 import torch
 
 from ..core.errors import OneStepError
-from ..core.families import choices
+from ..core.families import choices, named
 from ..core.families.later import LATER_MARKS
 from ..core.tensor_file import Header, read_header
 from .clip_tokenizer import clip_tokenizer
@@ -127,7 +126,7 @@ def predicts_v(path: Path, header: Header, kind: Kind) -> bool:
 def _what_else(keys: Collection[str], name: str) -> str:
     """What a file is that is no checkpoint of a U-Net, and what to do."""
     text, parts = "\n".join(keys), {part for key in keys for part in key.split(".")}
-    flux2, editing = "double_stream_modulation_img" in parts, re.search(r"(?<![a-z])kv(?![a-z])", name.lower())
+    flux2, editing = "double_stream_modulation_img" in parts, named("flux2", name)
     later = next((title for mark, title in LATER_MARKS.items() if parts.issuperset(mark.split("."))), "")
     signs: list[tuple[Callable[[str], bool], str]] = [
         (lambda t: "lora_" in t, "is a LoRA, not a checkpoint: give it as the LoRA, with its base as the model"),
@@ -136,8 +135,7 @@ def _what_else(keys: Collection[str], name: str) -> str:
             lambda t: "noise_refiner." in t and "x_pad_token" in parts,
             f"is a Z-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),
-        # its weights have the shapes of klein 9B's
-        (lambda t: flux2 and bool(editing), f"is FLUX.2 klein KV (editing), which is not served: use {choices()}"),
+        (lambda t: flux2 and bool(editing), f"is {editing}, which is not served: use {choices()}"),
         (
             lambda t: flux2,
             f"is a FLUX.2 checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",

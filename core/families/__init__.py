@@ -22,7 +22,7 @@ from .anima import ANIMA
 from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
-from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_PIPELINES, WAN_STEERING
+from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_NAMES, LATER_PIPELINES, WAN_STEERING
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .table import Row, natural
@@ -67,6 +67,18 @@ def _has(network: nn.Module, path: str) -> bool:
     start: Any = network
     found = reduce(lambda inside, name: getattr(inside, name, None), path.split("."), start)
     return found is not None and found is not False
+
+
+def named(family: str, name: str) -> str:
+    """Whose a network of ``family`` is by its file's ``name``, where it is another model's; "" where it is not."""
+    titles = LATER_NAMES.items()
+    return next((title for (own, way), title in titles if own == family and re.search(way, name.lower())), "")
+
+
+def refuse_name(family: str, name: str) -> None:
+    """Raises OneStepError for a network of ``family`` whose file's ``name`` is another model's."""
+    if title := named(family, name):
+        raise OneStepError(f"{name[:80]} is {title}, which is not served: use {choices()}.")
 
 
 def refuse_pipeline(name: str) -> None:

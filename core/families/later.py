@@ -48,6 +48,12 @@ LATER_PIPELINES = {
     "Cosmos2_5_PredictBasePipeline": "Cosmos-Predict2.5",
 }
 
+# Files whose weights have a served family's names and shapes: by the family and what their names have.
+LATER_NAMES = {
+    ("flux2", r"(?<![a-z])kv(?![a-z])"): "FLUX.2 klein KV (editing)",
+    ("qwen_image", r"qwen.?image.?edit"): "Qwen-Image-Edit",
+}
+
 # Their text encoders, by how wide the tokens are.
 LATER_ENCODERS = {
     2304: "Lumina 2's Gemma-2-2B",

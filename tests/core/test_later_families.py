@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from onestep.core.errors import OneStepError
-from onestep.core.families import FAMILIES
+from onestep.core.families import FAMILIES, refuse_name
 from onestep.core.lora_file import load_lora
 
 KEYS = [
@@ -36,3 +36,24 @@ def test_a_later_familys_lora_is_refused_by_name(layer: str, whose: str, wanted:
     with pytest.raises(OneStepError, match=f"This LoRA is for {whose} .*not served: use one for") as refused:
         load_lora(tmp_path / "a.safetensors", family=wanted)
     assert all(known.title in str(refused.value) for known in FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "whose"),
+    [
+        ("qwen_image", "qwen_image_edit_2509_fp8_e4m3fn", "Qwen-Image-Edit"),
+        ("qwen_image", "Qwen-Image-Edit-Lightning", "Qwen-Image-Edit"),
+        ("flux2", "flux-2-klein-9b-kv", "FLUX.2 klein KV"),
+    ],
+)
+def test_an_editing_model_of_the_same_weights_is_known_by_its_files_name(family: str, name: str, whose: str) -> None:
+    with pytest.raises(OneStepError, match=f"{name} is {whose}.*, which is not served: use "):
+        refuse_name(family, name)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("qwen_image", "qwen_image_2512"), ("qwen_image", "edited-portraits-qwen"), ("flux2", "kvass"), ("unet", "a-kv")],
+)
+def test_other_names_are_nobodys(family: str, name: str) -> None:
+    refuse_name(family, name)
