@@ -21,7 +21,7 @@ from updates import direct, trainer_of
 from onestep.training.engine.student import LARGE
 from onestep.training.plan.cards import GIB, Card, found_card
 from onestep.training.plan.ladder import planned
-from onestep.training.plan.rehearse import REFERENCE, WATCH
+from onestep.training.plan.rehearse import LOOK, REFERENCE, WATCH
 from onestep.training.plan.rungs import YIELDING, Rung, Way, rung_of
 from onestep.training.plan.storage import FP8, NF4
 from onestep.training.settings import Settings
@@ -81,7 +81,8 @@ def on_part(run: Run, name: str, settings: Settings, gb: int) -> Sequence[Any]:
 
 def _row(run: Run, host: Any, settings: Settings, rung: Rung) -> tuple[Any, ...]:
     """Moments are there from the second update on, which is measured; then the time of three."""
-    update = max(peak.bytes for part, peak in rung.parts.items() if part not in (*YIELDING, REFERENCE, WATCH)) / GIB
+    others = (*YIELDING, REFERENCE, WATCH, LOOK)
+    update = max(peak.bytes for part, peak in rung.parts.items() if part not in others) / GIB
     with trainer_of(host, settings, rung.way) as trainer:
         trainer.step(0)
         found = whole_peak(run.device, lambda: trainer.step(1)) / GIB

@@ -47,6 +47,16 @@ def test_apart_is_the_mean_over_blocks_in_units_of_the_teachers_deviation() -> N
     assert np.isfinite(apart([torch.zeros(4, 2)], [torch.zeros(4, 2)]))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_picture_that_is_no_number_is_no_distance(bad: float) -> None:
+    """0 would be the best of all: the choice and "no gain" would take it."""
+    teacher = [torch.randn(8, 4), torch.randn(8, 9)]
+    for block in range(2):
+        student = [value.clone() for value in teacher]
+        student[block][3, 1] = bad
+        assert np.isnan(apart(student, teacher))
+
+
 def test_the_watch_sees_what_the_base_sees(tmp_path: Path) -> None:
     """Written out by hand: the base at 0.3 of its time, deviations over the positions of each block's answer."""
     host, settings = SmallHost(), small(watch_samples=8, teacher_steps=2)
@@ -76,6 +86,9 @@ def test_the_watch_sees_what_the_base_sees(tmp_path: Path) -> None:
         assert numbers["distance"] == pytest.approx(apart(*seen), rel=1e-4)
         assert numbers["detail"] == pytest.approx(patch_distance(found, watch.teacher), rel=1e-6)
         assert watch.measured(host, watch.teacher)["distance"] == pytest.approx(0, abs=1e-5)
+        broken = found.clone()
+        broken[5] = torch.nan
+        assert np.isnan(watch.measured(host, broken)["distance"])
         again = Watch.prepare(setup, by_teacher(setup), watch.latents, slices=Slices(3, "the watch's pictures"))
         assert again.measured(host, found)["distance"] == pytest.approx(numbers["distance"], rel=1e-4)
 

@@ -42,9 +42,10 @@ def look(host: Host, at: Deviations, batch: Batch, latents: Tensor) -> list[Tens
 
 
 def apart(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> float:
-    """The root of the mean over blocks of the energy distance of features [N, F], each per root of F; 0 or more."""
+    """The root of the mean over blocks of the energy distance of features [N, F], each per root of F; 0 or more, and
+    NaN where a feature is no number."""
     pairs = list(zip(student, teacher, strict=True))
-    return math.sqrt(max(0.0, sum(_scaled(ours, theirs) for ours, theirs in pairs) / len(pairs)))
+    return math.sqrt(sum(_scaled(ours, theirs) for ours, theirs in pairs) / len(pairs))
 
 
 def _scaled(ours: Tensor, theirs: Tensor) -> float:
@@ -55,6 +56,7 @@ def _scaled(ours: Tensor, theirs: Tensor) -> float:
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
     """2 E|a - b| - E|a - a'| - E|b - b'| of features [N, F] and [M, F], of all pairs: never below 0, and 0 of
-    equal sets (Szekely and Rizzo 2013, Eq. 2.5); float64."""
+    equal sets (Szekely and Rizzo 2013, Eq. 2.5), NaN where a number is none; float64."""
     a, b = a.double(), b.double()
-    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+    found = 2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()
+    return float(found.clamp_min(0))  # of rounding; Python's max(0, NaN) is 0
