@@ -37,7 +37,7 @@ def made_of(model: Any, device: torch.device, text: Tensor, told: dict[str, Any]
     """[n, L, C] that a model's network reads of a CONDITIONING's text and what is told beside it, on ``device``: its
     own where it makes one."""
     network = model.diffusion_model
-    refuse_without_ids(network, told)
+    refuse_without_ids(network, told, text.shape[-1])
     name, dtype = FAMILIES[detect(network)].token_ids, model.get_dtype_inference()
     if not name:
         return text.to(device)
@@ -45,13 +45,13 @@ def made_of(model: Any, device: torch.device, text: Tensor, told: dict[str, Any]
     return network.preprocess_text_embeds(text.to(device, dtype), told[name][None].to(device), strengths)  # type: ignore[no-any-return]
 
 
-def refuse_without_ids(network: nn.Module, told: dict[str, Any]) -> None:
+def refuse_without_ids(network: nn.Module, told: dict[str, Any], width: int) -> None:
     """Raises OneStepError for a CONDITIONING of another model's encoder: with token ids where none are read, or
-    without."""
+    without. width: of its text's tokens, which the network reads."""
     known = FAMILIES[detect(network)]
+    right = known.encoders.get(width, next(iter(known.encoders.values())))
     names = {family.token_ids: family for family in FAMILIES.values() if family.token_ids}
     if known.token_ids and known.token_ids not in told:
-        (right, *_) = known.encoders.values()
         raise OneStepError(
             f"the text encoder gives no token ids beside its text, from which {known.short} makes its own: load "
             f"{right.name} (in ComfyUI: {right.loader})"
@@ -59,7 +59,6 @@ def refuse_without_ids(network: nn.Module, told: dict[str, Any]) -> None:
     others = [family for name, family in names.items() if name in told and name != known.token_ids]
     if others:
         (theirs, *_) = others[0].encoders.values()
-        (right, *_) = known.encoders.values()
         raise OneStepError(
             f"the text encoder is {theirs.name}, whose text this model does not read: load {right.name} (in ComfyUI: "
             f"{right.loader})"

@@ -63,8 +63,8 @@ def refuse_variant(family: str, model: Any, name: str) -> None:
 def refuse_encoder(clip: Any, model: Any) -> None:
     """Raises OneStepError for another model's text encoder."""
     ((text, told),) = conditionings(clip, [""])
-    refuse_without_ids(model.diffusion_model, told)
     refuse_text(detect(model.diffusion_model), model.model_config.unet_config, text.shape[-1])
+    refuse_without_ids(model.diffusion_model, told, text.shape[-1])
 
 
 def refuse_initial(settings: Settings, model: Any) -> None:

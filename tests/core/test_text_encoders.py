@@ -10,6 +10,7 @@ from published_networks import IN_COMFY, PUBLISHED, on_meta
 
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES, refuse_text
+from onestep.nodes.own_text import refuse_without_ids
 
 WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "sd3": 4096, "sd35_medium": 4096, "flux": 4096, "z_image": 2560}
 WIDTHS |= {"qwen_image": 3584, "klein_4b": 7680, "klein_9b": 12288, "flux2_dev": 15360, "anima": 1024}
@@ -38,3 +39,13 @@ def test_anothers_is_refused_with_whose_it_is(name: str, found: int, why: str) -
     with pytest.raises(OneStepError) as refused:
         refuse_text(PUBLISHED[name][0], IN_COMFY[name], found)
     assert re.search(why, str(refused.value)) and len(str(refused.value)) < 250, refused.value
+
+
+@pytest.mark.parametrize(("name", "right"), [("sd2", "load SD2's CLIP-H "), ("klein_9b", "load .*9B's Qwen3-8B ")])
+def test_animas_is_refused_with_what_this_model_reads(name: str, right: str) -> None:
+    """Anima's tokens are as wide as SD2's, and tell themselves by the ids beside them."""
+    ids = {FAMILIES["anima"].token_ids: None}
+    with pytest.raises(OneStepError, match=f"is Anima's Qwen3-0.6B, whose text this model does not read: {right}"):
+        refuse_without_ids(on_meta(name), ids, WIDTHS[name])
+    refuse_without_ids(on_meta(name), {}, WIDTHS[name])
+    refuse_without_ids(on_meta("anima"), ids, WIDTHS["anima"])
