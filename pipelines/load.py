@@ -121,18 +121,37 @@ def load_folder(folder: Path, dtype: torch.dtype) -> Any:
 
 def _assembled(folder: Path, cls: Any, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """A modular pipeline of the parts that lie in the folder, wherever its index says that they came from."""
-    entries = {name: entry[:2] for name, entry in index.items() if isinstance(entry, list) and _present(index, name)}
-    entries = {name: entry for name, entry in entries.items() if name in part_names(cls) and (folder / name).is_dir()}
+    told = {name: _class_told(entry) for name, entry in index.items() if isinstance(entry, list)}
+    wanted = [name for name in told if name in part_names(cls) and (folder / name).is_dir()]
+    entries = {name: told[name] for name in wanted if _present(told, name)}
     if absent := sorted(loaded_names(cls) - set(entries)):
         raise OneStepError(f"{folder.name[:80]} has no {absent[0]}: give the folder of a whole {cls.__name__}")
     parts = load_parts(folder, entries, WEIGHTS, dtype)
     for name in sorted(set(entries) - set(parts)):
-        library, kind = entries[name]
-        made = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
-        if made is None:
-            raise OneStepError(f"{folder.name[:80]}'s {name} is a {str(kind)[:60]}, which is not known here")
+        made = _without_weights(folder, name, entries[name])
         parts[name] = attempt(folder / name, partial(made.from_pretrained, folder / name, local_files_only=True))
-    return attempt(folder, lambda: made_of(cls, parts))
+    pipe = attempt(folder, lambda: made_of(cls, parts))
+    pipe._pretrained_model_name_or_path = str(folder)  # as its own from_pretrained keeps it
+    return pipe
+
+
+def _class_told(entry: list[Any]) -> Any:
+    """[library, class] of an entry in a modular index, which holds them in a hint alone where diffusers wrote it of a
+    part that it had not loaded."""
+    hint = entry[-1].get("type_hint") if entry[:2] == [None, None] and isinstance(entry[-1], dict) else None
+    return hint if isinstance(hint, list) else entry[:2]
+
+
+def _without_weights(folder: Path, name: str, entry: Any) -> Any:
+    """The class of a tokenizer or a scheduler. entry: [library, class]."""
+    library, kind = entry if isinstance(entry, list) and len(entry) == 2 else ("", entry)
+    made: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(kind), None)
+    if not hasattr(made, "from_pretrained") or issubclass(made, torch.nn.Module):
+        raise OneStepError(
+            f"{folder.name[:80]}'s {name} is {str(entry)[:80]}, which is not known here: use a folder that diffusers "
+            "saved"
+        )
+    return made
 
 
 def read_index(folder: Path) -> dict[str, Any]:

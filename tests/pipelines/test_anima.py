@@ -153,6 +153,35 @@ def test_a_folder_without_a_part_is_refused_with_its_name(folder: Path, tmp_path
             load(place)
 
 
+def test_a_folder_whose_index_has_hints_alone_is_loaded_and_keeps_its_name(folder: Path, tmp_path: Path) -> None:
+    """As diffusers writes the index of parts that it has not loaded: their classes stand in their hints alone."""
+    index = json.loads((folder / "modular_model_index.json").read_text())
+    parts = {name for name, entry in index.items() if isinstance(entry, list)}
+    assert {"transformer", "t5_tokenizer", "scheduler"} <= parts
+    place = tmp_path / "my anima"
+    place.mkdir()
+    for name in parts:
+        (place / name).symlink_to(folder / name)
+        assert index[name][2]["type_hint"] == index[name][:2]
+    hinted = {name: [None, None, entry[2]] if name in parts else entry for name, entry in index.items()}
+    (place / "modular_model_index.json").write_text(json.dumps(hinted))
+    pipe = load(place)
+    assert torch.equal(pipe.transformer.proj_out.weight, load(folder).transformer.proj_out.weight)
+    host = adapt(pipe)
+    assert host.name == "my anima" and host.made_of == [("base", "my anima", place)]
+
+
+@pytest.mark.parametrize("entry", [["transformers", "Qwen3Model"], ["transformers", "logging"], ["transformers"], "x"])
+def test_a_folder_whose_tokenizer_is_none_is_refused(entry: Any, folder: Path, tmp_path: Path) -> None:
+    index = json.loads((folder / "modular_model_index.json").read_text())
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(index | {"tokenizer": entry}))
+    for child in folder.iterdir():
+        if child.is_dir():
+            (tmp_path / child.name).symlink_to(child)
+    with pytest.raises(OneStepError, match="'s tokenizer is |has no tokenizer"):
+        load(tmp_path)
+
+
 def test_a_run_from_a_folder_writes_a_file_that_its_own_loader_reads(folder: Path, tmp_path: Path) -> None:
     run: dict[str, Any] = {"pairs": 2, "batch": 2, "steps": 2, "rank": 2, "sizes": "32x32", "preview_samples": 1}
     run |= {"teacher_steps": 2, "watch_every": 2, "watch_samples": 4, "preview_every": 2}
