@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.guidance import DEFAULTS, LAYERS, MODES, Steering
-from .steer_networks import check_layers, network_of, served
+from .steer_networks import MODELS, check_layers, network_of, served
 from .steer_run import KEY, NegativeSteering
 from .steer_text import own_tokens
 
@@ -71,9 +71,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             "1, for a few per cent of a step.",
             search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="SD1.5, SD2, SDXL, SD3, SD3.5, Flux.1, FLUX.2, Z-Image, Qwen-Image or Wan."
-                ),
+                io.Model.Input("model", tooltip=f"{MODELS} or Wan."),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TOLD),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
                 number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the model's own: {usual('scale', *MODES)}."),

@@ -50,7 +50,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
-    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline or AnimaModularPipeline:
+    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline or AnimaModularPipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
     embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.
@@ -214,8 +214,9 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     ) -> tuple[Embeds, Embeds, Tensor | None, Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds) of every family.
 
-        The pooled two are None for SD1.5, SD2 and Z-Image, whose embeddings are lists, [L, C] of each text. It needs
-        the text encoders and tokenizers alone, and a call with what it returns needs neither.
+        The pooled two are None where the family reads no pooled text. Z-Image's and Qwen-Image's embeddings are lists,
+        [L, C] of each text. It needs the text encoders and tokenizers alone, and a call with what it returns needs
+        neither.
         """
         place, each = torch.device(device or self._execution_device), num_images_per_prompt
         prompt_embeds, pooled_prompt_embeds = embeddings(self.plain(), prompt, place, each)

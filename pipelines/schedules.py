@@ -50,7 +50,12 @@ def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
 
 def _by_size(config: Mapping[str, Any], tokens: int) -> SizeShift:
     """Of a scheduler that leaves mu to its pipeline, which finds it by the picture's ``tokens``."""
-    low, high = ((int(config[f"{end}_image_seq_len"]), float(config[f"{end}_shift"])) for end in ("base", "max"))
+    # where its class has no such entries, what diffusers' pipelines take
+    ends = (("base", 256, 0.5), ("max", 4096, 1.15))
+    low, high = (
+        (int(config.get(f"{end}_image_seq_len", length)), float(config.get(f"{end}_shift", shift)))
+        for end, length, shift in ends
+    )
     return SizeShift(tokens, low, high, config.get("time_shift_type", "exponential") != "exponential")
 
 

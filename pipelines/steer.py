@@ -45,7 +45,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image; ControlNet's and the like too.
+    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image, Anima; ControlNet's too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -78,7 +78,7 @@ def steered(
     family = family_of(plain)
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows, family)
     attentions = attentions_of(plain, family, chosen.layers)
-    latest, earliest = times_of(pipe.scheduler, start, end)
+    latest, earliest = times_of(pipe.scheduler, family, start, end)
     away = away_of(pipe, negative, empty, chosen, *read_by(plain, attentions))
     if chosen.neutral:
         yield

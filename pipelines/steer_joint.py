@@ -65,8 +65,8 @@ class JointTexts:
         mask = given.get("encoder_hidden_states_mask")
         if mask is not None and not bool(mask.all()):
             raise OneStepError(
-                "steering cannot follow a mask over prompts of several lengths: draw those of each number of tokens in "
-                "a call of their own"
+                "steering cannot follow a mask over texts of several lengths in one batch: draw prompts of each number "
+                "of tokens in a call of their own, without classifier-free guidance, whose negative is such a text too"
             )
         text, away = given["encoder_hidden_states"], self.run.away
         every = self.run.spread(away.tokens.to(text.device, text.dtype), len(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, STEERING, choices, detect, of_class
-from ..core.schedule import NoiseSchedule, VPSchedule
+from ..core.schedule import FlowSchedule, NoiseSchedule, SizeShift, VPSchedule
 from .schedules import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered
 from .steer_one_stream import StreamSteered
@@ -99,14 +100,21 @@ def is_steered(network: Any) -> bool:
     return any(isinstance(processor, STEERED) for processor in found)
 
 
-def times_of(scheduler: Any, start: float, end: float) -> tuple[float, float]:
+def times_of(scheduler: Any, family: str, start: float, end: float) -> tuple[float, float]:
     """The network's own times at the shares ``start`` and ``end``, as ComfyUI counts percent: open at 0 and 1."""
     if not 0 <= start < end <= 1:
         raise OneStepError(
             f"steering from {start!r:.20} to {end!r:.20} is no range: 0 <= start < end <= 1, 0 the noisiest"
         )
-    latest = math.inf if start == 0 else _time_at(schedule_of(scheduler), 1 - start)
-    return latest, -math.inf if end == 1 else _time_at(schedule_of(scheduler), 1 - end)
+    latest = math.inf if start == 0 else _time_at(_of_usual_size(schedule_of(scheduler, family)), 1 - start)
+    return latest, -math.inf if end == 1 else _time_at(_of_usual_size(schedule_of(scheduler, family)), 1 - end)
+
+
+def _of_usual_size(schedule: NoiseSchedule) -> NoiseSchedule:
+    """With the shift of the family's usual size where it hangs on the picture's, which no forward has told yet."""
+    if not isinstance(schedule, FlowSchedule) or not isinstance(schedule.by_steps, SizeShift):
+        return schedule
+    return replace(schedule, shift=schedule.by_steps(1))  # whatever the steps
 
 
 def _time_at(schedule: NoiseSchedule, share: float) -> float:

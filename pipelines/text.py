@@ -45,7 +45,8 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
             texts, _ = pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
             return Cond.concat([Cond(text[None]) for text in texts])
         if kind == QWEN_IMAGE:
-            return _masked(*pipe.encode_prompt(list(prompts), device))
+            # as long as its pipeline's call reads, half of encode_prompt's own default
+            return _masked(*pipe.encode_prompt(list(prompts), device, max_sequence_length=512))
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         if kind == ANIMA:
@@ -213,6 +214,7 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
         shape = ("tokens", text_width)
         return Cond.concat([Cond(_checked(f"{given.name}_embeds", value, shape)[None]) for value in given.embeds])
     text = _checked(f"{given.name}_embeds", given.embeds, ("prompts", "tokens", text_width))
+    _refuse_padding(given.name, text, network)
     if pooled_width is None:
         if given.pooled is not None:
             raise OneStepError(f"{pooled_name(given.name)} is given, and this model reads no pooled text: leave it out")
@@ -227,6 +229,17 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
         name = pooled_name(given.name)
         raise OneStepError(f"{given.name}_embeds has {len(text)} rows, {name} {len(pooled)}: give one for each prompt")
     return Cond(text, pooled=pooled)
+
+
+def _refuse_padding(name: str, text: Tensor, network: Any) -> None:
+    """Raises OneStepError where a text of [P, L, C] ends in zeros, which no encoder gives, and a mask would hide them.
+    Zeros alone are a text like another."""
+    padded = text.flatten(1).any(1) & ~text[:, -1].any(1)
+    if FAMILIES[detect(network)].lengths == "masked" and bool(padded.any()):
+        raise OneStepError(
+            f"{name}_embeds ends in zeros, which only fill shorter texts up and would be read as text: give a list of "
+            "each text's own tokens, [tokens, width], as this pipeline's encode_prompt does"
+        )
 
 
 def widths(network: Any) -> tuple[int, int | None]:

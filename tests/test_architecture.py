@@ -348,6 +348,13 @@ def test_prose_is_about_the_product_alone(folder):
     assert found == []
 
 
+def test_code_in_prose_is_in_blocks():
+    """A line at a page's edge is read as prose."""
+    for path in (path for path in FILES if path.suffix == ".md"):
+        outside = re.sub(r"(?ms)^```.*?^```", "", (ROOT / path).read_text(encoding="utf-8"))
+        assert re.findall(r"(?m)^(?:from \S+ import |import \w+$|\w+ = (?:[{(]|[\w.]+\()).*", outside) == [], path
+
+
 WRAPPERS = ("core/families/", "pipelines/networks.py", "nodes/steer_networks.py")
 """Where a family's classes may be named: its own file, and the wrapper of its network in each host."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from onestep.core.errors import OneStepError
+from onestep.core.families import FAMILIES
 from onestep.core.guidance import DEFAULTS, LIMITS, MODES, NEUTRAL, Numbers, Steering
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -105,3 +107,10 @@ def test_which_text_a_mode_takes() -> None:
     assert {mode: Steering(mode).wants_padding for mode in MODES} == {mode: mode != "vsf" for mode in MODES}
     assert {mode: Steering(mode).wants_pooled for mode in MODES} == {mode: mode != "vsf" for mode in MODES}
     assert [mode for mode in MODES if Steering(mode).wants_empty] == ["perp"]
+
+
+@pytest.mark.parametrize("page", ["docs/negatives.md", "web/docs/OneStepNegativeSteering.md"])
+def test_pages_name_every_family_that_is_steered(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    names = [FAMILIES[family].short if family in FAMILIES else family.title() for family in DEFAULTS]
+    assert [name for name in names if f"{name} " not in text.replace(",", " ")] == []

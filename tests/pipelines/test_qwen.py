@@ -3,6 +3,7 @@ steps are its own pipeline's, and one file draws one picture by OneStepPipeline 
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny_qwen
 import torch
 from adapted import noisy
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from lora_files import random_lora
 from tiny_pipelines import make
@@ -21,6 +23,7 @@ from onestep.core.families import FAMILIES
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import teacher_sample
 from onestep.core.schedule import FlowSchedule, SizeShift, of_size
+from onestep.pipelines import steered
 from onestep.pipelines.adapt import adapt
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.plain import diffusers_settings
@@ -164,3 +167,46 @@ def test_sizes_that_the_hosts_place_differently_are_refused_with_what_to_take(si
     taken = tuple(max(32, 32 * round(side / 32)) for side in size)
     with pytest.raises(OneStepError, match=rf"multiples of 32 pixels \(at others .*: take {taken[0]}x{taken[1]}$"):
         adapt(make("qwen_image")).latent_shape(size)
+
+
+def test_padding_among_embeddings_is_refused_with_what_to_give() -> None:
+    """Of QwenImagePipeline's encode_prompt, which gives a mask beside them. Zeros alone are a text like another."""
+    pipe, times = make("qwen_image"), torch.tensor([1000.0], dtype=torch.float64)
+    fast, recipe = OneStepPipeline.from_pipe(pipe), Recipe.at(FlowSchedule(3.0), times, family="qwen_image")
+    call = {"recipe": recipe, "seed": 3, "width": SIZE[0], "height": SIZE[1], "output_type": "latent"}
+    padded, mask = pipe.encode_prompt(["a cat", "a red dragon"])
+    assert mask is not None
+    for given in (padded, padded[:1]):
+        with pytest.raises(OneStepError, match="prompt_embeds ends in zeros.*give a list of each text's own tokens"):
+            fast(prompt_embeds=given, **call)
+    for given in (padded[1:], torch.zeros_like(padded[:1])):
+        assert len(fast(prompt_embeds=given, **call).images) == 1
+
+
+def test_a_prompt_is_read_as_far_as_its_pipelines_call_reads_it() -> None:
+    pipe, prompt = make("qwen_image"), 120 * "a cat "
+    most = signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    read, _ = pipe.encode_prompt([prompt], max_sequence_length=most)
+    assert read.shape[1] == most < pipe.encode_prompt([prompt])[0].shape[1]
+    assert torch.equal(adapt(pipe).encode([prompt], SIZE).text, read.float())
+
+
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_that_tells_no_line_has_its_pipelines_own(cls: Any) -> None:
+    pipe = make("qwen_image")
+    pipe.scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True)
+    assert "base_image_seq_len" not in pipe.scheduler.config
+    found = of_size(adapt(pipe).denoiser.schedule, (16, 64, 64))
+    assert isinstance(found, FlowSchedule) and isinstance(found.by_steps, SizeShift)
+    assert found.by_steps(7) == pytest.approx(np.exp(calculate_shift(32 * 32)))
+
+
+@pytest.mark.parametrize(("start", "end", "acting"), [(0.0, 0.3, [1, 1, 0, 0]), (0.3, 0.57, [0, 0, 1, 0])])
+def test_steering_acts_in_its_share_of_the_steps(start: float, end: float, acting: list[int]) -> None:
+    """By the shift of a megapixel; those of so small a picture lie at 0, 0.29, 0.55 and 0.79 of it."""
+    pipe, tokens = make("qwen_image", shift_terminal=None), []
+    pipe.transformer.txt_in.register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
+    with steered(pipe, "red", "nag", start=start, end=end):
+        call = {"width": 32, "height": 32, "output_type": "latent", "true_cfg_scale": 1.0}
+        pipe("a cat", num_inference_steps=4, **call)
+    assert [int(count > min(tokens)) for count in tokens] == acting

@@ -139,6 +139,21 @@ def test_it_acts_in_its_share_of_the_schedule(start: float, end: float, acting: 
     assert tokens == [1024 if acts else 512 for acts in acting]
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "acting"), [(0.0, 0.4, [1, 1, 0, 0]), (0.4, 1.0, [0, 0, 1, 1]), (0.1, 0.6, [0, 1, 1, 0])]
+)
+def test_it_acts_in_its_share_of_the_steps_of_its_published_scheduler(
+    start: float, end: float, acting: list[int]
+) -> None:
+    """Which leaves the shift to the pipeline, by steps and size. Steps lie at shares 0, 1/4, 1/2 and 3/4."""
+    pipe, tokens = make("klein"), []
+    assert pipe.scheduler.config.use_dynamic_shifting
+    pipe.transformer.context_embedder.register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
+    with steered(pipe, "red", "nag", start=start, end=end):
+        pipe(prompt="a cat", num_inference_steps=4, guidance_scale=1.0, **CALL)
+    assert tokens == [1024 if acts else 512 for acts in acting]
+
+
 def test_a_cache_of_reference_pictures_is_refused_by_name() -> None:
     pipe, network = pipe_of("flux2")
     kinds = {True: Flux2KVParallelSelfAttnProcessor(), False: Flux2KVAttnProcessor()}
