@@ -75,6 +75,10 @@ def test_odd_numbers_of_patches_are_refused(hosts: Hosts) -> None:
     assert "multiples of 32 pixels" in hosts.report["refused"] and "take 1344x1344" in hosts.report["refused"]
 
 
+def test_an_editing_model_is_refused_by_its_files_name(hosts: Hosts) -> None:
+    assert hosts.report["edit"].startswith("qwen_image_edit_2509_fp8 is Qwen-Image-Edit, which is not served: use ")
+
+
 def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
     both_hosts.check_gradients(hosts, 5e-5, SILENT)
 

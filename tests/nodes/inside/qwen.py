@@ -38,6 +38,19 @@ def refused(host):
         return str(error)
 
 
+def named_edit(model, clip, vae):
+    """What is said of the same weights from a file of this name."""
+    kept = model.cached_patcher_init
+    model.cached_patcher_init = (kept and kept[0], ("/models/qwen_image_edit_2509_fp8.safetensors",))
+    try:
+        with adapted(model, clip, vae):
+            return ""
+    except OneStepError as error:
+        return str(error)
+    finally:
+        model.cached_patcher_init = kept
+
+
 with torch.inference_mode():
     model, clip, vae = load()
     seen = drawn(model, clip)
@@ -45,5 +58,5 @@ with torch.inference_mode():
         out = alone(host) | pictures(host)
         more, again = measured(host)
         report = facts(host, again) | {"refused": refused(host), "token_norm": host.denoiser.token_norm}
-    report["files"] = trained(model, clip, vae)
+    report["files"], report["edit"] = trained(model, clip, vae), named_edit(model, clip, vae)
 answer(seen | out | more, report)
