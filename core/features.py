@@ -137,8 +137,8 @@ def _grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
         if rows * columns == tokens:
             return rows, columns
     raise OneStepError(
-        f"a block of this base gives {tokens} tokens for latents of {tuple(size)}, which are no picture's: choose a "
-        "method without a head"
+        f"a block of this base gives {tokens} tokens for latents of {tuple(size)}, which are no picture's: choose "
+        "another base, or watch_every=0 and a method without a head"
     )
 
 

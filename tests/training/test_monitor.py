@@ -10,6 +10,8 @@ import pytest
 from small_host import SmallHost, setup_of, small
 from whole_runs import Cancelled, at_call, left, run
 
+from onestep.training.engine.student import STUDENT
+from onestep.training.engine.trainer import EMA
 from onestep.training.runs.run import Run
 from onestep.training.watch.monitor import Monitor
 
@@ -98,3 +100,17 @@ def test_the_best_is_the_least_finite_distance(tmp_path: Path) -> None:
     assert monitor.gain(3, 1.0) == 0 and monitor.gain(6, math.nan) == 3 and monitor.gain(9, 2.0) == 6
     assert monitor.best == {"distance": 1.0, "update": 3.0}
     assert monitor.gain(12, 0.5) == 0
+
+
+@pytest.mark.parametrize("broken", [EMA, STUDENT])
+def test_who_draws_no_numbers_is_not_the_result(tmp_path: Path, broken: str) -> None:
+    host, settings = SmallHost(), small(ema=0.9, watch_samples=4)
+    setup, roles = setup_of(host, settings, tmp_path), host.denoiser.roles
+    for role in (EMA, STUDENT):
+        roles.add(role, 2, 0)
+    for _, b in roles.state(broken).values():
+        b.fill_(math.nan)
+    with roles.installed():
+        monitor = Monitor(setup)
+        monitor.prepare(setup)
+        assert monitor.better() == {EMA: STUDENT, STUDENT: EMA}[broken]

@@ -88,7 +88,8 @@ class Monitor:
         if not self.settings.ema or self.watch is None:
             return self.shown
         distances = {role: self.watch(self.host, self.recipe, role)["distance"] for role in (EMA, STUDENT)}
-        return min((EMA, STUDENT), key=lambda role: distances[role])
+        # min takes NaN for the least where it comes first
+        return min((EMA, STUDENT), key=lambda role: (math.isnan(distances[role]), distances[role]))
 
     def _measure(self, watch: Watch, update: int) -> Numbers:
         measured = watch(self.host, self.recipe, self.shown)
