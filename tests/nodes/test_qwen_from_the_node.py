@@ -3,28 +3,25 @@ comes out draws one picture by core's nodes, by ours and in diffusers."""
 
 from __future__ import annotations
 
-import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_qwen
 import torch
-from comfy_graphs import distil, latents, text
-from comfy_support import running_server
+from comfy_graphs import distil, latents
 from diffusers import DiffusionPipeline
+from killed_server import factors, lora_of, resumed
+from own_workflow import check_drawn, cut_short
 from safetensors.torch import save_file
-from small_runs import small
+from student_drawing import drawing
 from tiny_pipelines import video_vae
 
-from onestep.cli.inspect import describe
 from onestep.core.lora_file import LoraFile, load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import sample
 from onestep.pipelines.adapt import adapt
-from onestep.training.runs.run import Run
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
 SEED, PROMPT, UPDATES = 11, "a red dragon", 12
@@ -47,62 +44,17 @@ def graph(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def lora(server: Any, name: str) -> Path:
-    return Path(server.base / "models" / "loras" / "onestep" / f"{name}.safetensors")
-
-
-def factors(path: Path) -> dict[str, bytes]:
-    state = load_lora(path).state
-    return {key: torch.cat([a.flatten(), b.flatten()]).numpy().tobytes() for key, (a, b) in state.items()}
-
-
 @pytest.fixture(scope="module")
 def uncut(folder: Path, comfy_server: Any) -> Path:
     finished = comfy_server.run(graph(folder, "q-uncut"))
     assert finished.status == "success", finished.error
     assert f"loads all {LAYERS} layers" in finished.outputs["distil"]["text"][0]
-    return lora(comfy_server, "q-uncut")
+    return lora_of(comfy_server, "q-uncut")
 
 
 def test_a_killed_server_goes_on_to_the_bit(uncut: Path, folder: Path, comfy: Any, pack: Path, tmp_path: Path) -> None:
-    (tmp_path / "custom_nodes").symlink_to(pack.parent)
-    with running_server(comfy, tmp_path) as server:
-
-        def kill(name: str, data: dict[str, Any], prompt_id: str) -> None:
-            if name == "onestep.progress" and data["update"] >= 6 and data["numbers"]:
-                server.process.send_signal(signal.SIGKILL)
-
-        with pytest.raises(Exception):  # noqa: B017  (whatever the socket says of a server that is gone)
-            server.run(graph(folder, "q-killed"), on_event=kill)
-        assert server.process.wait(20) == -signal.SIGKILL
-    run = Run(tmp_path / "output" / "onestep" / "q-killed")
-    assert run.metrics()[-1]["update"] >= 6 and not (run.folder / "result.safetensors").exists()
-    with running_server(comfy, tmp_path) as server:
-        finished = server.run(graph(folder, "q-killed"))
-        assert finished.status == "success", finished.error
-        found = lora(server, "q-killed")
+    found = resumed(comfy, pack, tmp_path, lambda: graph(folder, "q-killed"), "q-killed", 6)
     assert factors(found) == factors(uncut)
-
-
-def drawing(folder: Path, file: LoraFile, path: Path) -> dict[str, Any]:
-    """core's nodes by the values that `onestep inspect` prints, with the LoRA and without, and ours: on the MODEL as
-    ComfyUI loads it, whose shift is the student's."""
-    name, simple = f"onestep/{path.name}", describe(file, path)["comfyui"]["simple"]
-    sampling = {**simple, "seed": SEED, "latent_image": ["empty", 0], "positive": ["text", 0], "negative": ["text", 0]}
-    core = {"class_type": "KSampler", "inputs": sampling}
-    ours = {"positive": ["text", 0], "latent_image": ["empty", 0], "recipe": ["loaded", 1], "seed": SEED}
-    loaded = {"model": ["model", 0], "lora_name": name, "recipe": "from the file"}
-    merged = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0}
-    return {
-        "model": {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}},
-        "text": text(PROMPT, "model"),
-        "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-        "merged": {"class_type": "LoraLoaderModelOnly", "inputs": merged},
-        "loaded": {"class_type": "OneStepLoadLoRA", "inputs": loaded},
-        "core": {**core, "inputs": {**sampling, "model": ["merged", 0]}},
-        "base": {**core, "inputs": {**sampling, "model": ["model", 0]}},
-        "ours": {"class_type": "OneStepSample", "inputs": {**ours, "model": ["loaded", 0]}},
-    }
 
 
 @torch.no_grad()
@@ -124,7 +76,9 @@ def test_one_picture(uncut: Path, folder: Path, comfy_server: Any) -> None:
     file = load_lora(uncut)
     drawn = {
         name: latent.reshape(1, 16, 8, 8)
-        for name, latent in latents(comfy_server, drawing(folder, file, uncut)).items()
+        for name, latent in latents(
+            comfy_server, drawing(folder, file, uncut, PROMPT, SEED, (64, 64), "EmptySD3LatentImage")
+        ).items()
     }
     drawn["diffusers"], scale = by_diffusers(folder, file), float(drawn["ours"].std())
     apart = {way: float((latent - drawn["ours"]).abs().max()) / scale for way, latent in drawn.items()}
@@ -172,23 +126,4 @@ def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: An
 
 def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
     """Workflow 14 with the tiny folder in the place of a person's files, cut short."""
-    read = (root / "workflows" / "api" / "14 distil Qwen-Image.json").read_text(encoding="utf-8")
-    told, slots = json.loads(read), {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
-    loaders = {key: slots[node["class_type"]] for key, node in told.items() if node["class_type"] in slots}
-    for node in told.values():
-        for name, value in node["inputs"].items():
-            if isinstance(value, list) and value[0] in loaders:
-                node["inputs"][name] = ["model", loaders[value[0]]]
-    told = {key: node for key, node in told.items() if key not in loaders}
-    told["model"] = {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}}
-    (trainer,) = (node["inputs"] for node in told.values() if node["class_type"] == "OneStepDistil")
-    trainer |= small("cdm", steps=2, learning_rate=0.05)
-    trainer |= {"sizes": "32x32", "student_steps": "4", "teacher_steps": 2, "rank": 2}
-    (size,) = (node["inputs"] for node in told.values() if node["class_type"] == "EmptySD3LatentImage")
-    size |= {"width": 64, "height": 64}
-    (show,) = (key for key, node in told.items() if node["class_type"] == "PreviewImage")
-    finished = comfy_server.run(told)
-    assert finished.status == "success", finished.error
-    (drawn,) = comfy_server.images(finished, show)
-    height, width = drawn.shape[:2]
-    assert width == 2 * height + 8 and (drawn[:, :height] != drawn[:, -height:]).mean() > 0.02
+    check_drawn(comfy_server, cut_short(root, "14 distil Qwen-Image", folder))

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import tiny_folders
 import torch
-from comfy_graphs import distil, latents, text
+from comfy_graphs import distil, latents
 from diffusers import DiffusionPipeline
 from killed_server import factors, lora_of, resumed
 from own_workflow import check_drawn, cut_short
 from safetensors.torch import save_file
+from student_drawing import drawing
 
-from onestep.cli.inspect import describe
 from onestep.core.lora_file import LoraFile, load_lora
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import sample
@@ -55,28 +55,6 @@ def test_a_killed_server_goes_on_to_the_bit(uncut: Path, folder: Path, comfy: An
     assert factors(found) == factors(uncut)
 
 
-def drawing(folder: Path, file: LoraFile, path: Path) -> dict[str, Any]:
-    """core's two nodes by the values that `onestep inspect` prints, with the LoRA and without, and ours."""
-    name, simple = f"onestep/{path.name}", describe(file, path)["comfyui"]["simple"]
-    advanced = "start_at_step" in simple
-    sampling = {**simple, ("noise_seed" if advanced else "seed"): SEED, "latent_image": ["empty", 0]}
-    sampling |= {"positive": ["text", 0], "negative": ["text", 0]}
-    core = {"class_type": "KSamplerAdvanced" if advanced else "KSampler", "inputs": sampling}
-    ours = {"positive": ["text", 0], "latent_image": ["empty", 0], "recipe": ["loaded", 1], "seed": SEED}
-    loaded = {"model": ["model", 0], "lora_name": name, "recipe": "from the file"}
-    merged = {"model": ["model", 0], "lora_name": name, "strength_model": 1.0}
-    return {
-        "model": {"class_type": "LoadTinyFolder", "inputs": {"folder": str(folder)}},
-        "text": text(PROMPT, "model"),
-        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 32, "height": 32, "batch_size": 1}},
-        "merged": {"class_type": "LoraLoaderModelOnly", "inputs": merged},
-        "loaded": {"class_type": "OneStepLoadLoRA", "inputs": loaded},
-        "core": {**core, "inputs": {**sampling, "model": ["merged", 0]}},
-        "base": {**core, "inputs": {**sampling, "model": ["model", 0]}},
-        "ours": {"class_type": "OneStepSample", "inputs": {**ours, "model": ["loaded", 0]}},
-    }
-
-
 @torch.no_grad()
 def by_diffusers(folder: Path, file: LoraFile) -> torch.Tensor:
     """Four steps of the same network in diffusers, from KSampler's noise, which goes on from the next seed."""
@@ -93,7 +71,7 @@ def by_diffusers(folder: Path, file: LoraFile) -> torch.Tensor:
 
 def test_one_picture(uncut: Path, folder: Path, comfy_server: Any) -> None:
     file = load_lora(uncut)
-    drawn = latents(comfy_server, drawing(folder, file, uncut))
+    drawn = latents(comfy_server, drawing(folder, file, uncut, PROMPT, SEED, (32, 32), "EmptyLatentImage"))
     drawn["diffusers"], scale = by_diffusers(folder, file), float(drawn["ours"].std())
     apart = {way: float((latent - drawn["ours"]).abs().max()) / scale for way, latent in drawn.items()}
     assert apart.pop("base") > 0.3, "the LoRA's effect must be seen"
