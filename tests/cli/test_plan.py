@@ -56,6 +56,7 @@ def test_a_layout_is_counted_as_it_is_published(onestep: Command, layout: str, b
     assert rung["parts"]["prompts"] >= 2 * texts
 
 
+@pytest.mark.broad
 def test_sdxl_is_counted_at_a_size_that_is_no_square(onestep: Command) -> None:
     """Of as many pixels as a square of 1004: hardly less than at 1024x1024, and the same way either way round."""
     few = ("--method", "regression", "--set", "watch_every=0", "--set", "preview_every=0", "--json")

@@ -77,7 +77,7 @@ BOTH = [(*case, styled) for case in CASES for styled in (False, True)]
 
 @pytest.mark.parametrize(
     ("name", "scheduler", "steps", "taken", "preset", "styled"),
-    narrowed(BOTH, BOTH[1], BOTH[2], BOTH[5], BOTH[7], BOTH[9]),
+    narrowed(BOTH, BOTH[2], BOTH[5], BOTH[9]),
 )
 def test_the_base_draws_without_the_one_step_lora_and_the_rest_with_it(
     name: str, scheduler: Any, steps: int, taken: int, preset: str, styled: bool, tmp_path: Path

@@ -32,7 +32,7 @@ def pictures(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", narrowed(["regression", "dmd"], "dmd"))
-@pytest.mark.parametrize("name", narrowed(MAKERS, "sd", "sd3"))
+@pytest.mark.parametrize("name", narrowed(MAKERS, "sd3"))
 def test_a_run_is_the_resident_one(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a link that breaks what it copies until it is waited for."""
     links: list[DelayedLink] = []

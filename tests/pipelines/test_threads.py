@@ -54,7 +54,7 @@ def together(times: int, *draws: Callable[[], torch.Tensor]) -> None:
     assert len({round(float(picture.sum()), 3) for picture in alone}) == len(alone)  # they differ, so the test is one
 
 
-@pytest.mark.parametrize("name", narrowed(PRESETS, "sd", "flux"))
+@pytest.mark.parametrize("name", narrowed(PRESETS, "sd"))
 def test_a_steered_picture_beside_a_plain_one(name: str) -> None:
     fast = OneStepPipeline.from_pipe(make(name), recipe=PRESETS[name])
     together(

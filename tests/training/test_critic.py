@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
-from narrowed import thinned
+from narrowed import narrowed, thinned
 from oracles import CASES, At, Case, World, drawn, rows
 from small_host import SmallHost, setup_of, small
 from whole_runs import Cancelled, at_call, left, run
@@ -283,8 +283,10 @@ CYCLE = {
 }
 
 
-@pytest.mark.parametrize("method", ["dmd", "pg-sb"])
-@pytest.mark.parametrize("poll", [18, 24, 31])
+POLLS = [(method, poll) for method in ("dmd", "pg-sb") for poll in (18, 24, 31)]
+
+
+@pytest.mark.parametrize(("method", "poll"), narrowed(POLLS, ("dmd", 24), ("pg-sb", 31)))
 def test_a_run_that_is_stopped_between_two_critic_turns_ends_as_if_not(method: str, poll: int, tmp_path: Path) -> None:
     """Every new switch on; cancelled wherever a poll is, also between turns that share a picture."""
     changes = dict(CYCLE) if method == "dmd" else {**CYCLE, "guidance_schedule": "random", "guidance_end": 4.0}

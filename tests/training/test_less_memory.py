@@ -80,6 +80,7 @@ def test_a_run_that_goes_down_equals_one_that_began_there(
     assert (told["recompute"], told["accumulation"], told["sliced"]) == (last, 1, True)
 
 
+@pytest.mark.broad
 def test_a_run_that_goes_on_is_where_it_went_down_to(
     begun: dict[str, tuple[Result, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

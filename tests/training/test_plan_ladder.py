@@ -78,6 +78,7 @@ def test_the_fastest_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> N
     assert below.taken is None
 
 
+@pytest.mark.broad
 def test_a_run_without_checkpointing_goes_up_the_grades_it_needs(shell: Shell) -> None:
     how = settings(checkpointing=False, batch=1, rank=4, sizes="64x64")
     for grade in reversed(GRADES):

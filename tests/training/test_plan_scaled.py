@@ -59,6 +59,7 @@ def test_z_image_is_counted_within_a_percent() -> None:
             assert scaled.count.flops(part, batch, rank) == pytest.approx(expected, rel=0.01), part
 
 
+@pytest.mark.broad
 def test_a_single_sample_is_counted_within_a_thousandth() -> None:
     """torch copies a little less where a batch has one sample: a transposed tensor may then be contiguous."""
     shell = of_host(adapt(layouts.sd15()), "all")

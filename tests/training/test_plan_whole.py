@@ -72,6 +72,7 @@ def test_a_whole_run_is_what_was_planned(method: str, host: DiffusersHost, tmp_p
     assert size_of(run / "embeddings") == pytest.approx((len(PROMPTS) + 1) * whole.text, rel=0.01)
 
 
+@pytest.mark.broad
 def test_data_is_made_as_long_as_it_is_new(host: DiffusersHost) -> None:
     """By the warm start and by the matching after it, each fourth time where its anchors are rarer; no more of it than
     the run keeps."""
