@@ -37,7 +37,8 @@ from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
 from .modular import name_of
-from .networks import NETWORKS, Extras, has_ip_adapter, port_of
+from .network_inputs import Extras
+from .networks import NETWORKS, has_ip_adapter, port_of
 from .places import channels_last, is_quantized, on_device, place
 from .schedules import prediction_of, schedule_of
 from .steer_served import is_steered

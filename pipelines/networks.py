@@ -5,7 +5,6 @@ Every network takes x [B, C, h, w] in the model's own latent scale, its time [B]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +19,13 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
-from ..core.lengths import lengths_of
-from .padding_mask import without_torchvision
+from .network_inputs import Extras, in_dtype, joint_mask, moved
+from .networks_modern import AnimaNetwork, Flux2Network, QwenImageNetwork, ZImageNetwork
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
@@ -42,21 +40,6 @@ Transformer = (
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What a call gives a network beside latents, time and text.
-
-    image_embeds: an IP-Adapter's, one tensor an adapter, its rows those of the network's batch or the first of more.
-    attention: cross_attention_kwargs of a U-Net, joint_attention_kwargs of a transformer, as diffusers has them.
-    """
-
-    image_embeds: tuple[Tensor, ...] = ()
-    attention: Mapping[str, Any] | None = None
-
-    def images(self, x: Tensor) -> list[Tensor]:
-        return [rows[: len(x)].to(x.device) for rows in self.image_embeds]
-
-
-@dataclass(frozen=True)
 class UNetNetwork:
     """UNet2DConditionModel, which reads an index 0 .. T - 1; SDXL's also the pooled text and the sizes."""
 
@@ -64,8 +47,8 @@ class UNetNetwork:
     extras: Extras = Extras()
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text, pooled = _in_dtype(cond, x, self.module.dtype)
-        added: dict[str, Any] = {} if pooled is None else {"text_embeds": pooled, "time_ids": _moved(cond.size, x)}
+        text, pooled = in_dtype(cond, x, self.module.dtype)
+        added: dict[str, Any] = {} if pooled is None else {"text_embeds": pooled, "time_ids": moved(cond.size, x)}
         if self.extras.image_embeds:
             added["image_embeds"] = [image.to(self.module.dtype) for image in self.extras.images(x)]
         return self.module(
@@ -89,7 +72,7 @@ class SD3Network:
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if cond.mask is not None and not bool(cond.mask.all()):
             raise OneStepError("diffusers' SD3 attends to padding: encode all prompts to the same number of tokens")
-        text, pooled = _in_dtype(cond, x, self.module.dtype)
+        text, pooled = in_dtype(cond, x, self.module.dtype)
         joint = dict(self.extras.attention or {})
         for image in self.extras.images(x):
             joint["ip_adapter_image_embeds"] = image.to(self.module.dtype)
@@ -111,9 +94,9 @@ class FluxNetwork:
     extras: Extras = Extras()
 
     def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text, pooled = _in_dtype(cond, x, self.module.dtype)
+        text, pooled = in_dtype(cond, x, self.module.dtype)
         height, width = x.shape[-2:]
-        joint = dict(self.extras.attention or {}) | _joint_mask(cond.mask, x, height * width // 4)
+        joint = dict(self.extras.attention or {}) | joint_mask(cond.mask, x, height * width // 4)
         if self.extras.image_embeds:
             joint["ip_adapter_image_embeds"] = [image.to(self.module.dtype) for image in self.extras.images(x)]
         answer = self.module(
@@ -123,104 +106,11 @@ class FluxNetwork:
             timestep=time.to(x.device, torch.float32) / 1000,
             img_ids=positions(height // 2, width // 2, x.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            guidance=_moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
+            guidance=moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
             joint_attention_kwargs=joint or None,
             return_dict=False,
         )[0]
         return unpack(answer, height, width)
-
-
-@dataclass(frozen=True)
-class ZImageNetwork:
-    """ZImageTransformer2DModel of pictures and texts in lists, which reads 1 - sigma and answers x0 - noise."""
-
-    module: Any
-    extras: Extras = Extras()
-
-    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text, _ = _in_dtype(cond, x, self.module.dtype)
-        answer = self.module(
-            list(x.to(self.module.dtype).unsqueeze(2)),
-            1 - time.to(x.device, torch.float32) / 1000,
-            [tokens[:length] for tokens, length in zip(text, lengths_of(cond), strict=True)],
-            joint_attention_kwargs=dict(self.extras.attention or {}) or None,
-            return_dict=False,
-        )[0]
-        return -torch.stack(answer).squeeze(2)
-
-
-@dataclass(frozen=True)
-class Flux2Network:
-    """Flux2Transformer2DModel over the latents themselves, which reads sigma and, where embedded, the guidance. Places
-    have four axes, of which the last numbers a text's tokens."""
-
-    module: Any
-    extras: Extras = Extras()
-
-    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        if cond.mask is not None and not bool(cond.mask.all()):
-            raise OneStepError("diffusers' FLUX.2 attends to padding: encode all prompts to the same number of tokens")
-        text, _ = _in_dtype(cond, x, self.module.dtype)
-        height, width = x.shape[-2:]
-        answer = self.module(
-            pack(x, 1).to(self.module.dtype),
-            encoder_hidden_states=text,
-            timestep=time.to(x.device, torch.float32) / 1000,
-            img_ids=pad(positions(height, width, x.device), (0, 1)),
-            txt_ids=pad(torch.arange(text.shape[1], dtype=torch.float32, device=x.device)[:, None], (3, 0)),
-            guidance=_moved(cond.guidance, x) if self.module.config.guidance_embeds else None,
-            joint_attention_kwargs=dict(self.extras.attention or {}) or None,
-            return_dict=False,
-        )[0]
-        return unpack(answer, height, width, 1)
-
-
-@dataclass(frozen=True)
-class QwenImageNetwork:
-    """QwenImageTransformer2DModel over 2x2 patches of one frame, which reads sigma and, where texts are padded, their
-    mask."""
-
-    module: Any
-    extras: Extras = Extras()
-
-    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text, _ = _in_dtype(cond, x, self.module.dtype)
-        height, width = x.shape[-2:]
-        answer = self.module(
-            pack(x).to(self.module.dtype),
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=None if cond.mask is None else cond.mask.to(x.device),
-            timestep=time.to(x.device, torch.float32) / 1000,
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
-            attention_kwargs=dict(self.extras.attention or {}) or None,
-            return_dict=False,
-        )[0]
-        return unpack(answer, height, width)
-
-
-@dataclass(frozen=True)
-class AnimaNetwork:
-    """CosmosTransformer3DModel of a video of one frame, of which nothing is padding, which reads sigma."""
-
-    module: Any
-    extras: Extras = Extras()
-
-    def __post_init__(self) -> None:
-        without_torchvision()
-
-    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        if self.extras.attention:
-            raise OneStepError("diffusers' Anima takes no joint_attention_kwargs: leave them out")
-        text, _ = _in_dtype(cond, x, self.module.dtype)
-        frames = x.to(self.module.dtype).unsqueeze(2)
-        answer = self.module(
-            frames,
-            time.to(x.device, torch.float32) / 1000,
-            text,
-            padding_mask=torch.zeros_like(frames[:1, :1, 0]),
-            return_dict=False,
-        )[0]
-        return answer.squeeze(2)
 
 
 NETWORKS: dict[str, Any] = {
@@ -253,23 +143,3 @@ def port_of(network: Any) -> Port | None:
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
     return Port(network, carry) if FAMILIES[detect(network)].unet else None
-
-
-# -- conditions -------------------------------------------------------------------------------------------------------
-
-
-def _in_dtype(cond: Cond, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    pooled = None if cond.pooled is None else cond.pooled.to(x.device, dtype)
-    return cond.text.to(x.device, dtype), pooled
-
-
-def _moved(value: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if value is None else value.to(x.device, torch.float32)
-
-
-def _joint_mask(mask: Tensor | None, x: Tensor, patches: int) -> dict[str, Any]:
-    """[B, 1, 1, L + patches]: text tokens as masked, every patch seen."""
-    if mask is None:
-        return {}
-    seen = torch.ones(len(mask), patches, dtype=torch.bool, device=x.device)
-    return {"attention_mask": torch.cat([mask.to(x.device), seen], 1)[:, None, None]}

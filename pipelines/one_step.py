@@ -26,7 +26,8 @@ from .guidance_adapter import check_guidance, read_guidance_adapter
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
 from .modular import made_of
-from .networks import Extras, Transformer, UNet
+from .network_inputs import Extras
+from .networks import Transformer, UNet
 from .noise import Generator as Generator
 from .noise import Noise
 from .one_step_lora import check_family, keep_on, load_lora_into
