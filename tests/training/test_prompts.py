@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from onestep.cli.model import read_prompts as read_in_the_command
+from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
 from onestep.pipelines.distill import _prompts as read_in_python
-from onestep.training.engine.prompts import check_prompts, lines, read_prompts
+from onestep.training.engine.prompts import Prompts, check_prompts, lines, read_prompts
 
 # all that str.splitlines ends a line at, and no editor does
 INSIDE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
@@ -69,3 +71,17 @@ def test_files_without_prompts_are_refused_alike(content: bytes | None, why: str
 def test_prompts_of_any_iterable_are_taken() -> None:
     assert check_prompts(text for text in ("a ", " b")) == ["a", "b"]
     assert check_prompts(("a\u2028b",)) == ["a\u2028b"]
+
+
+def test_a_batchs_texts_are_as_long_as_its_own_longest() -> None:
+    """Not as the longest of the run; what is left is what was there."""
+    parts = [Cond(torch.randn(1, length, 4)) for length in (3, 5, 5, 9, 2)]
+    every, size = Cond.concat(parts), (16, 16)
+    prompts = Prompts({size: every[:4]}, {size: every[4:]}, {size: (1, 2, 2)}, 0, torch.device("cpu"))
+    for rows, length, masked in (([1, 2], 5, False), ([0, 1], 5, True), ([0], 3, False), ([3, 0], 9, True)):
+        batch = prompts.of(size, torch.tensor(rows), 0, range(len(rows)))
+        assert batch.null is not None and batch.null.text.shape[1] == 2 and batch.null.mask is None
+        assert batch.cond.text.shape[1] == length and (batch.cond.mask is not None) == masked
+        for row, text in zip(rows, batch.cond.text, strict=True):
+            own = parts[row].text[0]
+            assert torch.equal(text[: len(own)], own) and not text[len(own) :].any()

@@ -14,6 +14,7 @@ import torch
 from ...core import randomness
 from ...core.cond import Cond
 from ...core.errors import OneStepError
+from ...core.lengths import cut
 from ...core.memory import Slices
 from ...core.tensor_file import map_tensors, write_tensors
 from ..host import Host
@@ -120,10 +121,11 @@ class Prompts:
         return self.of(size, randomness.integers(len(self), self.seed, "prompt", key, samples), key, samples)
 
     def of(self, size: Size, rows: torch.Tensor, key: int, samples: Sequence[int]) -> Batch:
-        """The batch of the prompts at ``rows``, at ``size``."""
+        """The batch of the prompts at ``rows``, at ``size``: its texts are as long as the longest of them, not as the
+        longest of the run."""
         null = self.nulls[size]
-        null = None if null is None else null.sent(self.device, torch.float32)
-        cond = self.conds[size][rows].sent(self.device, torch.float32)
+        null = None if null is None else cut(null).sent(self.device, torch.float32)
+        cond = cut(self.conds[size][rows]).sent(self.device, torch.float32)
         return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device)
 
 
