@@ -12,6 +12,13 @@ from torch.nn.functional import pad
 KEY = "onestep_control"
 
 
+def _with(added: Tensor, picture: Tensor) -> Tensor:
+    """``picture``, [B, M, C] or [B, ..., C], and ``added`` [B, N, C] on its first N tokens. What follows are the tokens
+    of reference pictures."""
+    tokens = picture.flatten(1, -2)
+    return (tokens + pad(added.to(picture), (0, 0, 0, tokens.shape[1] - added.shape[1]))).view_as(picture)
+
+
 def entering(added: Tensor, before: Any) -> Any:
     """A replacement of SD3's or Flux's first block that gets ``added`` [B, N, C] besides the picture's first N tokens.
 
@@ -19,10 +26,7 @@ def entering(added: Tensor, before: Any) -> Any:
     """
 
     def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        picture = args["img"]
-        # what follows in Flux are the tokens of reference pictures
-        filled = pad(added.to(picture), (0, 0, 0, picture.shape[1] - added.shape[1]))
-        args = {**args, "img": picture + filled}
+        args = {**args, "img": _with(added, args["img"])}
         return extra["original_block"](args) if before is None else before(args, extra)
 
     return replace
@@ -35,7 +39,7 @@ def behind_entry(entry: nn.Module, added: Tensor, options: dict[str, Any]) -> No
     """
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = entry.register_forward_hook(lambda module, given, out: out + added.to(out).view_as(out))
+        handle = entry.register_forward_hook(lambda module, given, out: _with(added, out))
         try:
             with torch.compiler.set_stance("force_eager"):
                 return executor(*args, **kwargs)

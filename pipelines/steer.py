@@ -79,7 +79,7 @@ def steered(
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows, family)
     attentions = attentions_of(plain, family, chosen.layers)
     latest, earliest = times_of(pipe.scheduler, family, start, end)
-    away = away_of(pipe, negative, empty, chosen, *read_by(plain, attentions))
+    away = away_of(pipe, plain, negative, empty, chosen, *read_by(plain, attentions))
     if chosen.neutral:
         yield
         return

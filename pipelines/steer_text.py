@@ -13,6 +13,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.guidance import Steering
 from .encode import encode_text, pads_in_front
+from .text import refuse_padding
 
 Text = str | Sequence[str] | Tensor | Sequence[Tensor] | Cond
 
@@ -57,14 +58,21 @@ class Away:
 
 
 def away_of(
-    pipe: Any, negative: Text, empty: Text | None, steering: Steering, width: int, pooled: int, tokens: int = 0
+    pipe: Any,
+    network: Any,
+    negative: Text,
+    empty: Text | None,
+    steering: Steering,
+    width: int,
+    pooled: int,
+    tokens: int = 0,
 ) -> Away:
     """Texts are encoded as ``steering`` wants them. width, pooled: of the tokens and the pooled text that the network
     reads; tokens: of a padded text, where it numbers them. OneStepError for a text that it does not read."""
     negative, empty = _joined(negative), _joined(empty)
     told = not isinstance(negative, Tensor | Cond)
     found = _cond_of(pipe, negative, steering)
-    _check(found, width, pooled, "negative")
+    _check(found, network, width, pooled, "negative")
     if not pooled:
         found = replace(found, pooled=None)
     if not steering.wants_empty or steering.neutral:
@@ -73,7 +81,7 @@ def away_of(
     if empty is None and not told:
         raise OneStepError('perp measures from the empty text: give empty=..., "" encoded as the negative is')
     zero = _cond_of(pipe, "" if empty is None else empty, steering)
-    _check(zero, width, pooled, "empty text")
+    _check(zero, network, width, pooled, "empty text")
     if len(zero) != 1:
         raise OneStepError(f"there are {len(zero)} empty texts: give one, [1, tokens, width]")
     return _with_empty(_cut(found, steering), _cut(zero, steering))
@@ -128,7 +136,7 @@ def _with_empty(away: Away, zero: Away) -> Away:
     return Away(tokens, zero.tokens.shape[1], away.lengths, pooled)
 
 
-def _check(cond: Cond, width: int, pooled: int, what: str) -> None:
+def _check(cond: Cond, network: Any, width: int, pooled: int, what: str) -> None:
     text, count = cond.text, "1 or prompts" if what == "negative" else "1"
     if text.ndim != 3 or 0 in text.shape:
         raise OneStepError(
@@ -140,7 +148,9 @@ def _check(cond: Cond, width: int, pooled: int, what: str) -> None:
             f"the {what}'s tokens are {text.shape[2]} wide, this network reads {width}: encode it by this "
             "pipeline's own encode_prompt"
         )
-    if cond.mask is not None and (cond.mask.shape != text.shape[:2] or not _leading(cond.mask)):
+    if cond.mask is None:
+        refuse_padding(f"the {what}", text, network)
+    elif cond.mask.shape != text.shape[:2] or not _leading(cond.mask):
         raise OneStepError(
             f"the {what}'s mask is {tuple(cond.mask.shape)} for tokens {tuple(text.shape)}: give True for the tokens "
             "that each text begins with, at least one, and False behind them"

@@ -214,7 +214,7 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
         shape = ("tokens", text_width)
         return Cond.concat([Cond(_checked(f"{given.name}_embeds", value, shape)[None]) for value in given.embeds])
     text = _checked(f"{given.name}_embeds", given.embeds, ("prompts", "tokens", text_width))
-    _refuse_padding(given.name, text, network)
+    refuse_padding(f"{given.name}_embeds", text, network)
     if pooled_width is None:
         if given.pooled is not None:
             raise OneStepError(f"{pooled_name(given.name)} is given, and this model reads no pooled text: leave it out")
@@ -231,13 +231,13 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
     return Cond(text, pooled=pooled)
 
 
-def _refuse_padding(name: str, text: Tensor, network: Any) -> None:
+def refuse_padding(name: str, text: Tensor, network: Any) -> None:
     """Raises OneStepError where a text of [P, L, C] ends in zeros, which no encoder gives, and a mask would hide them.
     Zeros alone are a text like another."""
     padded = text.flatten(1).any(1) & ~text[:, -1].any(1)
     if FAMILIES[detect(network)].lengths == "masked" and bool(padded.any()):
         raise OneStepError(
-            f"{name}_embeds ends in zeros, which only fill shorter texts up and would be read as text: give a list of "
+            f"{name} ends in zeros, which only fill shorter texts up and would be read as text: give a list of "
             "each text's own tokens, [tokens, width], as this pipeline's encode_prompt does"
         )
 

@@ -17,6 +17,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from lora_files import random_lora
 from tiny_pipelines import make
 
+from onestep.core.cond import Cond
 from onestep.core.denoiser import guided
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES
@@ -179,8 +180,17 @@ def test_padding_among_embeddings_is_refused_with_what_to_give() -> None:
     for given in (padded, padded[:1]):
         with pytest.raises(OneStepError, match="prompt_embeds ends in zeros.*give a list of each text's own tokens"):
             fast(prompt_embeds=given, **call)
+        with pytest.raises(OneStepError, match="the negative ends in zeros.*own tokens"), steered(pipe, given, "nag"):
+            pass
+        for empty in (given[:1], Cond(given[:1])):
+            with pytest.raises(OneStepError, match="the empty text ends in"), steered(pipe, "a", "perp", empty=empty):
+                pass
     for given in (padded[1:], torch.zeros_like(padded[:1])):
         assert len(fast(prompt_embeds=given, **call).images) == 1
+        with steered(pipe, given, "nag"):
+            pass
+    with steered(pipe, Cond(padded, mask.bool()), "nag"):
+        pass
 
 
 def test_a_prompt_is_read_as_far_as_its_pipelines_call_reads_it() -> None:

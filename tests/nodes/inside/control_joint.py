@@ -22,7 +22,7 @@ from onestep.nodes.control import LoadControlAdapter
 
 WORK = Path(sys.argv[1])
 folder_paths.add_model_folder_path("controlnet", str(WORK))
-EMBED = {"sd3": "x_embedder", "flux": "img_in", "flux2": "img_in", "z_image": "x_embedder"}
+EMBED = {"sd3": "x_embedder", "flux": "img_in", "flux2": "img_in", "z_image": "x_embedder", "qwen_image": "img_in"}
 
 
 def made(targets, family, shape):
@@ -46,7 +46,8 @@ class Case:
     def __init__(self, family):
         self.family, self.model = family, tiny(family)
         self.positive, self.negative = condition(family, 7, 1), condition(family, 7, 2)
-        self.network, self.shape = self.model.model.diffusion_model, shape_of(self.model)
+        self.network, shape = self.model.model.diffusion_model, shape_of(self.model)
+        self.shape = (shape[0], *shape[-2:])  # of one frame
         config = self.model.model.model_config.unet_config
         self.targets = {target.name: target for target in bind_comfy(family, self.network, config)}
         self.side = made(self.targets, family, self.shape)
@@ -123,7 +124,7 @@ def measured(case):
 
 
 def beside_reference(case):
-    """Flux told a reference picture: the features are the drawn picture's alone."""
+    """A model told a reference picture: the features are the drawn picture's alone."""
     text, more = case.positive[0]
     seen = [[text, {**more, "reference_latents": [noise_of(case.model, side=4)]}]]
     found = x0_of(case.model, case.controlled(over=(seen, case.negative))[0])[0]
@@ -132,6 +133,6 @@ def beside_reference(case):
 
 with torch.inference_mode():
     cases = {family: Case(family) for family in EMBED}
-    told = {family: measured(case) for family, case in cases.items()}
-    told["reference"] = max(beside_reference(cases[family]) for family in ("flux", "flux2"))
+    told = {family: measured(case) for family, case in cases.items() if family != "qwen_image"}
+    told["reference"] = max(beside_reference(cases[family]) for family in ("flux", "flux2", "qwen_image"))
 print(json.dumps(told))
