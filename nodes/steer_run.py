@@ -90,6 +90,7 @@ class NegativeSteering:
         active = self._active(executor.class_obj, x, t, run) if 0 in flags and not management.in_training else []
         if not active:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        self._refuse_mask(kwargs.get("attention_mask"))
         options[PROMPT] = c_crossattn
         call = self._call(executor.class_obj, x, c_crossattn, flags, active, run)
         context = self.served.steer(call, options)
@@ -101,6 +102,14 @@ class NegativeSteering:
                 "Take that patch away, or sample without Negative Steering"
             )
         return x0
+
+    def _refuse_mask(self, mask: Tensor | None) -> None:
+        """Of a prompt that its conditioning pads; ComfyUI's own text encoders take such padding away."""
+        if mask is not None and FAMILIES[self.served.family].lengths == "masked":
+            raise OneStepError(
+                f"the prompt has a mask over its {mask.shape[-1]} tokens, which Negative Steering does not follow: "
+                "encode it by CLIP Text Encode, which pads nothing, or sample without Negative Steering"
+            )
 
     def _say(self, flags: list[int], run: Run) -> None:
         if any(flags) and not run.said:
@@ -151,7 +160,7 @@ class NegativeSteering:
         """[n, L, C] as the model has it; without padding also without what the model itself puts in front."""
         text: Tensor = entry["model_conds"]["c_crossattn"].cond
         known = FAMILIES.get(self.served.family)
-        if known is not None and known.token_ids and not self.steering.wants_padding:
+        if known is not None and known.token_ids in entry and not self.steering.wants_padding:
             return text[:, : entry[known.token_ids].shape[-1]]  # zeros fill it up
         return text if self.steering.wants_padding else text[:, text.shape[1] - entry["cross_attn"].shape[1] :]
 

@@ -142,3 +142,5 @@ def test_a_steered_picture_is_the_same_in_both_hosts(mode: str, hosts: Hosts) ->
             drawn = pipe(prompt, **told).images
     assert gap(hosts.comfys[f"steered {mode}"], drawn) < 1e-4
     assert mode == "none" or gap(hosts.comfys["steered none"], drawn) > 1e-3
+    if mode == "vsf":
+        assert gap(hosts.comfys["steered by text made before"], drawn) < 1e-4

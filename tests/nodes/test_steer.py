@@ -114,6 +114,7 @@ WORDS = {
     "not served: video unet": ("SVD", "video"),
     "dual guider": ("Dual CFG Guider", "Basic Guider"),
     "masked": ("masked",),
+    "masked prompt": ("mask over its 9 tokens", "CLIP Text Encode"),
     "style": ("style",),
     "tokens": ("16 tokens", "14", "another patch"),
     "tokens, vsf": ("32 tokens", "16"),

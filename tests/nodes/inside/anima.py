@@ -50,12 +50,21 @@ def by_comfyui(model, clip, host):
     return {"core": torch.cat(answers).squeeze(2), "core text": torch.cat(texts)}
 
 
+def made_before(model, conditioning):
+    """A text as the network itself makes it, filled up by zeros, without the ids that it was made from."""
+    (text, more), dtype = conditioning[0], model.model.get_dtype_inference()
+    weights = more["t5xxl_weights"][None, :, None].to(dtype)
+    made = model.model.diffusion_model.preprocess_text_embeds(text.to(dtype), more["t5xxl_ids"][None], weights)
+    return [[made, {}]]
+
+
 def steered(model, clip):
     """One step of the base, steered by each mode's own numbers, from a seed's noise; and unsteered."""
     positive, negative, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in told["steered"])
     recipe = Recipe.from_json(told["recipe"])
     start = {"samples": torch.zeros(1, 16, 1, 4, 4)}
     models = {mode: steered_model(model, negative, Steering(mode), empty=empty) for mode in MODES} | {"none": model}
+    models["by text made before"] = steered_model(model, made_before(model, negative), Steering("vsf"))
     net = LoadControlAdapter.execute("control.safetensors").args[0]
     picture = load_file(WORK / "picture.safetensors")["picture"].movedim(1, -1).expand(-1, -1, -1, 3)
     controlled, _ = ControlNetApplyAdvanced().apply_controlnet(positive, positive, net, picture, 1.0, 0.0, 1.0)

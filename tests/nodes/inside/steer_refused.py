@@ -17,7 +17,7 @@ from onestep.nodes.steer import NegativeSteeringNode
 
 FIELDS = {"mode": "NASA", "scale": 0.0, "tau": 2.5, "alpha": 0.25, "start_percent": 0.0, "end_percent": 1.0}
 NAN = float("nan")
-MODELS = {kind: tiny(kind) for kind in ("sd15", "sdxl", "sd3", "flux", "z_image")}
+MODELS = {kind: tiny(kind) for kind in ("sd15", "sdxl", "sd3", "flux", "z_image", "qwen_image")}
 told = {}
 
 
@@ -106,6 +106,9 @@ with torch.inference_mode():
     told_more[0][1]["reference_latents"] = [noise_of(MODELS["z_image"])]
     refused("reference", lambda: drawn("z_image", positive=told_more))
     refused("masked", lambda: drawn("flux", positive=masked))
+    filled = condition("qwen_image", 9, 1)
+    filled[0][1]["attention_mask"] = (torch.arange(9) < 6)[None].long()
+    refused("masked prompt", lambda: drawn("qwen_image", positive=filled))
     refused("style", lambda: drawn("flux", lambda model: model.set_model_patch(lambda told: told, "post_input")))
     longer_block = ("dit", "double_block", 0)
     for name, mode in (("tokens", "NASA"), ("tokens, vsf", "VSF")):
