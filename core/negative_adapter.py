@@ -126,13 +126,13 @@ def new_adapter(
 
     heads: of each cross-attention, by its name (`heads_of`). role: factors of a role, which are then part of the base.
     seed: of keys and values that the base does not give (quantised ones).
-    Raises OneStepError for a base that has no cross-attention to its text.
+    Raises OneStepError for a base that has none of a U-Net's cross-attentions.
     """
     names = _sites(targets, family)
     if not names:
         raise OneStepError(
-            f"this {family!r} base has no cross-attention that a negative adapter could act on: use SD1.5, SD2 or SDXL "
-            "with targets=all; for SD3 and Flux there is steering (nag, nasa)"
+            f"a negative adapter acts on a U-Net's cross-attentions, of which this {family!r} base has none among its "
+            "targets: use SD1.5, SD2 or SDXL with targets=all; for others there is steering (nag, nasa)"
         )
     sites = tuple((name, targets[f"{name}.to_k"].out_rows, heads[name]) for name in names)
     module = _made(Config(sites, targets[f"{names[0]}.to_k"].in_features))

@@ -65,7 +65,8 @@ def model_away(model: Any, negative: Any, path: Path, scale: float) -> Any:
     scale, family = checked_scale(scale), detect(model.model.diffusion_model)
     if not FAMILIES[family].unet:
         raise OneStepError(
-            f"this {family!r} model has no cross-attention that a negative adapter could act on: use Negative Steering"
+            f"a negative adapter acts on a U-Net's cross-attentions, which this {family!r} model has not: use Negative "
+            "Steering"
         )
     module = load_adapter(path, MAKERS, family).module.requires_grad_(False)
     check_base(module, {target.name: target for target in targets_of(model.model, family)}, family)

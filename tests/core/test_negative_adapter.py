@@ -285,7 +285,7 @@ def test_another_base_a_joint_one_and_values_out_of_range_are_refused() -> None:
         with pytest.raises(OneStepError, match="this adapter is for another base: it needs"):
             check_base(side, targets, CASES[name].family)
         if CASES[name].family != "unet":
-            with pytest.raises(OneStepError, match="has no cross-attention that a negative adapter could act on"):
+            with pytest.raises(OneStepError, match="acts on a U-Net's cross-attentions, of which this"):
                 new_adapter(targets, CASES[name].family, {}, 0)
     with pytest.raises(OneStepError, match="tokens are 25 wide, this adapter reads 24"):
         check_negative(side, 25)

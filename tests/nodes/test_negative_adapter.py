@@ -39,7 +39,7 @@ def test_rows_have_their_own_negatives(measured: Any, kind: str) -> None:
 
 def test_what_does_not_fit_is_refused(measured: Any) -> None:
     words = [
-        *("this adapter is for another base", "'sd3' model has no cross-attention", "scale is nan", "scale is 11.0"),
+        *("this adapter is for another base", "which this 'sd3' model has not", "scale is nan", "scale is 11.0"),
         *("tokens are 2048 wide", "holds no text", "from 0.2 to 1 of the schedule", "has a negative adapter already"),
     ]
     assert len(measured["said"]) == len(words)

@@ -119,7 +119,7 @@ def test_a_base_without_cross_attention_is_refused_before_it_is_trained(
     nodes = {"distil": distil(run, "sun")}
     nodes["distil"]["inputs"] |= {"clip": ["texts", 1], "vae": ["texts", 2], "sizes": "64x64"}
     refused = server_with_checkpoints.run(graph(name, 64, **nodes))
-    assert ("no trained null" if name == "flux" else "no cross-attention") in refused.error, refused.error
+    assert ("no trained null" if name == "flux" else "U-Net's cross-attentions") in refused.error, refused.error
     assert len(refused.error) < 400
     assert not (server_with_checkpoints.base / "models" / "onestep" / f"{run}.safetensors").exists()
 
@@ -143,8 +143,8 @@ def test_with_cfg_it_acts_on_the_prompt_alone(stirred: Any) -> None:
 
 REFUSED = {
     # of the model, its adapter, what else is plugged in, and what is said
-    "sd3": ("sd3", "negative-sd15", {}, ("'sd3' model has no cross-attention", "use Negative Steering")),
-    "flux": ("flux", "negative-sd15", {}, ("'flux' model has no cross-attention", "use Negative Steering")),
+    "sd3": ("sd3", "negative-sd15", {}, ("which this 'sd3' model has not", "use Negative Steering")),
+    "flux": ("flux", "negative-sd15", {}, ("which this 'flux' model has not", "use Negative Steering")),
     "of another base": ("tiny", "negative-sd15", {}, ("for another base", "768", "128", "Choose its base")),
     "of tiny": ("sd15", "away", {}, ("for another base", "128", "768", "Choose its base")),
     "a guidance adapter": ("sd15", "guidance-sd15", {}, ("kind 'guidance-cross-attention'", "choose another")),

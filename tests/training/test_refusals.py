@@ -12,7 +12,7 @@ from small_host import PROMPTS, SmallHost, small
 from whole_runs import run
 
 from onestep.core.errors import OneStepError
-from onestep.core.schedule import VPSchedule
+from onestep.core.schedule import FlowSchedule, VPSchedule
 from onestep.training.distil import distil
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -26,6 +26,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "NaN weights": ({"spoil": math.nan}, "small is damaged: 1 of its layers .*conv_in the first"),
     "infinite weights": ({"spoil": math.inf}, "small is damaged"),
     "noise from pure noise": ({"schedule": VPSchedule.scaled_linear(zero_terminal=True)}, "v-prediction most likely"),
+    "tokens' norms of noise": (
+        {"settings": small(token_norm="on")},
+        "models that predict a velocity, which small is not",
+    ),
+    "tokens' norms of no guidance": (
+        {"settings": small(token_norm="on"), "schedule": FlowSchedule(), "guidance": "embedded"},
+        "classifier-free guidance, by which small is not drawn",
+    ),
     "a base without a null": ({"guidance": "none"}, "no trained null condition.*set it to 1"),
 }
 

@@ -31,6 +31,10 @@ def check_base(host: Host, settings: Settings) -> None:
         raise OneStepError(
             f"token_norm is for models that predict a velocity, which {host.name} is not: set it to host"
         )
+    if settings.token_norm == "on" and denoise.guidance != "cfg":
+        raise OneStepError(
+            f"token_norm is of classifier-free guidance, by which {host.name} is not drawn: set it to host"
+        )
     noisiest = torch.tensor(denoise.schedule.sigma_max, dtype=torch.float64)
     if isinstance(denoise, EpsDenoiser) and float(denoise.schedule.alpha(noisiest)) == 0:
         raise OneStepError(
