@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ..data.pairs import MADE
-from ..settings import Settings
+from ..engine.spacing import spacing
+from ..settings import LAST, Settings
 from ..watch.measures import EACH
 from .cards import Card
 from .rehearse import DECODE, FORWARD, LOOK, REFERENCE, WATCH, Rehearsed
@@ -91,18 +92,29 @@ def _seconds(once: _Once) -> dict[str, float]:
         found[WATCHING] = samples * beside.reference * once.work(REFERENCE)
     if WATCH in played.count.names:
         drawn = _times(settings.watch_every, played) + 2 + _times(settings.preview_every, played)
+        drawn += _compared(played, settings)
         shown = min(settings.preview_samples, -(-samples // EACH))
         previews = 2 * shown * once.decode() * _times(settings.preview_every, played)
         found[WATCHING] += samples * beside.watch * once.work(WATCH) * drawn + previews
+        if settings.choose_by != LAST:  # pictures of each, both of the end's too, beside what they are to draw
+            found[WATCHING] += (_compared(played, settings) + 3) * shown * once.decode()
     if LOOK in played.count.names:
         # the teacher's pictures are looked at once, and at the end both of those that may be the result
-        found[WATCHING] += samples * once.work(LOOK) * (_times(settings.watch_every, played) + 3)
+        looked = _times(settings.watch_every, played) + 3 + _compared(played, settings)
+        found[WATCHING] += samples * once.work(LOOK) * looked
     return found
 
 
 def _times(every: int, played: Rehearsed) -> int:
     """How often what is due each so many updates is done, before the first and after the last too."""
     return 1 + math.ceil(sum(phase.updates for phase in played.phases) / every) if every else 0
+
+
+def _compared(played: Rehearsed, settings: Settings) -> int:
+    """Kept students that are drawn and looked at where the run's end chooses among them."""
+    updates = sum(phase.updates for phase in played.phases)
+    every = spacing(updates, settings)
+    return (updates - 1) // every if every and settings.choose_by != LAST else 0
 
 
 def _samples(played: Rehearsed, settings: Settings) -> int:
