@@ -35,7 +35,7 @@ REFUSED = {
 }
 
 TEXT_ENCODER = re.compile(
-    r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
+    r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te(?!xt_fusion_)|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
     r"conditioner\.embedders\.|(base_model\.model\.)?text_model\."
 )
 # Not of the denoiser's LoRA either, and legal beside it: the trigger words' embeddings (bundles of kohya's and

@@ -118,7 +118,7 @@ def denoiser_of(
     called = network if roles is not None else called_network(pipe)
     return wrap(
         NETWORKS[family](called, extras or Extras()),
-        schedule_of(pipe.scheduler, family),
+        schedule_of(pipe.scheduler, family, bool(pipe.config.get("is_distilled", False))),
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,

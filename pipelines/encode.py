@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.cond import Cond
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .text import encode, t5_tokens
 from .threads import lock_of
 
@@ -32,7 +32,7 @@ def encode_text(
 def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, QWEN_IMAGE):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2):
         return encode(pipe, kind, [text], device)
     if kind == ANIMA:  # zeros fill it up
         cond = encode(pipe, kind, [text], device)

@@ -19,11 +19,13 @@ SD, SDXL = FAMILIES["unet"].pipelines
 KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (QWEN_IMAGE,) = FAMILIES["qwen_image"].pipelines
 (ANIMA,) = FAMILIES["anima"].pipelines
+(KREA2,) = FAMILIES["krea2"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,
     "Mistral3ForConditionalGeneration": FLUX2,
     "Qwen2_5_VLForConditionalGeneration": QWEN_IMAGE,
+    **dict.fromkeys(("Qwen3VLModel", "Qwen3VLForConditionalGeneration"), KREA2),
 }
 """Whose text encoders they are; Z-Image's is no head of its own."""
 

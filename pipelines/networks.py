@@ -13,6 +13,7 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -25,7 +26,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .network_inputs import Extras, in_dtype, joint_mask, moved
-from .networks_modern import AnimaNetwork, Flux2Network, QwenImageNetwork, ZImageNetwork
+from .networks_modern import AnimaNetwork, Flux2Network, Krea2Network, QwenImageNetwork, ZImageNetwork
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
@@ -36,6 +37,7 @@ Transformer = (
     | Flux2Transformer2DModel
     | QwenImageTransformer2DModel
     | CosmosTransformer3DModel
+    | Krea2Transformer2DModel
 )
 
 
@@ -121,6 +123,7 @@ NETWORKS: dict[str, Any] = {
     "flux2": Flux2Network,
     "qwen_image": QwenImageNetwork,
     "anima": AnimaNetwork,
+    "krea2": Krea2Network,
 }
 
 

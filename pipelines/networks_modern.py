@@ -108,3 +108,28 @@ class AnimaNetwork:
             return_dict=False,
         )[0]
         return answer.squeeze(2)
+
+
+@dataclass(frozen=True)
+class Krea2Network:
+    """Krea2Transformer2DModel over 2x2 patches behind a text whose tokens all lie at the origin, which reads sigma and,
+    where texts are padded, their mask. A token's layers are beside one another in a `Cond`, one behind the other
+    there."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = in_dtype(cond, x, self.module.dtype)
+        height, width = x.shape[-2:]
+        places = positions(height // 2, width // 2, x.device)
+        answer = self.module(
+            pack(x).to(self.module.dtype),
+            encoder_hidden_states=text.unflatten(2, (self.module.config.num_text_layers, -1)),
+            timestep=time.to(x.device, torch.float32) / 1000,
+            position_ids=pad(places, (0, 0, text.shape[1], 0)),
+            encoder_attention_mask=None if cond.mask is None else cond.mask.to(x.device),
+            attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,8 @@ class DiffusersSettings:
         network, packed = known.part, known.packed
         channels = f"pipe.{network}.config.in_channels{' // 4' if packed else ''}"
         native = f"pipe.{network}.config.sample_size" if known.unet else "pipe.default_sample_size"
-        height, width = (self.call.get(side, f"{native} * pipe.vae_scale_factor") for side in ("height", "width"))
+        usual = _usual_side(known.pipelines[0]) or f"{native} * pipe.vae_scale_factor"
+        height, width = (self.call.get(side, usual) for side in ("height", "width"))
         if self.modular:
             factor = "pipe.vae_scale_factor"
             return f"noise = torch.randn(1, {channels}, 1, {height} // {factor}, {width} // {factor})"
@@ -133,6 +135,12 @@ class DiffusersSettings:
         if call.get("guidance_scale", 1) != 1 and pipe.config.get("force_zeros_for_empty_prompt"):
             call["negative_prompt"] = ""
         return call
+
+
+def _usual_side(name: str) -> int | None:
+    """Pixels along a side that a pipeline of diffusers draws where its call says none; None where its parts tell."""
+    told = inspect.signature(getattr(diffusers, name).__call__).parameters.get("height")
+    return None if told is None else told.default
 
 
 def _without_t5(pipe: Any) -> bool:

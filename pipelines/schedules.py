@@ -33,9 +33,10 @@ def prediction_of(scheduler: Any) -> str:
     return str(kind)
 
 
-def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
+def schedule_of(scheduler: Any, family: str | None = None, distilled: bool = False) -> NoiseSchedule:
     """The noise schedule that a network was trained with, from its scheduler's configuration. family: the network's,
-    whose own it is where the scheduler leaves the shift to the pipeline."""
+    whose own it is where the scheduler leaves the shift to the pipeline. distilled: which has one shift for every size
+    then, as Krea 2 Turbo's."""
     config = scheduler.config
     if _is_flow(scheduler):
         known = FAMILIES[family].schedule if family else None
@@ -44,6 +45,8 @@ def schedule_of(scheduler: Any, family: str | None = None) -> NoiseSchedule:
             return FlowSchedule(_shift(config), terminal=terminal)
         if isinstance(known.by_steps, StepsShift):
             return known
+        if distilled:
+            return FlowSchedule(known.shift, terminal=terminal)
         return replace(known, by_steps=_by_size(config, known.by_steps.tokens), terminal=terminal)
     return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
 

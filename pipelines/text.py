@@ -15,7 +15,7 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from .call_values import texts_of
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
@@ -47,6 +47,8 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
         if kind == QWEN_IMAGE:
             # as long as its pipeline's call reads, half of encode_prompt's own default
             return _masked(*pipe.encode_prompt(list(prompts), device, max_sequence_length=512))
+        if kind == KREA2:
+            return Cond.concat([_fused(*pipe.encode_prompt(prompt, device)) for prompt in prompts])
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         if kind == ANIMA:
@@ -56,6 +58,12 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
 
 def _masked(text: Tensor, mask: Tensor | None) -> Cond:
     return Cond(text, None if mask is None else mask.bool())
+
+
+def _fused(text: Tensor, mask: Tensor) -> Cond:
+    """A text's own tokens, whose layers lie beside one another, of [1, L, layers, C] with padding in its midst: their
+    order does not matter, as none of them has a place."""
+    return Cond(text[mask.bool()].flatten(1)[None])
 
 
 def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int) -> Cond:
@@ -94,7 +102,7 @@ def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
         cond = encode(pipe, kind, prompts, device).repeat(each)
-    if kind in (Z_IMAGE, QWEN_IMAGE):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2):
         return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
@@ -107,7 +115,7 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-ENCODERS = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE), FIRST) | dict.fromkeys((SDXL, SD3, FLUX), BOTH)
+ENCODERS = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2), FIRST) | dict.fromkeys((SDXL, SD3, FLUX), BOTH)
 ENCODERS |= {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
 """Which parts a text cannot do without."""
 
@@ -251,6 +259,11 @@ def widths(network: Any) -> tuple[int, int | None]:
 def _checked(name: str, value: Any, shape: tuple[str | int, ...]) -> Tensor:
     """``value`` where it is a tensor of finite numbers of ``shape``, in which a word stands for any length."""
     wanted = f"[{', '.join(map(str, shape))}]"
+    if isinstance(value, Tensor) and value.ndim == len(shape) + 1:  # Krea 2's, as diffusers has them
+        raise OneStepError(
+            f"{name} is {list(value.shape)}, with an axis of layers and, it may be, padding: give a list of each "
+            "text's own tokens, [tokens, layers * width], as this pipeline's encode_prompt does"
+        )
     if not isinstance(value, Tensor) or not value.is_floating_point():
         what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise OneStepError(f"{name} is {what}: give a tensor {wanted}, as encode_prompt returns it")

@@ -19,8 +19,6 @@ LATER = {
     "WanModel": "Wan",
     "MiniTrainDIT": "Cosmos-Predict2",
     "GeneralDIT": "Cosmos",
-    "Krea2Transformer2DModel": "Krea 2",
-    "SingleStreamDiT": "Krea 2",
 }
 # Attributes that only a later family's network has, where its class has an earlier one's name.
 LATER_MARKS = {
@@ -63,7 +61,6 @@ LATER_ENCODERS = {
 LATER_KEYS = {
     r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]((k|v)_img|norm_[qk]|[qkvo])[._](?!proj)|ffn[._])": "Wan",
     r"transformer_blocks[._]\d+[._]attn[._](img|txt)_qkv|transformer_blocks[._]\d+[._](img|txt)_mlp[._]w[123]": "Lens",
-    r"(text_|txt)fusion[._]|blocks[._]\d+[._]attn[._](to_gate|gate|w[qkvo])[._]": "Krea 2",
     r"addition_t_embedding": "Qwen-Image-Layered",
     r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
     r"(^|[._])layers[._]\d+[._]adaLN_modulation[._]1[._]": "Lumina 2",

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import OneStepError
 from ..families import FAMILIES
 
-LATER = ("krea2", "wan")
+LATER = ("wan",)
 """Families whose public few-step models are known, before the family itself is served."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_STEPS = 64

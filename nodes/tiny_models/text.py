@@ -18,6 +18,7 @@ from ...core.families import of_class
 from .anima import anima_target
 from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
+from .krea2 import qwen3vl_target
 from .qwen import qwen25_target
 from .z_image import qwen3_target
 
@@ -132,6 +133,8 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
     kind = read_config(folder, "text_encoder").get("model_type")
     if kind == "qwen2_5_vl":
         return assembled(*qwen25_target(folder))
+    if kind == "qwen3_vl":
+        return assembled(*qwen3vl_target(folder))
     if kind == "qwen3":
         family = of_class(read_config(folder, "transformer").get("_class_name", ""))
         return assembled(*{"flux2": klein_target, "anima": anima_target}.get(str(family), qwen3_target)(folder))

@@ -13,11 +13,6 @@ from onestep.core.families import FAMILIES, refuse_name
 from onestep.core.lora_file import load_lora
 
 KEYS = [
-    ("transformer.transformer_blocks.0.attn.to_gate", "Krea 2"),
-    ("lora_unet_transformer_blocks_3_attn_to_gate", "Krea 2"),
-    ("diffusion_model.blocks.7.attn.wq", "Krea 2"),
-    ("diffusion_model.txtfusion.projector", "Krea 2"),
-    ("transformer.text_fusion.refiner_blocks.0.ff.up", "Krea 2"),
     ("diffusion_model.distilled_guidance_layer.in_proj", "Chroma"),
     ("diffusion_model.joint_transformer_blocks.0.attn.to_q", "AuraFlow"),
     ("diffusion_model.double_stream_blocks.0.block.attn1.to_q", "HiDream"),

@@ -42,6 +42,28 @@ def anima_map(config):
     return {f"{ours}.weight": f"{theirs}.weight" for theirs, ours in layers}
 
 
+def krea2_map(config):
+    """ComfyUI's own has the layers' weights alone."""
+    own = comfy.utils.krea2_to_diffusers(config)
+    table = dict(own)
+    for ours, theirs in own.items():
+        table[ours.replace(".weight", ".bias")] = theirs.replace(".weight", ".bias")
+    blocks = {f"transformer_blocks.{n}": f"blocks.{n}" for n in range(config["layers"])}
+    for ours, theirs in blocks.items():
+        table[f"{ours}.scale_shift_table"] = (f"{theirs}.mod.lin", None, torch.flatten)
+    for kind in ("layerwise", "refiner"):
+        blocks |= {f"text_fusion.{kind}_blocks.{n}": f"txtfusion.{kind}_blocks.{n}" for n in range(2)}
+    norms = {"norm1": "prenorm", "norm2": "postnorm", "attn.norm_q": "attn.qknorm.qnorm"}
+    norms["attn.norm_k"] = "attn.qknorm.knorm"
+    for ours, theirs in blocks.items():
+        table |= {f"{ours}.{a}.weight": f"{theirs}.{b}.scale" for a, b in norms.items()}
+    return table | {
+        "txt_in.norm.weight": "txtmlp.0.scale",
+        "final_layer.norm.weight": "last.norm.scale",
+        "final_layer.scale_shift_table": "last.modulation.lin",
+    }
+
+
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
     "sd3": comfy.utils.mmdit_to_diffusers,
@@ -50,6 +72,7 @@ MAPS = {
     "flux2": comfy.utils.flux_to_diffusers,
     "qwen_image": same_names,
     "anima": anima_map,
+    "krea2": krea2_map,
 }
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
 MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")

@@ -9,6 +9,7 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -58,6 +59,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "z_image": ("z_image", ZImageTransformer2DModel, {}),
     "qwen_image": ("qwen_image", QwenImageTransformer2DModel, {}),
     "anima": ("anima", CosmosTransformer3DModel, ANIMA),
+    "krea2": ("krea2", Krea2Transformer2DModel, {}),
     **{
         name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
         for name, config in FLUX2.items()
@@ -118,6 +120,10 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 256, "extra_per_block_abs_pos_emb": False},
         **{"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0},
         "rope_enable_fps_modulation": False,
+    },
+    "krea2": {
+        **{"image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48},
+        **{"kvheads": 12, "txtlayers": 12, "txtdim": 2560},
     },
 }
 

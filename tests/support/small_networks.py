@@ -11,6 +11,7 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -102,6 +103,16 @@ def anima(**more: Any) -> nn.Module:
     )
 
 
+def krea2() -> nn.Module:
+    """Krea 2's layout: two blocks, grouped queries, and a text of three layers that its own blocks fuse."""
+    return Krea2Transformer2DModel(
+        **{"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"intermediate_size": 256, "timestep_embed_dim": 32, "axes_dims_rope": (4, 6, 6)},
+        **{"text_hidden_dim": 8, "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2},
+        text_intermediate_size=128,
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -134,6 +145,10 @@ def qwen_image_inputs(draw: Callable[..., Tensor]) -> Inputs:
 
 
 def anima_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+
+
+def krea2_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
@@ -203,6 +218,20 @@ def run_anima(network: Any, inputs: Inputs) -> Tensor:
     return network(x, inputs["time"], inputs["text"], padding_mask=nowhere).sample.squeeze(2)
 
 
+def run_krea2(network: Any, inputs: Inputs) -> Tensor:
+    """Patches as Flux'; all of a text's tokens lie at the origin, three layers of each behind one another."""
+    x, tokens = inputs["x"], inputs["text"].shape[1]
+    batch, channels, height, width = x.shape
+    tiles = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    picture = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), *map(torch.arange, (height // 2, width // 2)))
+    predicted = network(
+        **{"hidden_states": tiles.reshape(batch, height * width // 4, channels * 4), "timestep": inputs["time"]},
+        **{"encoder_hidden_states": inputs["text"].reshape(batch, tokens, 3, -1)},
+        position_ids=torch.cat([torch.zeros(tokens, 3), picture]),
+    ).sample
+    return predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -223,6 +252,7 @@ CASES = {
     "flux2": Case("flux2", flux2, flux2_inputs, run_flux2),
     "qwen_image": Case("qwen_image", qwen_image, qwen_image_inputs, run_qwen_image),
     "anima": Case("anima", anima, anima_inputs, run_anima),
+    "krea2": Case("krea2", krea2, krea2_inputs, run_krea2),
 }
 
 
@@ -284,6 +314,10 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 16, "extra_per_block_abs_pos_emb": False},
         **{"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0},
         "rope_enable_fps_modulation": False,
+    },
+    "krea2": {
+        **{"image_model": "krea2", "features": 64, "channels": 16, "patch": 2, "layers": 2, "heads": 4, "kvheads": 2},
+        **{"tdim": 32, "txtlayers": 3, "txtdim": 8, "txtheads": 2, "txtkvheads": 2},
     },
 }
 

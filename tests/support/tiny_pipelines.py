@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import tiny_krea2
 import tiny_qwen
 import torch
 from diffusers import (
@@ -285,6 +286,10 @@ def qwen_image(**scheduler: Any) -> Any:
     return tiny_qwen.qwen_image(video_vae(), WIDTH, 2, **scheduler)
 
 
+def krea2(distilled: bool = False, **scheduler: Any) -> Any:
+    return tiny_krea2.krea2(video_vae(), head=16, distilled=distilled, **scheduler)
+
+
 def anima(**scheduler: Any) -> AnimaModularPipeline:
     """A modular pipeline: of two text encoders one gives its states, the other its tokens alone."""
     without_torchvision()
@@ -309,7 +314,7 @@ def anima(**scheduler: Any) -> AnimaModularPipeline:
     return pipe
 
 
-MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima}
+MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import comfy.ops
 from comfy.ldm.anima.model import Anima
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -17,6 +18,7 @@ from onestep.core.families import bind_comfy, detect
 CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, "z_image": NextDiT, "flux2": Flux}
 CLASSES["qwen_image"] = QwenImageTransformer2DModel
 CLASSES["anima"] = Anima
+CLASSES["krea2"] = SingleStreamDiT
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():
