@@ -3,10 +3,10 @@ r"""Guidance in one forward: a small network that adds to a frozen base what cla
     D_agd(x, c, w) ~ D_u + w (D_c - D_u)          Adapter Guidance Distillation (arXiv:2503.07274)
 
 Two forms, as the paper attaches them. Attention: each cross-attention of a U-Net gets a second one, over [guidance,
-time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture; Z-Image's,
-whose text is modulated as its picture is, for all of both. Ours: what is added is scaled by w - 1, so that at w = 1,
-where guidance adds nothing, neither does the adapter; and the attention form also sees where it looks from and what the
-first attention found (benchmarks/results/guidance-adapter-tiny.md has what that is worth).
+time, prompt tokens]. Offset: each block of a transformer gets one vector for all tokens of its picture; Z-Image's and
+Krea 2's, whose text is modulated as its picture is, for all of both. Ours: what is added is scaled by w - 1, so that
+at w = 1, where guidance adds nothing, neither does the adapter; and the attention form also sees where it looks from
+and what the first attention found (benchmarks/results/guidance-adapter-tiny.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ class GuidanceAttention(nn.Module):
 
 
 class GuidanceOffset(nn.Module):
-    """An adapter module on the blocks of a transformer of SD3, Flux, FLUX.2 or Z-Image: out(MLP(guidance + time +
-    prompt)) [B, C] for every token of the picture, in Z-Image of the stream. Otherwise as `GuidanceAttention`."""
+    """An adapter module on the blocks of a transformer of SD3, Flux, FLUX.2, Z-Image or Krea 2: out(MLP(guidance + time
+    + prompt)) [B, C] for every token of the picture, in the last two of the stream. Otherwise as
+    `GuidanceAttention`."""
 
     kind = "guidance-offset"
 
@@ -232,7 +233,7 @@ def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
 def _text_width(targets: Mapping[str, Target], family: str, sites: Sequence[tuple[str, int]]) -> int:
     known = FAMILIES[family]
     name = sites[0][0].replace("to_out.0", "to_k") if known.cross_attention else known.summary
-    return targets[name].in_features if name in targets else 0
+    return math.prod(targets[each].in_features if each in targets else 0 for each in (name, known.stacked) if each)
 
 
 def _query(name: str) -> str:

@@ -53,8 +53,8 @@ def _several(
 ) -> Tensor | None:
     """What a layer of any kind gives under any roles."""
     batch = active.batch or len(x)
-    if x.ndim == 2 and len(x) != batch and not len(x) % batch and len(active.blocks) > 1:
-        # diffusers' Z-Image embeds the tokens of all samples in one row
+    if not layer.is_conv and len(x) != batch and not len(x) % batch and len(active.blocks) > 1:
+        # diffusers' Z-Image embeds the tokens of all samples in one row; to Krea 2's fusion each of them is a sample
         shaped = x.unflatten(0, (batch, -1)), output.unflatten(0, (batch, -1))
         changed = _several(layer, roles, active, served, *shaped)
         return None if changed is None else changed.flatten(0, 1)

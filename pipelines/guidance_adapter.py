@@ -35,6 +35,7 @@ ORDER = {
     "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "anima": ("hidden_states", "timestep", "encoder_hidden_states"),
     "qwen_image": ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"),
+    "krea2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "z_image": ("x", "t", "cap_feats"),
 }
 
@@ -116,6 +117,7 @@ class GuidanceDial(OnNetwork):
             return Cond.concat([Cond(tokens[None]) for tokens in text]).with_(guidance=scales)
         mask = told.get("encoder_attention_mask", told.get("encoder_hidden_states_mask"))
         mask = None if mask is None else mask.bool()
+        text = text.flatten(2) if text.ndim == 4 else text  # Krea 2's, whose layers are beside one another in a Cond
         return Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=scales)
 
     def _scales(self, batch: int, device: torch.device) -> Tensor | None:

@@ -107,7 +107,8 @@ class Family:
     by one op of its own, which has no backward. cross_attention: the picture alone attends to the text;
     else both attend jointly. ends: pattern of the layers by which what attention found enters the stream, where
     adapters add. entry: what writes the picture's stream at first; "" where no control is served. summary: the layer
-    that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. numbered: the
+    that reads the text as one vector, or else each of its tokens; "" where adapters read no text so. stacked: the
+    layer that reads how many layers of the encoder a token has beside one another; "" where it has one. numbered: the
     rotary axis along which a text's tokens are numbered from 0; None where all lie at the origin. steering: by mode,
     the numbers of a negative where nobody gives any; none where steering is not served.
     """
@@ -166,6 +167,7 @@ class Family:
     ends: str
     entry: str = ""
     summary: str = ""
+    stacked: str = ""
     numbered: int | None = None
     steering: Mapping[str, Numbers] = field(default_factory=dict)
 

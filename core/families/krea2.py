@@ -112,4 +112,6 @@ KREA2 = Family(
     },
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0",
     entry="img_in",
+    summary="text_fusion.layerwise_blocks.0.attn.to_q",
+    stacked="text_fusion.projector",
 )

@@ -47,6 +47,7 @@ PLACES = {
     "qwen_image": {"img_in": (64, 1)},
     "z_image": {"all_x_embedder.2-1": (288, 1)},
     "anima": {"patch_embed.proj": (48, 1)},
+    "krea2": {"img_in": (64, 1)},
 }
 
 

@@ -26,6 +26,7 @@ MIDDLES = {
         "flux2_dev": "single_transformer_blocks.19",
         "anima": "transformer_blocks.13",
         "qwen_image": "transformer_blocks.29",
+        "krea2": "transformer_blocks.13",
     },
 }
 
@@ -85,7 +86,7 @@ def test_the_picture_is_what_the_block_gives(name: str) -> None:
         if given.ndim == 4:
             assert torch.equal(value, given)
         else:
-            # behind Z-Image's picture lie what fills it up and the text; before that of FLUX.2's last blocks the text
+            # behind Z-Image's picture lie what fills it up and the text; before that of others, and FLUX.2's last, the text
             first = 5 if name == "flux2" and path.startswith("single") else 0
             assert rows * columns == (24 if name == "z_image" else given.shape[1] - first)
             assert rows * inputs["x"].shape[3] == columns * inputs["x"].shape[2]

@@ -183,6 +183,7 @@ SITES = {
     "flux": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"],
     "flux2": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out"],
     "qwen_image": [f"transformer_blocks.{n}.attn.to_out.0" for n in (0, 1)],
+    "krea2": [f"transformer_blocks.{n}.attn.to_out.0" for n in (0, 1)],
     "z_image": ["layers.0.attention.to_out.0", "layers.1.attention.to_out.0"],
 }
 

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -83,6 +84,10 @@ def test_diffusers_own_loader_gives_the_same_prediction(name: str, tmp_path: Pat
     assert (loaded - expected).norm() < 1e-5 * (expected - plain).norm()
 
 
+MODERN: dict[str, Any] = {"z_image": ZImagePipeline, "qwen_image": QwenImagePipeline, "krea2": Krea2Pipeline}
+MODERN["flux2"] = Flux2KleinPipeline
+
+
 def pipeline_of(name: str, network: Any) -> Any:
     none = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     if name == "sd15":
@@ -93,16 +98,12 @@ def pipeline_of(name: str, network: Any) -> Any:
             safety_checker=None,
             feature_extractor=None,
         )
-    if name == "z_image":
-        return ZImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
-    if name == "qwen_image":
-        return QwenImagePipeline(**none, transformer=network, scheduler=FlowScheduler())
+    if name in MODERN:
+        return MODERN[name](**none, transformer=network, scheduler=FlowScheduler())
     if name == "anima":
         pipe = AnimaModularPipeline()
         pipe.update_components(transformer=network)
         return pipe
-    if name == "flux2":
-        return Flux2KleinPipeline(**none, transformer=network, scheduler=FlowScheduler())
     none |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
     if name == "sdxl":
         return SDXLPipeline(**none, unet=network, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False))

@@ -1,0 +1,69 @@
+"""Krea 2 in both hosts, on the same tiny weights: texts of several layers and lengths, latents, D and gradients are
+equal, and what one trains both load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import both_hosts
+import pytest
+import tiny_krea2
+import torch
+from both_hosts import RUNS, Hosts, gap
+from tiny_pipelines import video_vae
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
+LAYERS = 8 + 8 * (2 + 4)
+"""The ends, two blocks, and four that fuse a text."""
+
+
+@pytest.fixture(scope="module")
+def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
+    """Turbo's, whose shift is that of ComfyUI."""
+    folder = tiny_krea2.krea2_folder(tmp_path_factory.mktemp("krea2") / "model", video_vae(), distilled=True)
+    return both_hosts.both(run_inside, folder, PROMPTS, "krea2")
+
+
+def test_prompts_become_the_same_conditions_of_several_lengths(hosts: Hosts) -> None:
+    """The order of a text's tokens is diffusers' own, whose suffix stands behind the padding."""
+    assert hosts.report["family"] == "krea2" and hosts.report["blocks"] == 6
+    assert hosts.inputs["text"].shape[2] == 24 and len(set(hosts.inputs["mask"].sum(1).tolist())) == 3
+    assert torch.equal(hosts.comfys["mask"], hosts.inputs["mask"])
+    assert gap(hosts.comfys["text"], hosts.inputs["text"]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_batch_of_several_lengths_is_each_row_alone(hosts: Hosts) -> None:
+    assert gap(hosts.comfys["together"], hosts.comfys["alone"]) < 1e-6
+    ours = hosts.host.denoiser(hosts.inputs["x"], hosts.inputs["sigma"], hosts.cond)
+    assert gap(hosts.comfys["together"], ours) < 1e-5
+
+
+@torch.no_grad()
+def test_pictures_become_the_same_latents_and_come_back(hosts: Hosts) -> None:
+    host, pictures = hosts.host, hosts.comfys["pictures"]
+    latents = host.latents_of(pictures)
+    assert latents.shape == (2, 16, 8, 12)
+    assert gap(hosts.comfys["latents"], latents) < 1e-5
+    assert gap(hosts.comfys["decoded"], host.decode(latents)) < 1e-5
+
+
+def test_turbos_shift_is_one_in_both(hosts: Hosts) -> None:
+    assert hosts.report["schedule"] == repr(hosts.host.denoiser.schedule)
+    assert hosts.report["shift"] == pytest.approx(math.exp(1.15))
+
+
+def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
+    both_hosts.check_gradients(hosts, 5e-5)
+
+
+def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
+    both_hosts.check_rows(hosts)
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
+    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS)
