@@ -51,7 +51,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
-    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline or AnimaModularPipeline:
+    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline, AnimaModularPipeline or Krea2Pipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
     embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.
@@ -215,8 +215,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     ) -> tuple[Embeds, Embeds, Tensor | None, Tensor | None]:
         """(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds) of every family.
 
-        The pooled two are None where the family reads no pooled text. Z-Image's and Qwen-Image's embeddings are lists,
-        [L, C] of each text. It needs the text encoders and tokenizers alone, and a call with what it returns needs
+        The pooled two are None where the family reads no pooled text. Z-Image's, Qwen-Image's and Krea 2's embeddings
+        are lists, [L, C] of each text, Krea 2's layers beside one another. It needs the text encoders and tokenizers alone, and a call with what it returns needs
         neither.
         """
         place, each = torch.device(device or self._execution_device), num_images_per_prompt
