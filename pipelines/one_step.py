@@ -216,8 +216,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         """(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds) of every family.
 
         The pooled two are None where the family reads no pooled text. Z-Image's, Qwen-Image's and Krea 2's embeddings
-        are lists, [L, C] of each text, Krea 2's layers beside one another. It needs the text encoders and tokenizers alone, and a call with what it returns needs
-        neither.
+        are lists, [L, C] of each text, Krea 2's layers beside one another. It needs the text encoders and tokenizers
+        alone, and a call with what it returns needs neither.
         """
         place, each = torch.device(device or self._execution_device), num_images_per_prompt
         prompt_embeds, pooled_prompt_embeds = embeddings(self.plain(), prompt, place, each)
