@@ -137,14 +137,14 @@ def in_comfyui(recipe: Recipe) -> dict[str, Any]:
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
-    from ..pipelines.plain import EITHER_GUIDANCE, GUIDER, WITHOUT_T5, diffusers_settings
+    from ..pipelines.plain import EITHER_GUIDANCE, GIVEN_SIGMAS, GUIDER, WITHOUT_T5, diffusers_settings
 
     try:
         settings = diffusers_settings(recipe)
     except OneStepError as error:
         return [f"# {error}"]
     changes = "".join(f", {name}={value!r}" for name, value in settings.changes.items())
-    words = {name: f"{name}={value!r}" for name, value in settings.call.items()}
+    words = {name: f"{name}={value!r}" for name, value in settings.words.items()}
     guider = [GUIDER.format(settings.call["guidance_scale"])] if settings.modular else []
     if settings.modular:
         words = {name: word for name, word in words.items() if name != "guidance_scale"} | {"": 'output="images"'}
@@ -160,6 +160,7 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
         f"pipe.scheduler = diffusers.{settings.scheduler}.from_config(pipe.scheduler.config{changes})",
         *guider,
+        *([GIVEN_SIGMAS.format(settings.by_scheduler)] if settings.by_scheduler else []),
         *([settings.noise_line()] if settings.latents_scale != 1 else []),
         f'pipe(prompt="your prompt"{call})',
     ]

@@ -24,7 +24,7 @@ from .targets import Target
 _UNET = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?\."
 )
-_DIT = re.compile(r"(single_)?(?:transformer_blocks|layers)\.(\d+)\.")
+_DIT = re.compile(r"(single_)?(?:transformer_blocks|layers|blocks)\.(\d+)\.")
 
 
 class Features:

@@ -33,6 +33,11 @@ REFUSED = {
     r"\blllite_|^lora_controlnet$|control_model\.": "control adapter",
     r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$|\.reshape_weight$": "adapter with full weight differences",
 }
+WAY_OUT = {
+    "adapter with full weight differences": "to draw with it let ComfyUI's LoraLoaderModelOnly, or diffusers' "
+    "load_lora_weights, put it on the model, and choose its recipe by name; to start from it use a plain LoRA"
+}
+"""What to do with a kind that the hosts' own loaders read, as several of Wan's few-step files are."""
 
 TEXT_ENCODER = re.compile(
     r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te(?!xt_fusion_)|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
@@ -147,7 +152,8 @@ def refuse_kinds(keys: Iterable[str]) -> None:
     for key in keys:
         kind = next((kind for pattern, kind in REFUSED.items() if re.search(pattern, key)), None)
         if kind is not None:
-            raise OneStepError(f"This file holds a {kind} ({key[:120]!r}), which cannot be read: use a plain LoRA.")
+            way = WAY_OUT.get(kind, "use a plain LoRA")
+            raise OneStepError(f"This file holds a {kind} ({key[:120]!r}), which cannot be read: {way}.")
 
 
 def parse(key: str) -> tuple[str, str]:

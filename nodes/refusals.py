@@ -50,7 +50,7 @@ def refuse_variant(family: str, model: Any, name: str) -> None:
     """Models of a known network that are told more than a text. name: of the checkpoint."""
     refuse_name(family, name)
     config, wanted = model.model_config.unet_config, model.latent_format.latent_channels
-    channels = config.get("in_channels", wanted)
+    channels = config.get("in_channels", config.get("in_dim", wanted))  # as Wan has it
     # Qwen-Image's configuration counts those of a whole patch
     if channels not in (wanted, wanted * FAMILIES[family].patch ** 2 if FAMILIES[family].packed else wanted):
         raise OneStepError(

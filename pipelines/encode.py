@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ..core.cond import Cond
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
 from .text import encode, t5_tokens
 from .threads import lock_of
 
@@ -34,9 +35,10 @@ def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
     text at the length that it has."""
     if kind in (Z_IMAGE, QWEN_IMAGE, KREA2):
         return encode(pipe, kind, [text], device)
-    if kind == ANIMA:  # zeros fill it up
-        cond = encode(pipe, kind, [text], device)
-        return Cond(cond.text[:, : length_of(pipe, pipe.t5_tokenizer, text, cond.text.shape[1])])
+    if kind in (ANIMA, WAN):  # zeros fill it up
+        cond, tokenizer = encode(pipe, kind, [text], device), pipe.t5_tokenizer if kind == ANIMA else pipe.tokenizer
+        read = prompt_clean(text) if kind == WAN else text
+        return Cond(cond.text[:, : length_of(pipe, tokenizer, read, cond.text.shape[1])])
     if kind in (KLEIN, FLUX2):
         return _of_its_own(pipe, kind, text, device)
     if kind in (SD, SDXL):

@@ -34,6 +34,7 @@ ORDER = {
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "anima": ("hidden_states", "timestep", "encoder_hidden_states"),
+    "wan": ("hidden_states", "timestep", "encoder_hidden_states"),
     "qwen_image": ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"),
     "krea2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "z_image": ("x", "t", "cap_feats"),

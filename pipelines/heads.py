@@ -21,6 +21,14 @@ def normed(states: Tensor, norm: Any) -> Tensor:
     return states if norm is None else norm(states)
 
 
+def normed_heads(states: Tensor, attn: Any, norm: Any) -> Tensor:
+    """[B, N, H D] -> [B, H, N, D], normed by a head's channels, or by those of all heads at once as Wan does."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == states.shape[-1]:
+        return heads(norm(states), attn)
+    return normed(heads(states, attn), norm)
+
+
 def repeated(states: Tensor, batch: int) -> Tensor:
     """[n, ...] -> [batch, ...]: each of the n ``batch`` / n times in a row."""
     if len(states) == 1:

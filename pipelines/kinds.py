@@ -20,12 +20,14 @@ KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (QWEN_IMAGE,) = FAMILIES["qwen_image"].pipelines
 (ANIMA,) = FAMILIES["anima"].pipelines
 (KREA2,) = FAMILIES["krea2"].pipelines
+(WAN,) = FAMILIES["wan"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,
     "Mistral3ForConditionalGeneration": FLUX2,
     "Qwen2_5_VLForConditionalGeneration": QWEN_IMAGE,
     **dict.fromkeys(("Qwen3VLModel", "Qwen3VLForConditionalGeneration"), KREA2),
+    "UMT5EncoderModel": WAN,
 }
 """Whose text encoders they are; Z-Image's is no head of its own."""
 
@@ -42,7 +44,7 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    if names[0].startswith(("Qwen", "Mistral3")):
+    if names[0].startswith(("Qwen", "Mistral3", "UMT5")):
         return LANGUAGE_MODELS.get(names[0], Z_IMAGE if parts.get("text_conditioner") is None else ANIMA)
     if "T5" in names[1]:
         return FLUX

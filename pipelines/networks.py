@@ -17,6 +17,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import Tensor
@@ -26,7 +27,7 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .network_inputs import Extras, in_dtype, joint_mask, moved
-from .networks_modern import AnimaNetwork, Flux2Network, Krea2Network, QwenImageNetwork, ZImageNetwork
+from .networks_modern import AnimaNetwork, Flux2Network, Krea2Network, QwenImageNetwork, WanNetwork, ZImageNetwork
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
@@ -38,6 +39,7 @@ Transformer = (
     | QwenImageTransformer2DModel
     | CosmosTransformer3DModel
     | Krea2Transformer2DModel
+    | WanTransformer3DModel
 )
 
 
@@ -124,6 +126,7 @@ NETWORKS: dict[str, Any] = {
     "qwen_image": QwenImageNetwork,
     "anima": AnimaNetwork,
     "krea2": Krea2Network,
+    "wan": WanNetwork,
 }
 
 

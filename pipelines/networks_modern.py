@@ -133,3 +133,22 @@ class Krea2Network:
             return_dict=False,
         )[0]
         return unpack(answer, height, width)
+
+
+@dataclass(frozen=True)
+class WanNetwork:
+    """WanTransformer3DModel of a video of one frame, which reads 1000 sigma."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = in_dtype(cond, x, self.module.dtype)
+        answer = self.module(
+            x.to(self.module.dtype).unsqueeze(2),
+            time.to(x.device, torch.float32),
+            text,
+            attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return answer.squeeze(2)

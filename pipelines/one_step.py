@@ -51,7 +51,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
     The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
-    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline, AnimaModularPipeline or Krea2Pipeline:
+    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline, AnimaModularPipeline, Krea2Pipeline or
+    WanPipeline:
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
     embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.

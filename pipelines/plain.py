@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ EITHER_GUIDANCE = "guidance_scale={1!r} if pipe.transformer.config.guidance_embe
 
 GUIDER = "pipe.guider = type(pipe.guider).from_config(pipe.guider.config, guidance_scale={!r})"
 """Of a pipeline that is put together of blocks, of which guidance is one."""
+GIVEN_SIGMAS = (
+    "pipe.scheduler.set_timesteps = lambda steps, device, own=pipe.scheduler.set_timesteps: own(steps, device, {!r})"
+)
+"""Of a pipeline whose call takes none, and asks its scheduler for so many steps."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,37 @@ class DiffusersSettings:
         """Whether the family's own pipeline is put together of blocks."""
         return is_modular(getattr(diffusers, FAMILIES[self.family].pipelines[0]))
 
+    @property
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """What the call of the family's own pipeline takes."""
+        return inspect.signature(getattr(diffusers, FAMILIES[self.family].pipelines[0]).__call__).parameters
+
+    def _usual(self, side: str) -> int | None:
+        """Pixels along a ``side`` that the pipeline draws where its call says none; None where its parts tell."""
+        return self._takes[side].default if side in self._takes else None
+
+    @property
+    def of_video(self) -> bool:
+        """Whether the family's own pipeline draws videos, of which a picture is one frame."""
+        return "num_frames" in self._takes
+
+    @property
+    def by_scheduler(self) -> list[float] | None:
+        """The sigmas, where the call takes none and the scheduler must be given them."""
+        return None if self.modular or "sigmas" in self._takes else self.call.get("sigmas")
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """Arguments of the call that hang on nothing of a loaded pipeline."""
+        call = {name: value for name, value in self.call.items() if name != "sigmas" or not self.by_scheduler}
+        return call | ({"num_frames": 1, "output_type": "pil"} if self.of_video else {})
+
     def apply(self, pipe: Any) -> dict[str, Any]:
         """Give ``pipe`` the scheduler; returns the arguments to call it with."""
         pipe.scheduler = getattr(diffusers, self.scheduler).from_config(pipe.scheduler.config, **self.changes)
         call = self._call(pipe)
+        if self.by_scheduler:
+            pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=self.by_scheduler)
         if is_modular(type(pipe)):  # whose guidance is a part of it
             pipe.guider = type(pipe.guider).from_config(pipe.guider.config, guidance_scale=call.pop("guidance_scale"))
             call["output"] = "images"
@@ -79,6 +112,7 @@ class DiffusersSettings:
             f"pipe = {name}.from_pretrained({model!r}{more})",
             f"pipe.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})",
             f"pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config{changes})",
+            *([GIVEN_SIGMAS.format(self.by_scheduler)] if self.by_scheduler else []),
             "torch.manual_seed(0)",
         ]
         if lora_scale != 1:
@@ -86,7 +120,8 @@ class DiffusersSettings:
         if self.latents_scale != 1:
             lines.append(self.noise_line())
             call += f", latents={self.latents_scale!r} * noise"
-        return "\n".join([*lines, f'pipe(prompt={prompt!r}{call}).images[0].save("picture.png")'])
+        picture = "frames[0][0]" if self.of_video else "images[0]"
+        return "\n".join([*lines, f'pipe(prompt={prompt!r}{call}).{picture}.save("picture.png")'])
 
     def _modular_script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float) -> str:
         """The same of a pipeline that is put together of blocks, and has its guidance as a part."""
@@ -113,10 +148,10 @@ class DiffusersSettings:
         network, packed = known.part, known.packed
         channels = f"pipe.{network}.config.in_channels{' // 4' if packed else ''}"
         native = f"pipe.{network}.config.sample_size" if known.unet else "pipe.default_sample_size"
-        usual = _usual_side(known.pipelines[0]) or f"{native} * pipe.vae_scale_factor"
-        height, width = (self.call.get(side, usual) for side in ("height", "width"))
-        if self.modular:
-            factor = "pipe.vae_scale_factor"
+        usual = {side: self._usual(side) or f"{native} * pipe.vae_scale_factor" for side in ("height", "width")}
+        height, width = (self.call.get(side, usual[side]) for side in usual)
+        if self.modular or self.of_video:
+            factor = "pipe.vae_scale_factor" + "_spatial" * self.of_video
             return f"noise = torch.randn(1, {channels}, 1, {height} // {factor}, {width} // {factor})"
         shape = f"1, {channels}, {height}, {width}, pipe.dtype, pipe.device, None"
         if known.folded > 1:
@@ -125,7 +160,7 @@ class DiffusersSettings:
 
     def _call(self, pipe: Any) -> dict[str, Any]:
         """diffusers puts zeros where SD3 has no T5, and for SDXL's empty negative prompt, if not told otherwise."""
-        call = dict(self.call)
+        call = self.words
         if _without_t5(pipe):
             call["max_sequence_length"] = 0
         if self.embedded is not None and pipe.transformer.config.guidance_embeds:
@@ -135,12 +170,6 @@ class DiffusersSettings:
         if call.get("guidance_scale", 1) != 1 and pipe.config.get("force_zeros_for_empty_prompt"):
             call["negative_prompt"] = ""
         return call
-
-
-def _usual_side(name: str) -> int | None:
-    """Pixels along a side that a pipeline of diffusers draws where its call says none; None where its parts tell."""
-    told = inspect.signature(getattr(diffusers, name).__call__).parameters.get("height")
-    return None if told is None else told.default
 
 
 def _without_t5(pipe: Any) -> bool:

@@ -149,6 +149,10 @@ def _what_else(keys: Collection[str], name: str) -> str:
             f"is a checkpoint of Cosmos-Predict2, which is not served: use {choices()}",
         ),
         (
+            lambda t: "time_projection." in t and "head.modulation" in t,
+            f"is a Wan checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
             lambda t: "joint_blocks." in t or "double_blocks." in t,
             f"is an SD3 or Flux checkpoint, whose T5 tokenizer does not travel with us: {FOLDERS}",
         ),

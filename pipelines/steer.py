@@ -45,7 +45,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image, Anima; ControlNet's too.
+    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image, Anima, Wan; ControlNet's too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -114,7 +114,7 @@ def _steered(
 ) -> tuple[Texts, dict[str, Any]]:
     """In place of the processors ``found``; each text is modulated by its own pooled text where there is one."""
     if FAMILIES[family].cross_attention:
-        return CrossTexts(FAMILIES[family].divided), {
+        return CrossTexts(run, family, network), {
             name: CrossSteered.around(inner, run) for name, inner in found.items()
         }
     for inner in found.values():

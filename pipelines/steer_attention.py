@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 from ..kernels import attention
-from .heads import heads, merged, normed, repeated
+from .heads import heads, merged, normed, normed_heads, repeated
 from .own_guidance import Rows, part
 from .steer_modulation import Kept
 from .steer_text import Away
@@ -37,9 +37,10 @@ Projected = tuple[Tensor, Tensor, Tensor]
 class Run:
     """What the processors of one steered network share.
 
-    away: the negative, and the empty text behind it. rows: which of each batch are steered. cache: whether keys and
-    values of the negative are kept from one forward to the next. The rest is true of the forward under way: whether it
-    is steered, the tokens of the positive text, and whether an attention has steered yet.
+    away: the negative, and the empty text behind it, in tokens as an encoder gives them. rows: which of each batch are
+    steered. cache: whether keys and values of the negative are kept from one forward to the next. The rest is true of
+    the forward under way: whether it is steered, the tokens of the positive text, those of the negative where the
+    network embeds them first, and whether an attention has steered yet.
     """
 
     steering: Steering
@@ -48,6 +49,7 @@ class Run:
     cache: bool
     active: bool = False
     positive_tokens: int = 0
+    embedded: Tensor | None = None
     reached: bool = False
     thread: int = field(default_factory=get_ident)
 
@@ -97,10 +99,13 @@ class CrossSteered:
         """Of a class of its own, as Attention.forward passes on what the signature of its ``__call__`` names: the inner
         processor's own arguments must reach it."""
 
-        def call(self: CrossSteered, attn: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
-            return cls.__call__(self, attn, hidden_states, *args, **more)
+        signature = inspect.signature(type(inner).__call__)
+        names = list(signature.parameters)[3:]  # behind itself, the attention and the hidden states
 
-        call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+        def call(self: CrossSteered, attn: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
+            return cls.__call__(self, attn, hidden_states, **dict(zip(names, args, strict=False)), **more)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
         return type(cls.__name__, (cls,), {"__call__": call})(inner, run)  # type: ignore[no-any-return]
 
     def __call__(
@@ -121,9 +126,9 @@ class CrossSteered:
             name = type(self.inner).__name__
             raise OneStepError(f"{name} attends with projections of its own: steering does not serve it, take it off")
         out = attn.to_out[1](attn.to_out[0](self._steered(attn, seen, found, attention_mask)))
-        if attn.residual_connection:
+        if getattr(attn, "residual_connection", False):
             out = out + hidden_states
-        return out / attn.rescale_output_factor
+        return out / getattr(attn, "rescale_output_factor", 1.0)
 
     def _steered(self, attn: Any, seen: Seen, found: Tensor, mask: Tensor | None) -> Tensor:
         """found: [B, N, H D], what the inner processor found in the positive text; its rows are steered."""
@@ -160,10 +165,11 @@ class CrossSteered:
 
     def _projected(self, attn: Any, seen: Seen) -> tuple[Tensor, Tensor]:
         like = seen.found["q"]
-        text = self.run.away.tokens.to(like.device, like.dtype)
-        text = attn.norm_encoder_hidden_states(text) if attn.norm_cross else text
+        tokens = self.run.away.tokens if self.run.embedded is None else self.run.embedded
+        text = tokens.to(like.device, like.dtype)
+        text = attn.norm_encoder_hidden_states(text) if getattr(attn, "norm_cross", None) else text
         k, v = attn.to_kv(text).chunk(2, -1) if seen.fused else (attn.to_k(text), attn.to_v(text))
-        return normed(heads(k, attn), attn.norm_k), heads(v, attn)
+        return normed_heads(k, attn, attn.norm_k), heads(v, attn)
 
 
 class Seen:
@@ -204,7 +210,7 @@ class Seen:
     def in_heads(self, name: str) -> Tensor:
         """ "q", "k" or "v" as attention sees it, [B, H, N, D]."""
         norm = None if name == "v" else getattr(self.attn, f"norm_{name}")
-        return normed(heads(self.found[name], self.attn), norm)
+        return normed_heads(self.found[name], self.attn, norm)
 
 
 # -- SD3, Flux and FLUX.2 ---------------------------------------------------------------------------------------------

@@ -20,24 +20,31 @@ Given = dict[str, Any]
 
 @dataclass
 class CrossTexts:
-    """Of networks with cross-attention, which reads the negative by itself. divided: as in `Family`."""
+    """Of networks with cross-attention, which reads the negative by itself. family: the network's."""
 
-    divided: float = 1.0
+    run: Run
+    family: str
+    network: Any
     time = "timestep"
 
     def counted(self, time: float) -> float:
         """The network's time as its schedule counts it."""
-        return time * self.divided
+        return time * FAMILIES[self.family].divided
 
     def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
         return None, given["encoder_hidden_states"]
 
     def joined(self, given: Given) -> Given | None:
-        """What changes of a steered forward's arguments; None is nothing."""
+        """What changes of a steered forward's arguments; None is nothing. The negative is embedded once for all
+        blocks."""
+        if path := FAMILIES[self.family].text_embedder:
+            embedder, like = self.network.get_submodule(path), given["encoder_hidden_states"]
+            self.run.embedded = embedder(self.run.away.tokens.to(like.device, like.dtype))
         return None
 
     def clear(self) -> None:
         """After a forward: nothing of it stays."""
+        self.run.embedded = None
 
 
 @dataclass

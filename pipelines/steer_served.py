@@ -72,7 +72,7 @@ def refuse_foreign(processor: Any) -> None:
 
 def width_of(network: Any, attentions: dict[str, Any]) -> int:
     family = detect(network)
-    if FAMILIES[family].cross_attention:
+    if FAMILIES[family].unet:
         return next(iter(attentions.values())).cross_attention_dim
     return FAMILIES[family].widths(network.config)[0]
 

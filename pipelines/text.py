@@ -15,7 +15,7 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from .call_values import texts_of
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
 from .places import on_device
 from .threads import lock_of
 
@@ -53,6 +53,10 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         if kind == ANIMA:
             return _conditioned(pipe, list(prompts), device)
+        if kind == WAN:
+            # as many tokens as its pipeline's call reads, more than twice encode_prompt's own default
+            told = {"do_classifier_free_guidance": False, "max_sequence_length": FAMILIES["wan"].tokens}
+            return Cond(pipe.encode_prompt(list(prompts), device=device, **told)[0])
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -115,8 +119,8 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-ENCODERS = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2), FIRST) | dict.fromkeys((SDXL, SD3, FLUX), BOTH)
-ENCODERS |= {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
+ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN), FIRST)
+ENCODERS |= dict.fromkeys((SDXL, SD3, FLUX), BOTH) | {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
 """Which parts a text cannot do without."""
 
 

@@ -267,6 +267,11 @@ def size_list(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _size(text: str) -> tuple[int, int]:
+    if len(parts := text.strip().lower().split("x")) == 3 and all(part.isdigit() for part in parts):
+        raise OneStepError(
+            f"size {text.strip()[:60]} is not WIDTHxHEIGHT, but of {parts[2][:20]} frames: a run is on pictures, one "
+            f"frame each to a model of videos: write {'x'.join(parts[:2])[:40]}"
+        )
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:

@@ -23,11 +23,12 @@ from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
 from .krea2 import KREA2
-from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_NAMES, LATER_PIPELINES, WAN_STEERING
+from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_NAMES, LATER_PIPELINES
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .table import Row, natural
 from .unet import UNET
+from .wan import WAN
 from .z_image import Z_IMAGE
 
 FAMILIES = {
@@ -39,9 +40,10 @@ FAMILIES = {
     "qwen_image": QWEN_IMAGE,
     "anima": ANIMA,
     "krea2": KREA2,
+    "wan": WAN,
 }
 """By the name that files and recipes have for them, for ever."""
-STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering} | {"wan": WAN_STEERING}
+STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering}
 
 
 def of_class(name: str) -> str | None:
@@ -133,7 +135,7 @@ def part_of(name: str) -> str:
     """ "attn", "mlp" or "rest". The joint layers of Flux' single blocks count as attention."""
     if re.search(r"(^|\.)(attn[12]?|attention)\.|^single_transformer_blocks\.\d+\.proj_out$", name):
         return "attn"
-    mlp = r"\.(ff|ff_context|(img|txt)_mlp)\.(net\.|linear_|(gate|up|down)$)|\.proj_mlp$|\.feed_forward\."
+    mlp = r"\.(ffn?|ff_context|(img|txt)_mlp)\.(net\.|linear_|(gate|up|down)$)|\.proj_mlp$|\.feed_forward\."
     return "mlp" if re.search(mlp, name) else "rest"
 
 

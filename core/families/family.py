@@ -90,7 +90,8 @@ class Family:
     zeros to `tokens`, as ComfyUI's model itself does. filled: a text is filled up to a multiple of so many tokens by
     the network itself; 0 where it is not. tokens: of a text of usual length.
     token_ids: what ComfyUI's conditions call the ids from which, beside the encoder's text, its network makes the text
-    that it reads; text_adapter: by what child of its root.
+    that it reads; text_adapter: by what child of its root. text_embedder: what embeds each of a text's tokens before
+    cross-attention sees them; "" where the encoder's are seen as they are.
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
@@ -146,6 +147,7 @@ class Family:
     tokens: int
     token_ids: str = ""
     text_adapter: str = ""
+    text_embedder: str = ""
     schedule: NoiseSchedule
     divided: float = 1.0
     guidance: tuple[str, ...] = ()

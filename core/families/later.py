@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from .family import Numbers
-
 # Class names of either host -> the family.
 LATER = {
     "PixArtTransformer2DModel": "PixArt",
@@ -15,8 +13,10 @@ LATER = {
     "NextDiT": "Lumina2",
     "ChromaTransformer2DModel": "Chroma",
     "Chroma": "Chroma",
-    "WanTransformer3DModel": "Wan",
-    "WanModel": "Wan",
+    "WanVACETransformer3DModel": "Wan VACE",
+    "WanAnimateTransformer3DModel": "Wan Animate",
+    "WanAnimate2Transformer3DModel": "Wan Animate 2",
+    "SkyReelsV2Transformer3DModel": "SkyReels-V2",
     "MiniTrainDIT": "Cosmos-Predict2",
     "GeneralDIT": "Cosmos",
 }
@@ -32,6 +32,18 @@ LATER_MARKS = {
     "crossattn_proj": "Cosmos-Predict2.5",
     "img_context_proj": "Cosmos-Predict2.5",
     "learnable_pos_embed": "Cosmos",
+    "vace_patch_embedding": "Wan VACE",
+    "control_adapter": "Wan camera control",
+    "casual_audio_encoder": "Wan S2V",
+    "audio_proj": "HuMo",
+    "face_adapter": "Wan Animate",
+    "patch_embedding_mask": "SCAIL-2",
+    "patch_embedding_pose": "SCAIL",
+    "patch_embedding_global": "WanDancer",
+    "forward_block": "autoregressive Wan",
+    "ref_conv": "Wan Fun Control",
+    "img_emb": "Wan image-to-video",
+    "condition_embedder.image_embedder": "Wan image-to-video",
 }
 
 # Pipelines of diffusers whose network has a served family's class, and weights of its own.
@@ -44,6 +56,7 @@ LATER_PIPELINES = {
     **dict.fromkeys(("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"), "Cosmos-Predict2"),
     **dict.fromkeys(("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"), "Cosmos"),
     "Cosmos2_5_PredictBasePipeline": "Cosmos-Predict2.5",
+    "WanImageToVideoPipeline": "Wan image-to-video",
 }
 
 # Files whose weights have a served family's names and shapes: by the family and what their names have.
@@ -59,7 +72,10 @@ LATER_ENCODERS = {
 
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
-    r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]((k|v)_img|norm_[qk]|[qkvo])[._](?!proj)|ffn[._])": "Wan",
+    r"cross_attn[._](k|v|norm_k)_img|(?<![a-z])img_emb[._]proj|attn2[._](add_[kv]_|norm_added_k)": "Wan image-to-video",
+    r"(?<![a-z])vace_(blocks|patch_embedding)": "Wan VACE",
+    r"(?<![a-z])(face_adapter|motion_encoder|pose_patch_embedding)[._]": "Wan Animate",
+    r"(?<![a-z])(casual_audio_encoder|audio_injector|frame_packer)[._]": "Wan S2V",
     r"transformer_blocks[._]\d+[._]attn[._](img|txt)_qkv|transformer_blocks[._]\d+[._](img|txt)_mlp[._]w[123]": "Lens",
     r"addition_t_embedding": "Qwen-Image-Layered",
     r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
@@ -73,12 +89,4 @@ LATER_KEYS = {
 # The same of keys that a served family's LoRAs have too: what the file is for decides.
 LATER_SHARED = {
     r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",
-}
-
-# Not trained, but steered in ComfyUI.
-WAN_STEERING = {
-    "nasa": Numbers(0.25),
-    "nag": Numbers(11.0, tau=3.5, alpha=0.5),
-    "vsf": Numbers(1.7, offset=0.2),
-    "perp": Numbers(10.0),
 }

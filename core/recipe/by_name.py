@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import MOST_STEPS
-from .presets import PUBLIC
+from .presets import PRESETS
 
 
 def word(text: str) -> str:
@@ -51,7 +51,7 @@ class Rule:
     def found(self, steps: tuple[int, ...]) -> tuple[str, ...]:
         """The presets of so many ``steps`` that are known."""
         every = (text.format(n=n) for text in self.presets for n in steps or (self.steps,))
-        return tuple(preset for preset in dict.fromkeys(every) if preset in PUBLIC)
+        return tuple(preset for preset in dict.fromkeys(every) if preset in PRESETS)
 
 
 RULES = (
@@ -97,7 +97,7 @@ RULES = (
 
 
 def presets_by_name(file: str, what: str = EITHER) -> tuple[str, ...]:
-    """What a file of this name is: one of `PUBLIC`; several where the name does not decide; () where it says nothing.
+    """What a file of this name is: one of `PRESETS`; several where the name does not decide; () where it says nothing.
 
     Of two rules that match, one that asks for more words than the other, and for all of the other's, is the answer. A
     kind of which no number of steps is told says nothing alone; beside another kind it leaves both possible.

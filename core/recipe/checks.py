@@ -8,8 +8,6 @@ from typing import Any
 from ..errors import OneStepError
 from ..families import FAMILIES
 
-LATER = ("wan",)
-"""Families whose public few-step models are known, before the family itself is served."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_STEPS = 64
 MOST_ENTRIES = 64  # sizes, teacher LoRAs
@@ -39,7 +37,7 @@ def check_recipe(recipe: Any) -> None:
             raise OneStepError(f"a recipe's {name} is a number in {low:g} to {high:g}, not {value!r:.40}")
     if type(recipe.renoise) is not bool:
         raise OneStepError(f"a recipe's renoise is true or false, not {recipe.renoise!r:.40}")
-    if recipe.family not in (*FAMILIES, *LATER):
+    if recipe.family not in FAMILIES:
         raise OneStepError(f"a recipe is for one of {tuple(FAMILIES)}, not {recipe.family!r:.40}")
     if recipe.prediction is not None and recipe.prediction not in PREDICTIONS:
         raise OneStepError(f"a recipe's prediction is one of {PREDICTIONS} or none, not {recipe.prediction!r:.40}")

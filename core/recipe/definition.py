@@ -154,10 +154,9 @@ class Recipe:
             )
         if "timesteps" not in values:
             raise OneStepError("the LoRA's recipe names no timesteps: choose a preset by name instead")
-        found = cls(**values)
-        if found.family not in FAMILIES:
-            raise OneStepError(f"the recipe is for {found.family!r} models, which are not served yet: update OneStep")
-        return found
+        if (family := values.get("family", cls.family)) not in FAMILIES:
+            raise OneStepError(f"the recipe is for {family!r:.40} models, which are not served: update OneStep")
+        return cls(**values)
 
 
 def _frozen(value: Any) -> Any:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import difflib
 
 from ..errors import OneStepError
-from ..families import FAMILIES
 from .definition import Recipe
 from .presets_flow import FLOW
 from .presets_unet import UNET
 
-PUBLIC: dict[str, Recipe] = {**UNET, **FLOW}
-"""Every one that is known; of these, those that a network is served for, and the rest."""
-PRESETS: dict[str, Recipe] = {name: recipe for name, recipe in PUBLIC.items() if recipe.family in FAMILIES}
-COMING: dict[str, Recipe] = {name: recipe for name, recipe in PUBLIC.items() if name not in PRESETS}
+PRESETS: dict[str, Recipe] = {**UNET, **FLOW}
 LONGEST_LIST = 200
 
 

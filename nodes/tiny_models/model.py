@@ -21,6 +21,7 @@ from .mmdit import mmdit_setup
 from .qwen import qwen_image_setup
 from .text import load_clip
 from .unet import unet_setup
+from .wan import wan_setup
 from .z_image import z_image_setup
 
 
@@ -52,7 +53,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
         return unet_setup(folder)
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
     setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
-    setups |= {"anima": anima_setup, "krea2": krea2_setup}
+    setups |= {"anima": anima_setup, "krea2": krea2_setup, "wan": wan_setup}
     return setups.get(str(family), mmdit_setup)(folder)
 
 

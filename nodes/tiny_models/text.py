@@ -20,6 +20,7 @@ from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
 from .krea2 import qwen3vl_target
 from .qwen import qwen25_target
+from .wan import umt5_target
 from .z_image import qwen3_target
 
 FLOAT32 = {"dtype": torch.float32}  # half precision would be the default on a GPU
@@ -135,6 +136,8 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         return assembled(*qwen25_target(folder))
     if kind == "qwen3_vl":
         return assembled(*qwen3vl_target(folder))
+    if kind == "umt5":
+        return assembled(*umt5_target(folder))
     if kind == "qwen3":
         family = of_class(read_config(folder, "transformer").get("_class_name", ""))
         return assembled(*{"flux2": klein_target, "anima": anima_target}.get(str(family), qwen3_target)(folder))

@@ -104,10 +104,7 @@ def test_what_a_file_holds_for_the_text_s_adapter_is_left_out_and_said(
 @pytest.mark.parametrize(
     ("key", "whose"),
     [
-        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
-        ("lora_unet_blocks_0_cross_attn_k_img.lora_down.weight", "Wan"),
-        ("lora_unet_blocks_3_self_attn_o.lora_down.weight", "Wan"),
-        ("diffusion_model.blocks.0.ffn.2.lora_B.weight", "Wan"),
+        ("lora_unet_blocks_0_cross_attn_k_img.lora_down.weight", "Wan image-to-video"),
         ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "PixArt or LTX"),
     ],
 )

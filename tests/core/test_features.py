@@ -27,6 +27,7 @@ MIDDLES = {
         "anima": "transformer_blocks.13",
         "qwen_image": "transformer_blocks.29",
         "krea2": "transformer_blocks.13",
+        **{"wan_1b": "blocks.14", "wan_14b": "blocks.19", "wan_5b": "blocks.14"},
     },
 }
 

@@ -19,6 +19,7 @@ from diffusers import (
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowScheduler
@@ -85,7 +86,7 @@ def test_diffusers_own_loader_gives_the_same_prediction(name: str, tmp_path: Pat
 
 
 MODERN: dict[str, Any] = {"z_image": ZImagePipeline, "qwen_image": QwenImagePipeline, "krea2": Krea2Pipeline}
-MODERN["flux2"] = Flux2KleinPipeline
+MODERN |= {"flux2": Flux2KleinPipeline, "wan": WanPipeline}
 
 
 def pipeline_of(name: str, network: Any) -> Any:
@@ -164,7 +165,7 @@ OTHER_KINDS = {
     "biases": "unet.conv_in.lora_B.bias",
     "full weight": "diffusion_model.input_blocks.0.0.diff",
     "no part of a LoRA": "unet.conv_in.weight",
-    "LoRA is for Wan": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+    "LoRA is for Wan image-to-video": "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight",
     "does not have": "lora_unet_down_blocks_0_oddity.lora_down.weight",
     "lacks one": "unet.conv_in.lora_A.weight",
 }

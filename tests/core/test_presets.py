@@ -27,7 +27,6 @@ from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES
 from onestep.core.recipe import PRESETS, Recipe, recipe_of
 from onestep.core.recipe.by_name import presets_by_name
-from onestep.core.recipe.presets import COMING, PUBLIC
 from onestep.core.roles import Roles
 from onestep.core.sampling import sample
 from onestep.core.schedule import VPSchedule
@@ -138,9 +137,9 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_times_are_its_sources(name: str) -> None:
-    preset = PUBLIC[name]
+    preset = PRESETS[name]
     np.testing.assert_allclose(preset.timesteps, CARDS[name], rtol=1e-6)
     numbers = [int(part) for part in name.split("-") if part.isdigit()]
     assert preset.steps == len(CARDS[name]) == numbers[-1]
@@ -148,8 +147,7 @@ def test_a_presets_times_are_its_sources(name: str) -> None:
 
 
 def test_every_card_has_its_preset() -> None:
-    assert set(CARDS) == set(PUBLIC) == {*PRESETS, *COMING}
-    assert all(PUBLIC[name].family not in FAMILIES for name in COMING) and COMING
+    assert set(CARDS) == set(PRESETS) and all(preset.family in FAMILIES for preset in PRESETS.values())
 
 
 GUIDED = {
@@ -163,21 +161,21 @@ EIGHTH = {"hyper-flux-8", "hyper-flux-16", "hyper-sd3-4-cfg", "hyper-sd3-8-cfg",
 
 
 def test_what_differs_besides_the_times() -> None:
-    assert {name for name, preset in PUBLIC.items() if preset.renoise} == RENOISED
-    assert {name: preset.eta for name, preset in PUBLIC.items() if preset.eta} == {"tcd-4": 0.3, "hyper-sd-1-lora": 1}
-    assert [name for name, preset in PUBLIC.items() if preset.prediction] == ["sdxl-lightning-1"]
-    assert {name: preset.guidance for name, preset in PUBLIC.items() if preset.guidance != 1} == GUIDED
-    assert {preset.lora_scale for preset in PUBLIC.values()} == {1, 0.125}
-    assert {name for name, preset in PUBLIC.items() if preset.lora_scale != 1} == EIGHTH
-    scaled = {name: preset.time_scale for name, preset in PUBLIC.items() if preset.time_scale != 1}
+    assert {name for name, preset in PRESETS.items() if preset.renoise} == RENOISED
+    assert {name: preset.eta for name, preset in PRESETS.items() if preset.eta} == {"tcd-4": 0.3, "hyper-sd-1-lora": 1}
+    assert [name for name, preset in PRESETS.items() if preset.prediction] == ["sdxl-lightning-1"]
+    assert {name: preset.guidance for name, preset in PRESETS.items() if preset.guidance != 1} == GUIDED
+    assert {preset.lora_scale for preset in PRESETS.values()} == {1, 0.125}
+    assert {name for name, preset in PRESETS.items() if preset.lora_scale != 1} == EIGHTH
+    scaled = {name: preset.time_scale for name, preset in PRESETS.items() if preset.time_scale != 1}
     shifts = {"realism": 0.25, "vibrant": 0.5}
     assert scaled == {f"nitrosd-{name}-{steps}": share for name, share in shifts.items() for steps in (1, 2, 4)}
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("nitrosd")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("nitrosd")])
 def test_nitrosds_network_is_given_the_shifted_times(name: str) -> None:
     """README: (timesteps * shifted_timestep / num_train_timesteps).long(), at the levels of the times themselves."""
-    preset, schedule = PUBLIC[name], VPSchedule.scaled_linear()
+    preset, schedule = PRESETS[name], VPSchedule.scaled_linear()
     given: list[float] = []
 
     def network(x: Tensor, time: Tensor, cond: Any) -> Tensor:
@@ -212,9 +210,9 @@ def test_turbos_times_are_stabilitys_code_too() -> None:
 def test_presets_survive_a_file() -> None:
     for name, preset in PRESETS.items():
         assert Recipe.from_json(preset.to_json()) == preset == recipe_of(name) == recipe_of(preset.to_json())
-    for preset in COMING.values():
-        with pytest.raises(OneStepError, match="which are not served yet"):
-            Recipe.from_json(preset.to_json())
+    newer = PRESETS["lcm-4"].to_json().replace('"unet"', '"a newer one"')
+    with pytest.raises(OneStepError, match="for 'a newer one' models, which are not served: update OneStep"):
+        Recipe.from_json(newer)
 
 
 @pytest.mark.parametrize("name", [None, "", "lcm", "LCM-4", "x" * 5000])
@@ -228,10 +226,10 @@ def test_the_page_has_every_recipe_as_it_is(root: Path) -> None:
     """docs/public-few-step-models.md: its names, steps, guidance and strength, in the order of the data."""
     lines = (root / "docs" / "public-few-step-models.md").read_text("utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    table = {cells[0]: cells for cells in rows if cells[0] in PUBLIC}
-    assert set(table) == set(PUBLIC) and all(len(cells) == 8 for cells in table.values())
+    table = {cells[0]: cells for cells in rows if cells[0] in PRESETS}
+    assert set(table) == set(PRESETS) and all(len(cells) == 8 for cells in table.values())
     for name, cells in table.items():
-        preset, strength = PUBLIC[name], re.search(r"strength ([\d.]+)", cells[4])
+        preset, strength = PRESETS[name], re.search(r"strength ([\d.]+)", cells[4])
         assert int(cells[3]) == preset.steps and float(cells[4].split(",")[0].split(" ")[0]) == preset.guidance, name
         assert float(strength[1] if strength else 1) == preset.lora_scale, name
         assert cells[7] in preset.source and all(cells)

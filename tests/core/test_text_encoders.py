@@ -15,11 +15,12 @@ from onestep.nodes.own_text import refuse_without_ids
 WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "sd3": 4096, "sd35_medium": 4096, "flux": 4096, "z_image": 2560}
 WIDTHS |= {"qwen_image": 3584, "klein_4b": 7680, "klein_9b": 12288, "flux2_dev": 15360, "anima": 1024}
 WIDTHS["krea2"] = 12 * 2560
+WIDTHS |= dict.fromkeys(("wan_1b", "wan_14b", "wan_5b"), 4096)
 WRONG = [
     ("z_image", 2304, "2304 numbers, as Lumina 2's Gemma-2-2B, and this model reads 2560: load Z-Image's Qwen3-4B"),
     ("z_image", 7680, "as FLUX.2 klein 4B's Qwen3-4B, and .* CLIPLoader with qwen_3_4b, type lumina2"),
     ("klein_9b", 7680, "as FLUX.2 klein 4B's Qwen3-4B, and .* load FLUX.2 klein 9B's Qwen3-8B"),
-    ("z_image", 4096, "as SD3's CLIP-L and CLIP-G, with T5-XXL or without or Flux' CLIP-L and T5-XXL, and"),
+    ("z_image", 4096, "as SD3's CLIP-L and CLIP-G, with T5-XXL or without or Flux' CLIP-L and T5-XXL.*, and"),
     ("sdxl", 768, "as SD1.5's CLIP-L, and this model reads 2048: load SDXL's CLIP-L and CLIP-G .*DualCLIPLoader"),
     ("flux", 2560, "as Z-Image's Qwen3-4B, and this model reads 4096: load Flux' CLIP-L and T5-XXL"),
     ("sd15", 77, "tokens of 77 numbers, and this model reads 768: load SD1.5's CLIP-L"),

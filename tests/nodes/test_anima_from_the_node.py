@@ -93,7 +93,7 @@ def sister(folder: Path, name: str) -> None:
 
 
 WRONG = {
-    "wan": "This LoRA is for Wan",
+    "wan": "is a LoRA for the transformer of Wan, but this model is the transformer of Anima",
     "flux": "is a LoRA for the transformer of Flux, but this model is the transformer of Anima",
     "wider": "has factors [2, 5120] and [5120, 2], this model needs [2, 48] and [48, 2]",
 }

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.comfy
 # Rotary positions are float32 in both hosts, and so are diffusers' RMS norms: float64 does not help there.
 DTYPES = {
     **dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64),
-    **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image", "anima", "krea2"), torch.float32),
+    **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image", "anima", "krea2", "wan"), torch.float32),
 }
 FEATURES = {
     "sd15": 9,
@@ -37,6 +37,7 @@ FEATURES = {
     "qwen_image": 2,
     "anima": 2,
     "krea2": 2,
+    "wan": 2,
 }
 """Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -233,7 +233,7 @@ def break_index(folder: Path) -> None:
 
 def break_class(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanVACEPipeline"}), encoding="utf-8")
 
 
 def break_weights(folder: Path) -> None:
@@ -256,7 +256,7 @@ def break_numbers(folder: Path) -> None:
     [
         (break_nothing, "no diffusers folder"),
         (break_index, "no diffusers folder"),
-        (break_class, "WanPipeline, which cannot be distilled"),
+        (break_class, "WanVACEPipeline, which cannot be distilled"),
         (break_weights, "it is cut off"),
         (break_pickle, "pickle"),
         (break_numbers, "vae.decoder.conv_out.bias holds numbers that are not finite"),

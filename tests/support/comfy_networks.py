@@ -64,6 +64,29 @@ def krea2_map(config):
     }
 
 
+def wan_map(config):
+    """ComfyUI has none of its own: names as diffusers' converter turns Wan's (scripts/convert_wan_to_diffusers.py)."""
+    parts = [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k")]
+    block = [
+        (f"{theirs}.{a}", f"{ours}.{b}")
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for a, b in parts
+    ]
+    block += [("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"), ("norm3", "norm2")]
+    layers = [(f"blocks.{n}.{a}", f"blocks.{n}.{b}") for n in range(config["num_layers"]) for a, b in block]
+    embedder = "condition_embedder"
+    layers += [("time_projection.1", f"{embedder}.time_proj"), ("head.head", "proj_out")]
+    layers += [
+        (f"{kind}_embedding.{2 * at}", f"{embedder}.{kind}_embedder.linear_{at + 1}")
+        for kind in ("text", "time")
+        for at in (0, 1)
+    ]
+    layers += [("patch_embedding", "patch_embedding")]
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in layers for kind in ("weight", "bias")}
+    names |= {f"blocks.{n}.scale_shift_table": f"blocks.{n}.modulation" for n in range(config["num_layers"])}
+    return names | {"scale_shift_table": "head.modulation"}
+
+
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
     "sd3": comfy.utils.mmdit_to_diffusers,
@@ -73,6 +96,7 @@ MAPS = {
     "qwen_image": same_names,
     "anima": anima_map,
     "krea2": krea2_map,
+    "wan": wan_map,
 }
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
 MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")

@@ -18,10 +18,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from onestep.pipelines.encode import encode_text
 
@@ -109,8 +110,18 @@ def qwen_image() -> Any:
     return pipe
 
 
+def wan() -> Any:
+    """Latents of a video's one frame, an eighth of the side."""
+    text = UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False)
+    return WanPipeline(
+        **{"vae": tiny.video_vae(), "transformer": small.network_of("wan", torch.float32)},
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=8.0), "text_encoder": UMT5EncoderModel(text)},
+        tokenizer=tiny.t5_tokenizer(),
+    )
+
+
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
-MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image}
+MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan}
 
 
 def make(name: str) -> Any:
@@ -135,7 +146,7 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
     if name == "ZImagePipeline":
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
-    if name == "AnimaModularPipeline":
+    if name in ("AnimaModularPipeline", "WanPipeline"):
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
     if name in ("Flux2KleinPipeline", "QwenImagePipeline"):
         return {"text": pipe.encode_prompt(prompt)[0]}

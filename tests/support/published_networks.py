@@ -13,6 +13,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
@@ -44,6 +45,15 @@ ANIMA: dict[str, Any] = {
     **{"adaln_lora_dim": 256, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None},
 }
 
+WAN: dict[str, dict[str, Any]] = {
+    name: dict(zip(("num_attention_heads", "ffn_dim", "num_layers", "in_channels"), sizes, strict=True))
+    for name, sizes in {
+        "wan_1b": (12, 8960, 30, 16),
+        "wan_14b": (40, 13824, 40, 16),
+        "wan_5b": (24, 14336, 30, 48),
+    }.items()
+}
+
 # By name: (family, diffusers' class, its config).
 PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "sd15": ("unet", UNet2DConditionModel, {"cross_attention_dim": 768, "attention_head_dim": 8}),
@@ -60,6 +70,10 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "qwen_image": ("qwen_image", QwenImageTransformer2DModel, {}),
     "anima": ("anima", CosmosTransformer3DModel, ANIMA),
     "krea2": ("krea2", Krea2Transformer2DModel, {}),
+    **{
+        name: ("wan", WanTransformer3DModel, {**config, "out_channels": config["in_channels"]})
+        for name, config in WAN.items()
+    },
     **{
         name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
         for name, config in FLUX2.items()
@@ -124,6 +138,15 @@ IN_COMFY: dict[str, dict[str, Any]] = {
     "krea2": {
         **{"image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48},
         **{"kvheads": 12, "txtlayers": 12, "txtdim": 2560},
+    },
+    **{
+        name: {
+            **{"image_model": "wan2.1", "model_type": "t2v", "dim": 128 * config["num_attention_heads"]},
+            **{"num_heads": config["num_attention_heads"], "ffn_dim": config["ffn_dim"], "patch_size": (1, 2, 2)},
+            **{"num_layers": config["num_layers"], "in_dim": config["in_channels"], "out_dim": config["in_channels"]},
+            **{"freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6},
+        }
+        for name, config in WAN.items()
     },
 }
 

@@ -15,6 +15,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
@@ -113,6 +114,14 @@ def krea2() -> nn.Module:
     )
 
 
+def wan(**more: Any) -> nn.Module:
+    """Wan's layout: two blocks."""
+    return WanTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 24, "freq_dim": 32, "ffn_dim": 40},
+        **{"num_layers": 2, **more},
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -150,6 +159,10 @@ def anima_inputs(draw: Callable[..., Tensor]) -> Inputs:
 
 def krea2_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
+
+
+def wan_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([750.0, 125.0]), "text": draw(2, 5, 24)}
 
 
 def run_unet(network: Any, inputs: Inputs) -> Tensor:
@@ -232,6 +245,11 @@ def run_krea2(network: Any, inputs: Inputs) -> Tensor:
     return predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
+def run_wan(network: Any, inputs: Inputs) -> Tensor:
+    """A picture is a video's one frame."""
+    return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"]).sample.squeeze(2)
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -253,6 +271,7 @@ CASES = {
     "qwen_image": Case("qwen_image", qwen_image, qwen_image_inputs, run_qwen_image),
     "anima": Case("anima", anima, anima_inputs, run_anima),
     "krea2": Case("krea2", krea2, krea2_inputs, run_krea2),
+    "wan": Case("wan", wan, wan_inputs, run_wan),
 }
 
 
@@ -318,6 +337,11 @@ IN_COMFY: dict[str, dict[str, Any]] = {
     "krea2": {
         **{"image_model": "krea2", "features": 64, "channels": 16, "patch": 2, "layers": 2, "heads": 4, "kvheads": 2},
         **{"tdim": 32, "txtlayers": 3, "txtdim": 8, "txtheads": 2, "txtkvheads": 2},
+    },
+    "wan": {
+        **{"image_model": "wan2.1", "model_type": "t2v", "dim": 24, "out_dim": 16, "in_dim": 16, "num_heads": 2},
+        **{"ffn_dim": 40, "num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 32, "text_dim": 24},
+        **{"window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6},
     },
 }
 

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -22,6 +23,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -35,6 +39,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from onestep.pipelines.padding_mask import without_torchvision
@@ -233,6 +239,31 @@ def anima_folder(folder: Path) -> Path:
         **{"text_encoder": shaken(Qwen3Model(text), 4), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)},
     )
     pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+    return folder
+
+
+def wan_folder(folder: Path) -> Path:
+    """WanPipeline's layout: two blocks, an autoencoder of videos, a text of UMT5's, the published scheduler."""
+    torch.manual_seed(1)
+    tokenizer = t5_tokenizer(folder / "tokenizer_source")
+    transformer = WanTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 24, "freq_dim": 32, "ffn_dim": 40},
+        num_layers=2,
+    )
+    text = UMT5Config(
+        **{"vocab_size": len(tokenizer), "d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+        **{"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False},
+    )
+    told = {
+        "latents_mean": torch.linspace(-0.9, 1.2, 16).tolist(),
+        "latents_std": torch.linspace(0.6, 2.9, 16).tolist(),
+    }
+    pipe = WanPipeline(
+        **{"transformer": shaken(transformer, 3), "vae": shaken(AutoencoderKLWan(base_dim=8, **told), 2)},
+        **{"text_encoder": shaken(UMT5EncoderModel(text), 4), "tokenizer": tokenizer},
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    pipe.save_pretrained(str(folder))
     return folder
 
 

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,6 +27,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -42,6 +46,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from onestep.pipelines.padding_mask import without_torchvision
@@ -314,7 +320,24 @@ def anima(**scheduler: Any) -> AnimaModularPipeline:
     return pipe
 
 
-MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2}
+def wan(**scheduler: Any) -> WanPipeline:
+    """With the scheduler of its published folders; its text is filled up to 512 tokens."""
+    encoder = UMT5Config(
+        **{"vocab_size": 8, "d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4},
+        **{"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False},
+    )
+    transformer = WanTransformer3DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": WIDTH, "freq_dim": 32, "ffn_dim": 40},
+        num_layers=2,
+    )
+    told = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 2}
+    return WanPipeline(
+        **{"transformer": transformer, "vae": video_vae(AutoencoderKLWan), "tokenizer": t5_tokenizer()},
+        **{"text_encoder": UMT5EncoderModel(encoder), "scheduler": UniPCMultistepScheduler(**{**told, **scheduler})},
+    )
+
+
+MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2, "wan": wan}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

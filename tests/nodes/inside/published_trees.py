@@ -12,6 +12,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
 
 from onestep.core.families import bind_comfy, detect
 
@@ -19,6 +20,7 @@ CLASSES = {"unet": UNetModel, "sd3": OpenAISignatureMMDITWrapper, "flux": Flux, 
 CLASSES["qwen_image"] = QwenImageTransformer2DModel
 CLASSES["anima"] = Anima
 CLASSES["krea2"] = SingleStreamDiT
+CLASSES["wan"] = WanModel
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

@@ -41,7 +41,7 @@ class SmallUNet(BASE):
 CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux, "z_image": supported.ZImage}
 CLASSES |= {"flux2": supported.Flux2, "qwen_image": supported.QwenImage}
 CLASSES |= {"flux2": supported.Flux2, "anima": supported.Anima}
-CLASSES["krea2"] = supported.Krea2
+CLASSES |= {"krea2": supported.Krea2, "wan": supported.WAN21_T2V}
 
 
 def build(family, config, dtype):
@@ -55,7 +55,7 @@ def build(family, config, dtype):
 def predict(family, network, inputs):
     if family in ("flux", "flux2"):
         return network(inputs["x"], inputs["time"], inputs["text"], inputs.get("pooled"), inputs["guidance"])
-    if family in ("qwen_image", "krea2"):
+    if family in ("qwen_image", "krea2", "wan"):
         return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"]).squeeze(2)
     if family == "z_image":
         return network(inputs["x"], inputs["time"], inputs["text"], inputs["text"].shape[1], transformer_options={})
