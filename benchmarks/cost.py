@@ -78,11 +78,14 @@ CASES = {
     "klein": Case("flux2", 64, 512, (1, 1)),
     "klein-whole": Case("flux2", 64, 512, (5, 20)),
     "klein-512": Case("flux2", 32, 512, (5, 20)),
+    "chroma": Case("chroma", 128, 128, (1, 1)),
+    "chroma-whole": Case("chroma", 128, 128, (19, 38)),
     "toy-flux2": Case("flux2", 8, 512, (1, 1), wide=False),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),
     "toy-sd3": Case("sd3", 8, 7, wide=False),
     "toy-flux": Case("flux", 8, 7, (1, 1), wide=False),
+    "toy-chroma": Case("chroma", 8, 7, (1, 1), wide=False),
     "toy-z_image": Case("z_image", 8, 7, (1, 1), wide=False),
 }
 

@@ -41,6 +41,7 @@ TOYS = {
     "sd3": {"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128},
     "flux": {"attention_head_dim": 128, "num_attention_heads": 1},
     "flux2": {"num_attention_heads": 1, "joint_attention_dim": 64},
+    "chroma": {"num_attention_heads": 1, "approximator_hidden_dim": 64},
     "z_image": {"dim": 288, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
 }
 Inputs = dict[str, Any]
@@ -75,6 +76,15 @@ def _flux(case: Case, toy: dict[str, Any]) -> Any:
     return diffusers.FluxTransformer2DModel(**toy, num_layers=double, num_single_layers=single, guidance_embeds=True)
 
 
+def _chroma(case: Case, toy: dict[str, Any]) -> Any:
+    double, single = case.blocks
+    network = diffusers.ChromaTransformer2DModel(**toy, num_layers=double, num_single_layers=single)
+    with torch.device("cpu"):  # its buffer is in no file
+        count = network.time_text_embed.mod_proj.shape[0]
+        network.time_text_embed = type(network.time_text_embed)(num_channels=16, out_dim=count)
+    return network
+
+
 def _z_image(case: Case, toy: dict[str, Any]) -> Any:
     layers, refiners = case.blocks
     lengths = {"axes_lens": [1536, 512, 512]}
@@ -94,6 +104,7 @@ MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
     "sd3": _sd3,
     "flux": _flux,
     "flux2": _flux2,
+    "chroma": _chroma,
     "z_image": _z_image,
 }
 
@@ -116,17 +127,24 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
         told["added_cond_kwargs"] = {"text_embeds": draw(1, 1280), "time_ids": 1024 * torch.ones(1, 6, device=device)}
     if case.family == "sd3":
         told |= {"hidden_states": draw(1, 16, case.side, case.side), "pooled_projections": draw(1, 2048)}
-    if case.family == "flux":
-        told |= {"hidden_states": draw(1, (case.side // 2) ** 2, 64), "pooled_projections": draw(1, 768)}
-        told |= {"timestep": torch.tensor([0.7], device=device), "guidance": torch.tensor([3.5], device=device)}
-        places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
-        told |= {"img_ids": places.to(device), "txt_ids": torch.zeros(case.tokens, 3, device=device)}
+    if case.family in ("flux", "chroma"):
+        told |= {"hidden_states": draw(1, (case.side // 2) ** 2, 64), **_of_flux(case, device, draw)}
     if case.family == "flux2":
         zero, side, tokens = torch.zeros(1), torch.arange(case.side).float(), torch.arange(case.tokens).float()
         told |= {"hidden_states": draw(1, case.side**2, 128), "timestep": torch.tensor([0.7], device=device)}
         told |= {"img_ids": torch.cartesian_prod(zero, side, side, zero).to(device)}
         told |= {"txt_ids": torch.cartesian_prod(zero, zero, zero, tokens).to(device)}
     return told
+
+
+def _of_flux(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> Inputs:
+    """Time and places; Flux is told a pooled text and a guidance besides."""
+    places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
+    told: Inputs = {"img_ids": places.to(device), "txt_ids": torch.zeros(case.tokens, 3, device=device)}
+    told["timestep"] = torch.tensor([0.7], device=device)
+    if case.family == "chroma":
+        return told
+    return told | {"pooled_projections": draw(1, 768), "guidance": torch.tensor([3.5], device=device)}
 
 
 def twice(told: Inputs, negative: Tensor) -> Inputs:
@@ -171,7 +189,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
     found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
     found["AGD"] = partial(row, _guided)
     found[DOUBLED[0]] = partial(row, given=twice(told, negative))
-    if case.family in ("sd3", "flux", "flux2"):
+    if case.family in ("sd3", "flux", "flux2", "chroma"):
         found[DOUBLED[1]] = partial(row, lambda twin: _doubled(twin, case), twice(told, negative))
     return found
 

@@ -137,7 +137,7 @@ def in_comfyui(recipe: Recipe) -> dict[str, Any]:
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
     """Lines of Python that draw with a loaded `pipe`, or the reason why there are none."""
-    from ..pipelines.plain import EITHER_GUIDANCE, GIVEN_SIGMAS, GUIDER, WITHOUT_T5, diffusers_settings
+    from ..pipelines.plain import EITHER_GUIDANCE, GIVEN_SIGMAS, GUIDER, OWN_TOKENS, WITHOUT_T5, diffusers_settings
 
     try:
         settings = diffusers_settings(recipe)
@@ -155,6 +155,7 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         call += f", {WITHOUT_T5}"
     if settings.latents_scale != 1:
         call += f", latents={settings.latents_scale!r} * noise"
+    prompt = settings.prompt('"your prompt"')
     return [
         f"pipe.load_lora_weights({str(path)!r})",
         *([f"pipe.fuse_lora(lora_scale={recipe.lora_scale!r})"] if recipe.lora_scale != 1 else []),
@@ -162,7 +163,8 @@ def in_diffusers(recipe: Recipe, path: Path) -> list[str]:
         *guider,
         *([GIVEN_SIGMAS.format(settings.by_scheduler)] if settings.by_scheduler else []),
         *([settings.noise_line()] if settings.latents_scale != 1 else []),
-        f'pipe(prompt="your prompt"{call})',
+        *([OWN_TOKENS] if FAMILIES[recipe.family].longest else []),
+        f"pipe({prompt}{call})",
     ]
 
 

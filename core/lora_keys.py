@@ -107,11 +107,26 @@ def family_of_keys(
     keys = list(keys)
     text = "\n".join(keys)
     own = [name for name, family in FAMILIES.items() if re.search(family.keys, text)]
+    sisters = [name for name, family in FAMILIES.items() if re.search(family.sisters, text)]
+    if sisters and not own:
+        whole = [name for name in sisters if _has_all(name, keys)] or sisters
+        return wanted if wanted in whole else whole[0]
     shared = [name for name, family in FAMILIES.items() if re.search(family.shared, text)]
     if own or not shared:
         return own[0] if own else None
     shared = [name for name in shared if _has_ratios(FAMILIES[name].ratios, shapes or {})] or shared
     return wanted if wanted in shared else shared[0]
+
+
+def _has_all(family: str, keys: Iterable[str]) -> bool:
+    """Whether a family has every layer that the keys name."""
+    table, found = _largest(family), (KEY.fullmatch(key) for key in keys)
+    return all(table.find(match["path"]) is not None for match in found if match is not None)
+
+
+@cache
+def _largest(family: str) -> KeyMap:
+    return KeyMap(family)
 
 
 def _has_ratios(ratios: Iterable[tuple[str, float]], shapes: Mapping[str, Sequence[int]]) -> bool:
@@ -183,7 +198,9 @@ def refuse_families(keys: Iterable[str], wanted: str | None = None) -> None:
     layers may have another's names."""
     keys = list(keys)
     text = "\n".join(keys)
-    own = [known for name, known in FAMILIES.items() if name == wanted or re.search(known.keys, text)]
+    own = [
+        known for name, known in FAMILIES.items() if name == wanted or re.search(f"{known.keys}|{known.sisters}", text)
+    ]
     for key in keys:
         shared = any(re.search(known.shared, key) for known in own)
         later = LATER_KEYS if shared else LATER_KEYS | LATER_SHARED

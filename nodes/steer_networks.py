@@ -11,6 +11,7 @@ from typing import Any
 import comfy.utils
 import torch
 from comfy.ldm.anima.model import Anima
+from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
@@ -269,6 +270,7 @@ SERVED: dict[type, tuple[Served, ...]] = {
         Served("flux", flux_width, steer_flux, why_not_flux, pooled=True),
         Served("flux2", flux_width, steer_flux2, why_not_flux2),
     ),
+    Chroma: (Served("chroma", flux_width, steer_flux),),
     NextDiT: (Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),),
     Anima: (
         Served(

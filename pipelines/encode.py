@@ -9,9 +9,9 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ..core.cond import Cond
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, CHROMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .own_tokens import length_of
 from .text import encode, t5_tokens
-from .threads import lock_of
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def encode_text(
 def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA):
         return encode(pipe, kind, [text], device)
     if kind in (ANIMA, WAN):  # zeros fill it up
         cond, tokenizer = encode(pipe, kind, [text], device), pipe.t5_tokenizer if kind == ANIMA else pipe.tokenizer
@@ -71,13 +71,3 @@ def pads_in_front(pipe: Any) -> bool:
     """Whether a pipeline's tokenizer, or its processor's, puts padding before a text."""
     tokenizer = getattr(pipe, "tokenizer", None)
     return getattr(getattr(tokenizer, "tokenizer", tokenizer), "padding_side", "right") == "left"
-
-
-def length_of(pipe: Any, tokenizer: Any, text: str, most: int | None = None) -> int:
-    """How many tokens a text has, with those that begin and end it: one at least, and no more than ``most``, or than
-    its encoder takes."""
-    if hasattr(pipe, "maybe_convert_prompt"):  # a textual inversion may have several vectors
-        text = pipe.maybe_convert_prompt(text, tokenizer)
-    most = tokenizer.model_max_length if most is None else most
-    with lock_of(tokenizer):
-        return max(1, len(tokenizer(text, max_length=most, truncation=True).input_ids))

@@ -33,6 +33,7 @@ ORDER = {
     "sd3": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux": ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
     "flux2": ("hidden_states", "encoder_hidden_states", "timestep"),
+    "chroma": ("hidden_states", "encoder_hidden_states", "timestep"),
     "anima": ("hidden_states", "timestep", "encoder_hidden_states"),
     "wan": ("hidden_states", "timestep", "encoder_hidden_states"),
     "qwen_image": ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"),
@@ -116,8 +117,10 @@ class GuidanceDial(OnNetwork):
     def _cond(self, told: dict[str, Any], text: Any, scales: Tensor | None) -> Cond:
         if isinstance(text, list):  # of tokens [L, C]
             return Cond.concat([Cond(tokens[None]) for tokens in text]).with_(guidance=scales)
-        mask = told.get("encoder_attention_mask", told.get("encoder_hidden_states_mask"))
-        mask = None if mask is None else mask.bool()
+        # Chroma's lies over the picture's tokens too
+        names = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+        mask = next((told[name] for name in names if told.get(name) is not None), None)
+        mask = None if mask is None else mask[:, : text.shape[1]].bool()
         text = text.flatten(2) if text.ndim == 4 else text  # Krea 2's, whose layers are beside one another in a Cond
         return Cond(text, mask=mask, pooled=told.get("pooled_projections"), guidance=scales)
 

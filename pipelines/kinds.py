@@ -21,6 +21,7 @@ KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (ANIMA,) = FAMILIES["anima"].pipelines
 (KREA2,) = FAMILIES["krea2"].pipelines
 (WAN,) = FAMILIES["wan"].pipelines
+(CHROMA,) = FAMILIES["chroma"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,
@@ -28,6 +29,7 @@ LANGUAGE_MODELS = {
     "Qwen2_5_VLForConditionalGeneration": QWEN_IMAGE,
     **dict.fromkeys(("Qwen3VLModel", "Qwen3VLForConditionalGeneration"), KREA2),
     "UMT5EncoderModel": WAN,
+    "T5EncoderModel": CHROMA,
 }
 """Whose text encoders they are; Z-Image's is no head of its own."""
 
@@ -44,7 +46,7 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    if names[0].startswith(("Qwen", "Mistral3", "UMT5")):
+    if names[0].startswith(("Qwen", "Mistral3", "T5", "UMT5")):
         return LANGUAGE_MODELS.get(names[0], Z_IMAGE if parts.get("text_conditioner") is None else ANIMA)
     if "T5" in names[1]:
         return FLUX

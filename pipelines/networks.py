@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -40,6 +41,7 @@ Transformer = (
     | CosmosTransformer3DModel
     | Krea2Transformer2DModel
     | WanTransformer3DModel
+    | ChromaTransformer2DModel
 )
 
 
@@ -117,6 +119,33 @@ class FluxNetwork:
         return unpack(answer, height, width)
 
 
+@dataclass(frozen=True)
+class ChromaNetwork:
+    """ChromaTransformer2DModel over 2x2 patches of the latents, which reads sigma and, where texts are padded, a mask
+    over all tokens."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if self.extras.image_embeds:
+            raise OneStepError("an IP-Adapter is not served on Chroma: call unload_ip_adapter(), or draw with Flux")
+        text, _ = in_dtype(cond, x, self.module.dtype)
+        height, width = x.shape[-2:]
+        mask = joint_mask(cond.mask, x, height * width // 4).get("attention_mask")
+        answer = self.module(
+            pack(x).to(self.module.dtype),
+            encoder_hidden_states=text,
+            timestep=time.to(x.device, torch.float32) / 1000,
+            img_ids=positions(height // 2, width // 2, x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            attention_mask=None if mask is None else mask[:, 0, 0],
+            joint_attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width)
+
+
 NETWORKS: dict[str, Any] = {
     "unet": UNetNetwork,
     "sd3": SD3Network,
@@ -127,6 +156,7 @@ NETWORKS: dict[str, Any] = {
     "anima": AnimaNetwork,
     "krea2": Krea2Network,
     "wan": WanNetwork,
+    "chroma": ChromaNetwork,
 }
 
 

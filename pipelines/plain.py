@@ -33,6 +33,11 @@ WITHOUT_T5 = "max_sequence_length=256 if pipe.text_encoder_3 else 0"
 EITHER_GUIDANCE = "guidance_scale={1!r} if pipe.transformer.config.guidance_embeds else {0!r}"
 """FLUX.2's: what dev embeds, and klein's classifier-free guidance."""
 
+OWN_TOKENS = (
+    "given = lambda name, text: {f'{name}_embeds': (own := pipe.text_encoder(pipe.tokenizer(text, "
+    "return_tensors='pt').input_ids)[0]), f'{name}_attention_mask': torch.ones(own.shape[:2], dtype=torch.bool)}"
+)
+"""A text for a pipeline that would show its network padding too: its own tokens, under a mask of booleans."""
 GUIDER = "pipe.guider = type(pipe.guider).from_config(pipe.guider.config, guidance_scale={!r})"
 """Of a pipeline that is put together of blocks, of which guidance is one."""
 GIVEN_SIGMAS = (
@@ -120,8 +125,17 @@ class DiffusersSettings:
         if self.latents_scale != 1:
             lines.append(self.noise_line())
             call += f", latents={self.latents_scale!r} * noise"
+        lines += [OWN_TOKENS] if FAMILIES[self.family].longest else []
         picture = "frames[0][0]" if self.of_video else "images[0]"
-        return "\n".join([*lines, f'pipe(prompt={prompt!r}{call}).{picture}.save("picture.png")'])
+        return "\n".join([*lines, f'pipe({self.prompt(repr(prompt))}{call}).{picture}.save("picture.png")'])
+
+    def prompt(self, words: str) -> str:
+        """How a call is given a prompt of these words, an expression of Python: where `given` makes the text of its own
+        tokens, and of an empty negative's where guidance is on."""
+        if not FAMILIES[self.family].longest:
+            return f"prompt={words}"
+        negative = ", **given('negative_prompt', '')" if self.call.get("guidance_scale", 1) > 1 else ""
+        return f"**given('prompt', {words}){negative}"
 
     def _modular_script(self, pipe: Any, model: str, file: str, prompt: str, lora_scale: float) -> str:
         """The same of a pipeline that is put together of blocks, and has its guidance as a part."""

@@ -58,6 +58,7 @@ LAYOUTS = {
     "klein-4b": Layout("FLUX.2 klein 4B", FAMILIES["flux2"].tokens, QWEN3_4B),
     "klein-9b": Layout("FLUX.2 klein 9B", FAMILIES["flux2"].tokens, QWEN3_8B),
     "anima": Layout("Anima", FAMILIES["anima"].tokens, ANIMA_TEXT),
+    "chroma": Layout("Chroma", FAMILIES["chroma"].tokens, T5),
     "qwen-image": Layout("Qwen-Image", FAMILIES["qwen_image"].tokens, QWEN25_VL_7B),
 }
 

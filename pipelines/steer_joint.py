@@ -16,6 +16,8 @@ from .steer_modulation import Modulation
 
 Given = dict[str, Any]
 """A forward's arguments by name."""
+MASKS = ("encoder_hidden_states_mask", "attention_mask")
+"""What hides padding of the prompts."""
 
 
 @dataclass
@@ -49,8 +51,8 @@ class CrossTexts:
 
 @dataclass
 class JointTexts:
-    """Of SD3, Flux, FLUX.2 and Qwen-Image: the negative's tokens follow the prompt's, each text's modulated by its own
-    pooled text where it has one."""
+    """Of SD3, Flux, FLUX.2, Chroma and Qwen-Image: the negative's tokens follow the prompt's, each text's modulated by
+    its own pooled text where it has one."""
 
     run: Run
     modulation: Modulation
@@ -69,24 +71,16 @@ class JointTexts:
             raise OneStepError(
                 "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
             )
-        mask = given.get("encoder_hidden_states_mask")
-        if mask is not None and not bool(mask.all()):
-            raise OneStepError(
-                "steering cannot follow a mask over texts of several lengths in one batch: draw prompts of each number "
-                "of tokens in a call of their own, without classifier-free guidance, whose negative is such a text too"
-            )
-        text, away = given["encoder_hidden_states"], self.run.away
+        (text, unmasked), away = _seen(given), self.run.away
         every = self.run.spread(away.tokens.to(text.device, text.dtype), len(text))
         self.run.positive_tokens = text.shape[1]
         if away.pooled:
             lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
             self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
-        changed: Given = {"encoder_hidden_states": torch.cat([text, every], 1)}
-        if mask is not None:
-            changed["encoder_hidden_states_mask"] = None
+        changed: Given = {"encoder_hidden_states": torch.cat([text, every], 1), **unmasked}
         if given.get("txt_ids") is not None:
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
-            changed["txt_ids"] = torch.cat([places, self._places(places)])
+            changed["txt_ids"] = torch.cat([places[: text.shape[1]], self._places(places)])
         return changed
 
     def _places(self, like: Tensor) -> Tensor:
@@ -112,3 +106,20 @@ class JointTexts:
             told = [value.to(given["hidden_states"].dtype) * factor for value in (*told, *guidance)]
         spread = self.run.spread(pooled.to(own.device, own.dtype), len(own))
         return self.network.time_text_embed(*told, spread)  # type: ignore[no-any-return]
+
+
+def _seen(given: Given) -> tuple[Tensor, Given]:
+    """The prompts' tokens that their mask shows, and that mask's argument, none from here on. Chroma's lies over the
+    picture's tokens too."""
+    text = given["encoder_hidden_states"]
+    name = next((name for name in MASKS if given.get(name) is not None), None)
+    if name is None:
+        return text, {}
+    shown = given[name][:, : text.shape[1]].bool()
+    count = int(shown[0].sum())
+    if not bool(shown[:, :count].all()) or bool(shown[:, count:].any()):
+        raise OneStepError(
+            "steering cannot follow a mask over texts of several lengths in one batch: draw prompts of each number "
+            "of tokens in a call of their own, without classifier-free guidance, whose negative is such a text too"
+        )
+    return text[:, :count], {name: None}

@@ -15,7 +15,8 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.lengths import lengths_of
 from .call_values import texts_of
-from .kinds import ANIMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .kinds import ANIMA, CHROMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .own_tokens import of_own_tokens
 from .places import on_device
 from .threads import lock_of
 
@@ -57,6 +58,8 @@ def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, lengt
             # as many tokens as its pipeline's call reads, more than twice encode_prompt's own default
             told = {"do_classifier_free_guidance": False, "max_sequence_length": FAMILIES["wan"].tokens}
             return Cond(pipe.encode_prompt(list(prompts), device=device, **told)[0])
+        if kind == CHROMA:
+            return of_own_tokens(pipe, list(prompts), device)
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -106,7 +109,7 @@ def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
         cond = encode(pipe, kind, prompts, device).repeat(each)
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA):
         return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
@@ -119,7 +122,7 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN), FIRST)
+ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN, CHROMA), FIRST)
 ENCODERS |= dict.fromkeys((SDXL, SD3, FLUX), BOTH) | {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
 """Which parts a text cannot do without."""
 
@@ -244,8 +247,14 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
 
 
 def refuse_padding(name: str, text: Tensor, network: Any) -> None:
-    """Raises OneStepError where a text of [P, L, C] ends in zeros, which no encoder gives, and a mask would hide them.
-    Zeros alone are a text like another."""
+    """Raises OneStepError where a text of [P, L, C] ends in zeros, which no encoder gives, and a mask would hide them,
+    or is as long as its pipeline pads all. Zeros alone are a text like another."""
+    longest = FAMILIES[detect(network)].longest
+    if longest and text.shape[1] == longest:
+        raise OneStepError(
+            f"{name} has {longest} tokens a text, to which its own pipeline pads them, and all would be read: "
+            "give a list of each text's own tokens, [tokens, width], as this pipeline's encode_prompt does"
+        )
     padded = text.flatten(1).any(1) & ~text[:, -1].any(1)
     if FAMILIES[detect(network)].lengths == "masked" and bool(padded.any()):
         raise OneStepError(

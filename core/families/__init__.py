@@ -19,6 +19,7 @@ from ..errors import OneStepError
 from ..targets import Target, is_adaptable, out_features
 from . import unet
 from .anima import ANIMA
+from .chroma import CHROMA
 from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
@@ -41,6 +42,7 @@ FAMILIES = {
     "anima": ANIMA,
     "krea2": KREA2,
     "wan": WAN,
+    "chroma": CHROMA,
 }
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering}
@@ -247,6 +249,20 @@ def refuse_text(family: str, config: Mapping[str, Any], found: int) -> None:
     raise OneStepError(
         f"the text encoder gives tokens of {found} numbers{', as ' * bool(whose)}{' or '.join(whose)}, and this model "
         f"reads {wanted}: load {right.name} (in ComfyUI: {right.loader})"
+    )
+
+
+def refuse_pooled(family: str, width: int, pooled: bool) -> None:
+    """Raises OneStepError where tokens of ``width`` are several families', and a pooled text, or that there is none,
+    tells that their text encoder is another's."""
+    known = FAMILIES[family]
+    alike = [other for other in FAMILIES.values() if width in other.encoders and other.pooled != known.pooled]
+    if known.unet or pooled == known.pooled or not alike or width not in known.encoders:
+        return
+    right, found = known.encoders[width], " or ".join(other.encoders[width].name for other in alike if not other.unet)
+    raise OneStepError(
+        f"the text encoder gives a text with{'' if pooled else 'out'} a pooled one, as {found}, and this model reads "
+        f"{right.name}: load that (in ComfyUI: {right.loader})"
     )
 
 

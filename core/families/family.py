@@ -62,8 +62,10 @@ class Family:
     Recognition:
     title, models, short: for a person, "the transformer of SD3 and SD3.5", "SD3, SD3.5" and "SD3".
     network: diffusers' class. marks: children of the root that tell ComfyUI's tree; none where its class has that name.
-    keys: what a LoRA's keys have in no other family's file. shared: what they may have as well as another's; the wanted
-    model decides then, or ratios: a layer's outputs by its inputs, by the end of its path, where that is another's own.
+    keys: what a LoRA's keys have in no other family's file. sisters: what they have in those of families alone whose
+    blocks are the same: the wanted model decides, else the first. shared: what they may have as well as another's; the
+    wanted model decides then, or ratios: a layer's outputs by its inputs, by the end of its path, where that is
+    another's own.
 
     Layers:
     rows: the table of a layout. layout_of_canonical, layout_of_comfy: from the paths of a network's layers. default:
@@ -89,6 +91,7 @@ class Family:
     it), "grouped" into a call for each, "masked" behind each's own tokens, must be "equal", or are "filled in front" by
     zeros to `tokens`, as ComfyUI's model itself does. filled: a text is filled up to a multiple of so many tokens by
     the network itself; 0 where it is not. tokens: of a text of usual length.
+    longest: of texts to which its pipeline pads all, by states that nothing marks in the text; 0 where it does not.
     token_ids: what ComfyUI's conditions call the ids from which, beside the encoder's text, its network makes the text
     that it reads; text_adapter: by what child of its root. text_embedder: what embeds each of a text's tokens before
     cross-attention sees them; "" where the encoder's are seen as they are.
@@ -120,6 +123,7 @@ class Family:
     network: str
     marks: tuple[str, ...]
     keys: str
+    sisters: str = "(?!)"
     shared: str = "(?!)"
     ratios: tuple[tuple[str, float], ...] = ()
     license: str = ""
@@ -145,6 +149,7 @@ class Family:
     lengths: Literal["repeated", "equal", "grouped", "masked", "filled in front"]
     filled: int = 0
     tokens: int
+    longest: int = 0
     token_ids: str = ""
     text_adapter: str = ""
     text_embedder: str = ""

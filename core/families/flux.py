@@ -79,8 +79,8 @@ FLUX = Family(
     short="Flux",
     network="FluxTransformer2DModel",
     marks=("double_blocks", "single_blocks", "img_in", "vector_in"),
-    keys=r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]([._]|$)|proj_(mlp|out)|norm)|(img|txt)_mod[._]lin"
-    r"|single_blocks[._]\d+[._]modulation",
+    keys=r"single_transformer_blocks[._]\d+[._]norm|(img|txt)_mod[._]lin|single_blocks[._]\d+[._]modulation",
+    sisters=r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]([._]|$)|proj_(mlp|out))",
     shared=r"transformer_blocks[._]\d+[._](attn[._]|norm1|ff[._]net|ff_context[._]net)|(double|single)_blocks[._]\d",
     ratios=((r"(img|txt)_mlp[._]0", 4.0), (r"(img|txt)_mlp[._]2", 1 / 4), (r"linear1", 7.0), (r"linear2", 1 / 5)),
     license=(

@@ -101,7 +101,7 @@ FLUX2 = Family(
         "Flux2SingleTransformerBlock": Block(("",), sequence="text first", patch=1),
         # ComfyUI adds to its stream in place after these norms have kept it for backward
         "DoubleStreamBlock": Block(("img_mlp", "txt_mlp"), ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
-        "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first", patch=1),
+        "SingleStreamBlock": Block(("",), ("pre_norm",), sequence="text first", patch=1, own="mlp_act.gate_fn"),
     },
     entry="x_embedder",
     ends=r"transformer_blocks\.\d+\.attn\.to_out\.0|single_transformer_blocks\.\d+\.attn\.to_out",

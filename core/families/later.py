@@ -11,8 +11,6 @@ LATER = {
     "QwenImage21Transformer2DModel": "Qwen-Image 2.1",
     "Lumina2Transformer2DModel": "Lumina2",
     "NextDiT": "Lumina2",
-    "ChromaTransformer2DModel": "Chroma",
-    "Chroma": "Chroma",
     "WanVACETransformer3DModel": "Wan VACE",
     "WanAnimateTransformer3DModel": "Wan Animate",
     "WanAnimate2Transformer3DModel": "Wan Animate 2",
@@ -22,7 +20,7 @@ LATER = {
 }
 # Attributes that only a later family's network has, where its class has an earlier one's name.
 LATER_MARKS = {
-    "distilled_guidance_layer": "Chroma",
+    "nerf_blocks": "Chroma Radiance",
     "siglip_embedder": "Z-Image Omni",
     "dec_net": "Z-Image in pixels",
     "clip_text_pooled_proj": "NewBie",
@@ -82,7 +80,7 @@ LATER_KEYS = {
     r"(^|[._])layers[._]\d+[._]adaLN_modulation[._]1[._]": "Lumina 2",
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
-    r"distilled_guidance_layer": "Chroma",
+    r"(^|[._])nerf_(blocks|image_embedder|final_layer)|img_in_patch": "Chroma Radiance",
     r"double_stream_blocks[._]\d": "HiDream",
     r"joint_transformer_blocks[._]\d": "AuraFlow",
 }

@@ -24,7 +24,7 @@ KINDS = {
     "TDM": word("tdm"),
     "NitroSD": r"nitro-?(?:sd|fusion)",
     "SDXS": word("sdxs"),
-    "Flash": r"(?<![a-z])flash-?sd|(?:sdxl|xl|hd)-?flash(?![a-z])",
+    "Flash": r"(?<![a-z])flash-?sd|(?:sdxl|xl|hd)-?flash(?![a-z])|(?<![a-z])chroma.*(?<![a-z])flash(?![a-z])",
     "LightX2V": r"light-?x2-?v",
     "CausVid": r"caus-?vid",
     "distilled": word("distill?(?:ed)?"),

@@ -29,7 +29,7 @@ class TinyFlux2(comfy.supported_models.Flux2):  # type: ignore[misc]
 def flux2_setup(folder: Path) -> tuple[TinyFlux2, Weights]:
     """The model configuration and the weights under ComfyUI's names."""
     config = unet_config(read_config(folder, "transformer"))
-    return TinyFlux2(config), renamed(read_weights(folder, "transformer"), config)
+    return TinyFlux2(config), renamed(read_weights(folder, "transformer"), config, dict(beside()))
 
 
 def unet_config(config: Config) -> Config:
@@ -47,9 +47,9 @@ def unet_config(config: Config) -> Config:
     }
 
 
-def renamed(weights: Weights, config: Config) -> Weights:
-    """By ComfyUI's own map, and by hand what that lacks."""
-    table = comfy.utils.flux_to_diffusers(config) | dict(beside())
+def renamed(weights: Weights, config: Config, lacking: dict[str, str]) -> Weights:
+    """By ComfyUI's own map of Flux' blocks, and by hand what that lacks."""
+    table = comfy.utils.flux_to_diffusers(config) | lacking
     fused: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in weights.items():
         entry = table[name]

@@ -13,6 +13,7 @@ import torch
 from ...core.families import of_class
 from .anima import anima_setup
 from .autoencoder import load_vae
+from .chroma import chroma_setup
 from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
 from .krea2 import krea2_setup
@@ -53,7 +54,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
         return unet_setup(folder)
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
     setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
-    setups |= {"anima": anima_setup, "krea2": krea2_setup, "wan": wan_setup}
+    setups |= {"anima": anima_setup, "krea2": krea2_setup, "wan": wan_setup, "chroma": chroma_setup}
     return setups.get(str(family), mmdit_setup)(folder)
 
 

@@ -20,6 +20,7 @@ from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
 from .krea2 import qwen3vl_target
 from .qwen import qwen25_target
+from .t5 import t5_target
 from .wan import umt5_target
 from .z_image import qwen3_target
 
@@ -132,12 +133,9 @@ class TinyPair(torch.nn.Module):
 def load_clip(folder: Path) -> comfy.sd.CLIP:
     """The folder's text encoder(s) as one CLIP object."""
     kind = read_config(folder, "text_encoder").get("model_type")
-    if kind == "qwen2_5_vl":
-        return assembled(*qwen25_target(folder))
-    if kind == "qwen3_vl":
-        return assembled(*qwen3vl_target(folder))
-    if kind == "umt5":
-        return assembled(*umt5_target(folder))
+    alone = {"qwen2_5_vl": qwen25_target, "qwen3_vl": qwen3vl_target, "umt5": umt5_target, "t5": t5_target}
+    if kind in alone:
+        return assembled(*alone[kind](folder))
     if kind == "qwen3":
         family = of_class(read_config(folder, "transformer").get("_class_name", ""))
         return assembled(*{"flux2": klein_target, "anima": anima_target}.get(str(family), qwen3_target)(folder))

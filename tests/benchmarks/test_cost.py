@@ -20,8 +20,8 @@ import cost  # noqa: E402
 import cost_diffusers  # noqa: E402
 
 SINGLE = ("plain", "NASA", "NAG", "VSF", "PERP", "AGD")
-TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2", "toy-z_image")
-JOINT = ("toy-sd3", "toy-flux", "toy-flux2")
+TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2", "toy-chroma", "toy-z_image")
+JOINT = ("toy-sd3", "toy-flux", "toy-flux2", "toy-chroma")
 
 
 def found_by(name: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ PLACES = {
     "sd35": {"pos_embed.proj": (128, 1)},
     "flux": {"x_embedder": (128, 1)},
     "flux2": {"x_embedder": (64, 1)},
+    "chroma": {"x_embedder": (32, 1)},
     "qwen_image": {"img_in": (64, 1)},
     "z_image": {"all_x_embedder.2-1": (288, 1)},
     "anima": {"patch_embed.proj": (48, 1)},

@@ -28,6 +28,7 @@ MIDDLES = {
         "qwen_image": "transformer_blocks.29",
         "krea2": "transformer_blocks.13",
         **{"wan_1b": "blocks.14", "wan_14b": "blocks.19", "wan_5b": "blocks.14"},
+        "chroma": "single_transformer_blocks.9",
     },
 }
 
@@ -87,8 +88,9 @@ def test_the_picture_is_what_the_block_gives(name: str) -> None:
         if given.ndim == 4:
             assert torch.equal(value, given)
         else:
-            # behind Z-Image's picture lie what fills it up and the text; before Krea 2's and FLUX.2's last the text
-            first = 5 if name == "krea2" or (name == "flux2" and path.startswith("single")) else 0
+            # behind Z-Image's picture lie what fills it up and the text; before others' last blocks' the text
+            last = name in ("flux2", "chroma") and path.startswith("single")
+            first = 5 if name == "krea2" or last else 0
             assert rows * columns == (24 if name == "z_image" else given.shape[1] - first)
             assert rows * inputs["x"].shape[3] == columns * inputs["x"].shape[2]
             assert torch.equal(value[:, :, 1, 2 % columns], given[:, first + columns + 2 % columns])

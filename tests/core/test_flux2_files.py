@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lora_dialects import Factors, kohya, peft
-from lora_files import assert_same, case, foreign
-from torch import Tensor
+from lora_dialects import Factors, fused, kohya, peft
+from lora_files import assert_same, assert_same_products, case, foreign
 
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES
@@ -21,24 +20,6 @@ from onestep.core.lora_keys import family_of_keys
 @pytest.fixture(scope="module")
 def model() -> tuple[object, list[Any], Factors]:
     return case("flux2")  # type: ignore[return-value]
-
-
-def native(state: Factors) -> dict[str, Tensor]:
-    """ComfyUI's and ai-toolkit's: q, k and v are one layer, whose A is the three stacked and B block-diagonal; the
-    final modulation's shift comes first."""
-    table = {row.names: row for row in FAMILIES["flux2"].rows(FAMILIES["flux2"].layout_of_canonical(state))}
-    tensors = {}
-    for names, row in table.items():
-        a, b = torch.cat([state[name][0] for name in names]), torch.block_diag(*(state[name][1] for name in names))
-        b = torch.cat([*b.chunk(2)][::-1]) if row.swapped else b
-        tensors |= {f"diffusion_model.{row.host}.lora_A.weight": a, f"diffusion_model.{row.host}.lora_B.weight": b}
-    return tensors
-
-
-def assert_same_products(found: Factors, expected: Factors) -> None:
-    assert found.keys() == expected.keys()
-    for name, (a, b) in expected.items():
-        torch.testing.assert_close(found[name][1] @ found[name][0], b @ a, msg=name)
 
 
 def test_ours_is_read_again_to_the_bit_in_pefts_names_without_alpha(model: tuple, tmp_path: Path) -> None:
@@ -67,13 +48,13 @@ def test_fused_layers_come_apart_and_are_told_from_flux_1s_by_their_shapes(
 ) -> None:
     """A gated feed-forward has six times its inputs, Flux.1's four times."""
     _, targets, state = model
-    found = load_lora(foreign(tmp_path / "a.safetensors", native(state)), [t.name for t in targets], wanted)
+    found = load_lora(foreign(tmp_path / "a.safetensors", fused("flux2", state)), [t.name for t in targets], wanted)
     assert found.family == "flux2"
     assert_same_products(found.state, state)
 
 
 def test_a_file_of_flux_2_is_refused_by_flux_1_and_the_other_way(model: tuple, tmp_path: Path) -> None:
-    path = foreign(tmp_path / "a.safetensors", native(model[2]))
+    path = foreign(tmp_path / "a.safetensors", fused("flux2", model[2]))
     with pytest.raises(OneStepError, match=r"a LoRA for the transformer of FLUX\.2, but this model is .* of Flux"):
         load_lora(path, family="flux")
     a, b = torch.ones(2, 8), torch.ones(32, 2)
@@ -89,7 +70,7 @@ def test_a_file_of_flux_2_is_refused_by_flux_1_and_the_other_way(model: tuple, t
         ("single_transformer_blocks.0.attn.to_out", "flux2"),
         ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", "flux2"),
         ("transformer_blocks.0.ff_context.linear_out", "flux2"),
-        ("single_transformer_blocks.0.proj_out", "flux"),
+        ("single_transformer_blocks.0.norm.linear", "flux"),
         ("single_blocks.3.modulation.lin", "flux"),
         ("double_blocks.3.txt_mod.lin", "flux"),
     ],
@@ -101,8 +82,8 @@ def test_a_layer_of_one_family_alone_decides(layer: str, family: str) -> None:
 
 def test_attention_alone_is_the_wanted_familys() -> None:
     for layer, names in {
-        "double_blocks.0.img_attn.qkv": ["flux", "flux2"],
-        "transformer_blocks.0.attn.to_q": ["sd3", "flux", "flux2"],
+        "double_blocks.0.img_attn.qkv": ["flux", "flux2", "chroma"],
+        "transformer_blocks.0.attn.to_q": ["sd3", "flux", "flux2", "chroma"],
     }.items():
         keys = [f"diffusion_model.{layer}.lora_A.weight"]
         assert [family_of_keys(keys, name) for name in names] == names and family_of_keys(keys) == names[0]

@@ -182,6 +182,7 @@ SITES = {
     "sd3": ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.to_out.0"],
     "flux": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"],
     "flux2": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out"],
+    "chroma": ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"],
     "qwen_image": [f"transformer_blocks.{n}.attn.to_out.0" for n in (0, 1)],
     "krea2": [f"transformer_blocks.{n}.attn.to_out.0" for n in (0, 1)],
     "z_image": ["layers.0.attention.to_out.0", "layers.1.attention.to_out.0"],
@@ -212,7 +213,7 @@ def check_offset(found: ModuleType, family: str) -> None:
     call = Call(time, cond)
     for number, name in enumerate(names):
         single = name.startswith("single")
-        here = output[:, 5:] if family.startswith("flux") and not single else output
+        here = output[:, 5:] if names[-1].startswith("single") and not single else output
         given = side.on_output(name, here, here, call).detach().numpy() - here.numpy()
         g, t = told(state, W.numpy(), time.numpy())
         c = g + t + summary @ state["conditioning.text.weight"].T + state["conditioning.text.bias"]

@@ -13,7 +13,8 @@ from onestep.core.families import FAMILIES, refuse_name
 from onestep.core.lora_file import load_lora
 
 KEYS = [
-    ("diffusion_model.distilled_guidance_layer.in_proj", "Chroma"),
+    ("diffusion_model.nerf_blocks.0.param_generator", "Chroma Radiance"),
+    ("lora_unet_img_in_patch", "Chroma Radiance"),
     ("diffusion_model.joint_transformer_blocks.0.attn.to_q", "AuraFlow"),
     ("diffusion_model.double_stream_blocks.0.block.attn1.to_q", "HiDream"),
     ("diffusion_model.double_blocks.0.img_attn_qkv", "HunyuanVideo"),

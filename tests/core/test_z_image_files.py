@@ -74,7 +74,7 @@ def test_which_family_a_file_is_of_is_decided_by_what_is_its_own() -> None:
     for name, layer in {
         "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
         "sd3": "joint_blocks.0.x_block.attn.qkv",
-        "flux": "single_transformer_blocks.0.attn.to_q",
+        "flux": "single_transformer_blocks.0.norm.linear",
         "z_image": "layers.3.attention.to_q",
     }.items():
         for key in (f"transformer.{layer}.lora_A.weight", f"lora_unet_{flat(layer)}.lora_down.weight"):

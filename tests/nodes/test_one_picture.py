@@ -42,7 +42,7 @@ TOLERANCE = 1e-5
 of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
 KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
-KINDS["qwen_image"] = ("qwen_image", "QwenImage")
+KINDS |= {"qwen_image": ("qwen_image", "QwenImage"), "chroma": ("chroma", "Chroma")}
 OF_VIDEO = ("anima", "qwen_image")
 CONFIG = {
     **small.IN_COMFY,
@@ -51,7 +51,7 @@ CONFIG = {
 }
 SCHEDULES: dict[str, NoiseSchedule] = {"unet": VPSchedule.scaled_linear(), "sd3": FlowSchedule(3.0)}
 SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0), "flux2": FAMILIES["flux2"].schedule}
-SCHEDULES |= {"anima": FlowSchedule(3.0), "qwen_image": FAMILIES["qwen_image"].schedule}
+SCHEDULES |= {"anima": FlowSchedule(3.0), "qwen_image": FAMILIES["qwen_image"].schedule, "chroma": FlowSchedule()}
 
 
 def size_of(case: str) -> tuple[int, int]:
@@ -64,6 +64,7 @@ def recipes(case: str) -> dict[str, Recipe]:
     family, student = KINDS[case][0], Recipe.for_student
     schedule = SCHEDULES[family]
     starts = {"automatic": automatic_start(schedule, 1), "lower": 0.57, "noise": 1.0}
+    starts = starts if case != "chroma" else {"noise": 1.0}  # of 57 blocks
     return {
         f"{name}.safetensors": student(schedule, 1, family, (size_of(case),), start) for name, start in starts.items()
     }
@@ -95,8 +96,8 @@ def shape_of(pipe: Any, case: str) -> list[int]:
     return [*shape[:2], 1, *shape[2:]] if case in OF_VIDEO else shape
 
 
-CASES = [(case, name) for case in KINDS for name in ("automatic", "lower", "noise")]
-KEPT = [*((case, "automatic") for case in KINDS), ("sd15", "lower"), ("flux2", "noise")]
+CASES = [(case, name.removesuffix(".safetensors")) for case in KINDS for name in recipes(case)]
+KEPT = [*((case, "automatic") for case in KINDS if case != "chroma"), ("sd15", "lower"), ("flux2", "noise")]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: st
 def tolerance(recipe: Recipe) -> float:
     """A network that predicts noise divides its errors by alpha; the modern families' hosts agree to 1e-5 in one
     answer."""
-    if recipe.family in ("z_image", "flux2", *OF_VIDEO):
+    if recipe.family in ("z_image", "flux2", "chroma", *OF_VIDEO):
         return 5 * TOLERANCE
     lam = recipe.log_snr[0]
     if recipe.family != "unet" or lam is None:
@@ -145,7 +146,7 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     latents = eval(call, names).images
     if case == "flux2":
         return folded(pipe, latents)
-    packed = case in ("flux", "qwen_image")
+    packed = case in ("flux", "qwen_image", "chroma")
     return pipe._unpack_latents(latents, *size_of(case), pipe.vae_scale_factor) if packed else latents
 
 

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
-NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "wan", "wan-i2v"]
+NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "wan", "wan-i2v"]
 NETWORKS += ["wan-i2v without pictures", "flux with a reference picture", "flux2 with a reference picture"]
 NETWORKS += ["flux2, padded behind"]
 CHECKPOINTS = ["sd15 checkpoint", "sd3 checkpoint", "flux checkpoint"]

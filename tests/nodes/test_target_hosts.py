@@ -25,6 +25,7 @@ pytestmark = pytest.mark.comfy
 DTYPES = {
     **dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64),
     **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image", "anima", "krea2", "wan"), torch.float32),
+    "chroma": torch.float32,
 }
 FEATURES = {
     "sd15": 9,
@@ -38,6 +39,7 @@ FEATURES = {
     "anima": 2,
     "krea2": 2,
     "wan": 2,
+    "chroma": 6,
 }
 """Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -62,7 +64,7 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
 def in_diffusers(name: str, folder: Path) -> dict[str, Tensor]:
     """Writes what ComfyUI shall use; returns what diffusers' network gives."""
     dtype, case = DTYPES[name], small.CASES[name]
-    network: Any = small.network_of(name, dtype)
+    network: Any = small.network_of(name, dtype, **small.WHOLE.get(name, {}))
     inputs = small.inputs_of(name, dtype)
     inputs["g"] = small.seeded(4)(*inputs["x"].shape).to(dtype)
     if "sizes" in inputs:

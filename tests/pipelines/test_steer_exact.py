@@ -21,7 +21,7 @@ MODES = list(SCALES)
 def exact(name: str) -> float:
     """Of the largest value, in float64. diffusers computes Flux' rotary positions in float32, and
     turns Qwen-Image's queries and keys in it."""
-    return {"flux": 1e-7, "flux2": 1e-7, "qwen_image": 1e-6}.get(name, 1e-10)
+    return {"flux": 1e-7, "flux2": 1e-7, "chroma": 1e-7, "qwen_image": 1e-6}.get(name, 1e-10)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:

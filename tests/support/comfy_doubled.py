@@ -47,7 +47,8 @@ def doubled(
         told["y"] = torch.cat([more["pooled_output"][:1] for _, more in entries])
     override = Doubled(form, [text.shape[1] for text in texts], longest, image, fill > 1, numbered and last)
     options = {"optimized_attention_override": override}
-    modulated = hasattr(base.diffusion_model, "final_layer") and not numbered
+    of_time = numbered or hasattr(base.diffusion_model, "distilled_guidance_layer")
+    modulated = hasattr(base.diffusion_model, "final_layer") and not of_time
     pooled = picture_under_the_positive(base.diffusion_model) if modulated else nullcontext()
     with pooled, learnt_filling(base.diffusion_model, texts, fill):
         x0 = base.apply_model(

@@ -97,7 +97,9 @@ MAPS = {
     "anima": anima_map,
     "krea2": krea2_map,
     "wan": wan_map,
+    "chroma": comfy.utils.flux_to_diffusers,
 }
+WAYS = ((1, "in"), (2, "out"))
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
 MODULATED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
 BESIDE = {
@@ -105,12 +107,20 @@ BESIDE = {
         **{
             f"time_guidance_embed.{told}_embedder.linear_{at}.weight": f"{path}.{way}_layer.weight"
             for path, told in EMBEDDED.items()
-            for at, way in ((1, "in"), (2, "out"))
+            for at, way in WAYS
         },
         **{f"{path}.linear.weight": f"{path}.lin.weight" for path in MODULATED},
-    }
+    },
+    "chroma": {
+        f"distilled_guidance_layer.{ours}.{kind}": f"distilled_guidance_layer.{theirs}.{kind}"
+        for kind in ("weight", "bias")
+        for ours, theirs in (
+            *((path, path) for path in ("in_proj", "out_proj", *(f"norms.{n}" for n in range(5)))),
+            *((f"layers.{n}.linear_{at}", f"layers.{n}.{way}_layer") for n in range(5) for at, way in WAYS),
+        )
+    },
 }
-"""What ComfyUI's map of FLUX.2 lacks."""
+"""What ComfyUI's maps of FLUX.2 and Chroma lack."""
 
 
 def as_published(network):

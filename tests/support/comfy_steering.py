@@ -55,6 +55,12 @@ QWEN_IMAGE = {
     **{"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 32},
     **{"num_attention_heads": 2, "joint_attention_dim": 64, "axes_dims_rope": (8, 12, 12)},
 }
+CHROMA = {
+    **{"image_model": "chroma", "in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": None},
+    **{"context_in_dim": 64, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "theta": 10000},
+    **{"depth_single_blocks": 1, "axes_dim": [8, 12, 12], "qkv_bias": True, "txt_ids_dims": []},
+    **{"in_dim": 64, "out_dim": 64, "hidden_dim": 40, "n_layers": 2},
+}
 SDXL = {"context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
 SVD = {
     **{"in_channels": 8, "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential"},
@@ -78,11 +84,12 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux2": (supported.Flux2, FLUX2),
     "klein": (supported.Flux2, {**FLUX2, "guidance_embed": False}),
     "qwen_image": (supported.QwenImage, QWEN_IMAGE),
+    "chroma": (supported.Chroma, CHROMA),
     "numbered": (supported.Flux, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
 WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "qwen_image": 64, "lumina2": 64}
-WIDTHS |= dict.fromkeys(("flux2", "klein"), 64)
+WIDTHS |= dict.fromkeys(("flux2", "klein", "chroma"), 64)
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},

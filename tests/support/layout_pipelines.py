@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import small_networks as small
+import tiny_chroma
 import tiny_pipelines as tiny
 import tiny_qwen
 import torch
@@ -110,6 +112,13 @@ def qwen_image() -> Any:
     return pipe
 
 
+def chroma() -> Any:
+    """Drawn by Flux' shift, which ComfyUI's class has."""
+    pipe = tiny_chroma.chroma(tiny.vae(16, shift_factor=0.1), 64, scheduler={"shift": math.exp(1.15)}, num_layers=1)
+    pipe.register_modules(transformer=small.network_of("chroma", torch.float32, **small.WHOLE["chroma"]))
+    return pipe
+
+
 def wan() -> Any:
     """Latents of a video's one frame, an eighth of the side."""
     text = UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False)
@@ -121,7 +130,7 @@ def wan() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
-MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan}
+MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan, "chroma": chroma}
 
 
 def make(name: str) -> Any:
@@ -147,6 +156,8 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
     if name == "ZImagePipeline":
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
     if name in ("AnimaModularPipeline", "WanPipeline"):
+        return {"text": encode_text(pipe, [prompt], device="cpu").text}
+    if name == "ChromaPipeline":
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
     if name in ("Flux2KleinPipeline", "QwenImagePipeline"):
         return {"text": pipe.encode_prompt(prompt)[0]}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onestep.core.families import FAMILIES
+
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 File = tuple[dict[str, Tensor], dict[str, str]]
 
@@ -36,6 +38,21 @@ def kohya(prefix: str, path: Callable[[str], str] = flat) -> Callable[[Factors],
         return tensors
 
     return written
+
+
+def fused(family: str, state: Factors) -> dict[str, Tensor]:
+    """ComfyUI's and ai-toolkit's: q, k and v are one layer, whose A is the three stacked and B block-diagonal; the
+    final modulation's shift comes first."""
+    rows = FAMILIES[family].rows(FAMILIES[family].layout_of_canonical(state))
+    # of two rows of one layer the whole one
+    table = {row.names[0]: row for row in sorted(rows, key=lambda row: len(row.names))}
+    tensors = {}
+    for row in table.values():
+        names = row.names
+        a, b = torch.cat([state[name][0] for name in names]), torch.block_diag(*(state[name][1] for name in names))
+        b = torch.cat([*b.chunk(2)][::-1]) if row.swapped else b
+        tensors |= {f"diffusion_model.{row.host}.lora_A.weight": a, f"diffusion_model.{row.host}.lora_B.weight": b}
+    return tensors
 
 
 def old_diffusers(factors: Factors) -> dict[str, Tensor]:

@@ -30,6 +30,12 @@ def assert_same(found: State, expected: State) -> None:
         assert all(torch.equal(f, e) and f.shape == e.shape for f, e in zip(found[name], factors, strict=True)), name
 
 
+def assert_same_products(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, (a, b) in expected.items():
+        torch.testing.assert_close(found[name][1] @ found[name][0], b @ a, msg=name)
+
+
 def foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """A file as others write it: by safetensors' own writer."""
     safetensors.torch.save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path, metadata)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -70,6 +71,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "qwen_image": ("qwen_image", QwenImageTransformer2DModel, {}),
     "anima": ("anima", CosmosTransformer3DModel, ANIMA),
     "krea2": ("krea2", Krea2Transformer2DModel, {}),
+    "chroma": ("chroma", ChromaTransformer2DModel, {}),
     **{
         name: ("wan", WanTransformer3DModel, {**config, "out_channels": config["in_channels"]})
         for name, config in WAN.items()
@@ -113,6 +115,12 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"n_layers": 30, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48]},
         **{"axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
         **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+    },
+    "chroma": {
+        **{"image_model": "chroma", "in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": None},
+        **{"context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19},
+        **{"depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "txt_ids_dims": []},
+        **{"in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5},
     },
     "qwen_image": {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
     **{

@@ -26,9 +26,9 @@ from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
-PIPES |= {"flux2": "klein", "qwen_image": "qwen_image"}
+PIPES |= {"flux2": "klein", "qwen_image": "qwen_image", "chroma": "chroma"}
 UNETS, POOLED = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
-JOINT = (*POOLED, "flux2", "qwen_image")
+JOINT = (*POOLED, "flux2", "qwen_image", "chroma")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep
 TAU, ALPHA, OFFSET = 2.5, 0.25, 0.1
@@ -290,7 +290,7 @@ def doubled(
             return ParallelOracle(oracle)
         if name == "qwen_image":
             return QwenOracle(oracle)
-        return None if attn.added_kv_proj_dim is None and name != "flux" else oracle
+        return None if attn.added_kv_proj_dim is None and name not in ("flux", "chroma") else oracle
 
     during = replaced(network, choose)
     with picture_under_the_prompt(network, len(every)) if name in POOLED else nullcontext():

@@ -202,11 +202,12 @@ def klein_folder(folder: Path) -> Path:
     return folder
 
 
-def t5_tokenizer(folder: Path) -> T5TokenizerFast:
+def t5_tokenizer(folder: Path | None = None) -> T5TokenizerFast:
     """A tokenizer of T5's kind that spells every word."""
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -1.0), ("\u2581", -1.0)]
     tokenizer = T5TokenizerFast(vocab=letters + [(chr(code), -2.0) for code in range(33, 127)], extra_ids=0)
-    tokenizer.save_pretrained(folder)
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
     return tokenizer
 
 

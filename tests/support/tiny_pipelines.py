@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import tiny_chroma
 import tiny_krea2
 import tiny_qwen
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaPipeline,
     CosmosTransformer3DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -296,6 +298,11 @@ def krea2(distilled: bool = False, **scheduler: Any) -> Any:
     return tiny_krea2.krea2(video_vae(), head=16, distilled=distilled, **scheduler)
 
 
+def chroma(**scheduler: Any) -> ChromaPipeline:
+    autoencoder = vae(shift_factor=0.1, scaling_factor=0.4)
+    return tiny_chroma.chroma(autoencoder, num_layers=1, num_single_layers=2, scheduler=scheduler)
+
+
 def anima(**scheduler: Any) -> AnimaModularPipeline:
     """A modular pipeline: of two text encoders one gives its states, the other its tokens alone."""
     without_torchvision()
@@ -338,6 +345,7 @@ def wan(**scheduler: Any) -> WanPipeline:
 
 
 MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2, "wan": wan}
+MODERN["chroma"] = chroma
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

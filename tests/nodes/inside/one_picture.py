@@ -25,7 +25,8 @@ from onestep.nodes.sample import OneStepSample
 folder, cases = Path(sys.argv[1]), sys.argv[2:]
 folder_paths.add_model_folder_path("loras", str(folder))
 CLASSES = {
-    name: getattr(supported, name) for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage")
+    name: getattr(supported, name)
+    for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma")
 }
 
 
@@ -63,7 +64,9 @@ def run(case):
     model = build(told["kind"], told["unet_config"])
     assert fill(told["family"], model, weights, told["unet_config"]) == []
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    more = {"guidance": 3.5, "width": told["side"], "height": told["side"]}
+    more = {"width": told["side"], "height": told["side"]}
+    # Chroma's network reads one too, which was never trained: diffusers' is always 0
+    more |= {} if told["family"] == "chroma" else {"guidance": 3.5}
     pooled = {"pooled_output": given["pooled"]} if "pooled" in given else {}
     cond, seed = [[given["text"], {**more, **pooled}]], told["seed"]
     empty = {"samples": torch.zeros(told["shape"])}

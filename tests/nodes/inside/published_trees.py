@@ -6,6 +6,7 @@ from pathlib import Path
 
 import comfy.ops
 from comfy.ldm.anima.model import Anima
+from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import NextDiT
@@ -21,6 +22,7 @@ CLASSES["qwen_image"] = QwenImageTransformer2DModel
 CLASSES["anima"] = Anima
 CLASSES["krea2"] = SingleStreamDiT
 CLASSES["wan"] = WanModel
+CLASSES["chroma"] = Chroma
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

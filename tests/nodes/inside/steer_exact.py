@@ -14,7 +14,7 @@ from comfy_steering import FORMS, checkpoint, condition, empty_for, hooked, tiny
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
 
-NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "wan")
+NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "wan")
 LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
 
 
@@ -23,7 +23,7 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
     positive[0][1] |= told
     ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
-    if kind in ("sd3", "sd35", "flux", "flux2", "z_image", "qwen_image"):
+    if kind in ("sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma"):
         expected = doubled(model, positive, negative, form)
     else:
         with hooked(model, negative[0][0], form):

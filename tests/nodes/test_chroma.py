@@ -1,0 +1,92 @@
+"""Chroma in both hosts, on the same tiny weights: texts of several lengths without padding, latents, D and gradients
+are equal, and what one trains both load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import both_hosts
+import both_hosts_drawn as drawn
+import pytest
+import tiny_chroma
+import torch
+from both_hosts import RUNS, Hosts, gap
+
+from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
+
+pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
+LAYERS = 3 + 19 * 12 + 38 * 5
+"""The ends, and all blocks."""
+NEGATIVES = [("nag", "a wall", "a red dragon"), ("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")]
+
+
+@pytest.fixture(scope="module")
+def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
+    folder = tiny_chroma.chroma_folder(tmp_path_factory.mktemp("chroma") / "model")
+    recipe = Recipe.for_student(FlowSchedule(1.0), 2, "chroma", ((32, 32),))
+    return both_hosts.both(run_inside, folder, PROMPTS, "chroma", **drawn.told(folder, recipe, NEGATIVES, PROMPTS[0]))
+
+
+def test_prompts_become_the_same_conditions_of_their_own_lengths(hosts: Hosts) -> None:
+    """As core's CLIPLoader of type chroma gives them: T5's states of each text's own tokens, and of no padding."""
+    assert hosts.report["family"] == "chroma" and hosts.report["blocks"] == 57
+    lengths = hosts.inputs["mask"].sum(1).tolist()
+    assert lengths == [len(hosts.host.pipe.tokenizer(prompt).input_ids) for prompt in PROMPTS]
+    assert torch.equal(hosts.comfys["mask"], hosts.inputs["mask"])
+    assert gap(hosts.comfys["text"], hosts.inputs["text"]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_batch_of_several_lengths_is_each_row_alone(hosts: Hosts) -> None:
+    """ComfyUI masks nothing: a call for each length there, one under a mask in diffusers."""
+    assert gap(hosts.comfys["together"], hosts.comfys["alone"]) < 1e-6
+    ours = hosts.host.denoiser(hosts.inputs["x"], hosts.inputs["sigma"], hosts.cond)
+    assert gap(hosts.comfys["together"], ours) < 1e-5
+
+
+@torch.no_grad()
+def test_pictures_become_the_same_latents_and_come_back(hosts: Hosts) -> None:
+    host, pictures = hosts.host, hosts.comfys["pictures"]
+    latents = host.latents_of(pictures)
+    assert gap(hosts.comfys["latents"], latents) < 1e-5
+    assert gap(hosts.comfys["decoded"], host.decode(latents)) < 1e-5
+
+
+def test_steps_are_not_shifted_and_guidance_is_classifier_free(hosts: Hosts) -> None:
+    denoise = hosts.host.denoiser
+    assert hosts.report["shift"] == pytest.approx(denoise.schedule.shift) == 1.0
+    assert denoise.guidance == hosts.report["guidance"] == "cfg"
+
+
+def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
+    both_hosts.check_gradients(hosts, 5e-5)
+
+
+def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
+    both_hosts.check_rows(hosts)
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
+    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS)
+
+
+@pytest.mark.parametrize("number", range(len(NEGATIVES)), ids=[mode for mode, *_ in NEGATIVES])
+def test_a_negative_is_steered_away_from_alike(number: int, hosts: Hosts) -> None:
+    drawn.check_steered(hosts, number, NEGATIVES[number])
+
+
+def test_a_bases_first_part_is_alike(hosts: Hosts) -> None:
+    drawn.check_diverse(hosts, PROMPTS[0])
+
+
+@pytest.mark.parametrize("method", drawn.ADAPTERS)
+def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
+    drawn.check_adapter(hosts, method, PROMPTS)
+
+
+def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
+    drawn.check_guidance(hosts)
