@@ -245,9 +245,10 @@ def refuse_text(family: str, config: Mapping[str, Any], found: int) -> None:
         return
     whose = [known.encoders[found].name for known in FAMILIES.values() if found in known.encoders]
     whose += [name for width, name in LATER_ENCODERS.items() if width == found]
+    whose[2:] = ["others"] * (len(whose) > 2)
     right = FAMILIES[family].encoders.get(wanted, Encoder("its own text encoder", "the loader of its template"))
     raise OneStepError(
-        f"the text encoder gives tokens of {found} numbers{', as ' * bool(whose)}{' or '.join([*whose[:2], *['others'] * (len(whose) > 2)])}, and this model "
+        f"the text encoder gives tokens of {found} numbers{', as ' * bool(whose)}{' or '.join(whose)}, and this model "
         f"reads {wanted}: load {right.name} (in ComfyUI: {right.loader})"
     )
 
