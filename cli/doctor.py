@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
 
     from ..kernels.attention import backends
     from ..kernels.ops import states
+    from ..pipelines.bundled import NAMES
 
     return {
         "onestep": {"version": version("onestep-diffusion") or "not installed by pip", "folder": str(ROOT)},
@@ -55,7 +56,7 @@ def examine() -> dict[str, Any]:
         "attention": backends(),
         "ops": states(),
         "optimizer_8bit": eight_bit(),
-        "bundled": {name: found_bundled(name) for name in ("tiny", "tiny-flow", "judge")},
+        "bundled": {name: found_bundled(name) for name in NAMES},
         "comfyui": comfyui(),
     }
 

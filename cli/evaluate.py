@@ -74,11 +74,10 @@ def names_of(loras: list[Lora]) -> list[str]:
 
 def judge_of(model: str, folder: str | None) -> Any:
     """The judge of a bundled model, or the one in ``folder``; None for a model that has none."""
-    from ..pipelines.bundled import path_of
-    from ..pipelines.load import BUNDLED
+    from ..pipelines.bundled import MODELS, path_of
     from ..training.evaluation.judge import Judge
 
-    if folder is None and model not in BUNDLED:
+    if folder is None and model not in MODELS:
         return None
     return Judge.load(folder or path_of("judge"))
 

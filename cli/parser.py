@@ -14,7 +14,7 @@ from ..training import presets
 from ..training.settings import CHOICES, Settings, described
 from .settings_help import settings_help
 
-MODEL = "`tiny`, `tiny-flow`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
+MODEL = "`tiny`, `tiny-flow`, `tiny-dit`, a diffusers folder, or a .safetensors file of SD1.5, SD2 or SDXL"
 DEBUG = "show the whole trace of an error"
 RESTART = "delete the run in RUN and start anew"
 DEFAULT = "(default: %(default)s)"

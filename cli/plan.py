@@ -30,19 +30,18 @@ def run(args: Namespace, console: Console) -> None:
 
 def shell_of(model: str) -> Any:
     """MODEL without its weights: a layout by its name, a bundled model, a diffusers folder or a single file."""
-    from ..pipelines.bundled import path_of
-    from ..pipelines.load import BUNDLED
+    from ..pipelines.bundled import MODELS, path_of
     from ..pipelines.shells import LAYOUTS, layout, of_folder, of_single_file
 
     if model in LAYOUTS:
         return layout(model)
-    path = path_of(model) if model in BUNDLED else Path(model).expanduser()
+    path = path_of(model) if model in MODELS else Path(model).expanduser()
     if path.is_dir():
         return of_folder(path)
     if path.is_file():
         return of_single_file(path)
     raise OneStepError(
-        f"no model {model[:150]!r}: give a layout ({', '.join(LAYOUTS)}), {' or '.join(BUNDLED)}, a diffusers folder "
+        f"no model {model[:150]!r}: give a layout ({', '.join(LAYOUTS)}), {', '.join(MODELS)}, a diffusers folder "
         "or a .safetensors file of SD1.5, SD2 or SDXL"
     )
 

@@ -10,7 +10,7 @@ from ..core.errors import OneStepError
 from .tiny_models.model import load_tiny
 
 BUNDLED = Path(__file__).resolve().parents[1] / "pipelines" / "tiny"
-NAMES = ("tiny", "tiny-flow")
+NAMES = ("tiny", "tiny-flow", "tiny-dit")
 
 
 def bundled_folder(name: str) -> Path:
@@ -40,7 +40,7 @@ class LoadTinyDemoModel(io.ComfyNode):  # type: ignore[misc]
                     "name",
                     options=list(NAMES),
                     tooltip="tiny: a Stable Diffusion style U-Net that predicts noise. tiny-flow: an SD3 style "
-                    "transformer with flow matching.",
+                    "transformer with flow matching. tiny-dit: a Z-Image style transformer, also with flow matching.",
                 )
             ],
             outputs=[

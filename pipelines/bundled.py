@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..core.errors import OneStepError
 
-NAMES = ("tiny", "tiny-flow", "judge")
+MODELS = ("tiny", "tiny-flow", "tiny-dit")
+NAMES = (*MODELS, "judge")
 
 
 def path_of(name: str) -> Path:

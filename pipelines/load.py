@@ -20,14 +20,13 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, choices, of_class
 from ..core.stored import holds_float8
 from ..core.tensor_file import read_header
-from .bundled import path_of
+from .bundled import MODELS, path_of
 from .kinds import PIPELINES
 from .modular import is_modular, loaded_names, made_of, part_names
 from .quiet import attempt
 from .single_file import FIRST, load_single_file
 from .weights import load_parts
 
-BUNDLED = ("tiny", "tiny-flow")
 WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
 UNUSED = ("feature_extractor", "image_encoder")  # parts that only an IP-Adapter or the safety checker asks for
 BIGGEST_INDEX_BYTES = 1 << 20
@@ -41,7 +40,7 @@ def load(
     stored: bool = False,
     waiting: bool = False,
 ) -> Any:
-    """The pipeline of MODEL: "tiny", "tiny-flow", a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
+    """The pipeline of MODEL: a bundled model's name, a diffusers folder, or a single file of SD1.5, SD2 or SDXL.
 
     device: where the U-Net or transformer lies. Text encoders and VAE stay on the CPU, to be lent to it when they work.
     dtype: of the weights; None is float32 on a CPU and elsewhere as `half_of` says. stored: whether the network's
@@ -63,10 +62,10 @@ def load(
 
 def located(model: str | Path) -> Path:
     """Where MODEL lies. Raises OneStepError where it is not there."""
-    path = path_of(str(model)) if str(model) in BUNDLED else Path(model).expanduser()
+    path = path_of(str(model)) if str(model) in MODELS else Path(model).expanduser()
     if not path.exists():
         raise OneStepError(
-            f"no model {str(model)[:150]!r}: give {' or '.join(BUNDLED)}, a diffusers folder, "
+            f"no model {str(model)[:150]!r}: give {', '.join(MODELS)}, a diffusers folder, "
             "or a .safetensors file of SD1.5, SD2 or SDXL"
         )
     return path
