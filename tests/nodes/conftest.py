@@ -62,7 +62,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory, random_tiny: dict[str, Path])
     Beside it a node that loads any folder of a tiny model."""
     place = comfy_support.place_pack(tmp_path_factory.mktemp("comfy") / "custom_nodes")
     shutil.copyfile(TESTS / "support" / "folder_model_node.py", place.with_name("folder_model_node.py"))
-    for name in ("tiny", "tiny-flow"):
+    for name in ("tiny", "tiny-flow", "tiny-dit"):
         if not (place / "pipelines" / "tiny" / name / "model_index.json").is_file():
             shutil.copytree(random_tiny[name], place / "pipelines" / "tiny" / name, dirs_exist_ok=True)
     return place
@@ -71,7 +71,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory, random_tiny: dict[str, Path])
 @pytest.fixture(scope="session")
 def bundled(pack: Path) -> dict[str, Path]:
     """Folders of the tiny models that the server's nodes load."""
-    return {name: pack / "pipelines" / "tiny" / name for name in ("tiny", "tiny-flow")}
+    return {name: pack / "pipelines" / "tiny" / name for name in ("tiny", "tiny-flow", "tiny-dit")}
 
 
 @pytest.fixture(scope="session")
@@ -118,5 +118,6 @@ def random_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "tiny": tiny_folders.unet_folder(base / "tiny"),
         "tiny-flow": tiny_folders.sd3_folder(base / "tiny-flow"),
+        "tiny-dit": tiny_folders.z_image_folder(base / "tiny-dit"),
         "tiny-v": tiny_folders.unet_folder(base / "tiny-v", widths=(32, 64), prediction="v_prediction", linear=True),
     }

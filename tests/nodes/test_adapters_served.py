@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy_graphs import (
     ADAPTER,
+    BUNDLED,
     LORA,
     PROMPT,
     SEED,
@@ -35,7 +36,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-5
 # A model, and the form of control that it learns.
 CONTROL = {"control_width": 16, "noise_levels": 2}
-CONTROLS = [("tiny", "light"), ("tiny-flow", "light"), ("tiny", "copy")]
+CONTROLS = [("tiny", "light"), ("tiny-flow", "light"), ("tiny-dit", "light"), ("tiny", "copy")]
 TRAINED = narrowed(CONTROLS, ("tiny", "light"), ("tiny", "copy"))
 
 
@@ -69,7 +70,7 @@ def under_control(model: str, steps: int = 1, cfg: float = 1.0) -> dict[str, Any
 # -- trained by the node ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", narrowed(BUNDLED, *TINY))
 def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, name: str) -> None:
     nodes = {
         "distil": distil(f"guided-{name}", "agd"),
@@ -81,9 +82,8 @@ def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, 
     assert drawn["guided"].isfinite().all() and apart(drawn["guided"], drawn["plain"]) > 0.01
     file = comfy_server.base / "models" / "onestep" / f"guided-{name}.safetensors"
     told = read_told(file)
-    assert (
-        told is not None and told["kind"] == {"tiny": "guidance-cross-attention", "tiny-flow": "guidance-offset"}[name]
-    )
+    kind = "guidance-cross-attention" if name == "tiny" else "guidance-offset"
+    assert told is not None and told["kind"] == kind
 
 
 def trained_control(server: Any, name: str, form: str) -> dict[str, Any]:
@@ -231,8 +231,11 @@ def drawn_by_diffusers(folder: Path, file: Path, edges: torch.Tensor | None) -> 
     flow = folder.name == "tiny-flow"
     pipe = DiffusionPipeline.from_pretrained(folder, **({"text_encoder_3": None, "tokenizer_3": None} if flow else {}))
     pipe.set_progress_bar_config(disable=True)
-    told = {"max_sequence_length": 0, "sigmas": [1.0]} if flow else {}
-    told |= {"num_inference_steps": 1, "guidance_scale": 1.0, "width": 32, "height": 32, "output_type": "latent"}
+    told = {} if folder.name == "tiny" else {"sigmas": [1.0]}
+    if flow:
+        told["max_sequence_length"] = 0
+    unguided = 0.0 if folder.name == "tiny-dit" else 1.0  # diffusers' Z-Image counts from 0
+    told |= {"num_inference_steps": 1, "guidance_scale": unguided, "width": 32, "height": 32, "output_type": "latent"}
     noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(SEED))
     if edges is None:
         load_guidance_adapter(pipe, file, guidance=4.0)
@@ -264,4 +267,5 @@ def test_both_hosts_draw_the_same_control(comfy_server: Any, bundled: dict[str, 
     edges = control_of("canny")(picture[None])
     assert 20 < float(edges.sum()) < 200
     theirs = drawn_by_diffusers(bundled[name], comfy_server.base / "models" / "onestep" / place, edges)
-    assert apart(drawn, theirs) < TOLERANCE
+    # the hosts turn Z-Image's tokens by operations in another order
+    assert apart(drawn, theirs) < (1e-4 if name == "tiny-dit" else TOLERANCE)

@@ -18,7 +18,7 @@ from onestep.training.data.real_pictures import opened
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
-CASES = [(method, model) for method in ("dmd2", "f-distill", "ladd") for model in ("tiny", "tiny-flow")]
+CASES = [(method, model) for method in ("dmd2", "f-distill", "ladd") for model in ("tiny", "tiny-flow", "tiny-dit")]
 
 
 def graph(method: str, model: str, name: str, **finer: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_the_node_trains_with_a_head(method: str, model: str, comfy_server: Any)
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-flow", "tiny-dit"])
 def test_pictures_of_the_input_folder_are_real(model: str, comfy_server: Any) -> None:
     """Encoded by ComfyUI's VAE as diffusers' encodes them; the head needs no pairs."""
     mine = comfy_server.base / "input" / f"mine-{model}"

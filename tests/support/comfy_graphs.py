@@ -10,6 +10,7 @@ from small_runs import small
 
 SEED, PROMPT, NEGATIVE = 11, "a red dragon", "wall"
 TINY = ("tiny", "tiny-flow")
+BUNDLED = (*TINY, "tiny-dit")
 ADAPTER_METHODS = ("agd", "nct", "sun")
 LORA, ADAPTER = 1, 0
 """Which output of the LoRA trainer, and of the adapter trainer, is the file."""
@@ -18,7 +19,7 @@ QUICK = {"learning_rate": 0.05, "warm_up": 0, "ema": 0.0, "watch_samples": 4}
 
 
 def loader(name: str) -> dict[str, Any]:
-    if name in TINY:
+    if name in BUNDLED:
         return {"class_type": "OneStepLoadTinyModel", "inputs": {"name": name}}
     return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"tiny_{name}.safetensors"}}
 
