@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from PIL import Image
 from tiny_models import data
 from torch import Tensor
@@ -69,7 +69,7 @@ def halves(tiles: data.Tiles, judge: Judge, args: argparse.Namespace) -> tuple[T
 def load(folder: Path) -> DiffusionPipeline:
     """A bundled model as its diffusers pipeline, quiet."""
     kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    pipe = DiffusionPipeline.from_pretrained(folder, **ABSENT[kind])
+    pipe = DiffusionPipeline.from_pretrained(folder, **ABSENT.get(kind, {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -79,7 +79,8 @@ def draw(pipe: DiffusionPipeline, prompts: list[str], steps: int, guidance: floa
     """Pictures [N, 3, 32, 32] in [0, 1], one per prompt."""
     generator, images = torch.Generator().manual_seed(seed), []
     # Zero tokens in place of T5's cost ten times the rest of the text and were trained to be optional.
-    extra = {"max_sequence_length": 0} if hasattr(pipe, "transformer") else {}
+    extra = {"max_sequence_length": 0} if isinstance(pipe, StableDiffusion3Pipeline) else {}
+    guidance -= isinstance(pipe, ZImagePipeline)  # which counts from 0
     for at in range(0, len(prompts), BATCH):
         out = pipe(
             prompts[at : at + BATCH],
@@ -87,6 +88,8 @@ def draw(pipe: DiffusionPipeline, prompts: list[str], steps: int, guidance: floa
             guidance_scale=guidance,
             generator=generator,
             output_type="pt",
+            width=32,
+            height=32,
             **extra,
         )
         images.append(out.images)
@@ -159,7 +162,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help=".npz with image [N, 32, 32, 3] and caption")
     parser.add_argument("--models", type=Path, default=Path(__file__).parents[1] / "pipelines" / "tiny")
-    parser.add_argument("--names", nargs="+", default=("tiny", "tiny-flow"), help="folders below --models")
+    parser.add_argument("--names", nargs="+", default=("tiny", "tiny-flow", "tiny-dit"), help="folders below --models")
     parser.add_argument("--out", type=Path, help="folder for teachers.md and teachers.png")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -71,7 +71,7 @@ def test_two_steps_are_right_in_every_storage(tmp_path):
         ),
         ("peers", {"small 32, batch 1: one base, roles": "", "small 32, batch 1: three": "", "FastGen": "not carried"}),
         ("fast", {"tiny 32: bare network": "", "tiny 32: fast, eager": ""}),
-        ("negatives", {"toy sd15": "plain"}),
+        pytest.param("negatives", {"toy sd15": "plain"}, marks=pytest.mark.broad),
     ],
 )
 def test_the_other_parts_are_rehearsed(name, rows, tmp_path):
@@ -155,6 +155,7 @@ def test_a_row_that_fails_or_has_no_time_is_told_and_the_others_are_measured():
     assert not found.good and all(len(row) == 3 for row in found.rows)
 
 
+@pytest.mark.broad
 def test_parts_after_a_lost_card_run_in_a_process_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "dead", lambda device: True)
     found = paged([GOOD, run.PARTS[0]], tmp_path)

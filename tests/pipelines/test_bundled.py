@@ -9,10 +9,11 @@ import socket
 import pytest
 import torch
 
-from onestep.pipelines.bundled import path_of
+from onestep.pipelines.bundled import MODELS, path_of
 from onestep.training.evaluation.judge import Judge
 
 LIMIT_BYTES = 16 * 2**20
+SIZE = {"width": 32, "height": 32}
 TOKENIZERS = [("tiny", "tokenizer"), ("tiny-flow", "tokenizer"), ("tiny-flow", "tokenizer_2")]
 
 
@@ -26,8 +27,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pipeline(name: str):
     diffusers = pytest.importorskip("diffusers")
-    absent = {"tiny": ("safety_checker", "feature_extractor"), "tiny-flow": ("text_encoder_3", "tokenizer_3")}[name]
-    kind = {"tiny": diffusers.StableDiffusionPipeline, "tiny-flow": diffusers.StableDiffusion3Pipeline}[name]
+    kind, absent = {
+        "tiny": (diffusers.StableDiffusionPipeline, ("safety_checker", "feature_extractor")),
+        "tiny-flow": (diffusers.StableDiffusion3Pipeline, ("text_encoder_3", "tokenizer_3")),
+        "tiny-dit": (diffusers.ZImagePipeline, ()),
+    }[name]
     pipe = kind.from_pretrained(path_of(name), **dict.fromkeys(absent))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -43,29 +47,32 @@ def test_weights_are_the_frozen_ones() -> None:
     assert found == written
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-flow", "judge"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow", "tiny-dit", "judge"])
 def test_a_folder_is_at_most_16_mib(name: str) -> None:
     assert sum(path.stat().st_size for path in path_of(name).rglob("*") if path.is_file()) <= LIMIT_BYTES
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-flow"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow", "tiny-dit"])
 def test_diffusers_draws_with_it_offline_in_float32(name: str, offline: None) -> None:
     pipe = pipeline(name)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
     seeded = torch.Generator().manual_seed(0)
-    image = pipe("potion: blue", num_inference_steps=2, generator=seeded, output_type="np").images
+    image = pipe("potion: blue", num_inference_steps=2, generator=seeded, output_type="np", **SIZE).images
     assert image.shape == (1, 32, 32, 3)
     assert 0.02 < image.std() < 0.5
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-flow"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-flow", "tiny-dit"])
 def test_latents_have_unit_deviation(name: str) -> None:
     """The tiles are not here, so pictures of the model stand for them."""
     pipe = pipeline(name)
     prompts = ["floor: grey stone", "weapon: giant club", "potion: sky blue", "wall: brick brown"] * 4
     seeded = torch.Generator().manual_seed(0)
-    latents = pipe(prompts, num_inference_steps=8, guidance_scale=1.0, generator=seeded, output_type="latent").images
+    unguided = 0.0 if name == "tiny-dit" else 1.0  # diffusers' Z-Image counts from 0
+    latents = pipe(
+        prompts, num_inference_steps=8, guidance_scale=unguided, generator=seeded, output_type="latent", **SIZE
+    ).images
     assert 0.6 < float(latents.std()) < 1.5
 
 
@@ -99,6 +106,8 @@ def test_sizes_fit_what_comfyui_can_build() -> None:
     mmdit = json.loads((path_of("tiny-flow") / "transformer" / "config.json").read_text(encoding="utf-8"))
     assert mmdit["attention_head_dim"] == 64 and mmdit["patch_size"] == 2
     assert mmdit["caption_projection_dim"] == 64 * mmdit["num_attention_heads"]
+    stream = json.loads((path_of("tiny-dit") / "transformer" / "config.json").read_text(encoding="utf-8"))
+    assert stream["dim"] % 96 == 0 and stream["n_heads"] == stream["n_kv_heads"] and stream["all_patch_size"] == [2]
 
 
 def test_judge_knows_its_accuracy_and_the_words() -> None:
@@ -120,6 +129,6 @@ def test_judge_tells_the_words_of_plain_colours() -> None:
     assert [colours[at] for at in judge.predict(plain)["colour"].argmax(dim=1)] == ["red", "blue"]
 
 
-def test_both_teachers_share_one_autoencoder() -> None:
-    first, second = (path_of(name) / "vae" / "diffusion_pytorch_model.safetensors" for name in ("tiny", "tiny-flow"))
-    assert first.read_bytes() == second.read_bytes()
+def test_the_teachers_share_one_autoencoder() -> None:
+    files = [path_of(name) / "vae" / "diffusion_pytorch_model.safetensors" for name in MODELS]
+    assert len({file.read_bytes() for file in files}) == 1 and len(files) == 3

@@ -63,6 +63,7 @@ def test_a_run_begins_in_the_micro_batches_that_fit(host: DiffusersHost, tmp_pat
     assert ours.path.read_bytes()[-4000:] == plain.path.read_bytes()[-4000:]
 
 
+@pytest.mark.broad
 def test_a_run_that_goes_on_keeps_its_rung(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
     """Also on another card: it is not counted anew."""
     peak = least(host, settings(), 1)

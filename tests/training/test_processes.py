@@ -180,7 +180,8 @@ HEADS: dict[str, Found] = {
 }
 
 
-@pytest.mark.parametrize("method", narrowed(list(HEADS), "f-distill"))
+@pytest.mark.broad
+@pytest.mark.parametrize("method", list(HEADS))
 def test_a_heads_student_is_one_processes(method: str, tmp_path: Path) -> None:
     """Its gradients are summed as the others' are, and f-distill's means are of both processes' pictures."""
     runs = [a_run(tmp_path / str(count), method, 2, **HEADS[method]) for count in (1, 2)]
