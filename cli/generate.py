@@ -70,7 +70,7 @@ def draw(
 ) -> tuple[Tensor, int, float]:
     """Latents [N, C, h, w] on the CPU, the steps taken and the seconds of sampling, one picture at a time."""
     cond = told_guidance(host.encode(prompts, size), host, lora, args).to(host.device)
-    null = host.encode([args.negative], size).to(host.device)
+    null = host.encode([args.negative], size, negative=True).to(host.device)
     noise = picture_noise(host.latent_shape(size), args.seed, len(prompts))
     one, steps = _teacher(host, args) if lora is None else _student(host, lora, args)
     began, pictures = time.monotonic(), []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Guidance = Literal["cfg", "embedded", "none"]
 Network = Callable[[Tensor, Tensor, "Cond"], Tensor]
+TokenNorm = int | Literal["row"]
 
 
 class Denoiser(Protocol):
@@ -28,14 +29,14 @@ class Denoiser(Protocol):
     x: [B, C, H, W] (or [B, C, F, H, W]) noisy latents in the model's own scale, x = alpha(sigma) x0 + sigma noise,
     float32.
     sigma: [B] levels, float64. The result has the shape and dtype of x.
-    token_norm: latents along a side of the tokens whose guided velocities have the norm of the prompt's; 0: guidance is
-    as it is.
+    token_norm: latents along a side of the tokens whose guided velocities have the norm of the prompt's, or each "row"
+    of a channel instead of tokens; 0: guidance is as it is.
     """
 
     schedule: NoiseSchedule
     roles: Roles
     guidance: Guidance
-    token_norm: int
+    token_norm: TokenNorm
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor: ...
 
@@ -51,7 +52,7 @@ class _Wrapped:
     guidance: Guidance = "cfg"
     time_scale: float = 1.0
     filled: int = 0
-    token_norm: int = 0
+    token_norm: TokenNorm = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), cast_as(self.schedule.time_of_sigma(sigma), x), cond)
@@ -133,18 +134,21 @@ def guided(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond |
     return as_host(denoise.token_norm, x, d_c, d_u + scale * (d_c - d_u))
 
 
-def as_host(token_norm: int, x: Tensor, d_c: Tensor, answer: Tensor) -> Tensor:
-    """``answer``, guided from ``d_c`` at x, all [B, C, h, w] of a flow, as a host guides whose tokens are so wide."""
+def as_host(token_norm: TokenNorm, x: Tensor, d_c: Tensor, answer: Tensor) -> Tensor:
+    """``answer``, guided from ``d_c`` at x, all [B, C, h, w] of a flow, as a host guides with this `token_norm`."""
     if not token_norm:
         return answer
-    # v = (x - D) / sigma; v_k ||v_c|| / ||v_k|| over each token's numbers, as QwenImagePipeline: sigma cancels
-    ratio = _token_norms(x - d_c, token_norm) / _token_norms(x - answer, token_norm).clamp_min(1e-12)
-    return x - ratio.repeat_interleave(token_norm, -2).repeat_interleave(token_norm, -1) * (x - answer)
+    # v = (x - D) / sigma; v_k ||v_c|| / ||v_k|| over each token's numbers, as QwenImagePipeline, or over each row's, as
+    # Lumina2Pipeline: sigma cancels
+    return x - _norms(x - d_c, token_norm) / _norms(x - answer, token_norm).clamp_min(1e-12) * (x - answer)
 
 
-def _token_norms(v: Tensor, side: int) -> Tensor:
-    """[B, 1, h / side, w / side] of [B, C, h, w]."""
-    return side * avg_pool2d(v.square().sum(1, keepdim=True), side).sqrt()
+def _norms(v: Tensor, token_norm: TokenNorm) -> Tensor:
+    """Of each token's or row's numbers, for each of them: [B, 1, h, w] or [B, C, h, 1] of [B, C, h, w]."""
+    if token_norm == "row":
+        return v.norm(dim=-1, keepdim=True)
+    norms = token_norm * avg_pool2d(v.square().sum(1, keepdim=True), token_norm).sqrt()
+    return norms.repeat_interleave(token_norm, -2).repeat_interleave(token_norm, -1)
 
 
 def both(denoise: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 Written: in the family's dialect, U-Nets in kohya's names with `.alpha` (= rank), transformers in peft's names without,
 by diffusers' paths or, where ComfyUI finds none of those, by its own.
-Both hosts map every one of these keys; of peft's names for U-Nets ComfyUI loses the attention. May import torch and
-core.
+Both hosts map every one of these keys, but of a family of two files (core.lora_second); of peft's names for U-Nets
+ComfyUI loses the attention. May import torch and core.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from torch import Tensor
 from .adapter_file import refuse_adapter
 from .errors import OneStepError
 from .families import FAMILIES, choices
+from .lora_fused import Host, apart, written
 from .lora_keys import (
     GUESTS,
     TEXT_ENCODER,
     KeyMap,
     Place,
-    alpha_key_of,
     family_of_keys,
-    key_of,
     parse,
     refuse_adapters,
     refuse_families,
@@ -82,21 +81,17 @@ def save_lora(
     family: str,
     recipe: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    host: Host = "diffusers",
 ) -> None:
     """Write (A, B) by target name; alpha is the rank. The file appears whole or not at all.
 
     recipe: JSON text of how to sample. metadata: further header strings, e.g. ss_steps; they win over what is derived.
+    host: whose own loader is to read it, where no one file serves both.
     Ranks that differ are filled up with zeros: a file without alpha must hold one rank to be read by every diffusers.
     """
     _check_state(state)
     rank = max(len(a) for a, _ in state.values())
-    tensors: dict[str, Tensor] = {}
-    for name, (a, b) in of_one_rank(state).items():
-        down, up = key_of(family, name)
-        tensors[down], tensors[up] = a, b
-        alpha = alpha_key_of(family, name)
-        if alpha is not None:
-            tensors[alpha] = torch.tensor(float(rank))
+    tensors = written(of_one_rank(state), family, host)
     derived = _derived_metadata(Path(path), state, family, rank) | dict(metadata or {})
     derived["modelspec.hash_sha256"] = digest(tensors)
     if recipe is not None:
@@ -228,8 +223,7 @@ def _apart(place: Place, a: Tensor, b: Tensor) -> State:
         return {place.names[0]: (a, b)}
     permutation = place.row.permutation(a.shape[1], len(b))
     b = b if permutation is None else b[permutation]
-    slices = place.row.slices(a.shape[1], len(b))
-    return {name: (a.clone(), b[rows or slice(None)].clone()) for name, rows in zip(place.names, slices, strict=True)}
+    return apart(place.row, a, b)
 
 
 # Checks and header

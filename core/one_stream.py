@@ -1,6 +1,7 @@
-"""Several texts beside one picture in a network of one stream, which fills each text up and puts the picture behind it.
+"""Several texts beside one picture in a network of one stream, which refines each text and puts the picture behind it.
 
-Of Z-Image, whose times on the first rotary axis are 1, 2, ... over a text and its filling, the next for the picture.
+Of Z-Image, whose times on the first rotary axis are 1, 2, ... over a text and its filling, the next for the picture;
+and of Lumina 2, which fills nothing up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 @dataclass(frozen=True)
 class Texts:
     """own: tokens of the prompt, the negative and, where there is one, the empty text. multiple: the network fills each
-    up to a multiple of so many, by learnt tokens."""
+    up to a multiple of so many, by learnt tokens; 1: it does not."""
 
     own: tuple[int, ...]
     multiple: int

@@ -22,6 +22,7 @@ from ..core.denoiser import Denoiser
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, bind_comfy, blocks_of, check_size, detect, in_place_of, select
 from ..core.licences import Part
+from ..core.lora_fused import Host as LoraHost
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from ..core.weights_hash import hash_of
@@ -100,6 +101,10 @@ class ComfyHost:
         self._training = False
 
     @property
+    def loader(self) -> LoraHost:
+        return "comfyui"
+
+    @property
     def computing_dtype(self) -> torch.dtype:
         """What stored weights are cast to at each use."""
         return self.model.get_dtype_inference()  # type: ignore[no-any-return]
@@ -123,13 +128,14 @@ class ComfyHost:
     def _sdxl(self) -> bool:
         return isinstance(self.model, comfy.model_base.SDXL)
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], negative: bool = False) -> Cond:
         with self.encoding():
-            return self.with_sizes(self.texts(prompts).to("cpu", torch.float32), size)
+            return self.with_sizes(self.texts(prompts, negative).to("cpu", torch.float32), size)
 
-    def texts(self, prompts: Sequence[str]) -> Cond:
+    def texts(self, prompts: Sequence[str], negative: bool = False) -> Cond:
+        said = prompts if negative else [self._known.said(prompt) for prompt in prompts]
         with own_text(self.model, self.device) as own:
-            cond = encode(self.clip, prompts, self._pooled, own)
+            cond = encode(self.clip, said, self._pooled, own)
         if self._known.lengths == "filled in front":
             cond = in_front(cond, self._known.tokens)
         if self._known.lengths in ("equal", "filled in front"):

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.lora_file import fit, load_lora
+from ..core.lora_keys import parse
 from ..core.targets import Target, out_features
+from ..core.tensor_file import read_header
 
 TOLERANCE = 1e-5  # of a layer's largest change: ComfyUI multiplies in float32
 
@@ -23,9 +25,10 @@ def check_file(model: Any, targets: Sequence[Target], family: str, path: Path) -
     """One line that says what was proven. Raises OneStepError where a layer is missing, added or different."""
     ours = fit(load_lora(path, [target.name for target in targets], family).state, targets)
     theirs = loaded(model, path)
-    if sum(map(len, theirs.values())) != len(ours):
+    held = sum(parse(key)[1] == "a" for key in read_header(path).tensors)
+    if sum(map(len, theirs.values())) != held:
         raise OneStepError(
-            f"ComfyUI loads {sum(map(len, theirs.values()))} of the {len(ours)} layers in {path.name[:80]}: "
+            f"ComfyUI loads {sum(map(len, theirs.values()))} of the {held} layers in {path.name[:80]}: "
             "please report it with the name of your model"
         )
     keys = {module: f"diffusion_model.{name}.weight" for name, module in model.diffusion_model.named_modules()}

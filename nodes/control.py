@@ -73,7 +73,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3, Flux, FLUX.2, Qwen-Image takes besides its picture, or as what Z-Image's entry gives; a copy's
+    first block of SD3, Flux, FLUX.2, Qwen-Image takes besides its picture, or as what the entry of Z-Image
+    and Lumina 2 gives; a copy's
     as core's ControlNet has them."""
 
     def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:
@@ -123,7 +124,7 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
         added = self.strength * tokens(features[0])
-        if FAMILIES[self.family].filled or of_frames:  # whose blocks cannot be replaced
+        if FAMILIES[self.family].one_stream or of_frames:  # whose blocks cannot be replaced
             behind_entry(self.entry, added, transformer_options)
         else:
             replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
-from ..core.denoiser import Guidance
+from ..core.denoiser import Guidance, TokenNorm
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.lengths import by_length, lengths_of
@@ -38,7 +38,7 @@ class ComfyDenoiser:
     guidance: Guidance
     options: dict[str, Any] = field(default_factory=dict)
     lengths: str = "repeated"
-    token_norm: int = 0
+    token_norm: TokenNorm = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)

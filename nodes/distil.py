@@ -13,7 +13,7 @@ from ..training.engine.prompts import lines
 from ..training.presets import preset
 from ..training.runs.run import CONTINUE
 from .load_lora import RecipeSocket
-from .places import LORAS, named_places, path_of, pictures_folder, publish
+from .places import LORAS, named_places, path_of, pictures_folder, publish, publish_second
 from .progress import as_image, loss_map
 from .trainer import (
     HIDDEN,
@@ -109,6 +109,7 @@ class DistilOneStepLoRA(TrainerNode):
             file = publish(result.path, name, LORAS)
             for step, path in enumerate(step_files(result.path, result.recipe)[1:], 2):
                 publish(path, f"{name}-{step}", LORAS)
+            publish_second(result.path, name, result.recipe)
             said = check.told(clip, vae, result.path, lines(prompts), settings)
         made = (read_tensors(result.path), file, result.recipe, as_image(result.preview), loss_map(result.metrics))
         return io.NodeOutput(*made, ui=seen(result, file, *said))

@@ -19,6 +19,7 @@ from ..core.families import FAMILIES, detect
 from ..core.licence_files import sources_of
 from ..core.licences import FEW_STEP, license_header, license_line, told_licenses
 from ..core.lora_file import save_lora
+from ..core.lora_second import save_second, second_file
 from ..core.recipe import PRESETS
 from ..core.recipe.recognised import without_recipe
 from ..core.targets import Target
@@ -95,6 +96,10 @@ class ExtractFewStepLoRA(io.ComfyNode):  # type: ignore[misc]
             path.parent.mkdir(parents=True, exist_ok=True)
             said = extracted(base, few_step, rank, recipe, path, licenses)
             file, tensors = publish(path, name, LORAS), read_tensors(path)
+            second = second_file(path, detect(base.model.diffusion_model), "comfyui")
+            if second:
+                publish(second, f"{name}{second.stem.removeprefix(path.stem)}", LORAS)
+                second.unlink()
             path.unlink()
         return io.NodeOutput(tensors, file, ui={"text": ["\n".join([file, *said])]})
 
@@ -131,7 +136,10 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses:
     parts = [*made_of(base), *((FEW_STEP, name, file) for _, name, file in made_of(few)[:1])]
     sources = sources_of(parts, licenses, FAMILIES[family].license)
     told = {"onestep.extracted": f"a difference of two models, {whole.weights:.4f} of its weights"}
-    save_lora(path, state, family, text, told | license_header(sources))
+    header = told | license_header(sources)
+    save_lora(path, state, family, text, header, "comfyui")
+    second = second_file(path, family, "comfyui")
+    also = [save_second(path, second, state, family, text, header, "comfyui")] if second else []
     least, kept = min(layers.items(), key=lambda item: item[1].weights)
     silent = [without_recipe(file_of(few), family)] if text is None else []
     return [
@@ -139,6 +147,7 @@ def extracted(base: Any, few: Any, rank: int, recipe: str, path: Path, licenses:
         *silent,
         license_line(sources),
         check_file(base.model, targets, family, path),
+        *also,
     ]
 
 

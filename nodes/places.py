@@ -13,6 +13,8 @@ from typing import Any
 import folder_paths
 
 from ..core.errors import OneStepError
+from ..core.lora_second import second_file
+from ..core.recipe import Recipe, step_files
 
 SUBFOLDER = "onestep"
 LORAS, ADAPTERS = "loras", "onestep_adapters"
@@ -166,6 +168,14 @@ def publish(result: Path, name: str, kind: str) -> str:
     finally:
         beside.unlink(missing_ok=True)
     return listed
+
+
+def publish_second(result: Path, name: str, recipe: Recipe) -> None:
+    """Copy beside a LoRA of this name what its run has made for diffusers, where no one file serves both hosts."""
+    second = second_file(result, recipe.family, "comfyui")
+    for path in step_files(second, recipe) if second else ():
+        ending = path.stem.removeprefix(result.stem)
+        publish(path, f"{name}{ending}", LORAS)
 
 
 def stamp(name: Any, *kinds: str) -> Any:

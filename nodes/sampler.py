@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.cond import Cond
-from ..core.denoiser import Guidance
+from ..core.denoiser import Guidance, TokenNorm
 from ..core.errors import OneStepError
 from ..core.recipe import Recipe
 from ..core.roles import Roles
@@ -81,7 +81,7 @@ class _Guided:
     callback: Callable[..., None] | None
     steps: int
     step: int = 0
-    token_norm: int = 0
+    token_norm: TokenNorm = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         alpha = signal(self.schedule, sigma)

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from ..core.cond import Cond
 from ..core.families import FAMILIES, bind_comfy, blocks_of, detect, in_place_of, select
 from ..core.licences import Part
+from ..core.lora_fused import Host as LoraHost
 from ..core.roles import Roles
 from ..training.host import Shells
 from ..training.plan.trace import DECODE
@@ -95,6 +96,10 @@ class Shell:
         return self
 
     @property
+    def loader(self) -> LoraHost:
+        return "comfyui"
+
+    @property
     def configuration(self) -> str:
         """What its count hangs on beside its weights' shapes: its configuration, its layers, and whose code runs
         them."""
@@ -103,10 +108,10 @@ class Shell:
         decoder = [(tuple(value.shape), value.dtype) for value in self._decoder.parameters()] if self._decoder else None
         return repr((comfyui_version.__version__, told, kinds, repr(self.network), repr(self._decoder), decoder))
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], negative: bool = False) -> Cond:
         return self.with_sizes(self.texts(prompts), size)
 
-    def texts(self, prompts: Sequence[str]) -> Cond:
+    def texts(self, prompts: Sequence[str], negative: bool = False) -> Cond:
         """Zeros in the place of texts, in their shapes."""
         width, pooled = self._known.widths(self._config)
         told = torch.zeros(len(prompts), pooled) if pooled else None

@@ -29,7 +29,7 @@ from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
 from .steer_modulation import modulated
 from .steer_one_stream import StreamAttention, one_stream
 from .steer_places import behind_picture, numbered
-from .steer_variants import why_not_flux, why_not_flux2, why_not_qwen, why_not_sd3, why_not_z_image
+from .steer_variants import why_not_flux, why_not_flux2, why_not_qwen, why_not_sd3, why_not_stream
 
 OVERRIDE = "optimized_attention_override"
 MODELS = ", ".join(known.models for known in FAMILIES.values() if known.steering)
@@ -234,16 +234,16 @@ def steer_joint(call: Call, options: dict[str, Any], image: int | None) -> Tenso
     return call.joined()
 
 
-def z_image_width(network: Any) -> int:
+def stream_width(network: Any) -> int:
     return int(network.cap_embedder[1].in_features)
 
 
-def z_image_texts(call: Call) -> Texts:
-    return Texts(tuple(text.shape[1] for text in call.texts()), call.network.pad_tokens_multiple)
+def stream_texts(call: Call) -> Texts:
+    return Texts(tuple(text.shape[1] for text in call.texts()), call.network.pad_tokens_multiple or 1)
 
 
-def steer_z_image(call: Call, options: dict[str, Any]) -> Tensor:
-    texts, patch = z_image_texts(call), call.network.patch_size
+def steer_stream(call: Call, options: dict[str, Any]) -> Tensor:
+    texts, patch = stream_texts(call), call.network.patch_size
     height, width = (-(-side // patch) for side in call.x.shape[-2:])
     image = -(-height * width // texts.multiple) * texts.multiple
     prompt, negative, *empty = texts.filled
@@ -255,8 +255,8 @@ def steer_z_image(call: Call, options: dict[str, Any]) -> Tensor:
     return texts.joined(call.texts())
 
 
-def within_z_image(call: Call, options: dict[str, Any]) -> AbstractContextManager[None]:
-    return one_stream(call.network, z_image_texts(call), options[OVERRIDE])
+def within_stream(call: Call, options: dict[str, Any]) -> AbstractContextManager[None]:
+    return one_stream(call.network, stream_texts(call), options[OVERRIDE])
 
 
 def flux_width(network: Any) -> int:
@@ -271,7 +271,10 @@ SERVED: dict[type, tuple[Served, ...]] = {
         Served("flux2", flux_width, steer_flux2, why_not_flux2),
     ),
     Chroma: (Served("chroma", flux_width, steer_flux),),
-    NextDiT: (Served("z_image", z_image_width, steer_z_image, why_not_z_image, within=within_z_image, hooked=True),),
+    NextDiT: tuple(
+        Served(family, stream_width, steer_stream, partial(why_not_stream, family), within=within_stream, hooked=True)
+        for family in ("z_image", "lumina2")
+    ),
     Anima: (
         Served(
             "anima",

@@ -1,7 +1,7 @@
-"""Z-Image, steered: [prompt, negative, picture] in one sequence, each text filled up, refined and placed as if alone.
+"""Z-Image and Lumina 2, steered: [prompt, negative, picture] in one sequence, each text refined and placed as if alone.
 
-By forward hooks that live as long as one forward: learnt tokens where each text is filled up, positions of each right
-before the picture, and which attentions are the texts' refiner's. The attention override keeps the texts apart.
+By forward hooks that live as long as one forward: learnt tokens where Z-Image fills each text up, positions of each
+right before the picture, and which attentions are the texts' refiner's. The attention override keeps the texts apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .steer_attention import Attend, JointAttention, followed
 from .steer_modulation import hang
 
 REFERENCES = (
-    "Negative Steering does not serve Z-Image with reference pictures: take ReferenceLatent away, or sample without "
+    "Negative Steering does not serve this model with reference pictures: take ReferenceLatent away, or sample without "
     "steering"
 )
 
@@ -60,7 +60,8 @@ def one_stream(network: Any, texts: Texts, attention: StreamAttention) -> Iterat
         return mark
 
     with ExitStack() as hooks:
-        hang(hooks, network.cap_embedder, fill)
+        if network.pad_tokens_multiple:
+            hang(hooks, network.cap_embedder, fill)
         hooks.callback(network.rope_embedder.register_forward_pre_hook(places).remove)
         for block in network.context_refiner:
             hooks.callback(block.register_forward_pre_hook(refining(True)).remove)

@@ -24,9 +24,12 @@ def why_not_qwen(network: Any) -> str | None:
     return "it draws layers" if network.time_text_embed.use_additional_t_cond else None
 
 
-def why_not_z_image(network: Any) -> str | None:
+def why_not_stream(family: str, network: Any) -> str | None:
+    """Of Z-Image, which fills its texts up, and of Lumina 2, which does not."""
     if network.siglip_embedder is not None:
         return "it reads pictures too"
     if network.clip_text_pooled_proj is not None:
         return "it is modulated by a pooled text"
-    return None if network.pad_tokens_multiple else "it does not fill its texts up"
+    if family == "z_image":
+        return None if network.pad_tokens_multiple else "it does not fill its texts up"
+    return "it fills its texts up" if network.pad_tokens_multiple else None

@@ -37,8 +37,9 @@ def steering(
         return nullcontext()
     chosen = steering_of(mode, scale)
     if not chosen.wants_padding and given.embeds is None:
-        negative = host.encode(given.listed if given.texts else [""], host.native_size, padded=False)
-    empty = host.encode([""], host.native_size) if chosen.wants_empty else None
+        told = {"padded": False, "negative": True}
+        negative = host.encode(given.listed if given.texts else [""], host.native_size, **told)
+    empty = host.encode([""], host.native_size, negative=True) if chosen.wants_empty else None
     # nothing of the network changes within a call
     return steered(pipe, negative, chosen, rows=prompt_rows(guided), cache=True, empty=empty)
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..core.families import (
     select,
 )
 from ..core.licences import BASE, BASE_LORA, Part
+from ..core.lora_fused import Host as LoraHost
 from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
@@ -123,8 +124,8 @@ def denoiser_of(
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,
         # for adapters' rows, texts of several lengths are calls of their own; whatever else acts on rows sees one batch
-        FAMILIES[family].filled if roles is not None else 0,
-        FAMILIES[family].patch if FAMILIES[family].token_norm else 0,
+        max(FAMILIES[family].filled, int(FAMILIES[family].one_stream)) if roles is not None else 0,
+        FAMILIES[family].norm,
     )
 
 
@@ -150,6 +151,10 @@ class DiffusersHost:
         self.compile_again: Callable[[], None] = lambda: None
 
     @property
+    def loader(self) -> LoraHost:
+        return "diffusers"
+
+    @property
     def made_of(self) -> list[Part]:
         told = name_of(self.pipe)
         loras = [(BASE_LORA, str(name), None) for name in getattr(self.network, "peft_config", {})]
@@ -165,19 +170,22 @@ class DiffusersHost:
 
     # -- text and pictures --------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True) -> Cond:
-        """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt. padded: as in
-        `encode_text`."""
-        return self.with_sizes(self.texts(prompts, padded).to("cpu", torch.float32), size)
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int], padded: bool = True, negative: bool = False
+    ) -> Cond:
+        """The conditions of ``prompts`` at ``size`` (width, height), by the pipeline's own encode_prompt. padded,
+        negative: as in `encode_text`."""
+        return self.with_sizes(self.texts(prompts, padded, negative).to("cpu", torch.float32), size)
 
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
+    def texts(self, prompts: Sequence[str], padded: bool = True, negative: bool = False) -> Cond:
         """What ``encode`` gives without what a size adds, in the encoders' own dtype. A few prompts at a time, each
         part on the CPU at once."""
         with self.on_device(*encoders_of(self.pipe)):
             starts = range(0, len(prompts), PROMPTS_AT_ONCE)
             few = (prompts[start : start + PROMPTS_AT_ONCE] for start in starts)
-            found = [encode_text(self.pipe, texts, padded=padded, device=self.device).to("cpu") for texts in few]
+            encoded = partial(encode_text, self.pipe, padded=padded, device=self.device, negative=negative)
+            found = [encoded(texts).to("cpu") for texts in few]
         refuse_text(self.family, self.network.config, found[0].text.shape[-1])
         return Cond.concat(found)
 

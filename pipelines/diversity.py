@@ -88,7 +88,7 @@ def _told(
     host: DiffusersHost, prompts: list[str], negative: str, size: tuple[int, int], guidance: float | None
 ) -> tuple[Cond, Cond, float]:
     """The base's conditions, its negative, and the scale of classifier-free guidance."""
-    cond, null = host.encode(prompts, size), host.encode([negative], size)
+    cond, null = host.encode(prompts, size), host.encode([negative], size, negative=True)
     if host.denoiser.guidance == "cfg":
         return cond, null, GUIDANCE if guidance is None else guidance
     if host.denoiser.guidance == "embedded" and guidance is not None:

@@ -9,32 +9,53 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ..core.cond import Cond
-from .kinds import ANIMA, CHROMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .kinds import (
+    ANIMA,
+    CHROMA,
+    FLUX,
+    FLUX2,
+    KLEIN,
+    KREA2,
+    LUMINA2,
+    QWEN_IMAGE,
+    SD,
+    SD3,
+    SDXL,
+    WAN,
+    Z_IMAGE,
+    pipeline_of,
+)
 from .own_tokens import length_of
 from .text import encode, t5_tokens
 
 
 @torch.no_grad()
 def encode_text(
-    pipe: Any, texts: Sequence[str], *, padded: bool = True, device: torch.device | str | None = None
+    pipe: Any,
+    texts: Sequence[str],
+    *,
+    padded: bool = True,
+    device: torch.device | str | None = None,
+    negative: bool = False,
 ) -> Cond:
     """The text and, where the network reads it, the pooled text of each of ``texts``, by the encoders of ``pipe``.
 
     padded: with the tokens that the encoders pad a text by, as diffusers draws a prompt; False gives the text's own
     tokens, from the first to the last that is none of padding. Texts of several lengths are then padded by zeros under
-    the Cond's mask. device: the encoders'; None is the pipeline's.
+    the Cond's mask. device: the encoders'; None is the pipeline's. negative: of negative prompts, which Lumina2Pipeline
+    reads without its system prompt.
     """
     kind, place = pipeline_of(pipe.components), torch.device(device or pipe._execution_device)
     if padded:
-        return encode(pipe, kind, list(texts), place)
-    return Cond.concat([_unpadded(pipe, kind, text, place) for text in texts])
+        return encode(pipe, kind, list(texts), place, negative=negative)
+    return Cond.concat([_unpadded(pipe, kind, text, place, negative) for text in texts])
 
 
-def _unpadded(pipe: Any, kind: str, text: str, device: torch.device) -> Cond:
+def _unpadded(pipe: Any, kind: str, text: str, device: torch.device, negative: bool) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA):
-        return encode(pipe, kind, [text], device)
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2):
+        return encode(pipe, kind, [text], device, negative=negative)
     if kind in (ANIMA, WAN):  # zeros fill it up
         cond, tokenizer = encode(pipe, kind, [text], device), pipe.t5_tokenizer if kind == ANIMA else pipe.tokenizer
         read = prompt_clean(text) if kind == WAN else text

@@ -23,6 +23,7 @@ from ..core.families import FAMILIES
 from ..core.licence_files import sources_of
 from ..core.licences import FEW_STEP, license_header, license_line
 from ..core.lora_file import save_lora
+from ..core.lora_second import save_second, second_file
 from ..core.recipe import Recipe
 from ..core.roles import TEACHER
 from ..core.sampling import sample
@@ -84,10 +85,11 @@ def extract_lora(
     state, layers = of_all(_each(targets, few, rank, drawn, tick))
     beside = beside_layers(few, targets, host)
     text = None if recipe is None else recipe.to_json()
-    save_lora(
-        path, state, host.family, text, header(host, few, in_all(layers)) | license_header(made_of) | (told or {})
-    )
+    about = header(host, few, in_all(layers)) | license_header(made_of) | (told or {})
+    save_lora(path, state, host.family, text, about)
     check = host.check_file(path)
+    if second := second_file(path, host.family, host.loader):
+        check += f"; {save_second(path, second, state, host.family, text, about, host.loader)}"
     apart = None if drawn is None else drawn.apart(state, few)
     return Extracted(state, layers, in_all(layers), apart, check, license_line(made_of), beside)
 
@@ -177,7 +179,7 @@ class Drawn:
         # the base answers as it does; what is few-step, as the recipe says
         self.few = denoiser_of(host.pipe, host.denoiser.roles, recipe=recipe)
         self.cond = host.encode(list(prompts), size).to(host.device)
-        self.null = host.encode([""], size).to(host.device)
+        self.null = host.encode([""], size, negative=True).to(host.device)
         self.shape = host.latent_shape(size)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ ORDER = {
     "qwen_image": ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep"),
     "krea2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "z_image": ("x", "t", "cap_feats"),
+    "lumina2": ("hidden_states", "timestep", "encoder_hidden_states"),
 }
 
 
@@ -109,10 +110,8 @@ class GuidanceDial(OnNetwork):
 
     def _time(self, told: dict[str, Any], batch: int, device: torch.device) -> Tensor:
         """[batch] as the training's network is told it."""
-        if "t" in told:  # Z-Image is given what is left of the noise
-            return 1000 * (1 - torch.as_tensor(told["t"], device=device).float().expand(batch))
-        time = torch.as_tensor(told["timestep"], device=device).expand(batch)
-        return time.float() * FAMILIES[self._family].divided
+        time = torch.as_tensor(told.get("t", told.get("timestep")), device=device).expand(batch)
+        return FAMILIES[self._family].time_of(time.float())  # type: ignore[no-any-return]
 
     def _cond(self, told: dict[str, Any], text: Any, scales: Tensor | None) -> Cond:
         if isinstance(text, list):  # of tokens [L, C]

@@ -22,6 +22,7 @@ KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (KREA2,) = FAMILIES["krea2"].pipelines
 (WAN,) = FAMILIES["wan"].pipelines
 (CHROMA,) = FAMILIES["chroma"].pipelines
+(LUMINA2,) = FAMILIES["lumina2"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,
@@ -30,6 +31,7 @@ LANGUAGE_MODELS = {
     **dict.fromkeys(("Qwen3VLModel", "Qwen3VLForConditionalGeneration"), KREA2),
     "UMT5EncoderModel": WAN,
     "T5EncoderModel": CHROMA,
+    **dict.fromkeys(("Gemma2Model", "Gemma2ForCausalLM"), LUMINA2),
 }
 """Whose text encoders they are; Z-Image's is no head of its own."""
 
@@ -46,7 +48,7 @@ def pipeline_of(parts: Mapping[str, Any]) -> str:
         if network is not None:
             return pipeline_for(network)
     names = [type(parts.get(part)).__name__ for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    if names[0].startswith(("Qwen", "Mistral3", "T5", "UMT5")):
+    if names[0].startswith(("Qwen", "Mistral3", "T5", "UMT5", "Gemma2")):
         return LANGUAGE_MODELS.get(names[0], Z_IMAGE if parts.get("text_conditioner") is None else ANIMA)
     if "T5" in names[1]:
         return FLUX

@@ -15,6 +15,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -28,7 +29,15 @@ from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .network_inputs import Extras, in_dtype, joint_mask, moved
-from .networks_modern import AnimaNetwork, Flux2Network, Krea2Network, QwenImageNetwork, WanNetwork, ZImageNetwork
+from .networks_modern import (
+    AnimaNetwork,
+    Flux2Network,
+    Krea2Network,
+    Lumina2Network,
+    QwenImageNetwork,
+    WanNetwork,
+    ZImageNetwork,
+)
 from .patches import pack, positions, unpack
 
 UNet = UNet2DConditionModel
@@ -42,6 +51,7 @@ Transformer = (
     | Krea2Transformer2DModel
     | WanTransformer3DModel
     | ChromaTransformer2DModel
+    | Lumina2Transformer2DModel
 )
 
 
@@ -157,6 +167,7 @@ NETWORKS: dict[str, Any] = {
     "krea2": Krea2Network,
     "wan": WanNetwork,
     "chroma": ChromaNetwork,
+    "lumina2": Lumina2Network,
 }
 
 

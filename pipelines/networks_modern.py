@@ -152,3 +152,24 @@ class WanNetwork:
             return_dict=False,
         )[0]
         return answer.squeeze(2)
+
+
+@dataclass(frozen=True)
+class Lumina2Network:
+    """Lumina2Transformer2DModel, which reads 1 - sigma and each text at its own length, and answers x0 - noise."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = in_dtype(cond, x, self.module.dtype)
+        everywhere = torch.ones(text.shape[:2], dtype=torch.bool, device=x.device)
+        answer = self.module(
+            x.to(self.module.dtype).contiguous(),
+            1 - time.to(x.device, torch.float32) / 1000,
+            text,
+            everywhere if cond.mask is None else cond.mask.to(x.device),
+            attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return -answer

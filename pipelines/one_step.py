@@ -223,7 +223,9 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         place, each = torch.device(device or self._execution_device), num_images_per_prompt
         prompt_embeds, pooled_prompt_embeds = embeddings(self.plain(), prompt, place, each)
         negatives = "" if negative_prompt is None else negative_prompt
-        negative_prompt_embeds, negative_pooled_prompt_embeds = embeddings(self.plain(), negatives, place, each)
+        negative_prompt_embeds, negative_pooled_prompt_embeds = embeddings(
+            self.plain(), negatives, place, each, negative=True
+        )
         return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def load_one_step_lora(

@@ -81,7 +81,7 @@ class Shell(DiffusersHost):
         return repr((diffusers.__version__, kinds, told, self.pipe.vae.dtype, self.tokens, self.encoders))
 
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
+    def texts(self, prompts: Sequence[str], padded: bool = True, negative: bool = False) -> Cond:
         """Zeros in the place of texts, in their shapes; meanwhile the encoders are there."""
         weights = torch.empty(self.encoders, dtype=torch.uint8, device=META)
         width, pooled = self._known.widths(self.network.config)

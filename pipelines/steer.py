@@ -20,13 +20,14 @@ from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows
 from .steer_attention import CrossSteered, JointSteered, Run
 from .steer_joint import CrossTexts, JointTexts
+from .steer_lumina2 import Lumina2Steered, Lumina2Stream
 from .steer_modulation import Modulation, install
 from .steer_one_stream import OneStream, StreamSteered
 from .steer_served import apart_of, attentions_of, family_of, read_by, refuse_foreign, times_of, unsteered
 from .steer_text import Text, away_of
 from .threads import one_at_a_time, only_here, processors_of, set_processors
 
-Texts = CrossTexts | JointTexts | OneStream
+Texts = CrossTexts | JointTexts | OneStream | Lumina2Stream
 
 
 @one_at_a_time(network_of)
@@ -45,7 +46,7 @@ def steered(
 ) -> Iterator[None]:
     """Within, each forward of the pipeline's U-Net or transformer steers away from ``negative``, without a second pass.
 
-    pipe: a pipeline of SD1.5, SD2, SDXL, SD3, SD3.5, Flux, FLUX.2, Z-Image, Qwen-Image, Anima, Wan; ControlNet's too.
+    pipe: a pipeline of a family in `core.guidance.DEFAULTS`; ControlNet's too.
     negative: a text for all pictures, or a list of one for each of P prompts in order. It is encoded by the pipeline's
     encoders, padded as the mode's authors do it: VSF not at all, the others as a prompt is. Or what encode_prompt made
     of it: tokens [1 or P, L, C], or a `core.cond.Cond` of tokens, their mask and their pooled text [1 or P, C']. In SD3
@@ -86,7 +87,7 @@ def steered(
     run = Run(chosen, away, rows, cache)
     with ExitStack() as undo:
         # hooks within what was compiled might not run, as one stream's; those around torch.compile's wrapper do
-        undo.callback(uncompile(network, wrapped=FAMILIES[family].filled > 0))
+        undo.callback(uncompile(network, wrapped=FAMILIES[family].one_stream))
         hooks = _Hooks(run, _set_processors(plain, family, attentions, run, undo), own, plain, latest, earliest)
         undo.callback(network.register_forward_pre_hook(only_here(hooks.before), with_kwargs=True).remove)
         undo.callback(network.register_forward_hook(only_here(hooks.after)).remove)
@@ -119,12 +120,12 @@ def _steered(
         }
     for inner in found.values():
         refuse_foreign(inner)
-    if FAMILIES[family].filled:
-        stream = OneStream(run, network, FAMILIES[family].filled)
+    if FAMILIES[family].one_stream:
+        filled = FAMILIES[family].filled
+        stream: Any = OneStream(run, network, filled) if filled else Lumina2Stream(run, network)
         stream.install(undo)
-        return stream, {
-            name: StreamSteered(inner, stream, picture=name.startswith("layers.")) for name, inner in found.items()
-        }
+        kind: Any = StreamSteered if filled else Lumina2Steered
+        return stream, {name: kind(inner, stream, picture=name.startswith("layers.")) for name, inner in found.items()}
     texts = JointTexts(run, Modulation(), family, network)
     kept = install(network, texts.modulation, undo) if run.away.pooled else {}
     return texts, {

@@ -61,7 +61,7 @@ class JointTexts:
     time = "timestep"
 
     def counted(self, time: float) -> float:
-        return time * FAMILIES[self.family].divided
+        return FAMILIES[self.family].time_of(time)  # type: ignore[no-any-return]
 
     def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
         return given["hidden_states"], given["encoder_hidden_states"]

@@ -1,4 +1,5 @@
-"""Z-Image, steered: [picture, prompt, negative] in one sequence, each text filled up, refined and placed as if alone.
+"""Networks of one stream, steered; Z-Image: [picture, prompt, negative], each text filled up, refined and placed as if
+alone.
 
 The network reads both texts as one. Learnt tokens go where each is filled up, positions are those of each text right
 before the picture, and every attention keeps the texts apart.
@@ -6,7 +7,6 @@ before the picture, and every attention keeps the texts apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.families import FAMILIES
 from ..core.guidance import Streams
 from ..core.one_stream import Texts
 from ..kernels import attention
@@ -27,16 +28,24 @@ Parts = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Alike:
-    """Rows of a forward that are equally long. rows: which; a slice is all. picture: its tokens, filled up."""
+    """Rows of a forward that are equally long. rows: which; a slice is all. picture: its tokens, filled up. behind:
+    whether it follows the texts."""
 
     rows: Any
     picture: int
     texts: Texts
+    behind: bool = False
 
     def split(self, states: Tensor, picture: bool) -> list[Tensor]:
         """[B, H, N, D] -> these rows of the picture, if it is there, and of each text, without the batch's padding."""
-        sizes = [*([self.picture] if picture else ()), *self.texts.filled]
-        return list(states[self.rows, :, : sum(sizes)].split(sizes, 2))
+        sizes = [self.picture] if picture else []
+        sizes = [*self.texts.filled, *sizes] if self.behind else [*sizes, *self.texts.filled]
+        parts = list(states[self.rows, :, : sum(sizes)].split(sizes, 2))
+        return [parts[-1], *parts[:-1]] if picture and self.behind else parts
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """The picture and what the texts are, again in the sequence's order."""
+        return torch.cat([*parts[1:], parts[0]] if self.behind else parts, 2)
 
 
 @dataclass
@@ -53,17 +62,17 @@ class OneStream:
 
     def counted(self, time: float) -> float:
         """1000 sigma of the 1 - sigma that the network is given."""
-        return 1000 * (1 - time)
+        return float(FAMILIES["z_image"].time_of(time))
 
     def latents_and_prompts(self, given: Given) -> tuple[Any, Any]:
         return given["x"], given["cap_feats"]
 
     def joined(self, given: Given) -> Given:
         pictures, prompts = given["x"], given["cap_feats"]
-        rows = [(prompt, *others) for prompt, others in zip(prompts, self._others(prompts), strict=True)]
+        rows = beside(self.run, prompts)
         texts = [Texts(tuple(map(len, row)), self.multiple) for row in rows]
         sizes = [self._picture(picture, given) for picture in pictures]
-        self.alike = _grouped(sizes, texts)
+        self.alike = grouped(sizes, texts)
         self.filling = torch.cat([each.filling for each in texts]).to(prompts[0].device)
         of_pictures = [torch.full((size,), each.picture) for size, each in zip(sizes, texts, strict=True)]
         self.times = [torch.cat(of_pictures), torch.cat([each.times for each in texts])]
@@ -84,15 +93,6 @@ class OneStream:
         undo.callback(layer.register_forward_hook(only_here(self._fill)).remove)
         undo.callback(setattr, self.network, "rope_embedder", places)
         self.network.rope_embedder = Places(places, self)
-
-    def _others(self, prompts: list[Tensor]) -> Iterator[Parts]:
-        """The negative of each row, and the empty text where there is one."""
-        away, like = self.run.away, prompts[0]
-        tokens = away.tokens.to(like.device, like.dtype)
-        end = tokens.shape[1] - away.empty
-        lengths, batch, count = away.lengths or (end,) * len(away), len(prompts), self.run.count(len(prompts))
-        for row in [at * len(away) // count for at in range(count)] * (batch // count):
-            yield (tokens[row, : lengths[row]], *((tokens[row, end:],) if away.empty else ()))
 
     def _picture(self, picture: Tensor, given: Given) -> int:
         """Tokens of a picture [C, F, h, w], filled up."""
@@ -128,6 +128,17 @@ class Places:
         return torch.where(time[:, None] < 0, angles.conj(), angles)
 
 
+def beside(run: Run, prompts: list[Tensor]) -> list[Parts]:
+    """Of each row the prompt [L, C], the negative, and the empty text where there is one."""
+    away, like = run.away, prompts[0]
+    tokens = away.tokens.to(like.device, like.dtype)
+    end = tokens.shape[1] - away.empty
+    lengths, batch, count = away.lengths or (end,) * len(away), len(prompts), run.count(len(prompts))
+    places = [at * len(away) // count for at in range(count)] * (batch // count)
+    zeros = [(tokens[row, end:],) if away.empty else () for row in places]
+    return [(prompts[at], tokens[row, : lengths[row]], *zeros[at]) for at, row in enumerate(places)]
+
+
 def _lengthened(added: Tensor, ends: list[int], longest: int) -> Tensor:
     """What a ControlNet adds behind a block [B, N, C], for picture and prompt up to ``ends`` alone, as
     [B, longest, C]."""
@@ -137,20 +148,50 @@ def _lengthened(added: Tensor, ends: list[int], longest: int) -> Tensor:
     return found
 
 
-def _grouped(pictures: list[int], texts: list[Texts]) -> list[Alike]:
+def grouped(pictures: list[int], texts: list[Texts], behind: bool = False) -> list[Alike]:
+    """The rows of a batch that are equally long. behind: as in `Alike`."""
     rows: dict[tuple[int, Texts], list[int]] = {}
     for row, key in enumerate(zip(pictures, texts, strict=True)):
         rows.setdefault(key, []).append(row)
     if len(rows) == 1:
-        return [Alike(slice(None), pictures[0], texts[0])]
-    return [Alike(torch.tensor(numbers), *key) for key, numbers in rows.items()]
+        return [Alike(slice(None), pictures[0], texts[0], behind)]
+    return [Alike(torch.tensor(numbers), *key, behind) for key, numbers in rows.items()]
+
+
+class StreamAttention:
+    """Steers the queries, keys and values of one attention of picture and texts, or, where it has no picture, keeps the
+    texts apart."""
+
+    def __init__(self, texts: Any, picture: bool) -> None:
+        self.texts, self.picture = texts, picture
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Tensor:
+        """[B, N, H D], zeros where nothing is; q, k, v: [B, H, N, D]. states: of the batch that they were made of."""
+        run = self.texts.run
+        run.reached = run.reached or self.picture
+        out, flags = torch.zeros_like(v), run.chosen(states)
+        for alike in self.texts.alike:
+            parts = [alike.split(part, self.picture) for part in (q, k, v)]
+            found = alike.joined(self._steered(alike, parts, flags)) if self.picture else torch.cat(_apart(parts), 2)
+            out[alike.rows, :, : found.shape[2]] = found
+        return merged(out).to(states.dtype)
+
+    def _steered(self, alike: Alike, parts: list[list[Tensor]], flags: Tensor | None) -> list[Tensor]:
+        """Of the picture and of the texts. parts: of queries, keys and values."""
+        own, run = alike.texts.own, self.texts.run
+        q, k, v = (Streams(text, torch.cat(others, 2), image) for image, text, *others in parts)
+        empty = alike.texts.filled[2] if len(own) > 2 else 0
+        filling = alike.texts.filled[1] - own[1]
+        chosen = None if flags is None else flags[alike.rows]
+        out = run.steering.joint(q, k, v, chosen, empty, filling)
+        return [out.image, out.positive, out.negative]
 
 
 class StreamSteered:
-    """Steers one attention of picture and texts, or, where it has no picture, keeps the texts apart."""
+    """Steers one attention of Z-Image's."""
 
     def __init__(self, inner: Any, texts: OneStream, picture: bool) -> None:
-        self.inner, self.texts, self.picture = inner, texts, picture
+        self.inner, self.texts, self.attended = inner, texts, StreamAttention(texts, picture)
 
     def __call__(
         self,
@@ -160,31 +201,14 @@ class StreamSteered:
         attention_mask: Tensor | None = None,
         freqs_cis: Any = None,
     ) -> Tensor:
-        run = self.texts.run
-        if not run.acting:
+        if not self.texts.run.acting:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)  # type: ignore[no-any-return]
-        run.reached = run.reached or self.picture
         q, k, v = (heads(layer(hidden_states), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q, k = (_turned(normed(part, norm), freqs_cis) for part, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-        out, flags = torch.zeros_like(v), run.chosen(hidden_states)
-        for alike in self.texts.alike:
-            parts = [alike.split(part, self.picture) for part in (q, k, v)]
-            found = torch.cat(self._steered(alike, parts, flags) if self.picture else _apart(parts), 2)
-            out[alike.rows, :, : found.shape[2]] = found
-        steered = merged(out).to(hidden_states.dtype)
+        steered = self.attended(q, k, v, hidden_states)
         for layer in attn.to_out:
             steered = layer(steered)
         return steered
-
-    def _steered(self, alike: Alike, parts: list[list[Tensor]], flags: Tensor | None) -> list[Tensor]:
-        """Of the picture and each text. parts: of queries, keys and values."""
-        own, run = alike.texts.own, self.texts.run
-        q, k, v = (Streams(text, torch.cat(others, 2), image) for image, text, *others in parts)
-        empty = alike.texts.filled[2] if len(own) > 2 else 0
-        filling = alike.texts.filled[1] - own[1]
-        chosen = None if flags is None else flags[alike.rows]
-        out = run.steering.joint(q, k, v, chosen, empty, filling)
-        return [out.image, out.positive, out.negative]
 
 
 def _apart(parts: list[list[Tensor]]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 
@@ -16,17 +17,18 @@ from ..core.families import FAMILIES, STEERING, choices, detect, of_class
 from ..core.schedule import FlowSchedule, NoiseSchedule, SizeShift, VPSchedule
 from .schedules import schedule_of
 from .steer_attention import JOINT, CrossSteered, JointSteered
+from .steer_lumina2 import Lumina2Steered
 from .steer_one_stream import StreamSteered
 from .steer_parallel import ParallelSteered
 from .steer_qwen import QwenSteered
 from .threads import processors_of
 
-STEERED = CrossSteered | JointSteered | ParallelSteered | QwenSteered | StreamSteered
+STEERED = CrossSteered | JointSteered | ParallelSteered | QwenSteered | StreamSteered | Lumina2Steered
 APART: dict[type, Any] = {
     Flux2ParallelSelfAttnProcessor: ParallelSteered,
     QwenDoubleStreamAttnProcessor2_0: QwenSteered,
 }
-COMPUTED_ANEW = (*JOINT, *APART, ZSingleStreamAttnProcessor)
+COMPUTED_ANEW = (*JOINT, *APART, ZSingleStreamAttnProcessor, Lumina2AttnProcessor2_0)
 
 
 def apart_of(processor: Any) -> Any:
@@ -49,7 +51,7 @@ def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
     """The attentions that see a text and are steered, by their processors' names."""
     found = {name: network.get_submodule(name.removesuffix(".processor")) for name in processors_of(network)}
     if not FAMILIES[family].cross_attention:
-        # SD3.5's second attention of a block, and Z-Image's refiner of noise, see the picture alone
+        # SD3.5's second attention of a block, and the refiner of noise of one stream, see the picture alone
         return {name: attn for name, attn in found.items() if ".attn2." not in name and "noise_refiner." not in name}
     crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
     if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):

@@ -107,7 +107,7 @@ def _cond_of(pipe: Any, text: Any, steering: Steering) -> Cond:
         )
     # a pipeline of this package is its family's own over the same parts
     pipe = pipe.plain() if hasattr(pipe, "plain") else pipe
-    return encode_text(pipe, texts, padded=steering.wants_padding)
+    return encode_text(pipe, texts, padded=steering.wants_padding, negative=True)
 
 
 def _cut(cond: Cond, steering: Steering) -> Away:

@@ -18,7 +18,22 @@ from ..core.families import FAMILIES
 from ..core.recipe import Recipe, recipe_of
 from ..core.sampling import Draw, advance, initial_latents, levels_of
 from .adapt import DiffusersHost
-from .kinds import ANIMA, CHROMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .kinds import (
+    ANIMA,
+    CHROMA,
+    FLUX,
+    FLUX2,
+    KLEIN,
+    KREA2,
+    LUMINA2,
+    QWEN_IMAGE,
+    SD,
+    SD3,
+    SDXL,
+    WAN,
+    Z_IMAGE,
+    pipeline_of,
+)
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 NAMES = {
@@ -26,7 +41,9 @@ NAMES = {
     SDXL: ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"],
     SD3: ["latents", "prompt_embeds", "pooled_prompt_embeds"],
     FLUX: ["latents", "prompt_embeds"],
-    **dict.fromkeys((Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, ANIMA, KREA2, WAN, CHROMA), ["latents", "prompt_embeds"]),
+    **dict.fromkeys(
+        (Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, ANIMA, KREA2, WAN, CHROMA, LUMINA2), ["latents", "prompt_embeds"]
+    ),
 }
 """What callbacks may read and change, by the family's own pipeline."""
 

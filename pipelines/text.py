@@ -13,9 +13,24 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
-from ..core.lengths import lengths_of
+from ..core.lengths import cut, lengths_of
 from .call_values import texts_of
-from .kinds import ANIMA, CHROMA, FLUX, FLUX2, KLEIN, KREA2, QWEN_IMAGE, SD, SD3, SDXL, WAN, Z_IMAGE, pipeline_of
+from .kinds import (
+    ANIMA,
+    CHROMA,
+    FLUX,
+    FLUX2,
+    KLEIN,
+    KREA2,
+    LUMINA2,
+    QWEN_IMAGE,
+    SD,
+    SD3,
+    SDXL,
+    WAN,
+    Z_IMAGE,
+    pipeline_of,
+)
 from .own_tokens import of_own_tokens
 from .places import on_device
 from .threads import lock_of
@@ -36,20 +51,21 @@ def t5_tokens(pipe: Any) -> int:
     return 256 if transformer is not None and not transformer.config.guidance_embeds else 512
 
 
-def encode(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int | None = None) -> Cond:
+def encode(
+    pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int | None = None, negative: bool = False
+) -> Cond:
     """Text and pooled text of ``prompts``, by the encode_prompt of ``pipe``, a pipeline of the ``kind`` in PIPELINES
-    or a relative of it. length: tokens that T5 pads a prompt to; None is `t5_tokens`."""
+    or a relative of it. length: tokens that T5 pads a prompt to; None is `t5_tokens`. negative: see `encode_text`."""
     _check_encoders(pipe, kind)
     # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
     with lock_of(pipe.tokenizer):
-        if kind == Z_IMAGE:
-            texts, _ = pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
-            return Cond.concat([Cond(text[None]) for text in texts])
+        if kind in (Z_IMAGE, KREA2):
+            return _of_each(pipe, kind, list(prompts), device)
         if kind == QWEN_IMAGE:
             # as long as its pipeline's call reads, half of encode_prompt's own default
             return _masked(*pipe.encode_prompt(list(prompts), device, max_sequence_length=512))
-        if kind == KREA2:
-            return Cond.concat([_fused(*pipe.encode_prompt(prompt, device)) for prompt in prompts])
+        if kind == LUMINA2:
+            return _behind_system(pipe, prompts, device, negative)
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         if kind == ANIMA:
@@ -67,10 +83,28 @@ def _masked(text: Tensor, mask: Tensor | None) -> Cond:
     return Cond(text, None if mask is None else mask.bool())
 
 
+def _of_each(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
+    """Where its encode_prompt gives each text by itself, or is asked for it."""
+    if kind == KREA2:
+        return Cond.concat([_fused(*pipe.encode_prompt(prompt, device)) for prompt in prompts])
+    texts, _ = pipe.encode_prompt(prompts, device, do_classifier_free_guidance=False)
+    return Cond.concat([Cond(text[None]) for text in texts])
+
+
 def _fused(text: Tensor, mask: Tensor) -> Cond:
     """A text's own tokens, whose layers lie beside one another, of [1, L, layers, C] with padding in its midst: their
     order does not matter, as none of them has a place."""
     return Cond(text[mask.bool()].flatten(1)[None])
+
+
+def _behind_system(pipe: Any, prompts: list[str], device: torch.device, negative: bool) -> Cond:
+    """Texts as Lumina2Pipeline reads its negatives, which is as they are, a prompt with its system prompt."""
+    known = FAMILIES["lumina2"]
+    texts = list(prompts) if negative else [known.said(prompt, pipe.system_prompt) for prompt in prompts]
+    nothing = torch.zeros(len(texts), 1, 1), torch.zeros(len(texts), 1)
+    told = {"negative_prompt": texts, "prompt_embeds": nothing[0], "prompt_attention_mask": nothing[1]}
+    *_, text, mask = pipe.encode_prompt(None, device=device, **told)
+    return cut(_masked(text * mask[..., None].to(text.dtype), mask))
 
 
 def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int) -> Cond:
@@ -104,12 +138,15 @@ def _conditioned(pipe: Any, prompts: list[str], device: torch.device) -> Cond:
     )
 
 
-def embeddings(pipe: Any, texts: str | Sequence[str], device: torch.device, each: int) -> tuple[Embeds, Tensor | None]:
-    """Text and pooled text of ``texts``, ``each`` times in a row; needs the text encoders of ``pipe`` alone."""
+def embeddings(
+    pipe: Any, texts: str | Sequence[str], device: torch.device, each: int, negative: bool = False
+) -> tuple[Embeds, Tensor | None]:
+    """Text and pooled text of ``texts``, ``each`` times in a row; needs the text encoders of ``pipe`` alone. negative:
+    see `encode_text`."""
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
-        cond = encode(pipe, kind, prompts, device).repeat(each)
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA):
+        cond = encode(pipe, kind, prompts, device, negative=negative).repeat(each)
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2):
         return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
@@ -122,7 +159,8 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys((SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN, CHROMA), FIRST)
+TEXT_ALONE = (SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN, CHROMA, LUMINA2)
+ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys(TEXT_ALONE, FIRST)
 ENCODERS |= dict.fromkeys((SDXL, SD3, FLUX), BOTH) | {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
 """Which parts a text cannot do without."""
 
@@ -186,7 +224,7 @@ def conditions(host: Any, given: PromptInput, size: tuple[int, int], pooled_need
     """
     if given.count and given.embeds is not None:
         return host.with_sizes(_from_embeds(given, host.network, pooled_needed).to("cpu", torch.float32), size)
-    return host.encode(given.listed, size)
+    return host.encode(given.listed, size, negative=given.name != "prompt")
 
 
 def negative_conditions(

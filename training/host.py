@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.cond import Cond
 from ..core.denoiser import Denoiser
 from ..core.licences import Part
+from ..core.lora_fused import Host as LoraHost
 
 
 class Host(Protocol):
@@ -38,6 +39,11 @@ class Host(Protocol):
     (core.streaming)."""
 
     @property
+    def loader(self) -> LoraHost:
+        """Whose own LoRA loader is here."""
+        ...
+
+    @property
     def made_of(self) -> Sequence[Part]:
         """The network's checkpoint, and each LoRA that is merged into it."""
         ...
@@ -52,11 +58,12 @@ class Host(Protocol):
         """Of the denoising network's weights, LoRA stack included."""
         ...
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
-        """The conditions of ``prompts`` at ``size`` (width, height) in pixels, on the CPU, float32."""
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], *, negative: bool = False) -> Cond:
+        """The conditions of ``prompts`` at ``size`` (width, height) in pixels, on the CPU, float32. negative: whether
+        they are negatives, which some families read without a system prompt."""
         ...
 
-    def texts(self, prompts: Sequence[str]) -> Cond:
+    def texts(self, prompts: Sequence[str], *, negative: bool = False) -> Cond:
         """What ``encode`` gives without what a size adds, on the CPU, in the encoders' own dtype."""
         ...
 

@@ -31,7 +31,7 @@ class RandomHost(DiffusersHost):
 
     base_hash = encoder_hash = "random"  # type: ignore[assignment]
 
-    def texts(self, prompts: Sequence[str], padded: bool = True) -> Cond:
+    def texts(self, prompts: Sequence[str], padded: bool = True, negative: bool = False) -> Cond:
         text, pooled = widths(self.network)
         rows = [_drawn(prompt, TOKENS * text + (pooled or 0)) for prompt in prompts]
         tokens = torch.stack([row[: TOKENS * text].view(TOKENS, text) for row in rows])

@@ -24,7 +24,8 @@ from .family import Block, Encoder
 from .flux import FLUX
 from .flux2 import FLUX2
 from .krea2 import KREA2
-from .later import LATER, LATER_ENCODERS, LATER_MARKS, LATER_NAMES, LATER_PIPELINES
+from .later import LATER, LATER_MARKS, LATER_NAMES, LATER_PIPELINES
+from .lumina2 import LUMINA2
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .table import Row, natural
@@ -43,6 +44,7 @@ FAMILIES = {
     "krea2": KREA2,
     "wan": WAN,
     "chroma": CHROMA,
+    "lumina2": LUMINA2,
 }
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering}
@@ -60,7 +62,8 @@ def detect(network: nn.Module) -> str:
     children = {name for name, _ in (*network.named_children(), *network.named_parameters(recurse=False))}
     variants = [title for mark, title in LATER_MARKS.items() if _has(network, mark)]
     for name, family in FAMILIES.items():
-        if not variants and (family.network in classes or 0 < len(family.marks) == len(children & {*family.marks})):
+        marked = [mark in children or "." in mark and _has(network, mark) for mark in family.marks]
+        if not variants and (family.network in classes or marked and all(marked)):
             return name
     later = [*variants, *(LATER[name] for name in sorted(classes & LATER.keys()))]
     if later:
@@ -244,7 +247,6 @@ def refuse_text(family: str, config: Mapping[str, Any], found: int) -> None:
     if found == wanted:
         return
     whose = [known.encoders[found].name for known in FAMILIES.values() if found in known.encoders]
-    whose += [name for width, name in LATER_ENCODERS.items() if width == found]
     whose[2:] = ["others"] * (len(whose) > 2)
     right = FAMILIES[family].encoders.get(wanted, Encoder("its own text encoder", "the loader of its template"))
     raise OneStepError(

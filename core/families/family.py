@@ -61,7 +61,8 @@ class Family:
 
     Recognition:
     title, models, short: for a person, "the transformer of SD3 and SD3.5", "SD3, SD3.5" and "SD3".
-    network: diffusers' class. marks: children of the root that tell ComfyUI's tree; none where its class has that name.
+    network: diffusers' class. marks: children of the root, or paths, that tell ComfyUI's tree; none where its class has
+    that name.
     keys: what a LoRA's keys have in no other family's file. sisters: what they have in those of families alone whose
     blocks are the same: the wanted model decides, else the first. shared: what they may have as well as another's; the
     wanted model decides then, or ratios: a layer's outputs by its inputs, by the end of its path, where that is
@@ -76,7 +77,8 @@ class Family:
 
     LoRA files:
     dialect: "kohya" is lora_unet_<path with _> with alpha, "transformer" is transformer.<path>.lora_A/B without,
-    "native" is diffusion_model.<ComfyUI's path>.lora_A/B without, of a family that ComfyUI fuses no layer of.
+    "native" is diffusion_model.<ComfyUI's path>.lora_A/B without, of a family that ComfyUI fuses no layer of; "each":
+    no file serves both hosts, diffusers is given "transformer", ComfyUI "native", fused as its layers are.
     architecture: modelspec's word for the base, by the width of its text tokens; None is any other.
 
     Latents, text, time:
@@ -89,13 +91,17 @@ class Family:
     reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
     it), "grouped" into a call for each, "masked" behind each's own tokens, must be "equal", or are "filled in front" by
-    zeros to `tokens`, as ComfyUI's model itself does. filled: a text is filled up to a multiple of so many tokens by
+    zeros to `tokens`, as ComfyUI's model itself does. one_stream: whether the network makes one sequence of
+    text and picture, of every text at its own length. filled: a text is filled up to a multiple of so many tokens by
     the network itself; 0 where it is not. tokens: of a text of usual length.
     longest: of texts to which its pipeline pads all, by states that nothing marks in the text; 0 where it does not.
     token_ids: what ComfyUI's conditions call the ids from which, beside the encoder's text, its network makes the text
     that it reads; text_adapter: by what child of its root. text_embedder: what embeds each of a text's tokens before
     cross-attention sees them; "" where the encoder's are seen as they are.
+    system: what the pipeline says before a prompt, and start what it parts them by; a text that has ``start`` says its
+    own. A negative is told as it is.
     schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
+    remaining: it is given 1 less a thousandth of the time.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
     unguided: the guidance scale that diffusers' own pipeline has for none. token_norm: whether it brings each token's
@@ -135,7 +141,7 @@ class Family:
     not_adapted: tuple[tuple[str, str], ...]
     width: Callable[[Config], int | None] = lambda config: None
 
-    dialect: Literal["kohya", "transformer", "native"] = "transformer"
+    dialect: Literal["kohya", "transformer", "native", "each"] = "transformer"
     architecture: Mapping[int | None, str] = field(default_factory=dict)
 
     encoders: Mapping[int, Encoder]
@@ -147,19 +153,23 @@ class Family:
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
     lengths: Literal["repeated", "equal", "grouped", "masked", "filled in front"]
+    one_stream: bool = False
     filled: int = 0
     tokens: int
     longest: int = 0
     token_ids: str = ""
     text_adapter: str = ""
     text_embedder: str = ""
+    system: str = ""
+    start: str = ""
     schedule: NoiseSchedule
     divided: float = 1.0
+    remaining: bool = False
     guidance: tuple[str, ...] = ()
     unembedded: Literal["cfg", "none"] = "none"
     usual_guidance: float = 1.0
     unguided: float = 1.0
-    token_norm: bool = False
+    token_norm: Literal["", "token", "row"] = ""
     scale: str = "guidance_scale"
     placed: bool = True
     prompts: Literal["first half", "second half", "alone"] = "second half"
@@ -190,6 +200,22 @@ class Family:
         if not self.guidance:
             return "cfg"
         return "embedded" if any(config.get(entry) for entry in self.guidance) else self.unembedded
+
+    @property
+    def norm(self) -> int | Literal["row"]:
+        """A denoiser's `token_norm` (core.denoiser), as the pipeline guides."""
+        sides: dict[str, int | Literal["row"]] = {"": 0, "token": self.patch, "row": "row"}
+        return sides[self.token_norm]
+
+    def time_of(self, given: Any) -> Any:
+        """The schedule's time of what diffusers' network is given."""
+        return 1000 * (1 - given) if self.remaining else given * self.divided
+
+    def said(self, prompt: str, system: str = "") -> str:
+        """``prompt`` as its text encoder reads it, behind ``system`` or the usual one, where it does not say its
+        own."""
+        own = not self.system or self.start in prompt
+        return prompt if own else f"{system or self.system} {self.start} {prompt}"
 
     @property
     def part(self) -> str:

@@ -9,8 +9,6 @@ LATER = {
     "LensTransformer2DModel": "Lens",
     "MageFlowTransformer2DModel": "Mage-Flow",
     "QwenImage21Transformer2DModel": "Qwen-Image 2.1",
-    "Lumina2Transformer2DModel": "Lumina2",
-    "NextDiT": "Lumina2",
     "WanVACETransformer3DModel": "Wan VACE",
     "WanAnimateTransformer3DModel": "Wan Animate",
     "WanAnimate2Transformer3DModel": "Wan Animate 2",
@@ -63,11 +61,6 @@ LATER_NAMES = {
     ("qwen_image", r"qwen.?image.?edit"): "Qwen-Image-Edit",
 }
 
-# Their text encoders, by how wide the tokens are.
-LATER_ENCODERS = {
-    2304: "Lumina 2's Gemma-2-2B",
-}
-
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"cross_attn[._](k|v|norm_k)_img|(?<![a-z])img_emb[._]proj|attn2[._](add_[kv]_|norm_added_k)": "Wan image-to-video",
@@ -76,8 +69,7 @@ LATER_KEYS = {
     r"(?<![a-z])(casual_audio_encoder|audio_injector|frame_packer)[._]": "Wan S2V",
     r"transformer_blocks[._]\d+[._]attn[._](img|txt)_qkv|transformer_blocks[._]\d+[._](img|txt)_mlp[._]w[123]": "Lens",
     r"addition_t_embedding": "Qwen-Image-Layered",
-    r"(noise|context)_refiner[._]\d+[._](attn|norm1)[._]|time_caption_embed[._]": "Lumina 2",
-    r"(^|[._])layers[._]\d+[._]adaLN_modulation[._]1[._]": "Lumina 2",
+    r"clip_text_pooled_proj[._]|(^|[._])time_text_embed[._]1[._]": "NewBie",
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
     r"(^|[._])nerf_(blocks|image_embedder|final_layer)|img_in_patch": "Chroma Radiance",

@@ -72,7 +72,7 @@ QWEN_IMAGE = Family(
     # ComfyUI's shift for every size, and diffusers' own by the size
     schedule=FlowSchedule(math.exp(1.15), by_steps=SizeShift(MEGAPIXEL, (256, 0.5), (8192, 0.9)), terminal=0.02),
     divided=1000,
-    token_norm=True,
+    token_norm="token",
     scale="true_cfg_scale",
     placed=False,
     prompts="alone",

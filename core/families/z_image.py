@@ -50,7 +50,7 @@ def layout_of(names: Iterable[str]) -> Layout:
     return Layout(*(count(names, kind) for kind in ("layers", "noise_refiner", "context_refiner")))
 
 
-def _widths(config: Config) -> tuple[int, int]:
+def widths(config: Config) -> tuple[int, int]:
     return config["cap_feat_dim"], 0
 
 
@@ -60,7 +60,11 @@ Z_IMAGE = Family(
     short="Z-Image",
     network="ZImageTransformer2DModel",
     marks=("noise_refiner", "x_pad_token"),
-    keys=r"(noise|context)_refiner[._]\d|(^|[._])layers[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]",
+    keys=r"(noise_refiner|context_refiner|(^|[._])layers)[._]\d+[._](attention[._]to_|adaLN_modulation[._]0[._])"
+    r"|all_(x_embedder|final_layer)[._]",
+    shared=r"(noise_refiner|context_refiner|(^|[._])layers)[._]\d+[._](attention[._](qkv|out)|feed_forward[._]w[123])"
+    r"[._]",
+    ratios=((r"attention[._]qkv", 3.0), (r"feed_forward[._]w1", 8 / 3)),
     license="Z-Image and Z-Image-Turbo: Apache-2.0",
     rows=rows,
     default=Layout(),
@@ -75,12 +79,14 @@ Z_IMAGE = Family(
     encoders={2560: Encoder("Z-Image's Qwen3-4B", "CLIPLoader with qwen_3_4b, type lumina2")},
     patch=2,
     innermost=True,
-    widths=_widths,
+    widths=widths,
     pooled=False,
     lengths="grouped",
+    one_stream=True,
     filled=TOKENS,
     tokens=128,
     schedule=FlowSchedule(3.0),
+    remaining=True,
     unguided=0.0,
     prompts="first half",
     pipelines=("ZImagePipeline",),

@@ -18,6 +18,7 @@ from .flux2 import flux2_setup
 from .folder import Weights, has_part, read_config
 from .krea2 import krea2_setup
 from .latents import fit_preview_colours, latent_format
+from .lumina2 import lumina2_setup
 from .mmdit import mmdit_setup
 from .qwen import qwen_image_setup
 from .text import load_clip
@@ -55,6 +56,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
     setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
     setups |= {"anima": anima_setup, "krea2": krea2_setup, "wan": wan_setup, "chroma": chroma_setup}
+    setups["lumina2"] = lumina2_setup
     return setups.get(str(family), mmdit_setup)(folder)
 
 

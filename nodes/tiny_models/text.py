@@ -19,6 +19,7 @@ from .anima import anima_target
 from .flux2 import klein_target
 from .folder import Config, Weights, has_part, read_config, read_weights
 from .krea2 import qwen3vl_target
+from .lumina2 import gemma2_target
 from .qwen import qwen25_target
 from .t5 import t5_target
 from .wan import umt5_target
@@ -134,6 +135,7 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
     """The folder's text encoder(s) as one CLIP object."""
     kind = read_config(folder, "text_encoder").get("model_type")
     alone = {"qwen2_5_vl": qwen25_target, "qwen3_vl": qwen3vl_target, "umt5": umt5_target, "t5": t5_target}
+    alone["gemma2"] = gemma2_target
     if kind in alone:
         return assembled(*alone[kind](folder))
     if kind == "qwen3":

@@ -13,7 +13,6 @@ from both_hosts import Hosts, gap
 from both_hosts_drawn import ADAPTERS
 from narrowed import narrowed
 
-from onestep.core.features import Features
 from onestep.core.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
@@ -66,16 +65,9 @@ def test_variants_that_are_not_served_are_refused_by_name(hosts: Hosts) -> None:
         assert found[mark].startswith(f"{name} models cannot be adapted yet: use ") and "Z-Image" in found[mark][40:]
 
 
-@torch.no_grad()
 def test_a_head_sees_the_same_features(hosts: Hosts) -> None:
     """Of texts of two lengths: one call in diffusers, two in ComfyUI."""
-    host, inputs, comfys, cond = hosts.host, hosts.inputs, hosts.comfys, hosts.cond
-    roles = host.denoiser.roles
-    features = Features(roles.targets, host.blocks, 2, roles.active_here)
-    with roles.use("student"), features.kept(inputs["x"]) as found:
-        host.denoiser(inputs["x"], inputs["sigma"], cond)
-    for name, value in zip(features.names, found, strict=True):
-        assert gap(comfys[f"feature/{name}"], value) < 5e-5, name
+    both_hosts_drawn.check_features(hosts)
 
 
 @pytest.mark.parametrize("method", narrowed(both_hosts.RUNS, "dmd"))

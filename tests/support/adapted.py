@@ -11,7 +11,7 @@ SIZE = (16, 16)
 
 
 def noisy(host: DiffusersHost, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    size = (64, 64) if host.family == "qwen_image" else SIZE
+    size = (64, 64) if host.family in ("qwen_image", "lumina2") else SIZE
     return torch.randn(batch, *host.latent_shape(size), dtype=dtype)
 
 

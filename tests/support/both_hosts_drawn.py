@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from onestep.core import control_copy, guidance_adapter
 from onestep.core.adapter_file import load_adapter, read_told
+from onestep.core.features import Features
 from onestep.core.recipe import Recipe
 from onestep.pipelines import diverse
 from onestep.pipelines.adapt import denoiser_of
@@ -36,7 +37,8 @@ def told(
     folder: Path, recipe: Recipe, negatives: Sequence[Sequence[str]], prompt: str, guidance: float = GUIDANCE
 ) -> dict[str, Any]:
     """What ComfyUI is asked besides. negatives: (mode, prompt, negative)."""
-    few = random_lora(DiffusionPipeline.from_pretrained(folder), folder.parent / "few.safetensors", recipe, 0.1)
+    pipe, place = DiffusionPipeline.from_pretrained(folder), folder.parent / "few.safetensors"
+    few = random_lora(pipe, place, recipe, 0.1, loader="comfyui")
     asked: dict[str, Any] = {"runs": RUNS | ADAPTERS, "steered": negatives, "share": SHARE}
     return asked | {"diverse": [str(few), prompt, SEED, BASE_STEPS, guidance]}
 
@@ -52,6 +54,18 @@ def check_steered(hosts: Hosts, number: int, told: Sequence[str]) -> None:
     with steered(host.pipe, negative, mode):
         found = host.denoiser(x, sigma, cond)
     assert gap(hosts.comfys[f"steered/{number}"], found) < 5e-5 and gap(found, plain) > 1e-2
+
+
+@torch.no_grad()
+def check_features(hosts: Hosts) -> None:
+    """What a discriminator's head would see of the student."""
+    host, inputs = hosts.host, hosts.inputs
+    roles = host.denoiser.roles
+    features = Features(roles.targets, host.blocks, 2, roles.active_here)
+    with roles.use("student"), features.kept(inputs["x"]) as found:
+        host.denoiser(inputs["x"], inputs["sigma"], hosts.cond)
+    for name, value in zip(features.names, found, strict=True):
+        assert gap(hosts.comfys[f"feature/{name}"], value) < 5e-5, name
 
 
 def check_diverse(hosts: Hosts, prompt: str, base: Any = None, guidance: float = GUIDANCE) -> None:

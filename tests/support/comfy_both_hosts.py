@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from onestep.core.checkpoint import checkpoint_blocks, clone_inputs
 from onestep.core.cond import Cond
+from onestep.core.features import Features
 from onestep.core.recomputed import GRADES, recomputed
 from onestep.nodes.adapt import adapted
 from onestep.nodes.tiny_models.model import load_tiny
@@ -61,6 +62,15 @@ def measured(host):
             out["mixed"] = host.denoiser(given["x"], given["sigma"], COND)
         out |= dict(zip([f"{kind}/{name}" for name in sorted(roles.targets) for kind in "AB"], plain, strict=True))
     return out, again
+
+
+def seen_by_head(host):
+    """What a discriminator's head would see of the student."""
+    roles = host.denoiser.roles
+    found = Features(roles.targets, host.blocks, 2, roles.active_here)
+    with students(host), torch.no_grad(), roles.use("student"), found.kept(given["x"]) as values:
+        host.denoiser(given["x"], given["sigma"], COND)
+    return {f"feature/{name}": value for name, value in zip(found.names, values, strict=True)}
 
 
 def facts(host, again):

@@ -87,6 +87,40 @@ def wan_map(config):
     return names | {"scale_shift_table": "head.modulation"}
 
 
+def lumina2_map(config):
+    """ComfyUI has none of its own: names as diffusers' LoRA loader turns them (lora_conversion_utils.py), keys and
+    values as wide as the heads that they have."""
+    width, narrow = config["dim"], config["dim"] * config["n_kv_heads"] // config["n_heads"]
+    heads = [("q", 0, width), ("k", width, narrow), ("v", width + narrow, narrow)]
+    found = {}
+    counts = {"layers": config["n_layers"], **dict.fromkeys(REFINERS, config["n_refiner_layers"])}
+    for at in (f"{kind}.{number}" for kind, count in counts.items() for number in range(count)):
+        qkv = f"{at}.attention.qkv.weight"
+        found |= {f"{at}.attn.to_{head}.weight": (qkv, (0, start, length)) for head, start, length in heads}
+        pairs = {f"feed_forward.linear_{n}": f"feed_forward.w{n}" for n in (1, 2, 3)}
+        pairs |= {
+            "attn.to_out.0": "attention.out",
+            "attn.norm_q": "attention.q_norm",
+            "attn.norm_k": "attention.k_norm",
+        }
+        pairs |= {"norm2": "attention_norm2", "ffn_norm1": "ffn_norm1", "ffn_norm2": "ffn_norm2"}
+        pairs |= {"norm1" if at.startswith("context") else "norm1.norm": "attention_norm1"}
+        found |= {f"{at}.{ours}.weight": f"{at}.{theirs}.weight" for ours, theirs in pairs.items()}
+        if not at.startswith("context"):
+            found |= {f"{at}.norm1.linear.{end}": f"{at}.adaLN_modulation.1.{end}" for end in ("weight", "bias")}
+    text, time = "time_caption_embed.caption_embedder", "time_caption_embed.timestep_embedder"
+    outside = {
+        f"{text}.1": "cap_embedder.1",
+        f"{time}.linear_1": "t_embedder.mlp.0",
+        f"{time}.linear_2": "t_embedder.mlp.2",
+    }
+    outside |= {"x_embedder": "x_embedder", "norm_out.linear_1": "final_layer.adaLN_modulation.1"}
+    outside |= {"norm_out.linear_2": "final_layer.linear"}
+    found |= {f"{ours}.{end}": f"{theirs}.{end}" for ours, theirs in outside.items() for end in ("weight", "bias")}
+    return found | {f"{text}.0.weight": "cap_embedder.0.weight"}
+
+
+REFINERS = ("noise_refiner", "context_refiner")
 MAPS = {
     "unet": comfy.utils.unet_to_diffusers,
     "sd3": comfy.utils.mmdit_to_diffusers,
@@ -98,6 +132,7 @@ MAPS = {
     "krea2": krea2_map,
     "wan": wan_map,
     "chroma": comfy.utils.flux_to_diffusers,
+    "lumina2": lumina2_map,
 }
 WAYS = ((1, "in"), (2, "out"))
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
@@ -126,7 +161,7 @@ BESIDE = {
 def as_published(network):
     """A small Z-Image whose embedding of the time is as wide as the published one's, and diffusers' of any size; a
     small Anima whose text's adapter is small too, which ComfyUI makes of one size."""
-    if isinstance(network, NextDiT):
+    if isinstance(network, NextDiT) and network.pad_tokens_multiple is not None:
         network.t_embedder = TimestepEmbedder(1024, output_size=256, operations=comfy.ops.disable_weight_init)
     if isinstance(network, Anima):
         sizes = {"source_dim": 24, "target_dim": 24, "model_dim": 24, "num_layers": 1, "num_heads": 2}

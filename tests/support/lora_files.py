@@ -47,13 +47,15 @@ def factors(rank: int = 4, inputs: int = 8, outputs: int = 8, seed: int = 5) -> 
     return draw(rank, inputs).float(), draw(outputs, rank).float()
 
 
-def random_lora(pipe: Any, path: Path, recipe: Recipe | None, size: float = 0.3, seed: int = 1) -> Path:
-    """A file of random adapters on every target."""
+def random_lora(
+    pipe: Any, path: Path, recipe: Recipe | None, size: float = 0.3, seed: int = 1, loader: Any = "diffusers"
+) -> Path:
+    """A file of random adapters on every target. loader: whose it is for, where no one file serves both hosts."""
     host = adapt(pipe)
     host.denoiser.roles.add("student", 2, 0)
     torch.manual_seed(seed)
     for parameter in host.denoiser.roles.parameters("student"):
         torch.nn.init.normal_(parameter, std=size)
-    save_lora(path, host.denoiser.roles.state("student"), host.family, recipe and recipe.to_json())
+    save_lora(path, host.denoiser.roles.state("student"), host.family, recipe and recipe.to_json(), host=loader)
     host.release()
     return path

@@ -11,6 +11,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -76,6 +77,7 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
         name: ("wan", WanTransformer3DModel, {**config, "out_channels": config["in_channels"]})
         for name, config in WAN.items()
     },
+    "lumina2": ("lumina2", Lumina2Transformer2DModel, {"cap_feat_dim": 2304}),
     **{
         name: ("flux2", Flux2Transformer2DModel, {**config, "guidance_embeds": name == "flux2_dev"})
         for name, config in FLUX2.items()
@@ -142,6 +144,11 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"max_fps": 30, "use_adaln_lora": True, "adaln_lora_dim": 256, "extra_per_block_abs_pos_emb": False},
         **{"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0},
         "rope_enable_fps_modulation": False,
+    },
+    "lumina2": {
+        **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 2304, "cap_feat_dim": 2304},
+        **{"n_layers": 26, "qk_norm": True, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32]},
+        **{"axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0},
     },
     "krea2": {
         **{"image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48},

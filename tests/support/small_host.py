@@ -95,12 +95,14 @@ class SmallHost:
 
     made_of: Sequence[Part] = ()
 
+    loader = "diffusers"
+
     @property
     def base_hash(self) -> str:
         weights = b"".join(value.numpy().tobytes() for value in self.network.state_dict().values())
         return hashlib.sha256(weights).hexdigest()
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+    def encode(self, prompts: Sequence[str], size: tuple[int, int], negative: bool = False) -> Cond:
         return self.with_sizes(self.texts(prompts), size)
 
     def with_sizes(self, cond: Cond, size: tuple[int, int]) -> Cond:
@@ -110,7 +112,7 @@ class SmallHost:
     def encoding(self) -> Iterator[None]:
         yield
 
-    def texts(self, prompts: Sequence[str]) -> Cond:
+    def texts(self, prompts: Sequence[str], negative: bool = False) -> Cond:
         self.encoded += len(prompts)
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little") for prompt in prompts]
         draws = [torch.randn(TOKENS, WORDS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

@@ -77,4 +77,9 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"ffn_dim": 40, "num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 32, "text_dim": 24},
         **{"window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6},
     },
+    "lumina2": {
+        **{"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 24},
+        **{"n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 128},
+        **{"axes_dims": [4, 6, 6], "axes_lens": [300, 32, 32], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0},
+    },
 }

@@ -13,6 +13,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -133,6 +134,14 @@ def wan(**more: Any) -> nn.Module:
     )
 
 
+def lumina2() -> nn.Module:
+    """Lumina 2's layout: two blocks after one of refining for each stream, three queries' heads for one of keys."""
+    return Lumina2Transformer2DModel(
+        **{"hidden_size": 96, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 6, "num_kv_heads": 2},
+        **{"multiple_of": 128, "axes_dim_rope": (4, 6, 6), "axes_lens": (300, 32, 32), "cap_feat_dim": 24},
+    )
+
+
 def unet_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 4, 8, 8), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
 
@@ -178,6 +187,10 @@ def krea2_inputs(draw: Callable[..., Tensor]) -> Inputs:
 
 def wan_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([750.0, 125.0]), "text": draw(2, 5, 24)}
+
+
+def lumina2_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
 def run_unet(network: Any, inputs: Inputs) -> Tensor:
@@ -266,6 +279,12 @@ def run_wan(network: Any, inputs: Inputs) -> Tensor:
     return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"]).sample.squeeze(2)
 
 
+def run_lumina2(network: Any, inputs: Inputs) -> Tensor:
+    """The network is told 1 - sigma and answers x0 - noise; all tokens of the texts are there."""
+    everywhere = torch.ones(inputs["text"].shape[:2], dtype=torch.bool)
+    return -network(inputs["x"], 1 - inputs["time"], inputs["text"], everywhere).sample
+
+
 @dataclass(frozen=True)
 class Case:
     """make() builds the network, inputs(draw) its inputs, run(network, inputs) its prediction in x's shape."""
@@ -289,6 +308,7 @@ CASES = {
     "krea2": Case("krea2", krea2, krea2_inputs, run_krea2),
     "wan": Case("wan", wan, wan_inputs, run_wan),
     "chroma": Case("chroma", chroma, chroma_inputs, run_flux),
+    "lumina2": Case("lumina2", lumina2, lumina2_inputs, run_lumina2),
 }
 
 

@@ -26,7 +26,7 @@ from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
-PIPES |= {"flux2": "klein", "qwen_image": "qwen_image", "chroma": "chroma"}
+PIPES |= {"flux2": "klein", "qwen_image": "qwen_image", "chroma": "chroma", "lumina2": "lumina2"}
 UNETS, POOLED = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
 JOINT = (*POOLED, "flux2", "qwen_image", "chroma")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}

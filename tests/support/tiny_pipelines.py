@@ -7,6 +7,7 @@ from typing import Any
 
 import tiny_chroma
 import tiny_krea2
+import tiny_lumina2
 import tiny_qwen
 import torch
 from diffusers import (
@@ -94,12 +95,12 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=8, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
-def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
+def vae(channels: int = 4, levels: int = 2, **more: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
         norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         latent_channels=channels,
         sample_size=16,
@@ -303,6 +304,11 @@ def chroma(**scheduler: Any) -> ChromaPipeline:
     return tiny_chroma.chroma(autoencoder, num_layers=1, num_single_layers=2, scheduler=scheduler)
 
 
+def lumina2(**scheduler: Any) -> Any:
+    """Its pipeline takes every VAE for one of an eighth of the side."""
+    return tiny_lumina2.lumina2(vae(levels=4, shift_factor=0.1, scaling_factor=0.4), WIDTH, 16, **scheduler)
+
+
 def anima(**scheduler: Any) -> AnimaModularPipeline:
     """A modular pipeline: of two text encoders one gives its states, the other its tokens alone."""
     without_torchvision()
@@ -345,7 +351,7 @@ def wan(**scheduler: Any) -> WanPipeline:
 
 
 MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2, "wan": wan}
-MODERN["chroma"] = chroma
+MODERN |= {"chroma": chroma, "lumina2": lumina2}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 

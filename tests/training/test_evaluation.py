@@ -36,7 +36,7 @@ class GaussianHost:
         self.world = World(EPS_AT_THE_END)
         self.denoiser = self.world.denoise
 
-    def encode(self, prompts: list[str], size: tuple[int, int]) -> Cond:
+    def encode(self, prompts: list[str], size: tuple[int, int], negative: bool = False) -> Cond:
         return Cond(torch.stack([self.text(prompt) for prompt in prompts])[:, None])
 
     def text(self, prompt: str) -> Tensor:

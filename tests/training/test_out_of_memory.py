@@ -40,10 +40,10 @@ class Cramped(SmallHost):
             raise self.error
         self.most = max(self.most, len(args[0]))
 
-    def texts(self, prompts: Any) -> Cond:
+    def texts(self, prompts: Any, negative: bool = False) -> Cond:
         if len(prompts) > self.listed:
             raise self.error
-        return super().texts(prompts)
+        return super().texts(prompts, negative)
 
 
 def cramped(error: Exception = ERRORS[0], **most: int) -> Cramped:

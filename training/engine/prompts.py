@@ -142,9 +142,8 @@ def embed(
     ``folder``. guidance_input: whether the student is given guidance as a condition (an adapter with a dial)."""
     sizes = settings.size_list
     shapes = {size: host.latent_shape(size) for size in sizes}
-    texts = [*prompts, settings.negative]
     embedded = guidance_input or host.denoiser.guidance == "embedded"
-    found = _cached(host, texts, folder, tick)
+    found = _cached(host, prompts, settings.negative, folder, tick)
     every = {size: _with_guidance(host.with_sizes(found, size), settings, embedded) for size in sizes}
     trained_null = host.denoiser.guidance == "cfg"
     nulls = {size: cond[len(prompts) :] if trained_null else None for size, cond in every.items()}
@@ -158,27 +157,30 @@ def _with_guidance(cond: Cond, settings: Settings, embedded: bool) -> Cond:
     return cond.with_(guidance=torch.full((len(cond),), settings.guidance)) if embedded else cond
 
 
-def _cached(host: Host, texts: Sequence[str], folder: Path, tick: Tick) -> Cond:
-    """What no size changes, mapped from its file: the parts of a long list are read as a batch asks for them."""
-    key = hashlib.sha256("\0".join([host.encoder_hash, *texts]).encode()).hexdigest()[:32]
+def _cached(host: Host, prompts: Sequence[str], negative: str, folder: Path, tick: Tick) -> Cond:
+    """What no size changes, the negative last, mapped from its file: the parts of a long list are read as a batch asks
+    for them."""
+    key = hashlib.sha256("\0".join([host.encoder_hash, *prompts, negative]).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"
     if not path.is_file():
-        cond = _encoded(host, texts, tick)
+        cond = _encoded(host, prompts, negative, tick)
         values = {entry.name: getattr(cond, entry.name) for entry in fields(cond)}
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {name: value for name, value in values.items() if value is not None})
     return Cond(**map_tensors(path))
 
 
-def _encoded(host: Host, texts: Sequence[str], tick: Tick) -> Cond:
+def _encoded(host: Host, prompts: Sequence[str], negative: str, tick: Tick) -> Cond:
     """In parts, so that a person sees it go on and may cancel it."""
+    whole = len(prompts) + 1
 
     def encoded(rows: list[int]) -> Cond:
         host.poll()
-        tick("encoding prompts", rows[0], len(texts))
-        return host.texts([texts[row] for row in rows])
+        tick("encoding prompts", rows[0], whole)
+        return host.texts([prompts[row] for row in rows])
 
     with host.encoding():
-        parts = Slices(AT_ONCE, "the texts")(range(len(texts)), encoded)
-    tick("encoding prompts", len(texts), len(texts))
+        parts = Slices(AT_ONCE, "the texts")(range(len(prompts)), encoded)
+        parts += Slices(1, "the texts")([0], lambda _: host.texts([negative], negative=True))
+    tick("encoding prompts", whole, whole)
     return Cond.concat(parts)

@@ -59,7 +59,8 @@ def as_before(host: Host, settings: Settings) -> Iterator[None]:
     roles, token_norm = host.denoiser.roles, host.denoiser.token_norm
     before = set(roles.names())
     if settings.token_norm != "host":
-        host.denoiser.token_norm = FAMILIES[host.family].patch if settings.token_norm == "on" else 0
+        known = FAMILIES[host.family]
+        host.denoiser.token_norm = (known.norm or known.patch) if settings.token_norm == "on" else 0
     try:
         yield
     finally:

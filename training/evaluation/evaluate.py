@@ -136,7 +136,7 @@ def _plan(
     chosen = [int(order[row % len(prompts)]) for row in range(samples // each)]
     rows = torch.tensor(chosen).repeat_interleave(each)
     texts = [prompts[row] for row in rows.tolist()]
-    cond, null = host.encode(list(prompts), size), host.encode([""], size)
+    cond, null = host.encode(list(prompts), size), host.encode([""], size, negative=True)
     return Plan(host, texts, cond[rows], null, host.latent_shape(size), len(chosen), each, seed, batch, report)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.denoiser import as_host
+from ...core.denoiser import TokenNorm, as_host
 from ...core.schedule import expand
 from ..engine.batch import Batch
 
@@ -33,7 +33,7 @@ def scale_of(scale: Scale, batch: Batch) -> Tensor:
     return scale(batch) if isinstance(scale, RandomScale) else torch.full((len(batch),), scale, dtype=torch.float64)
 
 
-Tokens = tuple[int, Tensor] | None
+Tokens = tuple[TokenNorm, Tensor] | None
 """A denoiser's token_norm and the x that it was asked at, where it has one."""
 
 

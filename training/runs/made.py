@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...core.adapter_file import check_adapter, save_adapter
 from ...core.lora_file import save_lora
+from ...core.lora_second import save_second, second_file
 from ...core.recipe import Recipe, step_names
 from ..engine import processes
 from ..engine.student import STUDENT
@@ -63,7 +64,13 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
             f". Each step has a LoRA of its own ({', '.join(recipe.files)}): Load One-Step LoRA takes them all; with "
             "ComfyUI's own nodes it is one KSampler (Advanced) for each step, behind that step's LoRA."
         )
-    places = [path.with_name(name) for name in recipe.files] or [path]
+    places, told, proven = [path.with_name(name) for name in recipe.files] or [path], recipe.to_json(), []
+    header = header | {"modelspec.usage_hint": usage}
     for part, place in zip(parts, places, strict=True):
-        save_lora(place, roles.state(part), family, recipe.to_json(), header | {"modelspec.usage_hint": usage})
-    return "; ".join(dict.fromkeys(host.check_file(place) for place in places))
+        save_lora(place, roles.state(part), family, told, header, host.loader)
+        proven.append(host.check_file(place))
+    second = second_file(path, family, host.loader)
+    for at, name in enumerate(step_names(second.name, len(parts)) if second else ()):
+        beside = places[at], path.with_name(name)
+        proven.append(save_second(*beside, roles.state(parts[at]), family, told, header, host.loader))
+    return "; ".join(dict.fromkeys(filter(None, proven)))

@@ -23,6 +23,7 @@ CLASSES["anima"] = Anima
 CLASSES["krea2"] = SingleStreamDiT
 CLASSES["wan"] = WanModel
 CLASSES["chroma"] = Chroma
+CLASSES["lumina2"] = NextDiT
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

@@ -42,7 +42,7 @@ CLASSES = {"unet": SmallUNet, "sd3": supported.SD3, "flux": supported.Flux, "z_i
 CLASSES |= {"flux2": supported.Flux2, "qwen_image": supported.QwenImage}
 CLASSES |= {"flux2": supported.Flux2, "anima": supported.Anima}
 CLASSES |= {"krea2": supported.Krea2, "wan": supported.WAN21_T2V}
-CLASSES["chroma"] = supported.Chroma
+CLASSES |= {"chroma": supported.Chroma, "lumina2": supported.Lumina2}
 
 
 def build(family, config, dtype):
@@ -60,7 +60,7 @@ def predict(family, network, inputs):
         return network(inputs["x"], inputs["time"], inputs["text"], torch.zeros_like(inputs["time"]))
     if family in ("qwen_image", "krea2", "wan"):
         return network(inputs["x"].unsqueeze(2), inputs["time"], inputs["text"]).squeeze(2)
-    if family == "z_image":
+    if family in ("z_image", "lumina2"):
         return network(inputs["x"], inputs["time"], inputs["text"], inputs["text"].shape[1], transformer_options={})
     if family == "anima":
         options = training_options(family)

@@ -7,21 +7,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, facts, given, load, measured, students, trained
+from comfy_both_hosts import answer, facts, load, measured, seen_by_head, trained
 from comfy_drawn import drawn
 
 from onestep.core.errors import OneStepError
-from onestep.core.features import Features
 from onestep.nodes.adapt import adapted
-
-
-def features(host):
-    """What a discriminator's head would see of the student."""
-    roles = host.denoiser.roles
-    found = Features(roles.targets, host.blocks, 2, roles.active_here)
-    with students(host), torch.no_grad(), roles.use("student"), found.kept(given["x"]) as values:
-        host.denoiser(given["x"], given["sigma"], COND)
-    return {f"feature/{name}": value for name, value in zip(found.names, values, strict=True)}
 
 
 def refused(model, mark):
@@ -41,7 +31,7 @@ with torch.inference_mode():
     model, clip, vae = load()
     with adapted(model, clip, vae) as host:
         out, again = measured(host)
-        out |= features(host)
+        out |= seen_by_head(host)
         report = facts(host, again)
     out |= drawn(model, clip)
     report["files"] = trained(model, clip, vae)
