@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .errors import OneStepError
-from .families import FAMILIES
+from .families import FAMILIES, choices
 from .families.later import LATER_KEYS, LATER_SHARED
 from .families.table import Row
 
@@ -206,8 +206,9 @@ def refuse_families(keys: Iterable[str], wanted: str | None = None) -> None:
         later = LATER_KEYS if shared else LATER_KEYS | LATER_SHARED
         family = next((family for pattern, family in later.items() if re.search(pattern, key)), None)
         if family is not None:
-            served = ", ".join(spec.title for spec in FAMILIES.values())
-            raise OneStepError(f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {served}.")
+            raise OneStepError(
+                f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {choices()}."
+            )
 
 
 def _kohya(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.cond import Cond
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
-from ..core.lengths import cut, lengths_of
+from ..core.lengths import lengths_of
 from .call_values import texts_of
 from .kinds import (
     ANIMA,
@@ -33,6 +33,7 @@ from .kinds import (
 )
 from .own_tokens import of_own_tokens
 from .places import on_device
+from .texts_modern import behind_system, conditioned, masked, of_each
 from .threads import lock_of
 
 Embeds = Tensor | Sequence[Tensor]
@@ -60,16 +61,16 @@ def encode(
     # a tokenizer keeps how the latest call wanted its padding, and diffusers' calls differ in that
     with lock_of(pipe.tokenizer):
         if kind in (Z_IMAGE, KREA2):
-            return _of_each(pipe, kind, list(prompts), device)
+            return of_each(pipe, kind, list(prompts), device)
         if kind == QWEN_IMAGE:
             # as long as its pipeline's call reads, half of encode_prompt's own default
-            return _masked(*pipe.encode_prompt(list(prompts), device, max_sequence_length=512))
+            return masked(*pipe.encode_prompt(list(prompts), device, max_sequence_length=512))
         if kind == LUMINA2:
-            return _behind_system(pipe, prompts, device, negative)
+            return behind_system(pipe, prompts, device, negative)
         if kind in (KLEIN, FLUX2):
             return Cond(pipe.encode_prompt(list(prompts), device)[0])
         if kind == ANIMA:
-            return _conditioned(pipe, list(prompts), device)
+            return conditioned(pipe, list(prompts), device)
         if kind == WAN:
             # as many tokens as its pipeline's call reads, more than twice encode_prompt's own default
             told = {"do_classifier_free_guidance": False, "max_sequence_length": FAMILIES["wan"].tokens}
@@ -77,34 +78,6 @@ def encode(
         if kind == CHROMA:
             return of_own_tokens(pipe, list(prompts), device)
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
-
-
-def _masked(text: Tensor, mask: Tensor | None) -> Cond:
-    return Cond(text, None if mask is None else mask.bool())
-
-
-def _of_each(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
-    """Where its encode_prompt gives each text by itself, or is asked for it."""
-    if kind == KREA2:
-        return Cond.concat([_fused(*pipe.encode_prompt(prompt, device)) for prompt in prompts])
-    texts, _ = pipe.encode_prompt(prompts, device, do_classifier_free_guidance=False)
-    return Cond.concat([Cond(text[None]) for text in texts])
-
-
-def _fused(text: Tensor, mask: Tensor) -> Cond:
-    """A text's own tokens, whose layers lie beside one another, of [1, L, layers, C] with padding in its midst: their
-    order does not matter, as none of them has a place."""
-    return Cond(text[mask.bool()].flatten(1)[None])
-
-
-def _behind_system(pipe: Any, prompts: list[str], device: torch.device, negative: bool) -> Cond:
-    """Texts as Lumina2Pipeline reads its negatives, which is as they are, a prompt with its system prompt."""
-    known = FAMILIES["lumina2"]
-    texts = list(prompts) if negative else [known.said(prompt, pipe.system_prompt) for prompt in prompts]
-    nothing = torch.zeros(len(texts), 1, 1), torch.zeros(len(texts), 1)
-    told = {"negative_prompt": texts, "prompt_embeds": nothing[0], "prompt_attention_mask": nothing[1]}
-    *_, text, mask = pipe.encode_prompt(None, device=device, **told)
-    return cut(_masked(text * mask[..., None].to(text.dtype), mask))
 
 
 def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, length: int) -> Cond:
@@ -120,22 +93,6 @@ def _encoded(pipe: Any, kind: str, prompts: list[str], device: torch.device, len
         text, _, pooled, _ = pipe.encode_prompt(prompts, **more)
         return Cond(text, pooled=pooled)
     return Cond(pipe.encode_prompt(prompts, **more)[0])
-
-
-def _conditioned(pipe: Any, prompts: list[str], device: torch.device) -> Cond:
-    """What Anima's conditioner makes of the states of one text encoder at the places of another's token ids."""
-    from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
-
-    told = AnimaTextEncoderStep.encode_prompt(pipe, prompts, prepare_unconditional_embeds=False, device=device)
-    conditioner = pipe.text_conditioner
-    return Cond(
-        conditioner(
-            source_hidden_states=told["qwen_prompt_embeds"].to(device, conditioner.dtype),
-            target_input_ids=told["t5_input_ids"].to(device),
-            target_attention_mask=told["t5_attention_mask"].to(device),
-            source_attention_mask=told["qwen_attention_mask"].to(device),
-        )
-    )
 
 
 def embeddings(
