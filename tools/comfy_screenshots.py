@@ -64,6 +64,8 @@ OWN_FILES = (
     "vae/qwen_image_vae.safetensors",
     "diffusion_models/qwen_image_2512_fp8_e4m3fn.safetensors",
     "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "diffusion_models/Chroma1-HD-fp8mixed.safetensors",
+    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors",
 )
 # What a user gets wrong: which node's widgets are set to what. Two are refused as they are queued, one as it runs.
 ERRORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
