@@ -24,7 +24,7 @@ from ..kernels import attention
 from .heads import heads, merged, normed, normed_heads, repeated
 from .own_guidance import Rows, part
 from .steer_modulation import Kept
-from .steer_text import Away
+from .steer_text import Away, alike
 from .threads import is_here
 
 FUSING = (FluxAttnProcessor, Flux2AttnProcessor)
@@ -39,8 +39,9 @@ class Run:
 
     away: the negative, and the empty text behind it, in tokens as an encoder gives them. rows: which of each batch are
     steered. cache: whether keys and values of the negative are kept from one forward to the next. The rest is true of
-    the forward under way: whether it is steered, the tokens of the positive text, those of the negative where the
-    network embeds them first, and whether an attention has steered yet.
+    the forward under way: whether it is steered, the tokens of the positive text, those of each row's own where they
+    are of several lengths, those of the negative where the network embeds them first, and whether an attention has
+    steered yet.
     """
 
     steering: Steering
@@ -49,6 +50,7 @@ class Run:
     cache: bool
     active: bool = False
     positive_tokens: int = 0
+    positive_lengths: tuple[int, ...] | None = None
     embedded: Tensor | None = None
     reached: bool = False
     thread: int = field(default_factory=get_ident)
@@ -71,6 +73,15 @@ class Run:
         reads."""
         count = self.count(batch)
         return torch.cat([repeated(negative, count)] * (batch // count))
+
+    def by_lengths(self, batch: int) -> list[tuple[Any, ...]] | None:
+        """Where rows have different numbers of tokens: the rows of each two numbers, of the prompt and of the negative;
+        None where all have the same."""
+        if self.positive_lengths is None and self.away.lengths is None:
+            return None
+        count = self.count(batch)
+        negatives = self.away.each(count) * (batch // count)
+        return alike(self.positive_lengths or (self.positive_tokens,) * batch, negatives)
 
     def chosen(self, image: Tensor) -> Tensor | None:
         """The same as flags [B], on the device of the picture's tokens [B, ...]; None is all."""
@@ -142,7 +153,7 @@ class CrossSteered:
             steered = self._away(q, k, v, negative, positive)
         else:
             steered = torch.empty_like(positive)
-            for at, length in self.run.away.by_length(len(q)):
+            for at, length in alike(self.run.away.each(len(q))):
                 away = tuple(self.run.away.shortened(part[at], length) for part in negative)
                 steered[at] = self._away(q[at], k[at], v[at], away, positive[at])
         out = merged(steered).to(found.dtype)
@@ -261,15 +272,19 @@ class JointSteered:
         return positive, negative, image
 
     def _joint(self, q: Streams, k: Streams, v: Streams, rows: Tensor | None) -> Streams:
-        """Negatives of different numbers of tokens one number at a time."""
+        """Texts of different numbers of tokens one number at a time."""
         steering, away = self.run.steering, self.run.away
-        if away.lengths is None:
+        groups = self.run.by_lengths(len(q.image))
+        if groups is None:
             return steering.joint(q, k, v, rows, away.empty)
-        found, batch = Streams(*(torch.zeros_like(part) for part in q)), len(q.image)
-        for at, length in away.by_length(batch if rows is None else batch // 2, halves=1 if rows is None else 2):
-            few = [Streams(p.positive[at], away.shortened(p.negative[at], length), p.image[at]) for p in (q, k, v)]
+        found = Streams(*(torch.zeros_like(part) for part in q))
+        for at, own, length in groups:
+            few = [
+                Streams(part.positive[at, :, :own], away.shortened(part.negative[at], length), part.image[at])
+                for part in (q, k, v)
+            ]
             out = steering.joint(few[0], few[1], few[2], None if rows is None else rows[at], away.empty)
-            found.positive[at], found.image[at] = out.positive, out.image
+            found.positive[at, :, :own], found.image[at] = out.positive, out.image
             found.negative[at] = away.lengthened(out.negative, length)
         return found
 

@@ -71,12 +71,12 @@ class JointTexts:
             raise OneStepError(
                 "steering cannot follow a mask over the prompt's tokens: encode all prompts to one number of tokens"
             )
-        (text, unmasked), away = _seen(given), self.run.away
+        (text, lengths, unmasked), away = _seen(given), self.run.away
         every = self.run.spread(away.tokens.to(text.device, text.dtype), len(text))
-        self.run.positive_tokens = text.shape[1]
+        self.run.positive_tokens, self.run.positive_lengths = text.shape[1], lengths
         if away.pooled:
-            lengths = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
-            self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], lengths)
+            parts = [text.shape[1], every.shape[1] - away.empty, *([away.empty] if away.empty else ())]
+            self.modulation.set([self._embedded(given, pooled) for pooled in away.pooled], parts)
         changed: Given = {"encoder_hidden_states": torch.cat([text, every], 1), **unmasked}
         if given.get("txt_ids") is not None:
             places = given["txt_ids"][0] if given["txt_ids"].ndim == 3 else given["txt_ids"]
@@ -108,18 +108,18 @@ class JointTexts:
         return self.network.time_text_embed(*told, spread)  # type: ignore[no-any-return]
 
 
-def _seen(given: Given) -> tuple[Tensor, Given]:
-    """The prompts' tokens that their mask shows, and that mask's argument, none from here on. Chroma's lies over the
-    picture's tokens too."""
+def _seen(given: Given) -> tuple[Tensor, tuple[int, ...] | None, Given]:
+    """The prompts' tokens that their mask shows, how many each row begins with where they are not as many, and that
+    mask's argument, none from here on. Chroma's lies over the picture's tokens too."""
     text = given["encoder_hidden_states"]
     name = next((name for name in MASKS if given.get(name) is not None), None)
     if name is None:
-        return text, {}
+        return text, None, {}
     shown = given[name][:, : text.shape[1]].bool()
-    count = int(shown[0].sum())
-    if not bool(shown[:, :count].all()) or bool(shown[:, count:].any()):
+    if bool((shown[:, 1:] & ~shown[:, :-1]).any()) or not bool(shown[:, 0].all()):
         raise OneStepError(
-            "steering cannot follow a mask over texts of several lengths in one batch: draw prompts of each number "
-            "of tokens in a call of their own, without classifier-free guidance, whose negative is such a text too"
+            "steering cannot follow a mask that hides tokens of a prompt before others: give texts that are filled up "
+            "behind their own tokens, as this pipeline's encode_prompt does"
         )
-    return text[:, :count], {name: None}
+    lengths = tuple(shown.sum(1).tolist())
+    return text[:, : max(lengths)], lengths if len(set(lengths)) > 1 else None, {name: None}

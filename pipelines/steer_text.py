@@ -37,14 +37,10 @@ class Away:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def by_length(self, batch: int, halves: int = 1) -> list[tuple[Tensor, int]]:
-        """Where rows have different numbers of tokens: the rows of each number, in each half of ``batch`` rows."""
-        assert self.lengths is not None
-        each = [length for length in self.lengths for _ in range(batch // len(self.lengths))] * halves
-        return [
-            (torch.tensor([row for row, own in enumerate(each) if own == length]), length)
-            for length in sorted(set(self.lengths))
-        ]
+    def each(self, batch: int) -> list[int]:
+        """Tokens of the negative of each of ``batch`` rows, without what fills it up and the empty text."""
+        lengths = self.lengths or (self.tokens.shape[1] - self.empty,) * len(self)
+        return [length for length in lengths for _ in range(batch // len(lengths))]
 
     def shortened(self, states: Tensor, length: int) -> Tensor:
         """[B, H, L, D] of rows with ``length`` tokens, without what fills them up; the empty text stays behind them."""
@@ -55,6 +51,12 @@ class Away:
         missing = self.tokens.shape[1] - self.empty - length
         filled = states.new_zeros(*states.shape[:2], missing, states.shape[3])
         return torch.cat([states[:, :, :length], filled, states[:, :, length:]], 2)
+
+
+def alike(*numbers: Sequence[int]) -> list[tuple[Any, ...]]:
+    """The rows that have the same of these ``numbers`` of each row, and those numbers."""
+    each = list(zip(*numbers, strict=True))
+    return [(torch.tensor([row for row, own in enumerate(each) if own == told]), *told) for told in sorted(set(each))]
 
 
 def away_of(
