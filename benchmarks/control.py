@@ -30,7 +30,7 @@ from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.lora import read_lora
-from onestep.cli.model import at_native_size, native_size, open_host, read_prompts
+from onestep.cli.model import at_native_size, open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.adapter_file import load_adapter, save_adapter
 from onestep.core.control import check_fit
@@ -129,7 +129,7 @@ def nothing_new(batch: Any, noise: Tensor) -> Tensor:
 @torch.no_grad()
 def guided_pictures(args: argparse.Namespace, host: Any, prompts: list[str], noise: Tensor, control: Tensor) -> Tensor:
     """The baseline's [N, 3, H, W]: the teacher's guided steps under the control, in both of guidance's halves."""
-    found, size = [], native_size(host)
+    found, size = [], host.native_size
     for rows in torch.arange(len(noise)).split(MICRO):
         cond = host.encode([prompts[row] for row in rows.tolist()], size)
         null = cond.null_like(host.encode([""], size))
@@ -145,7 +145,7 @@ def guided_pictures(args: argparse.Namespace, host: Any, prompts: list[str], noi
 @torch.no_grad()
 def pictures(host: Any, recipe: Any, prompts: list[str], noise: Tensor, control: Tensor | None, strength: float) -> Any:
     """[N, 3, H, W] in [0, 1] of ROLE, in slices."""
-    found, size = [], native_size(host)
+    found, size = [], host.native_size
     for rows in torch.arange(len(noise)).split(MICRO):
         cond = host.encode([prompts[row] for row in rows.tolist()], size)
         told = None if control is None else control[rows]
@@ -187,7 +187,7 @@ def main() -> None:
     control, judge = control_of(loaded.module.config.control), judge_of(args.model, None)
     real = None if args.reference is None else read_pictures(args.reference)
     texts = [prompts[at % len(prompts)] for at in range(args.samples)]
-    shape = host.latent_shape(native_size(host))
+    shape = host.latent_shape(host.native_size)
     noise, other = (randomness.normal(shape, args.seed, kind, 0, range(args.samples)) for kind in ("mine", "other"))
 
     def drawn(z: Tensor, c: Tensor | None, strength: float = 1.0) -> Tensor:

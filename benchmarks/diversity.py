@@ -22,7 +22,7 @@ from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.lora import read_lora
-from onestep.cli.model import native_size, open_host, read_prompts
+from onestep.cli.model import open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.cond import Cond
 from onestep.core.diversity import base_levels, descend, remaining
@@ -70,7 +70,7 @@ def staged(args: argparse.Namespace, host: Any, prompts: list[str]) -> tuple[Sta
     count = args.samples // EACH
     order = torch.randperm(len(prompts), generator=randomness.generator(args.seed, "diversity prompts"))
     rows = order[torch.arange(count) % len(prompts)].repeat_interleave(EACH)
-    size = native_size(host)
+    size = host.native_size
     cond = host.encode(prompts, size)[rows]
     noise = randomness.normal(host.latent_shape(size), args.seed, "diversity", 0, range(len(rows)))
     return Stage(host, cond, host.encode([""], size), noise, args.guidance), [prompts[row] for row in rows.tolist()]

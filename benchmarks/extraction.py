@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tiny_models import store
 
-from onestep.cli.model import native_size, open_host, read_prompts
+from onestep.cli.model import open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.extraction import weight_of
 from onestep.core.recipe import Recipe
@@ -33,7 +33,7 @@ GUIDANCE, TEACHER_STEPS, C = 4.0, 20, 0.03
 def recipe_of(host: Any) -> Recipe:
     """One step, as a student of this base begins it."""
     schedule = host.denoiser.schedule
-    return Recipe.for_student(schedule, 1, host.family, (native_size(host),), automatic_start(schedule, 1))
+    return Recipe.for_student(schedule, 1, host.family, (host.native_size,), automatic_start(schedule, 1))
 
 
 def few_step(prompts: list[str], folder: Path, updates: int, batch: int, pairs: int, rate: float = 3e-4) -> Path:
@@ -41,7 +41,7 @@ def few_step(prompts: list[str], folder: Path, updates: int, batch: int, pairs: 
     if (folder / "model").is_dir():
         return folder / "model"
     host, parts = open_host("tiny", device="cpu"), []
-    size, rows = native_size(host), randomness.integers(len(prompts), 0, "extraction prompts", 0, range(pairs))
+    size, rows = host.native_size, randomness.integers(len(prompts), 0, "extraction prompts", 0, range(pairs))
     cond, null = host.encode([prompts[row] for row in rows.tolist()], size), host.encode([""], size)
     noise = randomness.normal(host.latent_shape(size), 0, "extraction noise", 0, range(pairs))
     denoise, network, recipe = host.denoiser, host.network, recipe_of(host)

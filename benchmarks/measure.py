@@ -28,7 +28,7 @@ from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.lora import read_lora
-from onestep.cli.model import native_size, open_host, read_prompts
+from onestep.cli.model import open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
@@ -86,7 +86,7 @@ class Set:
 
 def make_set(host: Any, prompts: list[str], name: str, samples: int, same: bool) -> Set:
     """``samples`` pictures of random prompts, `EACH` of one. same: whether teacher and student start alike."""
-    size, count = native_size(host), samples // EACH
+    size, count = host.native_size, samples // EACH
     order = torch.randperm(len(prompts), generator=randomness.generator("measure", name))
     texts = [prompts[int(order[row % len(prompts)])] for row in range(count)]
     shape, rows = host.latent_shape(size), range(count * EACH)

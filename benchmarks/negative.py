@@ -31,7 +31,7 @@ from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures, student_of
 from onestep.cli.lora import read_lora
-from onestep.cli.model import native_size, open_host, read_prompts
+from onestep.cli.model import open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.adapter_file import load_adapter
 from onestep.core.cond import Cond
@@ -105,13 +105,13 @@ class World:
         """The conditions of ``texts``, each encoded once."""
         once = sorted(set(texts))
         place = {text: index for index, text in enumerate(once)}
-        return self.host.encode(once, native_size(self.host), padded)[torch.tensor([place[text] for text in texts])]
+        return self.host.encode(once, self.host.native_size, padded)[torch.tensor([place[text] for text in texts])]
 
     @torch.no_grad()
     def draw(self, texts: list[str], negatives: list[str], how: How, stream: str) -> Tensor:
         """Pictures [N, 3, H, W] of ``texts``, each under its negative."""
         cond, null = self.told(texts), self.told(negatives, how.takes_padding)
-        shape = self.host.latent_shape(native_size(self.host))
+        shape = self.host.latent_shape(self.host.native_size)
         noise = randomness.normal(shape, 0, stream, 0, range(len(texts)))
         part = self._walked if how.mode == "teacher" else self._part
         return torch.cat([part(cond[rows], null[rows], noise[rows], how) for rows in slices(len(texts))])

@@ -24,7 +24,7 @@ import torch
 
 from onestep.cli.evaluate import judge_of, read_pictures, student_of
 from onestep.cli.lora import read_lora
-from onestep.cli.model import at_native_size, native_size, open_host, read_prompts
+from onestep.cli.model import at_native_size, open_host, read_prompts
 from onestep.training.distil import Progress, distil
 from onestep.training.evaluation.evaluate import evaluate
 from onestep.training.presets import preset
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace, host: Any, paths: dict[str, Path], prompts
         None if args.reference is None else read_pictures(args.reference),
         judge_of(args.model, args.judge),
         args.evaluation_seed,
-        size=native_size(host),
+        size=host.native_size,
         guidance=settings.guidance,
     )
     return table

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from onestep.cli.evaluate import judge_of, read_pictures
 from onestep.cli.lora import read_lora
-from onestep.cli.model import native_size, open_host, read_prompts
+from onestep.cli.model import open_host, read_prompts
 from onestep.core import randomness
 from onestep.core.factors import State
 from onestep.core.lora_file import fit, load_lora, save_lora
@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, host: Any) -> State:
     roles, schedule = host.denoiser.roles, host.denoiser.schedule
     latents, captions = tiles(args, host)
     null = len(captions)
-    cond = host.encode([*captions, ""], native_size(host))
+    cond = host.encode([*captions, ""], host.native_size)
     roles.add(STYLE, args.rank, args.seed)
     optimizer = torch.optim.Adam(roles.parameters(STYLE), lr=args.rate)
     for update in range(args.updates):
@@ -121,7 +121,7 @@ class Stage:
     seed: int
 
     def __post_init__(self) -> None:
-        size = native_size(self.host)
+        size = self.host.native_size
         self.cond, self.null = self.host.encode(self.prompts, size), self.host.encode([""], size)
         self.noise = randomness.normal(self.host.latent_shape(size), self.seed, "transfer", 0, range(len(self.prompts)))
 

@@ -19,7 +19,7 @@ from ..training.settings import Settings
 from .console import Console
 from .generate import denoiser_with
 from .lora import Lora, read_student
-from .model import native_size, open_host, parse_size, read_prompts
+from .model import open_host, parse_size, read_prompts
 from .parser import existing_parent
 
 MOST_SAMPLES = 100_000
@@ -102,7 +102,7 @@ def read_pictures(path: Path) -> Tensor:
 
 def _size(args: Namespace, loras: list[Lora], host: Any) -> tuple[int, int]:
     trained = [size for lora in loras for size in lora.recipe.sizes[:1]]
-    size = parse_size(args.size) if args.size else (trained[0] if trained else native_size(host))
+    size = parse_size(args.size) if args.size else (trained[0] if trained else host.native_size)
     host.latent_shape(size)
     return size
 

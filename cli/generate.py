@@ -21,7 +21,7 @@ from ..training.engine.prompts import check_prompts
 from ..training.settings import Settings
 from .console import Console, duration
 from .lora import Lora, in_steps, read_lora
-from .model import native_size, open_host, parse_size
+from .model import open_host, parse_size
 from .parser import existing_parent
 from .pictures import write_sheet
 
@@ -98,7 +98,7 @@ def picture_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
 def size_of(args: Namespace, host: Any, lora: Lora | None) -> tuple[int, int]:
     """What was asked for, else what the LoRA was trained at, else the model's own. OneStepError if it does not fit."""
     trained = lora.recipe.sizes[:1] if lora is not None else ()
-    size = parse_size(args.size) if args.size else (trained[0] if trained else native_size(host))
+    size = parse_size(args.size) if args.size else (trained[0] if trained else host.native_size)
     host.latent_shape(size)
     return size
 

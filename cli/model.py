@@ -75,18 +75,8 @@ def at_native_size(settings: Settings, given: set[str], host: Any) -> Settings:
     """Where no size was asked for, the model's own."""
     if "sizes" in given:
         return settings
-    width, height = native_size(host)
+    width, height = host.native_size
     return replace(settings, sizes=f"{width}x{height}")
-
-
-def native_size(host: Any) -> tuple[int, int]:
-    """(width, height) in pixels at which the model was trained."""
-    from ..pipelines.autoencoder import factor_of
-
-    told = host.network.config.get("sample_size") or 128  # Flux' config does not say
-    latent = told if isinstance(told, int) else max(told)
-    unit = factor_of(host.pipe.vae)
-    return latent * unit, latent * unit
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from narrowed import narrowed
 
+from onestep.cli.model import at_native_size
 from onestep.core.families import FAMILIES
 from onestep.core.lora_file import save_lora
 from onestep.core.recipe import Recipe
@@ -16,6 +17,7 @@ from onestep.pipelines.adapt import adapt
 from onestep.pipelines.bundled import MODELS, path_of
 from onestep.pipelines.load import load
 from onestep.pipelines.one_step import OneStepPipeline
+from onestep.training.methods import settings_for
 
 PROMPTS = ["monster: orc, green", "wall: brick brown"]
 TINY = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
@@ -74,3 +76,11 @@ def test_our_teacher_is_the_plain_pipeline(name: str) -> None:
 def test_a_bundled_model_is_found_by_name() -> None:
     for name in NAMES:
         assert path_of(name) == TINY / name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundled_model_draws_at_its_own_size(name: str) -> None:
+    """Also one whose network does not say its size, which is its autoencoder's: in Python, and where a command asks."""
+    host = adapt(load(name, device="cpu"), device="cpu")
+    assert host.native_size == (32, 32)
+    assert at_native_size(settings_for(), set(), host).sizes == "32x32"
