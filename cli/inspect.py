@@ -15,6 +15,7 @@ from ..core.families import FAMILIES
 from ..core.ksampler import by_sigmas, core_nodes, same_sigmas
 from ..core.licences import KEY, Source, license_line, sources_in
 from ..core.lora_file import LoraFile, load_lora
+from ..core.lora_second import TITLES, file_for
 from ..core.recipe import Recipe
 from ..core.recipe.recognised import Recognised, recognised
 from ..core.schedule import FlowSchedule
@@ -109,7 +110,8 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "undecided": undecided,
         "recipe": None if recipe is None else json.loads(recipe.to_json()),
         "comfyui": None if recipe is None else in_comfyui(recipe),
-        "diffusers": None if recipe is None else in_diffusers(recipe, path),
+        "diffusers": None if recipe is None else in_diffusers(recipe, file_for(path, file.family, "diffusers")),
+        "files": {title: file_for(path, file.family, host).name for host, title in TITLES.items()},
         "settings": settings_in(file.metadata),
         "made_of": [asdict(source) for source in sources_in(file.metadata)],
         "header": {name: text for name, text in sorted(file.metadata.items()) if name not in (SETTINGS, PROMPTS, KEY)},
@@ -190,6 +192,8 @@ def told(facts: dict[str, Any]) -> str:
     }
     if changed:
         lines.append("  trained with " + ", ".join(f"{name} {value}" for name, value in changed.items()))
+    if len(set(facts["files"].values())) > 1:
+        lines.append(f"  of two files: {', '.join(f'{name} for {title}' for title, name in facts['files'].items())}")
     if facts["made_of"]:
         lines.append("  " + license_line(Source(**source) for source in facts["made_of"]))
     return "\n".join([*lines, "header:", *(f"  {name}: {_short(text)}" for name, text in facts["header"].items())])

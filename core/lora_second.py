@@ -13,6 +13,7 @@ from .errors import OneStepError
 from .families import FAMILIES
 from .lora_file import load_lora, save_lora
 from .lora_fused import Host
+from .tensor_file import read_header
 
 OTHER: Mapping[Host, Host] = {"comfyui": "diffusers", "diffusers": "comfyui"}
 TITLES: Mapping[Host, str] = {"comfyui": "ComfyUI", "diffusers": "diffusers"}
@@ -24,6 +25,18 @@ def second_file(path: Path, family: str, host: Host) -> Path | None:
     if FAMILIES[family].dialect != "each":
         return None
     return path.with_name(f"{path.stem}_{OTHER[host]}{path.suffix}")
+
+
+def file_for(path: Path, family: str, host: Host) -> Path:
+    """Of the two files of which ``path`` is one, that for ``host``; ``path`` where one serves both."""
+    if FAMILIES[family].dialect != "each":
+        return path
+    own: Host = "diffusers" if any(key.startswith("transformer.") for key in read_header(path).tensors) else "comfyui"
+    if own == host:
+        return path
+    ending = f"_{own}"
+    found = path.stem.removesuffix(ending) if path.stem.endswith(ending) else f"{path.stem}_{host}"
+    return path.with_name(f"{found}{path.suffix}")
 
 
 def save_second(

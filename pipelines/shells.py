@@ -46,6 +46,8 @@ class Layout:
 # CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder, Qwen3-4B and 8B, Qwen2.5-VL-7B
 CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
 QWEN3_4B, QWEN3_8B, QWEN25_VL_7B = 4_022_468_096, 8_190_735_360, 8_292_166_656
+# Gemma-2-2B
+GEMMA2_2B = 2_614_341_888
 # Qwen3-0.6B, and what makes Anima's text of its states
 ANIMA_TEXT = 596_049_920 + 134_663_680
 LAYOUTS = {
@@ -59,6 +61,7 @@ LAYOUTS = {
     "klein-9b": Layout("FLUX.2 klein 9B", FAMILIES["flux2"].tokens, QWEN3_8B),
     "anima": Layout("Anima", FAMILIES["anima"].tokens, ANIMA_TEXT),
     "chroma": Layout("Chroma", FAMILIES["chroma"].tokens, T5),
+    "lumina2": Layout("Lumina 2", FAMILIES["lumina2"].tokens, GEMMA2_2B),
     "qwen-image": Layout("Qwen-Image", FAMILIES["qwen_image"].tokens, QWEN25_VL_7B),
 }
 

@@ -155,7 +155,7 @@ class Settings:
     token_norm: str = setting(
         "host",
         "Whether the teacher's guided velocity has in each token the norm of the prompt's, as diffusers draws "
-        "Qwen-Image, and ComfyUI does not; host = as the host draws the base.",
+        "Qwen-Image, or in each row, as it draws Lumina 2, and ComfyUI does not; host = as the host draws the base.",
         choices=("host", "on", "off"),
     )
     second_order: bool = False

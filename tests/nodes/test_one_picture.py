@@ -29,6 +29,7 @@ from onestep.cli.model import open_host
 from onestep.cli.parser import parse
 from onestep.core.families import FAMILIES
 from onestep.core.lora_file import load_lora
+from onestep.core.lora_second import second_file
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule, NoiseSchedule, VPSchedule
 from onestep.pipelines.adapt import adapt
@@ -42,7 +43,7 @@ TOLERANCE = 1e-5
 of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
 KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
-KINDS |= {"qwen_image": ("qwen_image", "QwenImage"), "chroma": ("chroma", "Chroma")}
+KINDS |= {"qwen_image": ("qwen_image", "QwenImage"), "chroma": ("chroma", "Chroma"), "lumina2": ("lumina2", "Lumina2")}
 OF_VIDEO = ("anima", "qwen_image")
 CONFIG = {
     **small.IN_COMFY,
@@ -51,12 +52,17 @@ CONFIG = {
 }
 SCHEDULES: dict[str, NoiseSchedule] = {"unet": VPSchedule.scaled_linear(), "sd3": FlowSchedule(3.0)}
 SCHEDULES |= {"flux": FlowSchedule(), "z_image": FlowSchedule(3.0), "flux2": FAMILIES["flux2"].schedule}
-SCHEDULES |= {"anima": FlowSchedule(3.0), "qwen_image": FAMILIES["qwen_image"].schedule, "chroma": FlowSchedule()}
+SCHEDULES |= {
+    "anima": FlowSchedule(3.0),
+    "qwen_image": FAMILIES["qwen_image"].schedule,
+    "chroma": FlowSchedule(),
+    "lumina2": FlowSchedule(6.0),
+}
 
 
 def size_of(case: str) -> tuple[int, int]:
-    """Autoencoders of videos have eight pixels a latent, the others two."""
-    return (64, 64) if case in OF_VIDEO else SIZE
+    """Autoencoders of videos have eight pixels a latent, and Lumina 2's, the others two."""
+    return (64, 64) if case in (*OF_VIDEO, "lumina2") else SIZE
 
 
 def recipes(case: str) -> dict[str, Recipe]:
@@ -77,7 +83,9 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     for case, (family, kind) in KINDS.items():
         pipe, loras = layouts.make(case), {}
         for name, recipe in recipes(case).items():
-            file = random_lora(pipe, folder / f"{case}-{name}", recipe, 0.08)
+            file = random_lora(pipe, folder / f"{case}-{name}", recipe, 0.08, loader="comfyui")
+            if second := second_file(file, family, "comfyui"):
+                random_lora(pipe, second, recipe, 0.08)
             loras[file.name] = describe(load_lora(file), file)["comfyui"]
         network = layouts.network(pipe)
         save_file(network.state_dict(), folder / f"{case}.weights.safetensors")
@@ -97,7 +105,11 @@ def shape_of(pipe: Any, case: str) -> list[int]:
 
 
 CASES = [(case, name.removesuffix(".safetensors")) for case in KINDS for name in recipes(case)]
-KEPT = [*((case, "automatic") for case in KINDS if case != "chroma"), ("sd15", "lower"), ("flux2", "noise")]
+KEPT = [
+    *((case, "automatic") for case in KINDS if case not in ("chroma", "lumina2")),
+    ("sd15", "lower"),
+    ("flux2", "noise"),
+]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,7 @@ def test_one_file_and_one_noise_draw_one_picture(drawn: Any, case: str, name: st
 def tolerance(recipe: Recipe) -> float:
     """A network that predicts noise divides its errors by alpha; the modern families' hosts agree to 1e-5 in one
     answer."""
-    if recipe.family in ("z_image", "flux2", "chroma", *OF_VIDEO):
+    if recipe.family in ("z_image", "flux2", "chroma", "lumina2", *OF_VIDEO):
         return 5 * TOLERANCE
     lam = recipe.log_snr[0]
     if recipe.family != "unet" or lam is None:

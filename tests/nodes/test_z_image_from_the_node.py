@@ -91,7 +91,7 @@ def sister(folder: Path, name: str) -> None:
 
 
 WRONG = {
-    "lumina": "This LoRA is for Lumina 2",
+    "lumina": "is a LoRA for the transformer of Lumina 2, but this model is the transformer of Z-Image",
     "qwen": "is a LoRA for the transformer of Qwen-Image, but this model is the transformer of Z-Image",
     "flux": "is a LoRA for the transformer of Flux, but this model is the transformer of Z-Image",
     "wider": "has factors [2, 3840] and [3840, 2], this model needs [2, 288] and [288, 2]",

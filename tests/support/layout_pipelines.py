@@ -8,6 +8,7 @@ from typing import Any
 
 import small_networks as small
 import tiny_chroma
+import tiny_lumina2
 import tiny_pipelines as tiny
 import tiny_qwen
 import torch
@@ -119,6 +120,13 @@ def chroma() -> Any:
     return pipe
 
 
+def lumina2() -> Any:
+    """Its pipeline takes every VAE for one of an eighth of the side."""
+    pipe = tiny_lumina2.lumina2(tiny.vae(16, levels=4, shift_factor=0.1), 24, 16)
+    pipe.register_modules(transformer=small.network_of("lumina2", torch.float32))
+    return pipe
+
+
 def wan() -> Any:
     """Latents of a video's one frame, an eighth of the side."""
     text = UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False)
@@ -130,7 +138,7 @@ def wan() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
-MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan, "chroma": chroma}
+MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan, "chroma": chroma, "lumina2": lumina2}
 
 
 def make(name: str) -> Any:
@@ -157,7 +165,7 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
     if name in ("AnimaModularPipeline", "WanPipeline"):
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
-    if name == "ChromaPipeline":
+    if name in ("ChromaPipeline", "Lumina2Pipeline"):
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
     if name in ("Flux2KleinPipeline", "QwenImagePipeline"):
         return {"text": pipe.encode_prompt(prompt)[0]}

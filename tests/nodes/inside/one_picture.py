@@ -26,7 +26,7 @@ folder, cases = Path(sys.argv[1]), sys.argv[2:]
 folder_paths.add_model_folder_path("loras", str(folder))
 CLASSES = {
     name: getattr(supported, name)
-    for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma")
+    for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma", "Lumina2")
 }
 
 
