@@ -25,6 +25,7 @@ from .lora import settings_in
 
 SETTINGS, PROMPTS, HINT = "onestep.settings", "onestep.prompts", "modelspec.usage_hint"
 LONG, LONG_HINT = 80, 1000
+MOVED = "where it is another, ModelSamplingSD3 (of SD3 and Wan) or ModelSamplingAuraFlow (of others) sets it before"
 
 # By the beginning of an adapter's kind: the node that takes it, and how it is drawn with in Python.
 USES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -128,13 +129,14 @@ def by_names(path: Path, file: LoraFile) -> tuple[Recognised | None, str]:
 
 def in_comfyui(recipe: Recipe) -> dict[str, Any]:
     """ComfyUI's own nodes for the family as it is published, or why none draw it."""
-    schedule = FAMILIES[recipe.family].schedule
+    schedule = usual = FAMILIES[recipe.family].schedule
     if recipe.shift is not None and isinstance(schedule, FlowSchedule):
         schedule = replace(schedule, shift=recipe.shift)
     found = core_nodes(recipe, schedule)
     if found.general is not None and recipe.sigmas and not same_sigmas(found.general.sigmas, recipe.sigmas):
         found = by_sigmas(recipe)  # of a base with a schedule of its own
-    return asdict(found) | {"words": str(found)}
+    moved = "" if found.simple is None or schedule == usual else f", on a MODEL of shift {recipe.shift:g}: {MOVED}"
+    return asdict(found) | {"words": f"{found}{moved}"}
 
 
 def in_diffusers(recipe: Recipe, path: Path) -> list[str]:

@@ -40,7 +40,7 @@ WAY_OUT = {
 """What to do with a kind that the hosts' own loaders read, as several of Wan's few-step files are."""
 
 TEXT_ENCODER = re.compile(
-    r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te(?!xt_fusion_)|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
+    r"(lora_unet_|diffusion_model\.|transformer\.)?(llm_adapter|text_conditioner)[._]|lora_te\d?_|lora_prior_te_|text_encoders?(_\d)?\.|lycoris_te(\d?_|xt_(model|encoders?(_\d)?)_)|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|"
     r"conditioner\.embedders\.|(base_model\.model\.)?text_model\."
 )
 # Not of the denoiser's LoRA either, and legal beside it: the trigger words' embeddings (bundles of kohya's and

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_base
 
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES, bind_comfy, detect, refuse_name, refuse_pooled, refuse_text, select
+from ..core.families import FAMILIES, bind_comfy, detect, refuse_name, refuse_pooled, refuse_short, refuse_text, select
 from ..training.engine.donor import read_initial
 from ..training.settings import Settings
 from .denoiser import conditionings
@@ -65,6 +65,7 @@ def refuse_encoder(clip: Any, model: Any) -> None:
     ((text, told),) = conditionings(clip, [""])
     refuse_text(family := detect(model.diffusion_model), model.model_config.unet_config, text.shape[-1])
     refuse_pooled(family, text.shape[-1], told.get("pooled_output") is not None)
+    refuse_short(family, text.shape[1])
     refuse_without_ids(model.diffusion_model, told, text.shape[-1])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.cond import Cond
 from ..core.errors import OneStepError
@@ -225,6 +226,7 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
         return Cond.concat([Cond(_checked(f"{given.name}_embeds", value, shape)[None]) for value in given.embeds])
     text = _checked(f"{given.name}_embeds", given.embeds, ("prompts", "tokens", text_width))
     refuse_padding(f"{given.name}_embeds", text, network)
+    text = filled(text, network)
     if pooled_width is None:
         if given.pooled is not None:
             raise OneStepError(f"{pooled_name(given.name)} is given, and this model reads no pooled text: leave it out")
@@ -239,6 +241,13 @@ def _from_embeds(given: PromptInput, network: Any, pooled_needed: bool) -> Cond:
         name = pooled_name(given.name)
         raise OneStepError(f"{given.name}_embeds has {len(text)} rows, {name} {len(pooled)}: give one for each prompt")
     return Cond(text, pooled=pooled)
+
+
+def filled(text: Tensor, network: Any) -> Tensor:
+    """``text`` [P, L, C] with the zeros that ``network`` is shown behind it: Wan's own encode_prompt, by itself, gives
+    226 tokens, and its pipeline's call 512."""
+    known = FAMILIES[detect(network)]
+    return pad(text, (0, 0, 0, max(0, known.tokens - text.shape[1]))) if known.zeros else text
 
 
 def refuse_padding(name: str, text: Tensor, network: Any) -> None:
@@ -267,10 +276,11 @@ def widths(network: Any) -> tuple[int, int | None]:
 def _checked(name: str, value: Any, shape: tuple[str | int, ...]) -> Tensor:
     """``value`` where it is a tensor of finite numbers of ``shape``, in which a word stands for any length."""
     wanted = f"[{', '.join(map(str, shape))}]"
-    if isinstance(value, Tensor) and value.ndim == len(shape) + 1:  # Krea 2's, as diffusers has them
+    if isinstance(value, Tensor) and value.ndim == len(shape) + 1 and "tokens" in shape:
         raise OneStepError(
-            f"{name} is {list(value.shape)}, with an axis of layers and, it may be, padding: give a list of each "
-            "text's own tokens, [tokens, layers * width], as this pipeline's encode_prompt does"
+            f"{name} is {list(value.shape)}, of one axis more than {wanted}: take that away. Of Krea 2's, which have "
+            "an axis of layers and, it may be, padding, give a list of each text's own tokens, [tokens, layers * "
+            "width], as this pipeline's encode_prompt does"
         )
     if not isinstance(value, Tensor) or not value.is_floating_point():
         what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from ..core.families import blocks_of
 from ..core.ordinary import make_ordinary
 from ..core.stored import PLAIN, in_float8, is_plain, serve
 from ..core.targets import Target, is_adaptable, kernel_size
+from .kinds import pipeline_for
 from .modular import is_modular
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
@@ -20,6 +22,7 @@ CACHES = ("cache", "fbc_", "pyramid", "taylor")  # in the names of diffusers' ho
 
 def prepare(pipe: Any, network: nn.Module) -> None:
     """Make ``pipe`` fit to be trained. Raises OneStepError, before anything is changed, where it cannot be."""
+    _refuse_modular(pipe, network)
     _refuse_absent(pipe)
     # diffusers' own casts of layers hang in hooks
     if in_float8(network) and not any(hasattr(layer, "_diffusers_hook") for layer in network.modules()):
@@ -31,6 +34,15 @@ def prepare(pipe: Any, network: nn.Module) -> None:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
             make_ordinary(module)
+
+
+def _refuse_modular(pipe: Any, network: nn.Module) -> None:
+    own = pipeline_for(network)
+    if is_modular(type(pipe)) and not is_modular(getattr(diffusers, own)):
+        raise OneStepError(
+            f"a {type(pipe).__name__} is put together of blocks, which is not served: load it as a {own}, or give its "
+            "parts to one"
+        )
 
 
 def _refuse_absent(pipe: Any) -> None:

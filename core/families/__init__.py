@@ -269,6 +269,17 @@ def refuse_pooled(family: str, width: int, pooled: bool) -> None:
     )
 
 
+def refuse_short(family: str, tokens: int) -> None:
+    """Raises OneStepError where a text of ``tokens`` is shorter than its own encoder gives every one."""
+    known = FAMILIES[family]
+    if known.zeros and not known.token_ids and tokens < known.tokens:
+        right = next(iter(known.encoders.values()))
+        raise OneStepError(
+            f"the text encoder gives a text of {tokens} tokens, and this model reads {known.tokens}, zeros behind its "
+            f"own: load {right.name} (in ComfyUI: {right.loader})"
+        )
+
+
 def choices(names: Iterable[str] = FAMILIES) -> str:
     """The models of these families, for a person; of all that are served."""
     *most, last = ", ".join(FAMILIES[name].models for name in names).split(", ")

@@ -84,6 +84,7 @@ ANIMA = Family(
     token_ids="t5xxl_ids",
     text_adapter="llm_adapter",
     tokens=TOKENS,
+    zeros=True,
     schedule=FlowSchedule(3.0),
     divided=1000,
     prompts="alone",

@@ -55,6 +55,10 @@ class Block:
     own: str = ""
 
 
+SQUARE = (r"attn[._]to_[kv]", 1.0)
+"""A ratio of families that have as many heads of keys and values as of queries."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture. Names of layers are canonical, diffusers' own, unless ComfyUI's are said.
@@ -94,7 +98,8 @@ class Family:
     zeros to `tokens`, as ComfyUI's model itself does. one_stream: whether the network makes one sequence of
     text and picture, of every text at its own length. filled: a text is filled up to a multiple of so many tokens by
     the network itself; 0 where it is not. tokens: of a text of usual length.
-    longest: of texts to which its pipeline pads all, by states that nothing marks in the text; 0 where it does not.
+    zeros: whether a text is filled up to `tokens` by zeros that are attended to. longest: of texts to which its
+    pipeline pads all, by states that nothing marks in the text; 0 where it does not.
     token_ids: what ComfyUI's conditions call the ids from which, beside the encoder's text, its network makes the text
     that it reads; text_adapter: by what child of its root. text_embedder: what embeds each of a text's tokens before
     cross-attention sees them; "" where the encoder's are seen as they are.
@@ -156,6 +161,7 @@ class Family:
     one_stream: bool = False
     filled: int = 0
     tokens: int
+    zeros: bool = False
     longest: int = 0
     token_ids: str = ""
     text_adapter: str = ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Encoder, Family, Numbers, first
+from .family import NORM, SQUARE, Block, Config, Encoder, Family, Numbers, first
 from .table import QKV, REST, Row, count, repeated
 
 OUTSIDE = (
@@ -82,7 +82,10 @@ FLUX = Family(
     keys=r"single_transformer_blocks[._]\d+[._]norm|(img|txt)_mod[._]lin|single_blocks[._]\d+[._]modulation",
     sisters=r"single_transformer_blocks[._]\d+[._](attn[._]to_[qkv]([._]|$)|proj_(mlp|out))",
     shared=r"transformer_blocks[._]\d+[._](attn[._]|norm1|ff[._]net|ff_context[._]net)|(double|single)_blocks[._]\d",
-    ratios=((r"(img|txt)_mlp[._]0", 4.0), (r"(img|txt)_mlp[._]2", 1 / 4), (r"linear1", 7.0), (r"linear2", 1 / 5)),
+    ratios=(
+        *(SQUARE, (r"(img|txt)_mlp[._]0", 4.0), (r"(img|txt)_mlp[._]2", 1 / 4)),
+        *((r"linear1", 7.0), (r"linear2", 1 / 5)),
+    ),
     license=(
         "FLUX.1-schnell: Apache-2.0; FLUX.1-dev: non-commercial, its outputs not "
         '"to train, fine-tune or distill a model that is competitive with" it, a LoRA shared under the same'

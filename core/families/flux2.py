@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..schedule import FlowSchedule, StepsShift
-from .family import NORM, Block, Config, Encoder, Family, Numbers, first
+from .family import NORM, SQUARE, Block, Config, Encoder, Family, Numbers, first
 from .flux import Layout, layout_of_canonical, layout_of_comfy
 from .table import QKV, Row, repeated
 
@@ -67,7 +67,10 @@ FLUX2 = Family(
     r"|transformer_blocks[._]\d+[._]ff(_context)?[._]linear_(in|out)|(double|single)_stream_modulation"
     r"|time_guidance_embed",
     shared=r"transformer_blocks[._]\d+[._]attn[._]|(double|single)_blocks[._]\d",
-    ratios=((r"(img|txt)_mlp[._]0", 6.0), (r"(img|txt)_mlp[._]2", 1 / 3), (r"linear1", 9.0), (r"linear2", 1 / 4)),
+    ratios=(
+        *(SQUARE, (r"(img|txt)_mlp[._]0", 6.0), (r"(img|txt)_mlp[._]2", 1 / 3)),
+        *((r"linear1", 9.0), (r"linear2", 1 / 4)),
+    ),
     license="FLUX.2 klein 4B: Apache-2.0; klein 9B and dev: FLUX non-commercial",
     rows=rows,
     default=Layout(),

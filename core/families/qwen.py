@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from ..schedule import FlowSchedule, SizeShift
-from .family import NORM, Block, Config, Encoder, Family, Numbers
+from .family import NORM, SQUARE, Block, Config, Encoder, Family, Numbers
 from .table import Row, count, repeated
 
 
@@ -54,6 +54,7 @@ QWEN_IMAGE = Family(
     keys=r"transformer_blocks[._]\d+[._](img|txt)_(mlp[._]net|mod[._]1)[._]",
     shared=r"transformer_blocks[._]\d+[._]attn[._](to_[qkv]|to_out|to_add_out|add_[qkv]_proj)([._]|$)"
     r"|time_text_embed[._]timestep_embedder",
+    ratios=(SQUARE,),
     license="Qwen-Image: Apache-2.0",
     rows=rows,
     default=128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..schedule import FlowSchedule
-from .family import NORM, Block, Config, Encoder, Family, Numbers
+from .family import NORM, SQUARE, Block, Config, Encoder, Family, Numbers
 from .table import QKV, Row, count, repeated
 
 OUTSIDE = (
@@ -68,6 +68,7 @@ SD3 = Family(
     marks=("joint_blocks", "x_embedder", "y_embedder"),
     keys=r"joint_blocks[._]\d",
     shared=r"transformer_blocks[._]\d+[._](attn2?[._]|norm1|ff)",
+    ratios=(SQUARE,),
     license=(
         "SD3 and SD3.5: Stability AI Community; not used, nor their outputs, "
         '"to create or improve any foundational generative AI model (excluding the Models or Derivative Works)"'

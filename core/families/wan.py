@@ -33,8 +33,9 @@ BLOCK = (
 TOKENS, WIDTH = 512, 4096
 """Of every text, filled up by zeros that are attended to; and of a token, where a configuration does not say."""
 
-# other families call theirs transformer_blocks, double_blocks and so on, or their layers q_proj
-IN_BLOCKS = r"(?<!transformer_)blocks[._]\d+[._]"
+# other families call theirs transformer_blocks, double_blocks and so on, or their layers q_proj and q_linear; one
+# dialect's prefix ends as the first of these does
+IN_BLOCKS = r"((?<!transformer_)|(?<=lora_transformer_))blocks[._]\d+[._]"
 
 
 def rows(layout: int) -> Iterator[Row]:
@@ -57,7 +58,7 @@ WAN = Family(
     short="Wan",
     network="WanTransformer3DModel",
     marks=("text_embedding", "time_projection", "head"),
-    keys=rf"{IN_BLOCKS}((self|cross)_attn[._]([qkvo]|norm_[qk])[._](?!proj)|attn[12][._](to_[qkv]|to_out)|ffn[._])"
+    keys=rf"{IN_BLOCKS}((self|cross)_attn[._]([qkvo]|norm_[qk])[._](?!proj|linear)|attn[12][._](to_[qkv]|to_out)|ffn[._])"
     rf"|(text|time)_embedding[._][02]([._]|$)|{EMBEDDER}[._]",
     license="Wan 2.1 and 2.2: Apache-2.0",
     rows=rows,
@@ -77,6 +78,7 @@ WAN = Family(
     pooled=False,
     lengths="equal",
     tokens=TOKENS,
+    zeros=True,
     text_embedder=f"{EMBEDDER}.text_embedder",
     schedule=FlowSchedule(8.0),  # ComfyUI's; diffusers' schedulers say their own
     prompts="alone",

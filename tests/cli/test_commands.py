@@ -19,7 +19,12 @@ import torch
 from command import SHORT, Command
 from PIL import Image
 
+from onestep.cli.inspect import in_comfyui
+from onestep.core.families import FAMILIES
+from onestep.core.ksampler import core_nodes
 from onestep.core.lora_file import load_lora, save_lora
+from onestep.core.recipe import recipe_of
+from onestep.core.schedule import FlowSchedule
 from onestep.pipelines.load import load
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and file limits of POSIX")
@@ -233,6 +238,16 @@ def test_inspect_says_what_a_public_file_is_taken_for(onestep: Command, trained,
     assert "taken for sdxl-lightning-2, by its name (--recipe says otherwise):\n  draws in 2 step(s)" in said
     said = onestep("inspect", both).out
     assert "does not say how it is sampled: hyper_lightning_2step.safetensors may be one of sdxl-lightning-2" in said
+
+
+@pytest.mark.parametrize("preset", ["wan2.1-lightx2v-4", "qwen-image-lightning-4", "krea2-turbo-8", "hyper-sd3-4-cfg"])
+def test_inspect_tells_the_shift_that_a_base_has_not_by_itself(preset: str):
+    """Core's "simple" follows the MODEL's: Wan's own, 8, has other levels than LightX2V's, of 5."""
+    recipe = recipe_of(preset)
+    usual = FAMILIES[recipe.family].schedule.shift
+    said, own = in_comfyui(recipe), core_nodes(recipe, FlowSchedule(usual))
+    assert ("ModelSampling" in said["words"]) == (str(own) != str(core_nodes(recipe, FlowSchedule(recipe.shift))))
+    assert (f"on a MODEL of shift {recipe.shift:g}: " in said["words"]) == (preset.startswith(("wan", "qwen")))
 
 
 @pytest.mark.parametrize("layout", ["unet", "sd3"])

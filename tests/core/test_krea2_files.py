@@ -95,6 +95,15 @@ def test_attention_alone_is_the_wanted_familys() -> None:
         assert [family_of_keys(keys, name) for name in ("krea2", "qwen_image", "sd3")] == ["krea2", "qwen_image", "sd3"]
 
 
+@pytest.mark.parametrize("layer", ["to_k", "to_v"])
+def test_attention_with_fewer_heads_of_keys_than_of_queries_is_told_by_its_shapes(layer: str) -> None:
+    """Of Krea 2's 6144 channels 1536 are keys; of other families' with these names all are."""
+    a, b = (f"transformer.transformer_blocks.0.attn.{layer}.lora_{part}.weight" for part in "AB")
+    shared, square = ({a: (16, 6144), b: (outputs, 16)} for outputs in (1536, 6144))
+    assert {family_of_keys([a, b], wanted, shared) for wanted in (None, *FAMILIES)} == {"krea2"}
+    assert family_of_keys([a, b], None, square) == "sd3" and family_of_keys([a, b], "krea2", square) == "krea2"
+
+
 def test_another_familys_file_is_refused_both_ways(model: tuple, tmp_path: Path) -> None:
     save_lora(path := tmp_path / "a.safetensors", model[2], "krea2")
     for wanted in ("qwen_image", "flux2", "anima", "sd3"):

@@ -9,7 +9,7 @@ import pytest
 from published_networks import IN_COMFY, PUBLISHED, on_meta
 
 from onestep.core.errors import OneStepError
-from onestep.core.families import FAMILIES, refuse_text
+from onestep.core.families import FAMILIES, refuse_short, refuse_text
 from onestep.nodes.own_text import refuse_without_ids
 
 WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "sd3": 4096, "sd35_medium": 4096, "flux": 4096, "z_image": 2560}
@@ -51,3 +51,13 @@ def test_animas_is_refused_with_what_this_model_reads(name: str, right: str) -> 
         refuse_without_ids(on_meta(name), ids, WIDTHS[name])
     refuse_without_ids(on_meta(name), {}, WIDTHS[name])
     refuse_without_ids(on_meta("anima"), ids, WIDTHS["anima"])
+
+
+def test_a_t5_that_fills_no_text_up_is_not_wans() -> None:
+    """Chroma's T5-XXL, whose tokens are as wide."""
+    with pytest.raises(
+        OneStepError, match=r"gives a text of 7 tokens, .* reads 512, .*: load Wan's UMT5-XXL .*type wan"
+    ):
+        refuse_short("wan", 7)
+    for family, tokens in (("wan", 512), ("wan", 513), ("anima", 7), ("chroma", 7), ("flux", 256)):
+        refuse_short(family, tokens)

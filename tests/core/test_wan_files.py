@@ -138,6 +138,23 @@ def test_diffusers_names_in_blocks_of_other_names_are_not_wans() -> None:
         assert family_of_keys([key]) != "wan"
     assert family_of_keys(["transformer.blocks.0.attn1.to_q.lora_A.weight"]) == "wan"
     assert family_of_keys(["lora_unet_blocks_0_attn1_to_q.lora_down.weight"]) == "wan"
+    assert family_of_keys(["lora_transformer_blocks_0_attn1_to_q.lora_down.weight"], "anima") == "wan"
+    assert family_of_keys(["lora_transformer_transformer_blocks_0_attn1_to_q.lora_down.weight"]) != "wan"
+
+
+@pytest.mark.parametrize("layer", ["cross_attn.q_linear", "cross_attn.kv_linear", "attn.qkv"])
+def test_pixarts_layers_in_comfyuis_names_are_not_wans(layer: str) -> None:
+    for key in (f"diffusion_model.blocks.0.{layer}.x", f"lora_unet_blocks_0_{layer.replace('.', '_')}.x"):
+        assert family_of_keys([key]) != "wan"
+
+
+def test_its_texts_embedding_is_no_text_encoders(model: tuple, tmp_path: Path) -> None:
+    """LyCORIS' names of the two begin alike."""
+    _, targets, state = model
+    tensors = kohya("lycoris_")(native(state)) | {"lycoris_te_text_model_encoder_x.lora_down.weight": torch.ones(2, 2)}
+    found = load_lora(foreign(tmp_path / "a.safetensors", tensors), [t.name for t in targets], "wan")
+    assert_same(fit(found.state, targets), state)
+    assert list(found.unused) == ["lycoris_te_text_model_encoder_x.lora_down.weight"]
 
 
 MARKS = {

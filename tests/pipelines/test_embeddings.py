@@ -114,6 +114,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "nothing": ("sd", {}, "prompt is None"),
     "both": ("sd", {"prompt": "a", "prompt_embeds": WIDE}, "prompt and prompt_embeds are both given"),
     "another width": ("sd", {"prompt_embeds": WIDE}, r"\[1, 5, 48\], this model reads \[prompts, tokens, 32\]"),
+    "an axis more": (
+        "sd",
+        {"prompt_embeds": TEXT[None]},
+        r"\[1, 1, 5, 64\], of one axis more than \[prompts, tokens, w",
+    ),
+    "pooled with an axis more": (
+        "sdxl",
+        {"prompt_embeds": TEXT, "pooled_prompt_embeds": POOLED[None]},
+        r"\[1, 1, 32\], this model reads \[prompts, 32\]",
+    ),
     "flat": ("sd", {"prompt_embeds": torch.zeros(5, 32)}, r"\[5, 32\]"),
     "no tokens": ("sd", {"prompt_embeds": torch.zeros(1, 0, 32)}, r"\[1, 0, 32\]"),
     "a text": ("sd", {"prompt_embeds": "a cat"}, "prompt_embeds is a str"),

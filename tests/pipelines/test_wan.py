@@ -3,9 +3,11 @@ is loaded, and one file draws one picture by OneStepPipeline and by diffusers al
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,29 @@ def test_a_folder_is_loaded_saved_and_drawn_from(folder: Path, tmp_path: Path) -
     embeds = again.encode_prompt("a cat")[0]
     given = again(prompt_embeds=embeds, recipe=recipe, seed=1, output_type="np").images
     np.testing.assert_allclose(given, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("wan", 226), ("anima", 5)])
+def test_embeddings_without_all_of_the_zeros_draw_what_their_prompt_does(kind: str, length: int) -> None:
+    """Wan's own encode_prompt gives 226 tokens where nobody says how many, and its call reads 512."""
+    fast = OneStepPipeline.from_pipe(make(kind))
+    recipe = Recipe.at(FlowSchedule(3.0), torch.tensor([1000.0], dtype=torch.float64), family=kind, sizes=((64, 32),))
+    told: dict[str, Any] = {"recipe": replace(recipe, guidance=3.0), "seed": 1, "output_type": "latent"}
+    texts, negatives, *_ = fast.encode_prompt("a cat", "red")
+    assert not texts[:, length:].any() and texts.shape[1] == 512
+    short = {"prompt_embeds": texts[:, :length], "negative_prompt_embeds": negatives[:, :length]}
+    drawn = fast("a cat", negative_prompt="red", **told).images
+    torch.testing.assert_close(fast(**short, **told).images, drawn)
+
+
+@pytest.mark.parametrize("name", ["Krea2ModularPipeline", "WanModularPipeline"])
+def test_a_pipeline_of_blocks_is_refused_with_the_one_that_is_served(name: str) -> None:
+    served = name.replace("Modular", "")
+    parts = make({"Krea2Pipeline": "krea2", "WanPipeline": "wan"}[served]).components
+    pipe = getattr(diffusers, name)()
+    pipe.update_components(**{part: value for part, value in parts.items() if value is not None})
+    with pytest.raises(OneStepError, match=f"a {name} is put together of blocks.*load it as a {served}"):
+        adapt(pipe)
 
 
 def test_image_to_video_is_refused_by_name_though_its_network_has_one_class() -> None:
