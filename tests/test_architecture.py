@@ -93,7 +93,7 @@ KNOWN_FILES = {
     "kernels": PYTHON | {".cu"},
     "training": PYTHON,
     "nodes": PYTHON,
-    "pipelines": PYTHON | {".json", ".txt", ".safetensors", ".md"},
+    "pipelines": PYTHON | {".json", ".txt", ".safetensors", ".md", ".jinja"},
     "web": {".js", ".css", ".md"} | PICTURES,
     "workflows": {".json"} | PICTURES,
     "subgraphs": {".json"},
