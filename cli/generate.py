@@ -116,7 +116,7 @@ def _teacher(host: Any, args: Namespace) -> tuple[Any, int]:
 
 
 def _student(host: Any, lora: Lora, args: Namespace) -> tuple[Any, int]:
-    recipe = in_steps(lora.recipe, host, args.steps)
+    recipe = in_steps(lora.recipe.whole(), host, args.steps)
     if args.guidance is not None and host.denoiser.guidance != "embedded":
         recipe = replace(recipe, guidance=args.guidance)
     roles, denoise = host.denoiser.roles, host.denoiser

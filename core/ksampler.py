@@ -90,7 +90,10 @@ def core_nodes(recipe: Recipe, schedule: NoiseSchedule) -> CoreNodes:
             reason=f"KSampler begins with {scale:.4g} of unit noise at time {recipe.timesteps[0]:g}, this recipe with "
             f"{recipe.initial_noise_scale:.4g}"
         )
-    return CoreNodes(_ksampler(recipe, schedule), _manual(recipe, k_sigma(schedule, levels).tolist()))
+    sigmas = k_sigma(schedule, levels).tolist()
+    if recipe.end:
+        return CoreNodes(general=_manual(recipe, sigmas, float(recipe.end_level(schedule))))
+    return CoreNodes(_ksampler(recipe, schedule), _manual(recipe, sigmas))
 
 
 def by_sigmas(recipe: Recipe) -> CoreNodes:
@@ -99,9 +102,10 @@ def by_sigmas(recipe: Recipe) -> CoreNodes:
 
 
 def same_sigmas(text: str, sigmas: Sequence[float | None]) -> bool:
-    """Whether the widget's ``text`` holds these ``sigmas`` and the closing 0."""
-    told = [*(ZERO_TERMINAL if sigma is None else sigma for sigma in sigmas), 0.0]
-    return all(math.isclose(float(one), other, rel_tol=1e-5) for one, other in zip(text.split(","), told, strict=True))
+    """Whether the widget's ``text`` holds these ``sigmas`` and one that closes them."""
+    *own, _ = text.split(",")
+    told = [ZERO_TERMINAL if sigma is None else sigma for sigma in sigmas]
+    return all(math.isclose(float(one), other, rel_tol=1e-5) for one, other in zip(own, told, strict=True))
 
 
 def usage_hint(recipe: Recipe, schedule: NoiseSchedule) -> str:
@@ -151,16 +155,16 @@ def _grids(schedule: NoiseSchedule, least: int) -> Iterator[tuple[int, Tensor]]:
             yield steps, simple_times(schedule, steps)
 
 
-def _manual(recipe: Recipe, sigmas: list[float]) -> ManualSigmas:
-    """With the closing 0, to ten digits, which is more than float32 holds; never with an exponent, which ManualSigmas
-    does not read."""
-    finite = [min(sigma, ZERO_TERMINAL) for sigma in sigmas]
+def _manual(recipe: Recipe, sigmas: list[float], end: float = 0.0) -> ManualSigmas:
+    """With the closing 0, or an expert's end, to ten digits, which is more than float32 holds; never with an exponent,
+    which ManualSigmas does not read."""
+    finite = [min(sigma, ZERO_TERMINAL) for sigma in (*sigmas, *([end] if end else []))]
     texts = (f"{sigma:.{max(1, 10 - len(str(int(sigma))))}f}".rstrip("0").rstrip(".") for sigma in finite)
-    return ManualSigmas(", ".join([*texts, "0"]), _sampler(recipe), recipe.guidance)
+    return ManualSigmas(", ".join([*texts, *([] if end else ["0"])]), _sampler(recipe), recipe.guidance)
 
 
 def _sampler(recipe: Recipe) -> str:
-    return "lcm" if recipe.steps > 1 and (recipe.renoise or recipe.eta == 1) else "euler"
+    return "lcm" if (recipe.steps > 1 or recipe.end) and (recipe.renoise or recipe.eta == 1) else "euler"
 
 
 def _ksampler_in_words(node: KSampler | KSamplerAdvanced) -> str:

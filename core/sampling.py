@@ -32,7 +32,8 @@ def jump(schedule: NoiseSchedule, x: Tensor, x0: Tensor, sigma: Tensor, lower: T
 def sample(
     denoise: Denoiser, recipe: Recipe, cond: Cond, noise: Tensor, draw: Draw, null: Cond | None = None
 ) -> Tensor:
-    """x0 [B, ...] by ``recipe`` from standard normal ``noise`` [B, ...].
+    """x0 [B, ...] by ``recipe`` from standard normal ``noise`` [B, ...]; x at its end where that is another's to go on
+    from.
 
     ``draw(i)`` gives fresh standard normal noise for step i of a recipe that renoises (eta > 0); it is not called
     otherwise.
@@ -53,10 +54,12 @@ def levels_of(schedule: NoiseSchedule, recipe: Recipe, batch: int) -> list[Tenso
 def advance(
     schedule: NoiseSchedule, recipe: Recipe, step: int, levels: list[Tensor], x: Tensor, x0: Tensor, draw: Draw
 ) -> Tensor:
-    """What a step ends in, from its x and the x0 found there: x at the next level; after the last, x0 itself."""
-    if step + 1 == len(levels):
+    """What a step ends in, from its x and the x0 found there: x at the next level; after the last, x0 itself, or x at
+    the recipe's end."""
+    last = step + 1 == len(levels)
+    if last and not recipe.end:
         return x0
-    sigma, lower = levels[step], levels[step + 1]
+    sigma, lower = levels[step], recipe.end_level(schedule).expand(len(x0)) if last else levels[step + 1]
     if recipe.renoise:
         return add_noise(schedule, x0, draw(step), lower)
     if recipe.eta == 0:

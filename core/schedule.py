@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .sending import sent
+from .shifts import SizeShift as SizeShift
+from .shifts import StepsShift as StepsShift
 
 
 def expand(level: Tensor, like: Tensor) -> Tensor:
@@ -83,7 +85,8 @@ def initial_noise_scale(schedule: NoiseSchedule, sigma: Tensor) -> float:
     They begin with x = sigma noise, and at the schedule's noisiest level (ComfyUI's "max denoise") with unit noise.
     """
     noisiest = k_sigma(schedule, torch.tensor(schedule.sigma_max, dtype=torch.float64))
-    if float(k_sigma(schedule, sigma)) >= float(noisiest) * (1 - 1e-5):
+    # an expert's noisiest level is one of the whole schedule's
+    if not isinstance(schedule, FlowSchedule) and float(k_sigma(schedule, sigma)) >= float(noisiest) * (1 - 1e-5):
         return 1.0
     return float(sigma / (schedule.alpha(sigma) ** 2 + sigma**2).sqrt())
 
@@ -183,47 +186,14 @@ class VPSchedule:
 
 
 @dataclass(frozen=True)
-class StepsShift:
-    """FLUX.2's shift e^mu of ``tokens`` and steps (compute_empirical_mu of its authors' and of both hosts' code)."""
-
-    tokens: int
-
-    def __call__(self, steps: int) -> float:
-        # mu lies on a line through its values at 10 and at 200 steps, each linear in the tokens
-        many = 0.00016927 * self.tokens + 0.45666666
-        few = 8.73809524e-05 * self.tokens + 1.89833333
-        return math.exp(many if self.tokens > 4300 else few + (steps - 10) / 190 * (many - few))
-
-    def of(self, latents: int) -> StepsShift:
-        return StepsShift(latents)
-
-
-@dataclass(frozen=True)
-class SizeShift:
-    """The shift e^mu of ``tokens`` of 2 x 2 latents, for any number of steps: mu lies on a line through ``low`` and
-    ``high``, (tokens, mu) each (calculate_shift of diffusers' pipelines). linear: the shift is mu itself."""
-
-    tokens: int
-    low: tuple[int, float]
-    high: tuple[int, float]
-    linear: bool = False
-
-    def __call__(self, steps: int) -> float:
-        slope = (self.high[1] - self.low[1]) / (self.high[0] - self.low[0])
-        mu = self.low[1] + slope * (self.tokens - self.low[0])
-        return mu if self.linear else math.exp(mu)
-
-    def of(self, latents: int) -> SizeShift:
-        return replace(self, tokens=latents // 4)
-
-
-@dataclass(frozen=True)
 class FlowSchedule:
     """Rectified flow: alpha = 1 - sigma, sigma in [0, 1] (arXiv:2209.03003); the network is told ``multiplier`` sigma.
 
     ``shift`` moves equal steps towards noise: sigma = s u / (1 + (s - 1) u) (SD3, arXiv:2403.03206, Eq. 23).
     by_steps: that of a base whose equal steps are moved by as much as their number says, and the picture's tokens.
     terminal: where the last of its equal steps begins, to which all are stretched; 0 where they are not.
+    sigma_min, sigma_max: of one of several experts the levels that it answers for; equal steps and shares of its time
+    are then of these.
     """
 
     shift: float = 1.0
@@ -243,12 +213,17 @@ class FlowSchedule:
         return sigma.double() * self.multiplier
 
     def sigma_at(self, share: Tensor) -> Tensor:
-        share = share.double()
+        low, high = self._unshifted(self.sigma_min), self._unshifted(self.sigma_max)
+        share = low + (high - low) * share.double()
         return self.shift * share / (1 + (self.shift - 1) * share)
 
     def share_of(self, sigma: Tensor) -> Tensor:
+        low, high = self._unshifted(self.sigma_min), self._unshifted(self.sigma_max)
+        return (self._unshifted(sigma.double()) - low) / (high - low)
+
+    def _unshifted(self, sigma: Any) -> Any:
         # u = sigma / (s - (s - 1) sigma)
-        return sigma.double() / (self.shift - (self.shift - 1) * sigma.double())
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
         # (1 - sigma) / sigma = e^lambda

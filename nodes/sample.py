@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from comfy_api.latest import io
 
 from ..core.errors import OneStepError
@@ -15,6 +17,9 @@ from ..core.recipe import Recipe
 from .denoiser import schedule_of
 from .load_lora import RecipeSocket
 from .sampler import RecipeSampler, comfy_sigmas
+
+END = "onestep_end"
+"""In a LATENT: the network's time at which its noise was left for another expert."""
 
 
 class OneStepSample(io.ComfyNode):  # type: ignore[misc]
@@ -34,7 +39,8 @@ class OneStepSample(io.ComfyNode):  # type: ignore[misc]
                 io.Conditioning.Input("positive", tooltip="What to draw."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Its size; a picture in it is noised to the recipe's first level and drawn anew.",
+                    tooltip="Its size; a picture in it is noised to the recipe's first level and drawn anew. What "
+                    "One-Step Sample has left of one expert (Wan 2.2's high-noise one) another goes on with.",
                 ),
                 RecipeSocket.Input("recipe", tooltip="From Load One-Step LoRA."),
                 seed_input(),
@@ -69,6 +75,8 @@ def drawn(guider: Any, model: Any, latent: dict[str, Any], recipe: Recipe, seed:
     )
     noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     sigmas = comfy_sigmas(schedule_of(model.get_model_object("model_sampling")), recipe)
+    if goes_on(latent, recipe):
+        noise = torch.zeros_like(noise)
     samples = guider.sample(
         noise,
         start,
@@ -80,8 +88,21 @@ def drawn(guider: Any, model: Any, latent: dict[str, Any], recipe: Recipe, seed:
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio")}
-    return {**kept, "samples": samples.to(comfy.model_management.intermediate_device())}
+    left = {END: recipe.end} if recipe.end else {}
+    kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio") and name != END}
+    return {**kept, **left, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def goes_on(latent: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether ``latent`` is what another expert's recipe has left, noise and all. Raises OneStepError where this one
+    does not begin there."""
+    left, first = latent.get(END), recipe.timesteps[0]
+    if left is not None and not math.isclose(left, first, rel_tol=1e-5):
+        raise OneStepError(
+            f"the latents were left at time {left:g} for another expert to go on from, and this recipe begins at "
+            f"{first:g}: load the two LoRAs of one pair, the high-noise one first"
+        )
+    return left is not None
 
 
 def seed_input() -> Any:

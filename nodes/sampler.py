@@ -56,17 +56,17 @@ class RecipeSampler(comfy.samplers.Sampler):  # type: ignore[misc]
 
     def _at(self, sigmas: Tensor, schedule: NoiseSchedule) -> Recipe:
         """The recipe at the levels of ``sigmas``; guidance is the guider's."""
-        if len(sigmas) < 2 or float(sigmas[-1]) != 0:
-            raise OneStepError(
-                f"the recipe's sampler draws down to sigma 0, the sigmas given are {sigmas.tolist()[:8]}: plug "
-                f"in all of them"
-            )
         own = comfy_sigmas(schedule, self.recipe)
+        if len(sigmas) < 2 or not math.isclose(float(sigmas[-1]), float(own[-1]), rel_tol=1e-5):
+            raise OneStepError(
+                f"the recipe's sampler draws down to sigma {float(own[-1]):g}, the sigmas given are "
+                f"{sigmas.tolist()[:8]}: plug in all of them"
+            )
         if own.shape == sigmas.shape and torch.allclose(own, sigmas.to(own), rtol=1e-5):
             return replace(self.recipe, guidance=1.0)
         times = schedule.time_of_sigma(contract_levels(schedule, sigmas[:-1]))
         scale = self.recipe.noise_scale_from(schedule, schedule.sigma_of_time(times[0]))
-        return replace(self.recipe.retimed(tuple(times.tolist()), scale), guidance=1.0)
+        return replace(self.recipe.retimed(tuple(times.tolist()), scale), guidance=1.0, end=self.recipe.end)
 
 
 @dataclass
@@ -110,11 +110,11 @@ def contract_levels(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
 
 
 def comfy_sigmas(schedule: NoiseSchedule, recipe: Recipe) -> Tensor:
-    """The recipe's levels as ComfyUI's SIGMAS, float32, with the closing 0."""
+    """The recipe's levels as ComfyUI's SIGMAS, float32, with the closing 0, or the end where another goes on."""
     levels = recipe.levels(schedule)
     values = (levels / signal(schedule, levels)).tolist()
     if not all(map(math.isfinite, values)):
         raise OneStepError(
             f"the recipe's times {recipe.timesteps} have no finite level on this model: choose the recipe's own base"
         )
-    return torch.tensor([*values, 0.0], dtype=torch.float32)
+    return torch.tensor([*values, float(recipe.end_level(schedule)) if recipe.end else 0.0], dtype=torch.float32)

@@ -14,6 +14,7 @@ _LAZY = {
     "diffusers_settings": ".plain",
     "distill": ".distill",
     "diverse": ".diversity",
+    "draw_by_experts": ".experts",
     "load": ".load",
     "path_of": ".bundled",
     "steered": ".steer",

@@ -23,7 +23,6 @@ from ..core.families import (
     blocks_of,
     check_size,
     detect,
-    refuse_pipeline,
     refuse_text,
     select,
 )
@@ -45,6 +44,7 @@ from .schedules import prediction_of, schedule_of
 from .steer_served import is_steered
 from .text import encoders_of
 from .trainable import prepare
+from .two_experts import refuse_kind
 from .variants import refuse_variant
 
 PROMPTS_AT_ONCE = 16
@@ -56,7 +56,7 @@ def adapt(pipe: Any, *, targets: str = "all", device: torch.device | str | None 
     targets: which layers carry adapters, "all", "attention+mlp" or "attention". device: where it trains and draws;
     by default where the network lies. Raises OneStepError for a pipeline of another kind.
     """
-    refuse_pipeline(type(pipe).__name__)
+    refuse_kind(pipe)
     network = network_of(pipe)
     prepare(pipe, network)
     device = torch.device(device or network.device)

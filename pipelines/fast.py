@@ -64,7 +64,7 @@ class Fast:
         if mode not in ("auto", "eager", "compile", "graph"):
             raise OneStepError(f"mode is {mode!r:.40}: choose from auto, eager, compile, graph")
         _refuse_adapters(pipe)
-        self.pipe, self.recipe = pipe, recipe
+        self.pipe, self.recipe = pipe, recipe.whole()
         self.host: DiffusersHost = pipe.host(recipe)
         self.host.network.eval()
         if decoder is not None:

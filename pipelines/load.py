@@ -25,6 +25,7 @@ from .kinds import PIPELINES
 from .modular import is_modular, loaded_names, made_of, part_names
 from .quiet import attempt
 from .single_file import FIRST, load_single_file
+from .two_experts import EXPERTS, as_the_only, entries_for, expert_of
 from .weights import load_parts
 
 WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
@@ -98,14 +99,17 @@ def best_device() -> torch.device:
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline of a diffusers folder, from its safetensors alone."""
-    index = read_index(folder)
+    """The pipeline of a diffusers folder, from its safetensors alone; of one of two experts, the folder in it."""
+    folder, expert = expert_of(folder)
+    index = entries_for(folder, expert, read_index(folder))
     cls = getattr(diffusers, pipeline_class(folder, index))
     if is_modular(cls):
         return _assembled(folder, cls, index, dtype)
     for part in WEIGHTS:
         _refuse_pickles(folder / part)
-    parts = _left_out(folder, cls, index) | load_parts(folder, index, WEIGHTS, dtype)
+    wanted = tuple(part for part in WEIGHTS if expert != EXPERTS[1] or part != EXPERTS[0])
+    parts = _left_out(folder, cls, index) | load_parts(folder, index, wanted, dtype)
+    parts |= as_the_only(folder, expert, index, dtype)
     return attempt(
         folder,
         lambda: cls.from_pretrained(

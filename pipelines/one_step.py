@@ -184,7 +184,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         positive = PromptInput("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         prompts, each = positive.count, num_images_per_prompt
         generator = checked(prompts, each, generator, seed, output_type)
-        host, guided = self.host(chosen), chosen.guidance != 1
+        host, guided = self.host(chosen if output_type == "latent" else chosen.whole()), chosen.guidance != 1
         size = self._size(host, chosen, width, height)
         cond = at_guidance(conditions(host, positive, size), embedded).repeat(each).to(host.device)
         away = PromptInput("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)

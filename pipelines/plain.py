@@ -199,7 +199,7 @@ def diffusers_settings(recipe: Recipe, embedded_guidance: float | None = None) -
         raise OneStepError(
             f"no scheduler of diffusers gives the network {recipe.time_scale:g} of each time: draw with OneStepPipeline"
         )
-    settings = _vp(recipe) if FAMILIES[recipe.family].unet else _flow(recipe, embedded_guidance)
+    settings = _vp(recipe.whole()) if FAMILIES[recipe.family].unet else _flow(recipe.whole(), embedded_guidance)
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
     return replace(settings, call={**settings.call, **size}, family=recipe.family)
 

@@ -48,8 +48,8 @@ CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_65
 QWEN3_4B, QWEN3_8B, QWEN25_VL_7B = 4_022_468_096, 8_190_735_360, 8_292_166_656
 # Gemma-2-2B
 GEMMA2_2B = 2_614_341_888
-# Qwen3-0.6B, and what makes Anima's text of its states
-ANIMA_TEXT = 596_049_920 + 134_663_680
+# Qwen3-0.6B, and what makes Anima's text of its states; UMT5-XXL's encoder
+ANIMA_TEXT, UMT5 = 596_049_920 + 134_663_680, 5_680_910_336
 LAYOUTS = {
     "sd15": Layout("SD1.5", 77, CLIP_L),
     "sd2": Layout("SD2", 77, CLIP_H),
@@ -63,6 +63,9 @@ LAYOUTS = {
     "chroma": Layout("Chroma", FAMILIES["chroma"].tokens, T5),
     "lumina2": Layout("Lumina 2", FAMILIES["lumina2"].tokens, GEMMA2_2B),
     "qwen-image": Layout("Qwen-Image", FAMILIES["qwen_image"].tokens, QWEN25_VL_7B),
+    "wan-1.3b": Layout("Wan 2.1 1.3B", FAMILIES["wan"].tokens, UMT5),
+    "wan-14b": Layout("Wan 14B", FAMILIES["wan"].tokens, UMT5),
+    "wan-5b": Layout("Wan 2.2 5B", FAMILIES["wan"].tokens, UMT5),
 }
 
 

@@ -60,6 +60,8 @@ LEFT = "return !!document.querySelector('.onestep-chart polyline') || " + browse
 OWN_FILES = (
     *("diffusion_models/z_image_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors", "vae/ae.safetensors"),
     *("diffusion_models/flux-2-klein-base-4b.safetensors", "vae/flux2-vae.safetensors"),
+    *("diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+    "vae/wan_2.1_vae.safetensors",
     *("diffusion_models/anima-base-v1.0.safetensors", "text_encoders/qwen_3_06b_base.safetensors"),
     "vae/qwen_image_vae.safetensors",
     "diffusion_models/qwen_image_2512_fp8_e4m3fn.safetensors",

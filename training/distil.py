@@ -17,6 +17,7 @@ from ..core.memory import OutOfMemory, noticed
 from .engine import processes
 from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
+from .engine.noise_range import ended, within_range
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts, embed
 from .engine.setup import Setup, as_before
@@ -61,28 +62,27 @@ def distil(
 
     existing: "continue", "restart" or "stop" where the folder already holds a run. One that is continued may be given
     other ``steps`` and ``pairs`` (sun: ``steps``); what changes over a run, the step size and nct's noise levels, is
-    then as in a run of so many. One that was finished early counts as finished until it is given other steps. shells:
-    of ``host``; on a card the run is then fitted to it, and says how. train: without, a run that is there makes no
-    update and chooses its result anew. origin: of its parts, for its config. Raises OneStepError for bad input, before
-    it has written anything, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through,
-    after the state and partial.safetensors are saved.
+    then as in a run of so many. One finished early counts as finished until it is given other steps. shells: of
+    ``host``; on a card the run is then fitted to it, and says how. train: without, a run that is there makes no update
+    and chooses its result anew. origin: of its parts, for its config. Raises OneStepError for bad input, before it has
+    written anything, and Stopped for a run that failed. What ``host.poll`` or ``report`` raises passes through, after
+    the state and partial.safetensors are saved.
     """
     prompts, folder = check_prompts(prompts), Path(folder).expanduser()
     if not (train or Run(folder).states()):
         raise OneStepError(f"there is no run in {folder} whose result could be chosen: train one first")
-    for size in settings.size_list:
-        host.latent_shape(size)
-    initial = initial_state(host, settings, takes_over=METHODS[settings.method].recipe is recipe_of)
-    check_base(host, settings)
-    METHODS[settings.method].check(host, settings)
-    refuse_missing(settings)
-    config = config_of(host, prompts, settings, METHODS[settings.method].recipe(host, settings))
-    config |= {"origin": dict(origin)} if origin else {}
-    # whatever the caller switched off around us: a run needs gradients
-    run_there = entered(folder, config, host.device, existing, METHODS[settings.method].adjustable)
-    with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
-        session = _Session(host, prompts, run.as_begun(settings), run, report, initial, shells)
-        return session.run_all(goes_on, train)
+    with within_range(host, settings):
+        method = METHODS[settings.method]
+        initial = initial_state(host, settings, takes_over=method.recipe is recipe_of)
+        check_base(host, settings)
+        method.check(host, settings)
+        refuse_missing(settings)
+        config = config_of(host, prompts, settings, ended(host, settings, method.recipe(host, settings)))
+        config |= {"origin": dict(origin)} if origin else {}
+        # whatever the caller switched off around us: a run needs gradients
+        run_there = entered(folder, config, host.device, existing, method.adjustable)
+        with torch.inference_mode(False), torch.enable_grad(), run_there as (run, goes_on):
+            return _Session(host, prompts, run.as_begun(settings), run, report, initial, shells).run_all(goes_on, train)
 
 
 class _Session:
@@ -101,7 +101,7 @@ class _Session:
         self.host, self.settings, self.run, self.method = host, settings, run, METHODS[settings.method]
         self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
         self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
-        recipe = self.method.recipe(host, settings)
+        recipe = ended(host, settings, self.method.recipe(host, settings))
         usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
         self.write = Writer(host, prompts, settings, run.folder, recipe, usage)
         self.notes = [*first_notes(host, settings), *filter(None, (self.method.note(settings), taken, usage))]
@@ -145,7 +145,7 @@ class _Session:
         place, guidance_input = folder / "embeddings", self.method.guidance_input
         with processes.first_alone():
             prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
-        return Setup(host, settings, prompts, folder, self.write.recipe)
+        return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
 
     def _trainer(self) -> Trainer:
         add_student(self.host, self.settings, self.initial, self.method.adapter)

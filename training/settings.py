@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import OneStepError
 from ..core.licences import told_licenses
+from .sizes import size_list as size_list
 
 MOST_STEPS = 64
 """That a recipe can hold."""
@@ -158,6 +159,11 @@ class Settings:
         "Qwen-Image, or in each row, as it draws Lumina 2, and ComfyUI does not; host = as the host draws the base.",
         choices=("host", "on", "off"),
     )
+    noise_range: str = setting(
+        "0-1",
+        "Noise levels, LOW-HIGH of sigma, that a run learns and draws in, of a base that is one of several experts: of "
+        "Wan 2.2's two 0.875-1 of the high-noise one, 0-0.875 of the other; 0-1 = all.",
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""
@@ -172,7 +178,7 @@ class Settings:
                 f"accumulation {self.accumulation} must divide batch {self.batch}: set it to one of {fitting:.60}, or "
                 "choose another batch"
             )
-        self.size_list  # noqa: B018  (refuses what is no size)
+        self.size_list, self.noise_levels  # noqa: B018  (refuses what is no size, and no range)
         told_licenses(self.licenses)
         self.own.check(self)
 
@@ -180,6 +186,19 @@ class Settings:
     def size_list(self) -> tuple[tuple[int, int], ...]:
         """(width, height) of each size."""
         return size_list(self.sizes)
+
+    @property
+    def noise_levels(self) -> tuple[float, float]:
+        """(low, high) of the sigmas that the base answers for."""
+        try:
+            low, high = (float(part) for part in self.noise_range.split("-"))
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0 <= low < high <= 1:
+            raise OneStepError(
+                f"noise_range is {self.noise_range!r:.60}: it must be LOW-HIGH within 0 and 1, like 0.875-1"
+            )
+        return low, high
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name, the method's own among them."""
@@ -259,27 +278,3 @@ def _bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise ValueError(text)
     return text.lower() in ("true", "1", "yes")
-
-
-def size_list(text: str) -> tuple[tuple[int, int], ...]:
-    """(width, height) of each of the sizes in a text like 512x512,640x448. Raises OneStepError for what is none."""
-    return tuple(_size(part) for part in text.split(","))
-
-
-def _size(text: str) -> tuple[int, int]:
-    if len(parts := text.strip().lower().split("x")) == 3 and all(part.isdigit() for part in parts):
-        raise OneStepError(
-            f"size {text.strip()[:60]} is not WIDTHxHEIGHT, but of {parts[2][:20]} frames: a run is on pictures, one "
-            f"frame each to a model of videos: write {'x'.join(parts[:2])[:40]}"
-        )
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise OneStepError(
-            f"size {text.strip()!r:.60} is not WIDTHxHEIGHT: write it like 512x512 or 512x512,640x448"
-        ) from None
-    if width % 8 or height % 8 or not 8 <= width <= 8192 or not 8 <= height <= 8192:
-        raise OneStepError(
-            f"size {text.strip()[:60]}: width and height must be multiples of 8 between 8 and 8192 pixels"
-        )
-    return width, height

@@ -113,6 +113,7 @@ class Family:
     guided velocity to the norm of the prompt's. scale: its argument of classifier-free guidance. placed: whether it
     makes latents with their places, where they are packed. prompts: the half of a batch of classifier-free guidance
     that they are there; "alone" where the other text has a forward of its own.
+    experts: of models with one network for each range of noise (what its file's name has, the range's noise_range).
     pipelines: diffusers' own, for text to image. second: whether a configuration is the second one's. half: the dtype
     of half the bytes in which it is trained.
 
@@ -179,6 +180,7 @@ class Family:
     scale: str = "guidance_scale"
     placed: bool = True
     prompts: Literal["first half", "second half", "alone"] = "second half"
+    experts: tuple[tuple[str, str], ...] = ()
     pipelines: tuple[str, ...]
     second: Callable[[Config], bool] = lambda config: False
     half: Literal["float16", "bfloat16"] = "bfloat16"

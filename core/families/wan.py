@@ -82,6 +82,7 @@ WAN = Family(
     text_embedder=f"{EMBEDDER}.text_embedder",
     schedule=FlowSchedule(8.0),  # ComfyUI's; diffusers' schedulers say their own
     prompts="alone",
+    experts=((r"high.?noise", "0.875-1"), (r"low.?noise", "0-0.875")),
     pipelines=("WanPipeline",),
     blocks={
         "WanTransformerBlock": Block(("ffn",)),

@@ -60,6 +60,12 @@ RULES = (
     Rule(("wan2.2-lightx2v-4",), (LIGHTNING, WAN)),
     Rule(("wan2.1-lightx2v-4",), (LIGHTX2V, VIDEO)),
     Rule(("wan2.2-lightx2v-4",), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2")),
+    *(
+        Rule((f"wan2.2-lightx2v-{half}-2",), (*words, rf"(?<![a-z]){half}-?noise"))
+        for half in ("high", "low")
+        for words in ((LIGHTNING, WAN), (LIGHTX2V, VIDEO), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2"))
+    ),
+    Rule(("fastwan-3",), (r"fast-?wan",)),
     Rule(("hyper-sd-{n}-lora",), (HYPER,)),
     Rule(("hyper-sd-{n}-cfg",), (HYPER, CFG)),
     Rule(("hyper-sdxl-1-unet",), (HYPER, UNET)),

@@ -23,9 +23,10 @@ RANGES = {
     "lora_scale": (-10.0, 10.0),
     "shift": (1e-3, 1000.0),
     "time_scale": (1e-3, 1.0),
+    "end": (0.0, NOISIEST),
 }
 VERSION_1 = {"told": "timesteps", "fed": "initial_noise_scale"}
-SINCE_2 = ("timesteps", "initial_noise_scale", "sigmas", "files", "time_scale")
+SINCE_2 = ("timesteps", "initial_noise_scale", "sigmas", "files", "time_scale", "end")
 
 
 def check_recipe(recipe: Any) -> None:
@@ -35,6 +36,10 @@ def check_recipe(recipe: Any) -> None:
         value = getattr(recipe, name)
         if (value is not None or name != "shift") and not _within(value, low, high):
             raise OneStepError(f"a recipe's {name} is a number in {low:g} to {high:g}, not {value!r:.40}")
+    if recipe.end and recipe.end >= recipe.timesteps[-1]:
+        raise OneStepError(
+            f"a recipe's end lies below its last timestep {recipe.timesteps[-1]:g}, not at {recipe.end:g}"
+        )
     if type(recipe.renoise) is not bool:
         raise OneStepError(f"a recipe's renoise is true or false, not {recipe.renoise!r:.40}")
     if recipe.family not in FAMILIES:

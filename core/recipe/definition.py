@@ -37,6 +37,7 @@ class Recipe:
     shift of NitroFusion, arXiv:2412.02030). shift: a flow model's, where the base's default does not hold.
     teacher_loras: what was stacked on the base as teacher.
     files: the name of the LoRA file of each step, beside this one (`step_files`); () is this one for all.
+    end: the network's time to which the last step leads, where another of several experts draws on; 0 is the picture.
     """
 
     timesteps: tuple[float, ...]
@@ -54,6 +55,7 @@ class Recipe:
     shift: float | None = None
     teacher_loras: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    end: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -77,6 +79,19 @@ class Recipe:
         """sigma [steps] of the timesteps on ``schedule``, float64."""
         return schedule.sigma_of_time(torch.tensor(self.timesteps, dtype=torch.float64))
 
+    def whole(self) -> Recipe:
+        """Itself. Raises OneStepError for the recipe of one of several experts, which leads to no picture alone."""
+        if self.end:
+            raise OneStepError(
+                f"this recipe ends at time {self.end:g}, where another of two experts draws on: draw with both, by "
+                "onestep.pipelines.draw_by_experts or in ComfyUI by one One-Step Sample behind the other"
+            )
+        return self
+
+    def end_level(self, schedule: NoiseSchedule) -> Tensor:
+        """sigma of the end, float64."""
+        return schedule.sigma_of_time(torch.tensor(self.end, dtype=torch.float64))
+
     def noise_scale_from(self, schedule: NoiseSchedule, sigma: Tensor) -> float:
         """The initial noise scale where its rules begin at another level ``sigma``: as ComfyUI's samplers begin there,
         if it begins as they do."""
@@ -86,7 +101,7 @@ class Recipe:
 
     def retimed(self, timesteps: tuple[float, ...], initial_noise_scale: float) -> Recipe:
         """This recipe's rules at other ``timesteps``."""
-        own: dict[str, Any] = {"log_snr": (), "sigmas": (), "files": ()}
+        own: dict[str, Any] = {"log_snr": (), "sigmas": (), "files": (), "end": 0.0}
         return replace(self, timesteps=timesteps, initial_noise_scale=initial_noise_scale, **own)
 
     def at_strength(self, schedule: NoiseSchedule, strength: float) -> Recipe:

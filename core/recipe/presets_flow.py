@@ -41,6 +41,12 @@ def even(shift: float, steps: int) -> tuple[float, ...]:
     return shifted(shift, *(left / steps for left in range(steps, 0, -1)))
 
 
+def flow_scale(time: float) -> float:
+    """Of the noise that ComfyUI's samplers begin with at a ``time`` below pure noise: sigma of it."""
+    sigma = time / 1000
+    return sigma / math.hypot(1 - sigma, sigma)
+
+
 def ends(shift: float, steps: int) -> tuple[float, ...]:
     """Evenly from 1000 to the lowest of 1000 shifted times, and shifted once more: FlowMatchEulerDiscreteScheduler
     without sigmas of the caller's, and Stability's own sd3_infer.py."""
@@ -144,5 +150,27 @@ FLOW: dict[str, Recipe] = {
         family="wan",
         shift=5.0,
         source=LIGHTX2V.format("Wan 2.2 A14B, Euler, the high-noise file in steps 1 and 2, the low-noise one in 3, 4"),
+    ),
+    "wan2.2-lightx2v-high-2": preset(
+        *even(5.0, 4)[:2],
+        family="wan",
+        shift=5.0,
+        end=even(5.0, 4)[2],
+        source=LIGHTX2V.format("Wan 2.2 A14B, Euler, the high-noise file, steps 1 and 2 of 4"),
+    ),
+    "wan2.2-lightx2v-low-2": preset(
+        *even(5.0, 4)[2:],
+        family="wan",
+        shift=5.0,
+        initial_noise_scale=flow_scale(even(5.0, 4)[2]),
+        source=LIGHTX2V.format("Wan 2.2 A14B, Euler, the low-noise file, steps 3 and 4 of 4"),
+    ),
+    "fastwan-3": preset(
+        *(1000.0, 757.0, 522.0),
+        family="wan",
+        shift=8.0,
+        renoise=True,
+        source="hao-ai-lab/FastVideo, its DMD inference scripts: FastWan2.1 and 2.2 5B, dmd_denoising_steps 1000, 757, "
+        "522, flow shift 8, guidance 1",
     ),
 }

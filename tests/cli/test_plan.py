@@ -43,7 +43,11 @@ def test_without_a_card_the_run_is_counted_as_it_is_set(onestep: Command) -> Non
 @pytest.mark.broad
 @pytest.mark.parametrize(
     ("layout", "base", "texts"),
-    [("z-image", 6.155e9, 4_022_468_096), ("anima", 1_956_405_248, 596_049_920 + 134_663_680)],
+    [
+        ("z-image", 6.155e9, 4_022_468_096),
+        ("anima", 1_956_405_248, 596_049_920 + 134_663_680),
+        ("wan-1.3b", 1.419e9, 5_680_910_336),
+    ],
 )
 def test_a_layout_is_counted_as_it_is_published(onestep: Command, layout: str, base: float, texts: int) -> None:
     """In bfloat16, the text encoder beside it while texts are encoded; at 512x512, to be short."""

@@ -58,7 +58,11 @@ LORAS = {
     "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-fp32.safetensors": "qwen-image-lightning-4",
     "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": "wan2.1-lightx2v-4",
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors": "wan2.1-lightx2v-4",
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": "wan2.2-lightx2v-4",
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": "wan2.2-lightx2v-high-2",
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": "wan2.2-lightx2v-low-2",
+    "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-4",
+    "Wan2.2-Lightning-T2V-low_noise_model.safetensors": "wan2.2-lightx2v-low-2",
+    "FastWan_T2V_14B_480p_lora_rank_128_bf16.safetensors": "fastwan-3",
     "Wan2.2-Lightning_T2V-v1.1-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-4",
 }
 MODELS = {

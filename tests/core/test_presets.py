@@ -134,6 +134,9 @@ CARDS = {
     "krea2-turbo-8": dynamic(8, 1.15),
     "wan2.1-lightx2v-4": lightx2v(),
     "wan2.2-lightx2v-4": lightx2v(),
+    "wan2.2-lightx2v-high-2": lightx2v()[:2],
+    "wan2.2-lightx2v-low-2": lightx2v()[2:],
+    "fastwan-3": [1000.0, 757.0, 522.0],
 }
 
 
@@ -156,7 +159,7 @@ GUIDED = {
     **{"pcm-sd3-2": 1.2, "pcm-sd3-4": 1.2, "pcm-sd3-4-shift1": 1.2, "pcm-sd3-4-stochastic": 1.2},
 }
 NITRO = {f"nitrosd-{name}-{steps}" for name in ("realism", "vibrant") for steps in (2, 4)}
-RENOISED = {"lcm-4", "dmd2-4", "pcm-lcm-4", "flash-4", "pcm-sd3-4-stochastic", "wan2.1-lightx2v-4", *NITRO}
+RENOISED = {"lcm-4", "dmd2-4", "pcm-lcm-4", "flash-4", "pcm-sd3-4-stochastic", "wan2.1-lightx2v-4", "fastwan-3", *NITRO}
 EIGHTH = {"hyper-flux-8", "hyper-flux-16", "hyper-sd3-4-cfg", "hyper-sd3-8-cfg", "hyper-sd3-16-cfg", "tdm-sd3-4"}
 
 

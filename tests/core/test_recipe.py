@@ -31,7 +31,7 @@ def full() -> Recipe:
             "shift": 3.0,
             "teacher_loras": ("style.safetensors:0.7",),
         },
-        **{"files": ("a.safetensors", "a.safetensors"), "source": "a test"},
+        **{"files": ("a.safetensors", "a.safetensors"), "end": 400.0, "source": "a test"},
     )
 
 

@@ -44,7 +44,8 @@ of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
 KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
 KINDS |= {"qwen_image": ("qwen_image", "QwenImage"), "chroma": ("chroma", "Chroma"), "lumina2": ("lumina2", "Lumina2")}
-OF_VIDEO = ("anima", "qwen_image")
+KINDS["wan"] = ("wan", "WAN21_T2V")
+OF_VIDEO = ("anima", "qwen_image", "wan")
 CONFIG = {
     **small.IN_COMFY,
     "flux2": {**small.IN_COMFY["flux2"], "guidance_embed": False},
@@ -57,6 +58,7 @@ SCHEDULES |= {
     "qwen_image": FAMILIES["qwen_image"].schedule,
     "chroma": FlowSchedule(),
     "lumina2": FlowSchedule(6.0),
+    "wan": FAMILIES["wan"].schedule,
 }
 
 
@@ -83,9 +85,10 @@ def drawn(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     for case, (family, kind) in KINDS.items():
         pipe, loras = layouts.make(case), {}
         for name, recipe in recipes(case).items():
-            file = random_lora(pipe, folder / f"{case}-{name}", recipe, 0.08, loader="comfyui")
+            size = 0.2 if case == "wan" else 0.08
+            file = random_lora(pipe, folder / f"{case}-{name}", recipe, size, loader="comfyui")
             if second := second_file(file, family, "comfyui"):
-                random_lora(pipe, second, recipe, 0.08)
+                random_lora(pipe, second, recipe, size)
             loras[file.name] = describe(load_lora(file), file)["comfyui"]
         network = layouts.network(pipe)
         save_file(network.state_dict(), folder / f"{case}.weights.safetensors")
@@ -154,6 +157,8 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     exec("\n".join(lines), names)
     if case == "anima":
         return eval(call.replace("your prompt", PROMPT).replace('"images"', '"latents"'), names)
+    if case == "wan":
+        return eval(call.replace("your prompt", PROMPT).replace("'pil'", "'latent'"), names).frames
     call = call.replace("your prompt", PROMPT).removesuffix(")") + ', output_type="latent")'
     latents = eval(call, names).images
     if case == "flux2":

@@ -4,6 +4,7 @@ steered picture is the same; kinds that ComfyUI's own loader detects are served 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import both_hosts
@@ -31,6 +32,14 @@ STEERED = ["a red dragon", "a wall of stone", "x"]
 RECIPE = Recipe.at(FlowSchedule(3.0), torch.tensor([900.0], dtype=torch.float64), family="wan", sizes=((32, 32),))
 
 
+TIMES = torch.tensor([1000.0, 930.0, 850.0, 600.0], dtype=torch.float64)
+EXPERTS = {
+    "whole": Recipe.at(FlowSchedule(3.0), TIMES, family="wan"),
+    "high": replace(Recipe.at(FlowSchedule(3.0), TIMES[:2], family="wan"), end=850.0),
+    "low": Recipe.at(FlowSchedule(3.0), TIMES[2:], family="wan"),
+}
+
+
 @torch.no_grad()
 def stirred(folder: Path, work: Path) -> None:
     """A guidance adapter away from its start, in a file in ``work``."""
@@ -44,7 +53,8 @@ def stirred(folder: Path, work: Path) -> None:
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_folders.wan_folder(tmp_path_factory.mktemp("wan") / "model")
     stirred(folder, folder.parent)
-    return both_hosts.both(run_inside, folder, PROMPTS, "wan", steered=STEERED, recipe=RECIPE.to_json())
+    told = {name: recipe.to_json() for name, recipe in EXPERTS.items()}
+    return both_hosts.both(run_inside, folder, PROMPTS, "wan", steered=STEERED, recipe=RECIPE.to_json(), **told)
 
 
 def test_prompts_become_the_same_512_tokens(hosts: Hosts) -> None:
@@ -55,6 +65,17 @@ def test_prompts_become_the_same_512_tokens(hosts: Hosts) -> None:
 
 def test_d_is_what_comfyui_itself_makes(hosts: Hosts) -> None:
     assert gap(hosts.comfys["base"], hosts.comfys["core"]) < 1e-5
+
+
+def test_one_expert_draws_on_where_the_other_has_left(hosts: Hosts) -> None:
+    """By One-Step Sample twice, and by SamplerCustomAdvanced twice, as all steps at once."""
+    drawn = {name.removeprefix("drawn "): value for name, value in hosts.comfys.items() if name.startswith("drawn ")}
+    assert gap(drawn["experts"], drawn["whole"]) < 1e-5 and gap(drawn["core experts"], drawn["whole"]) < 1e-5
+    assert gap(drawn["core left"], drawn["left"]) < 1e-5 and gap(drawn["left"], drawn["whole"]) > 0.1
+    assert (
+        "were left at time 850 for another expert to go on from, and this recipe begins at 1000"
+        in (hosts.report["of another pair"])
+    )
 
 
 def test_what_comfyuis_own_loader_detects_is_served_or_refused_by_name(hosts: Hosts) -> None:

@@ -17,7 +17,14 @@ from small_runs import SMALL, small
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 DISTIL, SAMPLE, NEGATIVE = "1 distil a checkpoint", "2 draw in one step", "4 negative prompt at CFG 1"
 CORE, CHAIN = "3 draw with core nodes", "10 a LoRA for each step"
-OWN = ("11 distil Z-Image", "12 distil klein", "13 distil Anima", "14 distil Qwen-Image", "16 distil Chroma")
+OWN = (
+    "11 distil Z-Image",
+    "12 distil klein",
+    "13 distil Anima",
+    "14 distil Qwen-Image",
+    "16 distil Chroma",
+    "18 distil Wan",
+)
 OWN_LOADERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
 """What loads a person's own files in those, and from which folder of models."""
 # Those that train besides the first: how many pictures stand side by side, and what the node says at the end.

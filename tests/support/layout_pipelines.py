@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     AnimaModularPipeline,
     AnimaTextConditioner,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
@@ -131,7 +132,7 @@ def wan() -> Any:
     """Latents of a video's one frame, an eighth of the side."""
     text = UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False)
     return WanPipeline(
-        **{"vae": tiny.video_vae(), "transformer": small.network_of("wan", torch.float32)},
+        **{"vae": tiny.video_vae(AutoencoderKLWan), "transformer": small.network_of("wan", torch.float32)},
         **{"scheduler": FlowMatchEulerDiscreteScheduler(shift=8.0), "text_encoder": UMT5EncoderModel(text)},
         tokenizer=tiny.t5_tokenizer(),
     )

@@ -243,8 +243,9 @@ def anima_folder(folder: Path) -> Path:
     return folder
 
 
-def wan_folder(folder: Path) -> Path:
-    """WanPipeline's layout: two blocks, an autoencoder of videos, a text of UMT5's, the published scheduler."""
+def wan_folder(folder: Path, shift: float = 3.0) -> Path:
+    """WanPipeline's layout: two blocks, an autoencoder of videos, a text of UMT5's, the published scheduler. shift: 8
+    is ComfyUI's own."""
     torch.manual_seed(1)
     tokenizer = t5_tokenizer(folder / "tokenizer_source")
     transformer = WanTransformer3DModel(
@@ -262,7 +263,7 @@ def wan_folder(folder: Path) -> Path:
     pipe = WanPipeline(
         **{"transformer": shaken(transformer, 3), "vae": shaken(AutoencoderKLWan(base_dim=8, **told), 2)},
         **{"text_encoder": shaken(UMT5EncoderModel(text), 4), "tokenizer": tokenizer},
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift),
     )
     pipe.save_pretrained(str(folder))
     return folder

@@ -25,7 +25,9 @@ PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_base(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where this checkpoint cannot be distilled by any method, or guided so."""
+    """Raises OneStepError where this checkpoint cannot be distilled by any method, or guided so, or at a size."""
+    for size in settings.size_list:
+        host.latent_shape(size)
     denoise = host.denoiser
     if settings.token_norm == "on" and not isinstance(denoise.schedule, FlowSchedule):
         raise OneStepError(
@@ -112,7 +114,7 @@ def automatic_start(schedule: NoiseSchedule, steps: int) -> float:
     begin at 1, and so do students of several steps, whose later steps mend the first.
     """
     noisiest = torch.tensor(schedule.sigma_max, dtype=torch.float64)
-    if steps > 1 or float(schedule.alpha(noisiest)) < 1e-3:
+    if steps > 1 or isinstance(schedule, FlowSchedule) or float(schedule.alpha(noisiest)) < 1e-3:
         return 1.0
     level = schedule.sigma_of_log_snr(torch.tensor(-math.log(SIGMA_INIT)))
     time = float(schedule.time_of_sigma(level))

@@ -168,7 +168,7 @@ def _teacher(plan: Plan, steps: int, guidance: float) -> Draw:
 
 
 def _student(plan: Plan, student: Student) -> tuple[Row, Tensor]:
-    roles, recipe = plan.host.denoiser.roles, student.recipe
+    roles, recipe = plan.host.denoiser.roles, student.recipe.whole()
     for part, state in enumerate((student.state, *student.later)):
         scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in state.items()}
         roles.load(part_of(ROLE, part), scaled, plan.host.device)

@@ -24,10 +24,8 @@ from onestep.nodes.sample import OneStepSample
 
 folder, cases = Path(sys.argv[1]), sys.argv[2:]
 folder_paths.add_model_folder_path("loras", str(folder))
-CLASSES = {
-    name: getattr(supported, name)
-    for name in ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma", "Lumina2")
-}
+KINDS = ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma", "Lumina2", "WAN21_T2V")
+CLASSES = {name: getattr(supported, name) for name in KINDS}
 
 
 def build(kind, config):

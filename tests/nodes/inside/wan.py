@@ -7,13 +7,16 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import comfy.sd
+import comfy_extras.nodes_custom_sampler as custom
 import torch
 from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
 from safetensors.torch import save_file
 
 from onestep.core.errors import OneStepError
 from onestep.core.guidance import MODES, Steering
+from onestep.core.ksampler import core_nodes
 from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
 from onestep.nodes.adapt import adapted
 from onestep.nodes.denoiser import conditionings
 from onestep.nodes.guidance_adapter import guided_model
@@ -51,6 +54,34 @@ def steered(model, clip):
         ).squeeze(2)
         for mode, one in models.items()
     }
+
+
+def by_experts(model, clip):
+    """Four steps at once; the first two and then the others, by One-Step Sample and by core's nodes; and what is said
+    of latents that another pair has left."""
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize(told["steered"][0]))
+    whole, high, low = (Recipe.from_json(told[name]) for name in ("whole", "high", "low"))
+    start = {"samples": torch.zeros(1, 16, 1, 4, 4)}
+
+    def ours(latent, recipe):
+        return OneStepSample.execute(model, positive, latent, recipe, 5).args[0]
+
+    def cores(latent, recipe, noise):
+        told = core_nodes(recipe, FlowSchedule(3.0)).general
+        guider = custom.BasicGuider.execute(model, positive)[0]
+        sampler = custom.KSamplerSelect.execute(told.sampler_name)[0]
+        sigmas = custom.ManualSigmas.execute(told.sigmas)[0]
+        return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]
+
+    first = ours(start, high)
+    begun = cores(start, high, custom.RandomNoise.execute(5)[0])
+    try:
+        said = ours(first, whole)
+    except OneStepError as error:
+        said = str(error)
+    drawn = {"whole": ours(start, whole), "experts": ours(first, low), "left": first}
+    drawn |= {"core left": begun, "core experts": cores(begun, low, custom.DisableNoise.execute()[0])}
+    return {f"drawn {way}": latent["samples"].contiguous() for way, latent in drawn.items()}, said
 
 
 def weights(channels=16, inputs=16, text=4096, dim=128, more=()):
@@ -110,6 +141,8 @@ with torch.inference_mode():
             out["base"] = host.denoiser(given["x"], given["sigma"], cond)
         report = facts(host, again)
     out |= steered(model, clip)
+    drawn, report["of another pair"] = by_experts(model, clip)
+    out |= drawn
     report["files"] = trained(model, clip, vae)
     report["detected"] = detected()
 answer(out | more, report)
