@@ -68,6 +68,7 @@ OWN_FILES = (
     "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
     "diffusion_models/Chroma1-HD-fp8mixed.safetensors",
     "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors",
+    *("diffusion_models/lumina_2_model_bf16.safetensors", "text_encoders/gemma_2_2b_fp16.safetensors"),
 )
 # What a user gets wrong: which node's widgets are set to what. Two are refused as they are queued, one as it runs.
 ERRORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

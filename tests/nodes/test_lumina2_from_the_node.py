@@ -12,6 +12,7 @@ import torch
 from comfy_graphs import distil, latents
 from diffusers import DiffusionPipeline
 from killed_server import factors, lora_of, resumed
+from own_workflow import check_drawn, cut_short
 from safetensors.torch import save_file
 from student_drawing import drawing
 from tiny_lumina2 import lumina2_folder
@@ -116,3 +117,8 @@ def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: An
         told["distil"]["inputs"]["initial_lora"] = f"lumina-{name}.safetensors"
         assert why in comfy_server.run(told).error, name
     assert not (comfy_server.base / "output" / "onestep" / "lumina-refused").exists()
+
+
+def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
+    """Workflow 17 with the tiny folder in the place of a person's files, cut short."""
+    check_drawn(comfy_server, cut_short(root, "17 distil Lumina 2", folder))

@@ -23,6 +23,7 @@ OWN = (
     "13 distil Anima",
     "14 distil Qwen-Image",
     "16 distil Chroma",
+    "17 distil Lumina 2",
     "18 distil Wan",
 )
 OWN_LOADERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
