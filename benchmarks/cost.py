@@ -80,12 +80,15 @@ CASES = {
     "klein-512": Case("flux2", 32, 512, (5, 20)),
     "chroma": Case("chroma", 128, 128, (1, 1)),
     "chroma-whole": Case("chroma", 128, 128, (19, 38)),
+    "krea2-whole": Case("krea2", 128, 128, (28, 0)),
+    "krea2-512": Case("krea2", 64, 128, (28, 0)),
     "toy-flux2": Case("flux2", 8, 512, (1, 1), wide=False),
     "toy-sd15": Case("sd15", 8, 7, wide=False),
     "toy-sdxl": Case("sdxl", 8, 7, wide=False),
     "toy-sd3": Case("sd3", 8, 7, wide=False),
     "toy-flux": Case("flux", 8, 7, (1, 1), wide=False),
     "toy-chroma": Case("chroma", 8, 7, (1, 1), wide=False),
+    "toy-krea2": Case("krea2", 8, 7, (1, 0), wide=False),
     "toy-z_image": Case("z_image", 8, 7, (1, 1), wide=False),
 }
 

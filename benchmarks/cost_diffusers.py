@@ -42,6 +42,10 @@ TOYS = {
     "flux": {"attention_head_dim": 128, "num_attention_heads": 1},
     "flux2": {"num_attention_heads": 1, "joint_attention_dim": 64},
     "chroma": {"num_attention_heads": 1, "approximator_hidden_dim": 64},
+    "krea2": {
+        **{"attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256},
+        **{"text_hidden_dim": 40, "text_intermediate_size": 128, "axes_dims_rope": (4, 6, 6)},
+    },
     "z_image": {"dim": 288, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
 }
 Inputs = dict[str, Any]
@@ -105,6 +109,7 @@ MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
     "flux": _flux,
     "flux2": _flux2,
     "chroma": _chroma,
+    "krea2": lambda case, toy: diffusers.Krea2Transformer2DModel(**toy, num_layers=case.blocks[0]),
     "z_image": _z_image,
 }
 
@@ -115,9 +120,9 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
-    if case.family == "z_image":
-        told = {"x": [draw(16, 1, case.side, case.side)], "cap_feats": [draw(case.tokens, 2560)]}
-        return {**told, "t": torch.tensor([0.3], device=device), "return_dict": False}
+    own = {"z_image": _of_z_image, "krea2": _of_krea2}
+    if case.family in own:
+        return own[case.family](case, device, draw)
     text = {"sd15": 768, "sdxl": 2048, "flux2": 7680 if case.wide else 64}.get(case.family, 4096)
     told: Inputs = {"encoder_hidden_states": draw(1, case.tokens, text), "return_dict": False}
     told["timestep"] = torch.tensor([700.0], device=device)
@@ -137,6 +142,19 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     return told
 
 
+def _of_z_image(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> Inputs:
+    told: Inputs = {"x": [draw(16, 1, case.side, case.side)], "cap_feats": [draw(case.tokens, 2560)]}
+    return told | {"t": torch.tensor([0.3], device=device), "return_dict": False}
+
+
+def _of_krea2(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> Inputs:
+    """Of each of a text's tokens twelve layers of its encoder; all lie at the origin."""
+    places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
+    told: Inputs = {"encoder_hidden_states": draw(1, case.tokens, 12, 2560 if case.wide else 40), "return_dict": False}
+    told |= {"hidden_states": draw(1, len(places), 64), "timestep": torch.tensor([0.7], device=device)}
+    return told | {"position_ids": nn.functional.pad(places, (0, 0, case.tokens, 0)).to(device)}
+
+
 def _of_flux(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> Inputs:
     """Time and places; Flux is told a pooled text and a guidance besides."""
     places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(case.side // 2).float()] * 2)
@@ -149,7 +167,7 @@ def _of_flux(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> I
 
 def twice(told: Inputs, negative: Tensor) -> Inputs:
     """The same picture with either text."""
-    alone = ("img_ids", "txt_ids")
+    alone = ("img_ids", "txt_ids", "position_ids")
 
     def double(name: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -183,7 +201,8 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
         called = torch.compile(twin, backend=backend) if backend else twin
         if mode:
             pipe, scale = SimpleNamespace(unet=called, scheduler=None), SCALES[mode.upper()]
-            kept.enter_context(steered(pipe, negative, mode, scale=scale, empty=negative.roll(1, 1)))
+            away = negative.flatten(2)  # Krea 2's layers of a token lie beside one another
+            kept.enter_context(steered(pipe, away, mode, scale=scale, empty=away.roll(1, 1)))
         return lambda kept=kept: timed(lambda: answer(called(**given)[0]), device)
 
     found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}

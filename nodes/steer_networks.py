@@ -13,6 +13,7 @@ import torch
 from comfy.ldm.anima.model import Anima
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -26,6 +27,7 @@ from ..core.families import FAMILIES
 from ..core.guidance import Steering
 from ..core.one_stream import Texts
 from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
+from .steer_krea2 import FusedAttention
 from .steer_modulation import modulated
 from .steer_one_stream import StreamAttention, one_stream
 from .steer_places import behind_picture, numbered
@@ -221,6 +223,12 @@ def steer_qwen(call: Call, options: dict[str, Any]) -> Tensor:
     return steer_placed(call, options, behind_picture)
 
 
+def steer_krea2(call: Call, options: dict[str, Any]) -> Tensor:
+    context, lengths = steer_flux(call, options), (call.context.shape[1], *call.parts)
+    options[OVERRIDE] = FusedAttention(options[OVERRIDE], lengths, len(call.x))
+    return context
+
+
 def steer_placed(call: Call, options: dict[str, Any], placed: Callable[..., Any]) -> Tensor:
     """Of networks whose text tokens have places: those of each text are as if it were the only one."""
     context = steer_flux(call, options)
@@ -284,5 +292,6 @@ SERVED: dict[type, tuple[Served, ...]] = {
     ),
     WanModel: (Served("wan", lambda network: int(network.text_dim), partial(steer_cross, when="after")),),
     QwenImageTransformer2DModel: (Served("qwen_image", flux_width, steer_qwen, why_not_qwen),),
+    SingleStreamDiT: (Served("krea2", lambda network: int(network.txtlayers * network.txtdim), steer_krea2),),
 }
 """By a network's class; one of several that serves it."""

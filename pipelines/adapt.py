@@ -40,7 +40,7 @@ from .modular import name_of
 from .network_inputs import Extras
 from .networks import NETWORKS, has_ip_adapter, port_of
 from .places import channels_last, is_quantized, on_device, place
-from .schedules import prediction_of, schedule_of
+from .schedules import prediction_of, schedule_in
 from .steer_served import is_steered
 from .text import encoders_of
 from .trainable import prepare
@@ -119,7 +119,7 @@ def denoiser_of(
     called = network if roles is not None else called_network(pipe)
     return wrap(
         NETWORKS[family](called, extras or Extras()),
-        schedule_of(pipe.scheduler, family, bool(pipe.config.get("is_distilled", False))),
+        schedule_in(pipe, family),
         roles or Roles([]),
         FAMILIES[family].guidance_of(network.config),
         recipe.time_scale if recipe is not None else 1.0,

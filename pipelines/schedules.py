@@ -51,6 +51,12 @@ def schedule_of(scheduler: Any, family: str | None = None, distilled: bool = Fal
     return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
 
 
+def schedule_in(pipe: Any, family: str) -> NoiseSchedule:
+    """The same of a pipeline, which says whether its model is distilled, as one that is made of it does."""
+    told = pipe.config
+    return schedule_of(pipe.scheduler, family, bool(told.get("is_distilled", told.get("_is_distilled", False))))
+
+
 def _by_size(config: Mapping[str, Any], tokens: int) -> SizeShift:
     """Of a scheduler that leaves mu to its pipeline, which finds it by the picture's ``tokens``."""
     # where its class has no such entries, what diffusers' pipelines take

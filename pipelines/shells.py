@@ -43,11 +43,12 @@ class Layout:
     encoders: int
 
 
-# CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder, Qwen3-4B and 8B, Qwen2.5-VL-7B
+# CLIP-L, CLIP-H, CLIP-bigG with its projection, T5-XXL's encoder, Qwen3-4B and 8B, Qwen2.5-VL-7B, Qwen3-VL-4B
 CLIP_L, CLIP_H, CLIP_G, T5 = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
 QWEN3_4B, QWEN3_8B, QWEN25_VL_7B = 4_022_468_096, 8_190_735_360, 8_292_166_656
 # Gemma-2-2B
 GEMMA2_2B = 2_614_341_888
+QWEN3_VL_4B = 4_437_815_808
 # Qwen3-0.6B, and what makes Anima's text of its states; UMT5-XXL's encoder
 ANIMA_TEXT, UMT5 = 596_049_920 + 134_663_680, 5_680_910_336
 LAYOUTS = {
@@ -66,6 +67,7 @@ LAYOUTS = {
     "wan-1.3b": Layout("Wan 2.1 1.3B", FAMILIES["wan"].tokens, UMT5),
     "wan-14b": Layout("Wan 14B", FAMILIES["wan"].tokens, UMT5),
     "wan-5b": Layout("Wan 2.2 5B", FAMILIES["wan"].tokens, UMT5),
+    "krea-2": Layout("Krea 2", FAMILIES["krea2"].tokens, QWEN3_VL_4B),
 }
 
 

@@ -145,6 +145,10 @@ def _what_else(keys: Collection[str], name: str) -> str:
             f"is a Chroma checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),
         (
+            lambda t: "txtfusion." in t,
+            f"is a Krea 2 checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
             lambda t: "llm_adapter." in t and "adaln_modulation_mlp" in parts,
             f"is an Anima checkpoint, whose text encoder and tokenizers lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),

@@ -20,6 +20,7 @@ from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows
 from .steer_attention import CrossSteered, JointSteered, Run
 from .steer_joint import CrossTexts, JointTexts
+from .steer_krea2 import FusedSteered, FusedTexts
 from .steer_lumina2 import Lumina2Steered, Lumina2Stream
 from .steer_modulation import Modulation, install
 from .steer_one_stream import OneStream, StreamSteered
@@ -27,7 +28,7 @@ from .steer_served import apart_of, attentions_of, family_of, read_by, refuse_fo
 from .steer_text import Text, away_of
 from .threads import one_at_a_time, only_here, processors_of, set_processors
 
-Texts = CrossTexts | JointTexts | OneStream | Lumina2Stream
+Texts = CrossTexts | JointTexts | OneStream | Lumina2Stream | FusedTexts
 
 
 @one_at_a_time(network_of)
@@ -79,7 +80,7 @@ def steered(
     family = family_of(plain)
     chosen, own = steering_of(steering, scale).of_family(family), OwnGuidance(pipe, rows, family)
     attentions = attentions_of(plain, family, chosen.layers)
-    latest, earliest = times_of(pipe.scheduler, family, start, end)
+    latest, earliest = times_of(pipe, family, start, end)
     away = away_of(pipe, plain, negative, empty, chosen, *read_by(plain, attentions))
     if chosen.neutral:
         yield
@@ -126,6 +127,12 @@ def _steered(
         stream.install(undo)
         kind: Any = StreamSteered if filled else Lumina2Steered
         return stream, {name: kind(inner, stream, picture=name.startswith("layers.")) for name, inner in found.items()}
+    if any(name.startswith("text_fusion.") for name in found):
+        fused = FusedTexts(run, FAMILIES[family].divided)
+        return fused, {
+            name: FusedSteered(inner, fused, picture=not name.startswith("text_fusion."))
+            for name, inner in found.items()
+        }
     texts = JointTexts(run, Modulation(), family, network)
     kept = install(network, texts.modulation, undo) if run.away.pooled else {}
     return texts, {

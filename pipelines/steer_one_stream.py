@@ -172,7 +172,7 @@ class StreamAttention:
         out, flags = torch.zeros_like(v), run.chosen(states)
         for alike in self.texts.alike:
             parts = [alike.split(part, self.picture) for part in (q, k, v)]
-            found = alike.joined(self._steered(alike, parts, flags)) if self.picture else torch.cat(_apart(parts), 2)
+            found = alike.joined(self._steered(alike, parts, flags)) if self.picture else torch.cat(apart(parts), 2)
             out[alike.rows, :, : found.shape[2]] = found
         return merged(out).to(states.dtype)
 
@@ -211,7 +211,7 @@ class StreamSteered:
         return steered
 
 
-def _apart(parts: list[list[Tensor]]) -> list[Tensor]:
+def apart(parts: list[list[Tensor]]) -> list[Tensor]:
     """Each text by itself."""
     return [attention(*text) for text in zip(*parts, strict=True)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
@@ -15,20 +16,21 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, STEERING, choices, detect, of_class
 from ..core.schedule import FlowSchedule, NoiseSchedule, SizeShift, VPSchedule
-from .schedules import schedule_of
+from .schedules import schedule_in
 from .steer_attention import JOINT, CrossSteered, JointSteered
+from .steer_krea2 import FusedSteered
 from .steer_lumina2 import Lumina2Steered
 from .steer_one_stream import StreamSteered
 from .steer_parallel import ParallelSteered
 from .steer_qwen import QwenSteered
 from .threads import processors_of
 
-STEERED = CrossSteered | JointSteered | ParallelSteered | QwenSteered | StreamSteered | Lumina2Steered
+STEERED = CrossSteered | JointSteered | ParallelSteered | QwenSteered | StreamSteered | Lumina2Steered | FusedSteered
 APART: dict[type, Any] = {
     Flux2ParallelSelfAttnProcessor: ParallelSteered,
     QwenDoubleStreamAttnProcessor2_0: QwenSteered,
 }
-COMPUTED_ANEW = (*JOINT, *APART, ZSingleStreamAttnProcessor, Lumina2AttnProcessor2_0)
+COMPUTED_ANEW = (*JOINT, *APART, ZSingleStreamAttnProcessor, Lumina2AttnProcessor2_0, Krea2AttnProcessor)
 
 
 def apart_of(processor: Any) -> Any:
@@ -51,8 +53,10 @@ def attentions_of(network: Any, family: str, layers: str) -> dict[str, Any]:
     """The attentions that see a text and are steered, by their processors' names."""
     found = {name: network.get_submodule(name.removesuffix(".processor")) for name in processors_of(network)}
     if not FAMILIES[family].cross_attention:
-        # SD3.5's second attention of a block, and the refiner of noise of one stream, see the picture alone
-        return {name: attn for name, attn in found.items() if ".attn2." not in name and "noise_refiner." not in name}
+        # SD3.5's second attention of a block, and the refiner of noise of one stream, see the picture alone, a part of
+        # Krea 2's fusion a single token
+        textless = (".attn2.", "noise_refiner.", "layerwise_blocks.")
+        return {name: attn for name, attn in found.items() if not any(part in name for part in textless)}
     crossed = {name: attn for name, attn in found.items() if attn.is_cross_attention}
     if not crossed or any(attn.added_kv_proj_dim is not None for attn in found.values()):
         raise OneStepError("this U-Net has no cross-attention to a text of its own: it is not served by steering")
@@ -102,14 +106,14 @@ def is_steered(network: Any) -> bool:
     return any(isinstance(processor, STEERED) for processor in found)
 
 
-def times_of(scheduler: Any, family: str, start: float, end: float) -> tuple[float, float]:
+def times_of(pipe: Any, family: str, start: float, end: float) -> tuple[float, float]:
     """The network's own times at the shares ``start`` and ``end``, as ComfyUI counts percent: open at 0 and 1."""
     if not 0 <= start < end <= 1:
         raise OneStepError(
             f"steering from {start!r:.20} to {end!r:.20} is no range: 0 <= start < end <= 1, 0 the noisiest"
         )
-    latest = math.inf if start == 0 else _time_at(_of_usual_size(schedule_of(scheduler, family)), 1 - start)
-    return latest, -math.inf if end == 1 else _time_at(_of_usual_size(schedule_of(scheduler, family)), 1 - end)
+    latest = math.inf if start == 0 else _time_at(_of_usual_size(schedule_in(pipe, family)), 1 - start)
+    return latest, -math.inf if end == 1 else _time_at(_of_usual_size(schedule_in(pipe, family)), 1 - end)
 
 
 def _of_usual_size(schedule: NoiseSchedule) -> NoiseSchedule:

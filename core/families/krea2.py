@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..schedule import FlowSchedule, SizeShift
-from .family import NORM, Block, Config, Encoder, Family, first
+from .family import NORM, Block, Config, Encoder, Family, Numbers, first
 from .table import Row, count, repeated
 
 OUTSIDE = (
@@ -114,4 +114,10 @@ KREA2 = Family(
     entry="img_in",
     summary="text_fusion.layerwise_blocks.0.attn.to_q",
     stacked="text_fusion.projector",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(3.5),
+        "perp": Numbers(10.0),
+    },
 )

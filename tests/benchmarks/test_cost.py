@@ -20,7 +20,7 @@ import cost  # noqa: E402
 import cost_diffusers  # noqa: E402
 
 SINGLE = ("plain", "NASA", "NAG", "VSF", "PERP", "AGD")
-TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2", "toy-chroma", "toy-z_image")
+TOYS = ("toy-sd15", "toy-sd3", "toy-flux", "toy-flux2", "toy-chroma", "toy-z_image", "toy-krea2")
 JOINT = ("toy-sd3", "toy-flux", "toy-flux2", "toy-chroma")
 
 

@@ -7,24 +7,33 @@ import math
 from collections.abc import Callable
 
 import both_hosts
+import both_hosts_drawn as drawn
 import pytest
 import tiny_krea2
 import torch
 from both_hosts import RUNS, Hosts, gap
 from tiny_pipelines import video_vae
 
+from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
+
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
 LAYERS = 8 + 8 * (2 + 4)
 """The ends, two blocks, and four that fuse a text."""
+NEGATIVES = [
+    *(("nag", "a wall", "a red dragon"), ("nasa", "a red dragon", "a wall")),
+    *(("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")),
+]
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     """Turbo's, whose shift is that of ComfyUI."""
     folder = tiny_krea2.krea2_folder(tmp_path_factory.mktemp("krea2") / "model", video_vae(), distilled=True)
-    return both_hosts.both(run_inside, folder, PROMPTS, "krea2")
+    recipe = Recipe.for_student(FlowSchedule(math.exp(1.15)), 2, "krea2", ((32, 32),))
+    return both_hosts.both(run_inside, folder, PROMPTS, "krea2", **drawn.told(folder, recipe, NEGATIVES, PROMPTS[0]))
 
 
 def test_prompts_become_the_same_conditions_of_several_lengths(hosts: Hosts) -> None:
@@ -67,3 +76,21 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize("method", RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS)
+
+
+@pytest.mark.parametrize("number", range(len(NEGATIVES)), ids=[mode for mode, *_ in NEGATIVES])
+def test_a_negative_is_steered_away_from_alike(number: int, hosts: Hosts) -> None:
+    drawn.check_steered(hosts, number, NEGATIVES[number])
+
+
+def test_a_bases_first_part_is_alike(hosts: Hosts) -> None:
+    drawn.check_diverse(hosts, PROMPTS[0])
+
+
+@pytest.mark.parametrize("method", drawn.ADAPTERS)
+def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
+    drawn.check_adapter(hosts, method, PROMPTS)
+
+
+def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
+    drawn.check_guidance(hosts)

@@ -44,8 +44,8 @@ of the input, and x0 = (x - sigma eps) / alpha divides them by alpha."""
 KINDS = {"sd15": ("unet", "SD15"), "sdxl": ("unet", "SDXL"), "sd3": ("sd3", "SD3"), "flux": ("flux", "Flux")}
 KINDS |= {"z_image": ("z_image", "ZImage"), "flux2": ("flux2", "Flux2"), "anima": ("anima", "Anima")}
 KINDS |= {"qwen_image": ("qwen_image", "QwenImage"), "chroma": ("chroma", "Chroma"), "lumina2": ("lumina2", "Lumina2")}
-KINDS["wan"] = ("wan", "WAN21_T2V")
-OF_VIDEO = ("anima", "qwen_image", "wan")
+KINDS |= {"wan": ("wan", "WAN21_T2V"), "krea2": ("krea2", "Krea2")}
+OF_VIDEO = ("anima", "qwen_image", "wan", "krea2")
 CONFIG = {
     **small.IN_COMFY,
     "flux2": {**small.IN_COMFY["flux2"], "guidance_embed": False},
@@ -60,6 +60,7 @@ SCHEDULES |= {
     "lumina2": FlowSchedule(6.0),
     "wan": FAMILIES["wan"].schedule,
 }
+SCHEDULES["krea2"] = FlowSchedule(math.exp(1.15))
 
 
 def size_of(case: str) -> tuple[int, int]:
@@ -163,6 +164,8 @@ def by_diffusers(case: str, file: Path) -> Tensor:
     latents = eval(call, names).images
     if case == "flux2":
         return folded(pipe, latents)
+    if case == "krea2":
+        return pipe._unpack_latents(latents, *size_of(case))
     packed = case in ("flux", "qwen_image", "chroma")
     return pipe._unpack_latents(latents, *size_of(case), pipe.vae_scale_factor) if packed else latents
 

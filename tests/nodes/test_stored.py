@@ -24,8 +24,9 @@ KINDS = {
     "sd3": ["kitchen-fp8"],
     "z_image": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
     "flux2": ["scaled", "scaled-input", "kitchen-fp8", "int8-rotated", "nvfp4", "w4a8"],
+    "krea2": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
 }
-SMALL = {"z_image": "small_z_image.py", "flux2": "small_flux2.py"}
+SMALL = {"z_image": "small_z_image.py", "flux2": "small_flux2.py", "krea2": "small_krea2.py"}
 """What makes those that are not among the tiny checkpoints."""
 STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
 ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
@@ -113,6 +114,7 @@ STACKS: dict[str, list[str]] = {
     "flux, all": EVERY,
     "z_image": ["scaled", "int8-rotated"],
     "flux2": ["scaled", "int8-rotated"],
+    "krea2": ["scaled"],
 }
 
 

@@ -22,6 +22,7 @@ OWN = (
     "12 distil klein",
     "13 distil Anima",
     "14 distil Qwen-Image",
+    "15 distil Krea 2",
     "16 distil Chroma",
     "17 distil Lumina 2",
     "18 distil Wan",

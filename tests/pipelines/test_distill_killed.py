@@ -11,8 +11,10 @@ from pathlib import Path
 import distil_runner
 import pytest
 import tiny_folders
+import tiny_krea2
 import torch
 from narrowed import narrowed
+from tiny_pipelines import video_vae
 
 from onestep.core.lora_file import load_lora
 from onestep.training.runs.run import Run
@@ -22,6 +24,7 @@ FOLDERS = {
     "sd3": tiny_folders.sd3_folder,
     "klein": tiny_folders.klein_folder,
     "z_image": tiny_folders.z_image_folder,
+    "krea2": lambda folder: tiny_krea2.krea2_folder(folder, video_vae()),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapted import noisy
 from loaded_adapters import in_either_order, on_another_checkpoint
-from tiny_pipelines import flux, klein, sd, sd3, sdxl, z_image
+from tiny_pipelines import flux, klein, krea2, sd, sd3, sdxl, z_image
 from torch import Tensor
 
 from onestep.core.adapter_file import save_adapter
@@ -23,7 +23,7 @@ from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.steer import steered
 
 PIPES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(embedded=False), "z_image": z_image}
-PIPES |= {"klein": klein}
+PIPES |= {"klein": klein, "krea2": krea2}
 PROMPTS = ["a cat", "a red dog"]
 
 
@@ -111,7 +111,7 @@ CALL: dict[str, Any] = {"width": 16, "height": 16, "output_type": "latent"}
 
 
 def recipe_of(name: str, guidance: float = 1.0) -> Recipe:
-    family = {"klein": "flux2"}.get(name, name if name in ("sd3", "flux", "z_image") else "unet")
+    family = {"klein": "flux2"}.get(name, name if name in ("sd3", "flux", "z_image", "krea2") else "unet")
     return Recipe((999.0,) if family == "unet" else (1000.0,), guidance=guidance, family=family)
 
 
@@ -139,7 +139,7 @@ def test_one_step_pipeline_draws_under_it(name: str, tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network_of(pipe).modules())
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "z_image", "klein"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "z_image", "klein", "krea2"])
 def test_beside_a_recipes_guidance_both_act(name: str, tmp_path: Path) -> None:
     """D_u + k (D_agd - D_u): the negative's own rows are nobody's."""
     pipe, _, file = made(name, tmp_path)
@@ -200,7 +200,7 @@ def test_z_images_own_guidance_puts_the_prompt_first(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["z_image", "klein"])
+@pytest.mark.parametrize("name", ["z_image", "klein", "krea2"])
 def test_beside_a_negative_it_reads_the_prompt_alone(name: str, tmp_path: Path) -> None:
     """In either order; NAG away from the prompt itself is none, so that the adapter alone is left."""
     pipe, _, file = made(name, tmp_path)

@@ -24,7 +24,7 @@ TOLD |= {"gan_ramp": 0.0, "gan_weight": 1.0, "matching_guidance": 1.0, "guidance
     narrowed(
         [
             (f, m)
-            for f in ("sd", "sdxl", "sd3", "flux", "z_image", "klein", "qwen_image")
+            for f in ("sd", "sdxl", "sd3", "flux", "z_image", "klein", "qwen_image", "krea2")
             for m in ("dmd2", "f-distill", "ladd")
         ],
         ("sd3", "dmd2"),
@@ -38,7 +38,7 @@ def test_a_run_of_each_family(family: str, method: str, tmp_path: Path) -> None:
     own = {name: value for name, value in TOLD.items() if name in small(method=method).flat()}
     made = distil(
         host,
-        ["a wall", "a red house" + 20 * " cat" * (family in ("z_image", "qwen_image"))],
+        ["a wall", "a red house" + 20 * " cat" * (family in ("z_image", "qwen_image", "krea2"))],
         small(method=method, **own | ({"sizes": "32x32"} if family == "qwen_image" else {})),
         tmp_path / "run",
     )

@@ -112,6 +112,7 @@ CASES = {
         {"double_blocks.0.x.weight": (1, 1), "double_stream_modulation_img.lin.weight": (1, 1)},
         "a FLUX.2 checkpoint.*diffusers folder",
     ),
+    "Krea 2": ({"txtfusion.projector.weight": (1, 12)}, "a Krea 2 checkpoint.*diffusers folder.*ComfyUI"),
     "Z-Image": ({"noise_refiner.0.x.weight": (1, 1), "x_pad_token": (1, 1)}, "a Z-Image checkpoint.*diffusers folder"),
     "Z-Image Omni": (
         {

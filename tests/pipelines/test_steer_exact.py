@@ -19,9 +19,9 @@ MODES = list(SCALES)
 
 
 def exact(name: str) -> float:
-    """Of the largest value, in float64. diffusers computes Flux' rotary positions in float32, and
-    turns Qwen-Image's queries and keys in it."""
-    return {"flux": 1e-7, "flux2": 1e-7, "chroma": 1e-7, "qwen_image": 1e-6}.get(name, 1e-10)
+    """Of the largest value, in float64. diffusers computes Flux' rotary positions in float32, turns Qwen-Image's
+    queries and keys in it, and norms Krea 2's."""
+    return {"flux": 1e-7, "flux2": 1e-7, "chroma": 1e-7, "qwen_image": 1e-6, "krea2": 3e-6}.get(name, 1e-10)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -64,7 +64,7 @@ def image_prompt(network: Any) -> dict[str, Any]:
     return {"image_embeds": [draw(2, 1, 12)]}
 
 
-@pytest.mark.parametrize(("length", "name", "mode"), thinned(7, [3, 5, 8], JOINT, MODES))
+@pytest.mark.parametrize(("length", "name", "mode"), thinned(5, [3, 5, 8], JOINT, MODES))
 def test_one_picture_stream_is_the_doubled_form(name: str, mode: str, length: int) -> None:
     pipe, network = pipe_of(name)
     negative = texts(2 if length == 5 else 1, length)

@@ -89,7 +89,9 @@ def learnt_filling(network: Any, texts: list[Tensor], fill: int) -> Iterator[Non
 
 
 def as_rows(value: Any, rows: int) -> Any:
-    """A condition for each of the rows."""
+    """A condition for each of the rows; a word is all of theirs."""
+    if isinstance(value, str):
+        return value
     return [torch.cat([part] * rows) for part in value] if isinstance(value, list) else torch.cat([value] * rows)
 
 
@@ -159,16 +161,26 @@ class Doubled:
     ) -> Tensor:
         flat = not rest.get("skip_reshape")
         parts = [x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) if flat else x for x in (q, k, v)]
-        out = self.steered(*parts) if parts[1].shape[2] == self.longest + self.image else look(*parts)
+        length = parts[1].shape[2]
+        if length == self.longest + self.image:
+            out = self.steered(*parts)
+        elif length == self.longest and len(q) == len(self.lengths):  # each row's text alone, refined
+            out = look(*parts, self.hidden(length))
+        else:
+            out = look(*parts)
         out = out.to(q)
         return out if rest.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
-    def steered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.joint += 1
-        seen = torch.full((len(self.lengths), 1, 1, k.shape[2]), -math.inf, dtype=torch.float64)
+    def hidden(self, length: int) -> Tensor:
+        """What is added to the scores of each row: nothing where its own text or the picture is."""
+        seen = torch.full((len(self.lengths), 1, 1, length), -math.inf, dtype=torch.float64)
         for row, text in enumerate(self.seen):
             seen[row, ..., text] = seen[row, ..., self.longest :] = 0
-        out = look(q, k, v, seen)
+        return seen
+
+    def steered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.joint += 1
+        out = look(q, k, v, self.hidden(k.shape[2]))
         if self.form["mode"] == "vsf":
             keys = [torch.cat((x[:1, :, self.seen[0]], x[:1, :, self.longest :]), 2) for x in (k, v)]
             negative = [x[1:, :, self.own[1]] for x in (k, v)]

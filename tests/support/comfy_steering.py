@@ -61,6 +61,10 @@ CHROMA = {
     **{"depth_single_blocks": 1, "axes_dim": [8, 12, 12], "qkv_bias": True, "txt_ids_dims": []},
     **{"in_dim": 64, "out_dim": 64, "hidden_dim": 40, "n_layers": 2},
 }
+KREA2 = {
+    **{"image_model": "krea2", "features": 64, "channels": 16, "patch": 2, "layers": 2, "heads": 4, "kvheads": 2},
+    **{"tdim": 32, "txtlayers": 4, "txtdim": 16, "txtheads": 2, "txtkvheads": 2},
+}
 SDXL = {"context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True}
 SVD = {
     **{"in_channels": 8, "context_dim": 1024, "adm_in_channels": 768, "num_classes": "sequential"},
@@ -85,11 +89,12 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "klein": (supported.Flux2, {**FLUX2, "guidance_embed": False}),
     "qwen_image": (supported.QwenImage, QWEN_IMAGE),
     "chroma": (supported.Chroma, CHROMA),
+    "krea2": (supported.Krea2, KREA2),
     "numbered": (supported.Flux, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
     "pixart": (supported.PixArtAlpha, PIXART),
 }
 WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "qwen_image": 64, "lumina2": 64}
-WIDTHS |= dict.fromkeys(("flux2", "klein", "chroma"), 64)
+WIDTHS |= dict.fromkeys(("flux2", "klein", "chroma", "krea2"), 64)
 POOLED = {"sdxl": 1280, "sd3": 2048, "sd35": 2048, "flux": 2048}
 FORMS = {
     "nasa": {"mode": "nasa", "scale": 0.4},
@@ -142,7 +147,8 @@ def empty_for(negative: Any) -> list[Any]:
 
 
 def shape_of(model: Any, side: int = 8) -> tuple[int, ...]:
-    latent, picture = model.model.latent_format, hasattr(model.model.diffusion_model, "txt_in")
+    latent, network = model.model.latent_format, model.model.diffusion_model
+    picture = hasattr(network, "txt_in") or hasattr(network, "txtmlp")
     channels, frames = latent.latent_channels, 1 if picture else 2
     return (channels, frames, side, side) if latent.latent_dimensions == 3 else (channels, side, side)
 

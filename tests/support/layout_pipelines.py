@@ -8,6 +8,7 @@ from typing import Any
 
 import small_networks as small
 import tiny_chroma
+import tiny_krea2
 import tiny_lumina2
 import tiny_pipelines as tiny
 import tiny_qwen
@@ -138,8 +139,16 @@ def wan() -> Any:
     )
 
 
+def krea2() -> Any:
+    """Its text is three layers of 8, in heads of 16."""
+    pipe = tiny_krea2.krea2(tiny.video_vae(), head=16, distilled=True)
+    pipe.register_modules(transformer=small.network_of("krea2", torch.float32))
+    return pipe
+
+
 MAKERS: dict[str, Callable[[], Any]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image}
 MAKERS |= {"flux2": flux2, "anima": anima, "qwen_image": qwen_image, "wan": wan, "chroma": chroma, "lumina2": lumina2}
+MAKERS["krea2"] = krea2
 
 
 def make(name: str) -> Any:
@@ -164,7 +173,7 @@ def embedded(pipe: Any, prompt: str) -> dict[str, Tensor]:
         return {"text": pipe.encode_prompt(prompt, "cpu", 1, False)[0]}
     if name == "ZImagePipeline":
         return {"text": pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0][None]}
-    if name in ("AnimaModularPipeline", "WanPipeline"):
+    if name in ("AnimaModularPipeline", "WanPipeline", "Krea2Pipeline"):
         return {"text": encode_text(pipe, [prompt], device="cpu").text}
     if name in ("ChromaPipeline", "Lumina2Pipeline"):
         return {"text": encode_text(pipe, [prompt], device="cpu").text}

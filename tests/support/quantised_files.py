@@ -32,7 +32,18 @@ KITCHEN: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "w4a8": ("asym_w4a8_int8", "AsymW4A8Int8Layout", {"convrot_groupsize": 64}, {"convrot_groupsize": 64}),
 }
 PLAIN = {"fp8": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-FIRST = ("img_in.", "x_embedder.", "context_embedder.", "txt_in.", "time", "vector_in", "final_layer.")
+FIRST = (
+    "img_in.",
+    "x_embedder.",
+    "context_embedder.",
+    "txt_in.",
+    "first.",
+    "txtfusion.projector.",
+    "last.",
+    "time",
+    "vector_in",
+    "final_layer.",
+)
 """Layers by which ComfyUI knows a network, and such as published files leave as they are."""
 
 

@@ -26,9 +26,9 @@ from onestep.pipelines import steered
 
 Array = NDArray[np.float64]
 PIPES = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "z_image": "z_image"}
-PIPES |= {"flux2": "klein", "qwen_image": "qwen_image", "chroma": "chroma", "lumina2": "lumina2"}
+PIPES |= {"flux2": "klein", "qwen_image": "qwen_image", "chroma": "chroma", "lumina2": "lumina2", "krea2": "krea2"}
 UNETS, POOLED = ("sd15", "sdxl"), ("sd3", "sd35", "flux")
-JOINT = (*POOLED, "flux2", "qwen_image", "chroma")
+JOINT = (*POOLED, "flux2", "qwen_image", "chroma", "krea2")
 SCALES = {"nasa": 0.3, "nag": 5.0, "vsf": 1.5, "perp": 5.0}
 WEIGHT, KEEP = Steering.weight, Steering.keep
 TAU, ALPHA, OFFSET = 2.5, 0.25, 0.1
@@ -178,14 +178,17 @@ class JointOracle:
         normed = [part if norm is None else norm(part) for part, norm in zip(found, (*norms, None), strict=True)]
         return [array(part) for part in normed]
 
+    def hidden(self, rows: int, tokens: int) -> Array:
+        """Where texts differ in length the shorter one is padded, and nobody looks at the padding."""
+        each, added = rows // len(self.lengths), np.zeros((rows, 1, 1, tokens))
+        added[..., : max(self.lengths)] = -np.inf
+        for number, own in enumerate(self.own):
+            added[number * each : (number + 1) * each, :, :, own] = 0
+        return added
+
     def _attended(self, q: Array, k: Array, v: Array) -> Array:
         each, length = len(q) // len(self.lengths), max(self.lengths)
-        # where texts differ in length the shorter one is padded, and nobody looks at the padding
-        hidden = np.zeros((len(q), 1, 1, k.shape[2]))
-        hidden[..., :length] = -np.inf
-        for number, own in enumerate(self.own):
-            hidden[number * each : (number + 1) * each, :, :, own] = 0
-        out = attend(q, k, v, hidden)
+        out = attend(q, k, v, self.hidden(len(q), k.shape[2]))
         if self.mode == "vsf":
             keys, values = (
                 (
@@ -246,6 +249,31 @@ class QwenOracle:
         return attn.to_out[0](merged[:, length:]), attn.to_add_out(merged[:, :length])
 
 
+class KreaOracle:
+    """Krea 2's, of few heads of keys and values, whose answer each token gates; a text is refined without turns."""
+
+    def __init__(self, oracle: JointOracle) -> None:
+        self.oracle = oracle
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, attention_mask: Any = None, image_rotary_emb: Any = None
+    ) -> Tensor:
+        heads, few = attn.num_heads, attn.num_kv_heads
+        q, k, v = (
+            joined(layer(hidden_states), count)
+            for layer, count in ((attn.to_q, heads), (attn.to_k, few), (attn.to_v, few))
+        )
+        q, k = array(attn.norm_q(torch.from_numpy(q))), array(attn.norm_k(torch.from_numpy(k)))
+        k, v = np.repeat(k, heads // few, 1), np.repeat(v, heads // few, 1)
+        if image_rotary_emb is None:
+            out = attend(q, k, v, self.oracle.hidden(len(q), k.shape[2]))
+        else:
+            out = self.oracle._attended(rotated(q, image_rotary_emb), rotated(k, image_rotary_emb), v)
+        merged = out.transpose(0, 2, 1, 3).reshape(hidden_states.shape)
+        gate = array(attn.to_gate(hidden_states))
+        return attn.to_out[0](torch.from_numpy(merged / (1 + np.exp(-gate))).to(hidden_states))
+
+
 def turned(x: Array, angles: NDArray[np.complex128]) -> Array:
     """Pairs of neighbours as complex numbers, by unit numbers [N, D / 2]."""
     z = (x[..., ::2] + 1j * x[..., 1::2]) * angles
@@ -284,10 +312,13 @@ def doubled(
         rows["pooled"] = torch.cat([inputs["pooled"], *(other.pooled.expand(count, -1) for other in others)])
     more = {key: [torch.cat([part] * len(every)) for part in parts] for key, parts in more.items()}
     oracle = JointOracle(mode, lengths, last)
+    layerwise = {id(module) for path, module in network.named_modules() if "layerwise_blocks." in path}
 
     def choose(attn: Any) -> Any:
         if hasattr(attn, "to_qkv_mlp_proj"):
             return ParallelOracle(oracle)
+        if hasattr(attn, "to_gate"):
+            return None if id(attn) in layerwise else KreaOracle(oracle)
         if name == "qwen_image":
             return QwenOracle(oracle)
         return None if attn.added_kv_proj_dim is None and name not in ("flux", "chroma") else oracle

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+from safetensors.torch import load_file, save_file
 from tiny_folders import shaken
 from tiny_qwen import tokenizer
 from transformers import Qwen3VLConfig, Qwen3VLModel
+
+from onestep.core.families import FAMILIES
+from onestep.core.families.krea2 import layout_of_canonical
 
 PUBLISHED: dict[str, Any] = {
     **{"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 6400, "max_shift": 1.15},
@@ -71,3 +75,33 @@ def krea2_folder(folder: Path, vae: Any, **told: Any) -> Path:
     shaken(pipe.text_encoder, 4)
     pipe.save_pretrained(folder)
     return folder
+
+
+def own_checkpoint(folder: Path, path: Path) -> Path:
+    """The folder's transformer as people have it for ComfyUI, a file by its names."""
+    weights, told = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"), {}
+    rows = FAMILIES["krea2"].rows(layout_of_canonical(weights))
+    names = {row.names[0]: row.host for row in rows}
+    blocks = {ours.removesuffix(".attn.to_q"): theirs.removesuffix(".attn.wq") for ours, theirs in names.items()}
+    for key, value in weights.items():
+        layer, _, kind = key.rpartition(".")
+        if layer in names:
+            told[f"{names[layer]}.{kind}"] = value
+        elif kind == "scale_shift_table":
+            told["last.modulation.lin" if layer == "final_layer" else f"{blocks[layer]}.mod.lin"] = value
+        else:
+            told[OF_NORMS.get(layer) or _norm(layer, blocks)] = value
+    told |= {key: value.flatten() for key, value in told.items() if key.endswith("mod.lin")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in told.items()}, path)
+    return path
+
+
+OF_NORMS = {"txt_in.norm": "txtmlp.0.scale", "final_layer.norm": "last.norm.scale"}
+INSIDE = {"norm1": "prenorm", "norm2": "postnorm", "attn.norm_q": "attn.qknorm.qnorm"}
+INSIDE["attn.norm_k"] = "attn.qknorm.knorm"
+
+
+def _norm(layer: str, blocks: dict[str, str]) -> str:
+    block, inside = next((name, layer[len(name) + 1 :]) for name in blocks if layer.startswith(f"{name}."))
+    return f"{blocks[block]}.{INSIDE[inside]}.scale"

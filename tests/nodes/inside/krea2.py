@@ -8,6 +8,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
 from comfy_both_hosts import COND, answer, facts, given, load, measured, trained
+from comfy_drawn import drawn
 
 from onestep.nodes.adapt import adapted
 
@@ -31,9 +32,10 @@ def pictures(host):
 
 with torch.inference_mode():
     model, clip, vae = load()
+    seen = drawn(model, clip)
     with adapted(model, clip, vae) as host:
         out = alone(host) | pictures(host)
         more, again = measured(host)
         report = facts(host, again)
     report["files"] = trained(model, clip, vae)
-answer(out | more, report)
+answer(seen | out | more, report)

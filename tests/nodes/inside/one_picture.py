@@ -25,6 +25,7 @@ from onestep.nodes.sample import OneStepSample
 folder, cases = Path(sys.argv[1]), sys.argv[2:]
 folder_paths.add_model_folder_path("loras", str(folder))
 KINDS = ("SD15", "SDXL", "SD3", "Flux", "ZImage", "Flux2", "Anima", "QwenImage", "Chroma", "Lumina2", "WAN21_T2V")
+KINDS += ("Krea2",)
 CLASSES = {name: getattr(supported, name) for name in KINDS}
 
 

@@ -14,7 +14,7 @@ from comfy_steering import FORMS, checkpoint, condition, empty_for, hooked, tiny
 from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
 
-NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "wan")
+NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "wan")
 LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
 
 
@@ -23,7 +23,7 @@ def measured(model, kind, form, lengths=(9, 5), **told):
     positive, negative = condition(kind, lengths[0], 1), condition(kind, lengths[1], 2)
     positive[0][1] |= told
     ours = x0_of(steered_model(model, negative, Steering(**form), empty=empty_for(negative)), positive)[0]
-    if kind in ("sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma"):
+    if kind in ("sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2"):
         expected = doubled(model, positive, negative, form)
     else:
         with hooked(model, negative[0][0], form):
@@ -66,11 +66,13 @@ with torch.inference_mode():
     found["flux with a reference picture"] = every_form(tiny("flux"), "flux", **reference)
     reference = {"reference_latents": [torch.randn(1, 128, 3, 2)]}
     found["flux2 with a reference picture"] = every_form(tiny("flux2"), "flux2", **reference)
+    reference = {"reference_latents": [torch.randn(1, 16, 1, 6, 4)], "reference_latents_method": "index"}
+    found["krea2 with a reference picture"] = every_form(tiny("krea2"), "krea2", **reference)
     found["flux2, padded behind"] = {name: padded(tiny("flux2"), form) for name, form in FORMS.items()}
     for kind in ("sd15", "sdxl"):
         behind = {name: {**form, "layers": "decoder"} for name, form in FORMS.items()}
         found[f"{kind}, decoder"] = {name: measured(tiny(kind), kind, form) for name, form in behind.items()}
-    for kind in ("sd15", "sd3", "flux", "flux2", "wan"):
+    for kind in ("sd15", "sd3", "flux", "flux2", "krea2", "wan"):
         model = tiny(kind)
         for name, lengths in LENGTHS.items():
             found[f"{kind}, {name}"] = {"nag": measured(model, kind, FORMS["nag"], lengths)}
