@@ -123,7 +123,7 @@ CASES = {
     ),
     "Chroma": (
         {"double_blocks.0.x.weight": (1, 1), "distilled_guidance_layer.x.weight": (1, 1)},
-        "of Chroma, which is",
+        "a Chroma checkpoint.*diffusers folder",
     ),
     "a part": ({"down_blocks.0.resnets.0.conv1.weight": (1, 1)}, "one part of a pipeline"),
     "anything": ({"weight": (1,)}, "no checkpoint of SD1.5"),
