@@ -112,7 +112,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     keys = [key for key in header.tensors if key not in unused]
     refuse_kinds(keys)
     refuse_adapters(keys)
-    refuse_families(keys, family)
+    refuse_families(keys, family or header.metadata.get("onestep.family"))
     family = _family(path, {key: header.tensors[key] for key in keys}, header.metadata, family)
     _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)

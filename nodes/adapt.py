@@ -44,6 +44,7 @@ from .own_text import own_text
 from .refusals import refuse_encoder, refuse_patches, refuse_variant
 from .rotary import training_options
 from .stored import keep_stored, refuse_broken, refuse_foreign
+from .text_rows import a_row_each
 
 PROBE = ("a photograph of a red apple on a wooden table", "")
 
@@ -98,6 +99,8 @@ class ComfyHost:
         )
         self.device = torch.device(self.patcher.load_device)
         self.blocks, self.in_place = blocks_of(network), in_place_of(network)
+        if self._known.one_row:
+            a_row_each(self.blocks)
         self._training = False
 
     @property

@@ -14,6 +14,8 @@ from ..core.compiled import unwrapped
 from ..core.errors import OneStepError
 from ..core.families import bind_diffusers, detect
 from ..core.lora_file import fit, load_lora
+from ..core.tensor_file import read_header, read_tensors
+from .injected import load_weights
 from .modular import made_of
 from .quiet import attempt
 
@@ -31,7 +33,10 @@ def check_file(pipe: Any, path: Path) -> str:
     targets = bind_diffusers(network)
     ours = fit(load_lora(path, [target.name for target in targets], detect(network)).state, targets)
     worst = compare(ours, _loaded(pipe, network, path), path.name)
-    return f"diffusers {diffusers.__version__} loads all {len(ours)} layers; largest relative difference {worst:.1g}"
+    loader = f"diffusers {diffusers.__version__}"
+    if not hasattr(pipe, "load_lora_weights"):
+        loader = f"peft beside {loader}, which has no loader of LoRAs for this model,"
+    return f"{loader} loads all {len(ours)} layers; largest relative difference {worst:.1g}"
 
 
 def compare(ours: Factors, theirs: Factors, name: str) -> float:
@@ -57,7 +62,11 @@ def _loaded(pipe: Any, network: Any, path: Path) -> Factors:
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     parts = {**dict.fromkeys(pipe.components), "scheduler": pipe.scheduler, name: shell}
     empty = made_of(type(pipe), {**parts, **_flags(pipe)})
-    attempt(path, lambda: empty.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER))
+    if hasattr(empty, "load_lora_weights"):
+        attempt(path, lambda: empty.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER))
+    else:
+        tensors = read_tensors(path, read_header(path).tensors)
+        attempt(path, lambda: load_weights(empty, shell, tensors, ADAPTER))
     return {path: _factors(module) for path, module in shell.named_modules() if hasattr(module, "lora_A")}
 
 

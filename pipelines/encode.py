@@ -17,6 +17,7 @@ from .kinds import (
     KLEIN,
     KREA2,
     LUMINA2,
+    PIXART,
     QWEN_IMAGE,
     SD,
     SD3,
@@ -54,7 +55,7 @@ def encode_text(
 def _unpadded(pipe: Any, kind: str, text: str, device: torch.device, negative: bool) -> Cond:
     """CLIP is causal: its padding, behind the text, changes none of the text's tokens. T5 sees both ways, and reads the
     text at the length that it has."""
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2, PIXART):
         return encode(pipe, kind, [text], device, negative=negative)
     if kind in (ANIMA, WAN):  # zeros fill it up
         cond, tokenizer = encode(pipe, kind, [text], device), pipe.t5_tokenizer if kind == ANIMA else pipe.tokenizer

@@ -23,6 +23,7 @@ KLEIN, FLUX2 = FAMILIES["flux2"].pipelines
 (WAN,) = FAMILIES["wan"].pipelines
 (CHROMA,) = FAMILIES["chroma"].pipelines
 (LUMINA2,) = FAMILIES["lumina2"].pipelines
+(PIXART,) = FAMILIES["pixart"].pipelines
 
 LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": KLEIN,

@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -52,6 +53,7 @@ Transformer = (
     | WanTransformer3DModel
     | ChromaTransformer2DModel
     | Lumina2Transformer2DModel
+    | PixArtTransformer2DModel
 )
 
 
@@ -156,6 +158,28 @@ class ChromaNetwork:
         return unpack(answer, height, width)
 
 
+@dataclass(frozen=True)
+class PixArtNetwork:
+    """PixArtTransformer2DModel, which reads an index 0 .. T - 1 and, where texts are padded, their mask; its answer's
+    second half is a variance, which nothing here is drawn by."""
+
+    module: Any
+    extras: Extras = Extras()
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        text, _ = in_dtype(cond, x, self.module.dtype)
+        answer = self.module(
+            x.to(self.module.dtype),
+            encoder_hidden_states=text,
+            encoder_attention_mask=None if cond.mask is None else cond.mask.to(x.device),
+            timestep=time.to(x.device, torch.float32),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            cross_attention_kwargs=dict(self.extras.attention or {}) or None,
+            return_dict=False,
+        )[0]
+        return answer[:, : x.shape[1]]
+
+
 NETWORKS: dict[str, Any] = {
     "unet": UNetNetwork,
     "sd3": SD3Network,
@@ -168,6 +192,7 @@ NETWORKS: dict[str, Any] = {
     "wan": WanNetwork,
     "chroma": ChromaNetwork,
     "lumina2": Lumina2Network,
+    "pixart": PixArtNetwork,
 }
 
 

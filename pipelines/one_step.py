@@ -23,6 +23,7 @@ from .call_values import check_count, checked
 from .control import load_control
 from .fast import Fast, Mode, refuse_while_fast
 from .guidance_adapter import check_guidance, read_guidance_adapter
+from .injected import take_all_off
 from .ip_adapter import IPAdapters, image_rows
 from .kinds import kept_settings, own_parts, passed_on, pipeline_of
 from .modular import made_of
@@ -50,9 +51,7 @@ IMAGE_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     """Text to image in one step, or in the few that a recipe says.
 
-    The parts are those of StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline,
-    ZImagePipeline, Flux2KleinPipeline, Flux2Pipeline, QwenImagePipeline, AnimaModularPipeline, Krea2Pipeline or
-    WanPipeline:
+    The parts are those of a family's own pipeline, of StableDiffusionPipeline's or another's (docs/diffusers.md):
     `OneStepPipeline.from_pretrained(folder)` reads their folders, `OneStepPipeline.from_pipe(pipe)` shares their parts.
     recipe: a preset's name or a recipe's JSON, saved with the pipeline; `load_one_step_lora` takes a LoRA's own.
     embedded_guidance: what Flux-dev reads, saved too; None is 3.5, 4 of FLUX.2-dev, or what the LoRA was trained at.
@@ -258,7 +257,7 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         """Take all LoRAs off again."""
         refuse_while_fast(network_of(self))
         self._lora, self._steps = None, StepLoRAs()
-        self.plain().unload_lora_weights()
+        take_all_off(self.plain(), network_of(self))
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does. The LoRAs that act on the denoiser are merged into the weights that are written, not

@@ -21,6 +21,8 @@ from ..core.recipe.recognised import recognised
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare
+from .injected import load_weights
+from .injected import take_off as drop
 from .quiet import attempt
 
 INSIDE = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
@@ -71,7 +73,7 @@ def _by_names(path: Path, file: LoraFile) -> Recipe:
 def _load(pipe: Any, path: Path, state: State, family: str, name: str, scale: float) -> None:
     """One file's factors as the adapter ``name``, compared with what was read."""
     network = network_of(pipe)
-    attempt(path, lambda: pipe.load_lora_weights(_in_pefts_names(state, family), adapter_name=name))
+    attempt(path, lambda: load_weights(pipe, network, _in_pefts_names(state, family), name))
     compare(*_as_loaded(state, network, name), path.name)
     for layer in adapted(network, name).values():
         layer.set_scale(name, scale)
@@ -105,7 +107,7 @@ def take_off(pipe: Any, names: set[Any]) -> None:
     network = network_of(pipe)
     for name in names:
         if adapted(network, name):
-            pipe.delete_adapters(name)
+            drop(pipe, network, name)
 
 
 def keep_on(network: Any, adapter_name: str | None) -> None:

@@ -11,11 +11,13 @@ from ..core.families import FAMILIES
 from .threads import lock_of
 
 
-def of_own_tokens(pipe: Any, prompts: list[str], device: torch.device) -> Cond:
+def of_own_tokens(pipe: Any, kind: str, prompts: list[str], device: torch.device) -> Cond:
     """T5's states of each text's own tokens, as ComfyUI reads it. Chroma's pipeline in diffusers shows the network one
-    token of padding too, and of the others a part: it adds its mask, 1 and 0, to the scores."""
-    longest = FAMILIES["chroma"].longest
-    counts = [length_of(pipe, pipe.tokenizer, text, longest) for text in prompts]
+    token of padding too, and of the others a part: it adds its mask, 1 and 0, to the scores. PixArt's reads a text in
+    small letters."""
+    longest = next(known.longest for known in FAMILIES.values() if kind in known.pipelines)
+    read = pipe._text_preprocessing(prompts) if hasattr(pipe, "_text_preprocessing") else prompts
+    counts = [length_of(pipe, pipe.tokenizer, text, longest) for text in read]
     more: dict[str, Any] = {"device": device, "do_classifier_free_guidance": False}
     texts = pipe.encode_prompt(prompts, max_sequence_length=max(counts), **more)[0]
     return Cond.concat([Cond(text[None, :count]) for text, count in zip(texts, counts, strict=True)])

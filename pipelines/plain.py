@@ -15,6 +15,7 @@ import diffusers
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.recipe import Recipe
+from ..core.schedule import VPSchedule
 from .modular import is_modular
 
 TRAINING_TIMES = 1000  # of every VP model that diffusers' schedulers are published for
@@ -199,7 +200,13 @@ def diffusers_settings(recipe: Recipe, embedded_guidance: float | None = None) -
         raise OneStepError(
             f"no scheduler of diffusers gives the network {recipe.time_scale:g} of each time: draw with OneStepPipeline"
         )
-    settings = _vp(recipe.whole()) if FAMILIES[recipe.family].unet else _flow(recipe.whole(), embedded_guidance)
+    if not hasattr(getattr(diffusers, FAMILIES[recipe.family].pipelines[0]), "load_lora_weights"):
+        raise OneStepError(
+            f"diffusers has no loader of LoRAs for {FAMILIES[recipe.family].models}: draw with OneStepPipeline, which "
+            "puts the file on the network by peft"
+        )
+    of_indices = isinstance(FAMILIES[recipe.family].schedule, VPSchedule)
+    settings = _vp(recipe.whole()) if of_indices else _flow(recipe.whole(), embedded_guidance)
     size = dict(zip(("width", "height"), recipe.sizes[0], strict=True)) if recipe.sizes else {}
     return replace(settings, call={**settings.call, **size}, family=recipe.family)
 

@@ -26,6 +26,7 @@ from .kinds import (
     KLEIN,
     KREA2,
     LUMINA2,
+    PIXART,
     QWEN_IMAGE,
     SD,
     SD3,
@@ -42,7 +43,7 @@ NAMES = {
     SD3: ["latents", "prompt_embeds", "pooled_prompt_embeds"],
     FLUX: ["latents", "prompt_embeds"],
     **dict.fromkeys(
-        (Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, ANIMA, KREA2, WAN, CHROMA, LUMINA2), ["latents", "prompt_embeds"]
+        (Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, ANIMA, KREA2, WAN, CHROMA, LUMINA2, PIXART), ["latents", "prompt_embeds"]
     ),
 }
 """What callbacks may read and change, by the family's own pipeline."""

@@ -24,6 +24,7 @@ from .kinds import (
     KLEIN,
     KREA2,
     LUMINA2,
+    PIXART,
     QWEN_IMAGE,
     SD,
     SD3,
@@ -76,8 +77,8 @@ def encode(
             # as many tokens as its pipeline's call reads, more than twice encode_prompt's own default
             told = {"do_classifier_free_guidance": False, "max_sequence_length": FAMILIES["wan"].tokens}
             return Cond(pipe.encode_prompt(list(prompts), device=device, **told)[0])
-        if kind == CHROMA:
-            return of_own_tokens(pipe, list(prompts), device)
+        if kind in (CHROMA, PIXART):
+            return of_own_tokens(pipe, kind, list(prompts), device)
         return _encoded(pipe, kind, prompts, device, t5_tokens(pipe) if length is None else length)
 
 
@@ -104,7 +105,7 @@ def embeddings(
     prompts, kind = texts_of(texts), pipeline_of(pipe.components)
     with on_device(device, *encoders_of(pipe)):
         cond = encode(pipe, kind, prompts, device, negative=negative).repeat(each)
-    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2):
+    if kind in (Z_IMAGE, QWEN_IMAGE, KREA2, CHROMA, LUMINA2, PIXART):
         return [text[:length] for text, length in zip(cond.text, lengths_of(cond), strict=True)], None
     return cond.text, cond.pooled
 
@@ -117,7 +118,7 @@ def encoders_of(pipe: Any) -> list[Any]:
 
 
 FIRST, BOTH = ("text_encoder", "tokenizer"), ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-TEXT_ALONE = (SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN, CHROMA, LUMINA2)
+TEXT_ALONE = (SD, Z_IMAGE, KLEIN, FLUX2, QWEN_IMAGE, KREA2, WAN, CHROMA, LUMINA2, PIXART)
 ENCODERS: dict[str, tuple[str, ...]] = dict.fromkeys(TEXT_ALONE, FIRST)
 ENCODERS |= dict.fromkeys((SDXL, SD3, FLUX), BOTH) | {ANIMA: (*FIRST, "t5_tokenizer", "text_conditioner")}
 """Which parts a text cannot do without."""

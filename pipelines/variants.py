@@ -17,7 +17,8 @@ def refuse_variant(family: str, network: Any, pooled_encoder: Any = None, vae: A
     known, config = FAMILIES[family], network.config
     kind = "U-Net" if known.unet else "transformer"
     # Qwen-Image's configuration counts what leaves it unpacked
-    if (config.get("out_channels") or config.in_channels) not in (config.in_channels, known.channels(config)):
+    answered = (config.get("out_channels") or config.in_channels) // (1 + known.variance)
+    if answered not in (config.in_channels, known.channels(config)):
         raise OneStepError(
             f"this {kind} has {config.in_channels} input channels (inpainting, depth or upscaling): "
             "use a text-to-image base"

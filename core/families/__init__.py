@@ -26,6 +26,7 @@ from .flux2 import FLUX2
 from .krea2 import KREA2
 from .later import LATER, LATER_MARKS, LATER_NAMES, LATER_PIPELINES
 from .lumina2 import LUMINA2
+from .pixart import PIXART
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .table import Row, natural
@@ -45,6 +46,7 @@ FAMILIES = {
     "wan": WAN,
     "chroma": CHROMA,
     "lumina2": LUMINA2,
+    "pixart": PIXART,
 }
 """By the name that files and recipes have for them, for ever."""
 STEERING = {name: family.steering for name, family in FAMILIES.items() if family.steering}
@@ -231,6 +233,11 @@ def check_size(name: str, family: str, size: tuple[int, int], factor: int) -> No
     pixels along a side of one of its latents."""
     known = FAMILIES[family]
     unit = math.lcm(8, factor * known.patch * (2 if known.even else 1))
+    if sum(size) // 2 // factor < known.least:
+        raise OneStepError(
+            f"{name} draws from {known.least * factor} pixels on, in the mean of both sides (of fewer "
+            f"ComfyUI places no token), not {size[0]}x{size[1]}: take larger sizes"
+        )
     if any(side % unit or side < unit for side in size):
         why = " (at others diffusers and ComfyUI place its tokens differently)" * known.even
         width, height = (max(unit, round(side / unit) * unit) for side in size)

@@ -91,6 +91,9 @@ class Family:
     of them. packed: diffusers' network reads a row of patches, and its in_channels
     counts a whole one. innermost: whether the channels vary fastest in a patch that is embedded as a token, else
     slowest. folded: latents along a side of the autoencoder's that are one of the network's, normed by its statistics.
+    variance: whether diffusers' network answers one besides, in as many channels behind those of the noise. least: of
+    latents along a side, in the mean, by which ComfyUI can place a picture's patches; 1 is any. one_row: whether ComfyUI
+    hands the blocks the texts of a batch in one row.
     widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled: every model
     reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
@@ -156,6 +159,9 @@ class Family:
     packed: bool = False
     folded: int = 1
     innermost: bool = False
+    variance: bool = False
+    least: int = 1
+    one_row: bool = False
     widths: Callable[[Config], tuple[int, int]]
     pooled: bool
     lengths: Literal["repeated", "equal", "grouped", "masked", "filled in front"]

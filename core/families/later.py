@@ -4,8 +4,6 @@ from __future__ import annotations
 
 # Class names of either host -> the family.
 LATER = {
-    "PixArtTransformer2DModel": "PixArt",
-    "PixArtMS": "PixArt",
     "LensTransformer2DModel": "Lens",
     "MageFlowTransformer2DModel": "Mage-Flow",
     "QwenImage21Transformer2DModel": "Qwen-Image 2.1",
@@ -19,6 +17,8 @@ LATER = {
 # Attributes that only a later family's network has, where its class has an earlier one's name.
 LATER_MARKS = {
     "nerf_blocks": "Chroma Radiance",
+    "ar_embedder": "PixArt-Alpha",
+    "adaln_single.emb.aspect_ratio_embedder": "PixArt-Alpha",
     "siglip_embedder": "Z-Image Omni",
     "dec_net": "Z-Image in pixels",
     "clip_text_pooled_proj": "NewBie",
@@ -44,6 +44,7 @@ LATER_MARKS = {
 
 # Pipelines of diffusers whose network has a served family's class, and weights of its own.
 LATER_PIPELINES = {
+    "PixArtAlphaPipeline": "PixArt-Alpha",
     "Flux2KleinKVPipeline": "FLUX.2 klein KV (editing)",
     "QwenImageEditPipeline": "Qwen-Image-Edit",
     "QwenImageEditInpaintPipeline": "Qwen-Image-Edit",
@@ -57,12 +58,14 @@ LATER_PIPELINES = {
 
 # Files whose weights have a served family's names and shapes: by the family and what their names have.
 LATER_NAMES = {
+    ("pixart", r"pixart.?(alpha|α|xl.?2.?(256|512|1024))(?!.*sigma)"): "PixArt-Alpha",
     ("flux2", r"(?<![a-z])kv(?![a-z])"): "FLUX.2 klein KV (editing)",
     ("qwen_image", r"qwen.?image.?edit"): "Qwen-Image-Edit",
 }
 
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
+    r"patchify_proj[._]|audio_(attn|to_video)|video_to_audio|audio_adaln": "LTX",
     r"cross_attn[._](k|v|norm_k)_img|(?<![a-z])img_emb[._]proj|attn2[._](add_[kv]_|norm_added_k)": "Wan image-to-video",
     r"(?<![a-z])vace_(blocks|patch_embedding)": "Wan VACE",
     r"(?<![a-z])(face_adapter|motion_encoder|pose_patch_embedding)[._]": "Wan Animate",
@@ -78,5 +81,5 @@ LATER_KEYS = {
 }
 # The same of keys that a served family's LoRAs have too: what the file is for decides.
 LATER_SHARED = {
-    r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "PixArt or LTX",
+    r"^(diffusion_model\.|transformer\.|base_model\.model\.)*transformer_blocks[._]\d+[._]attn1[._]": "LTX",
 }

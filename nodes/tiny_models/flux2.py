@@ -49,13 +49,17 @@ def unet_config(config: Config) -> Config:
 
 def renamed(weights: Weights, config: Config, lacking: dict[str, str]) -> Weights:
     """By ComfyUI's own map of Flux' blocks, and by hand what that lacks."""
-    table = comfy.utils.flux_to_diffusers(config) | lacking
-    fused: dict[str, dict[int, torch.Tensor]] = {}
+    return fused(weights, comfy.utils.flux_to_diffusers(config) | lacking)
+
+
+def fused(weights: Weights, table: Config) -> Weights:
+    """diffusers' weights by one of ComfyUI's own maps: what it makes one layer of is one."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in weights.items():
         entry = table[name]
         key, rows, change = (entry, None, None) if isinstance(entry, str) else (*entry, None, None)[:3]
-        fused.setdefault(key, {})[rows[1] if rows else 0] = change(tensor) if change else tensor
-    return {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in fused.items()}
+        found.setdefault(key, {})[rows[1] if rows else 0] = change(tensor) if change else tensor
+    return {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in found.items()}
 
 
 def beside() -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from .krea2 import krea2_setup
 from .latents import fit_preview_colours, latent_format
 from .lumina2 import lumina2_setup
 from .mmdit import mmdit_setup
+from .pixart import pixart_setup
 from .qwen import qwen_image_setup
 from .text import load_clip
 from .unet import unet_setup
@@ -56,7 +57,7 @@ def setup_of(folder: Path) -> tuple[Any, Weights]:
     family = of_class(read_config(folder, "transformer").get("_class_name", ""))
     setups = {"z_image": z_image_setup, "flux2": flux2_setup, "qwen_image": qwen_image_setup}
     setups |= {"anima": anima_setup, "krea2": krea2_setup, "wan": wan_setup, "chroma": chroma_setup}
-    setups["lumina2"] = lumina2_setup
+    setups |= {"lumina2": lumina2_setup, "pixart": pixart_setup}
     return setups.get(str(family), mmdit_setup)(folder)
 
 

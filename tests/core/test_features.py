@@ -29,6 +29,7 @@ MIDDLES = {
         "krea2": "transformer_blocks.13",
         **{"wan_1b": "blocks.14", "wan_14b": "blocks.19", "wan_5b": "blocks.14"},
         "chroma": "single_transformer_blocks.9",
+        "pixart": "transformer_blocks.13",
     },
 }
 

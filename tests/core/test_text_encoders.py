@@ -14,7 +14,7 @@ from onestep.nodes.own_text import refuse_without_ids
 
 WIDTHS = {"sd15": 768, "sd2": 1024, "sdxl": 2048, "sd3": 4096, "sd35_medium": 4096, "flux": 4096, "z_image": 2560}
 WIDTHS |= {"qwen_image": 3584, "klein_4b": 7680, "klein_9b": 12288, "flux2_dev": 15360, "anima": 1024, "chroma": 4096}
-WIDTHS |= {"krea2": 12 * 2560, "lumina2": 2304}
+WIDTHS |= {"krea2": 12 * 2560, "lumina2": 2304, "pixart": 4096}
 WIDTHS |= dict.fromkeys(("wan_1b", "wan_14b", "wan_5b"), 4096)
 WRONG = [
     ("z_image", 2304, "2304 numbers, as Lumina 2's Gemma-2-2B, and this model reads 2560: load Z-Image's Qwen3-4B"),

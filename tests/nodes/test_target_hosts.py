@@ -25,7 +25,7 @@ pytestmark = pytest.mark.comfy
 DTYPES = {
     **dict.fromkeys(("sd15", "sdxl", "sd3"), torch.float64),
     **dict.fromkeys(("sd35", "flux", "z_image", "flux2", "qwen_image", "anima", "krea2", "wan"), torch.float32),
-    **dict.fromkeys(("chroma", "lumina2"), torch.float32),
+    **dict.fromkeys(("chroma", "lumina2", "pixart"), torch.float32),
 }
 FEATURES = {
     "sd15": 9,
@@ -41,6 +41,7 @@ FEATURES = {
     "wan": 2,
     "chroma": 6,
     "lumina2": 2,
+    "pixart": 2,
 }
 """Blocks that a discriminator may look at: all of an encoder and its middle, or of a transformer."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -133,6 +133,7 @@ MAPS = {
     "wan": wan_map,
     "chroma": comfy.utils.flux_to_diffusers,
     "lumina2": lumina2_map,
+    "pixart": comfy.utils.pixart_to_diffusers,
 }
 WAYS = ((1, "in"), (2, "out"))
 EMBEDDED = {"time_in": "timestep", "guidance_in": "guidance"}
@@ -184,5 +185,6 @@ def fill(family, model, weights, config):
         start, length = (0, len(state[key])) if rows is None else rows[1:]
         state[key][start : start + length] = value if change is None else change(value)
         written[key][start : start + length] = True
-    # the adapter of the text is no part of diffusers' network
-    return [key for key, done in written.items() if not done.all() and not key.startswith("llm_adapter.")]
+    # the adapter of the text, and what captions are dropped for, are no part of diffusers' network
+    alone = ("llm_adapter.", "y_embedder.y_embedding")
+    return [key for key, done in written.items() if not done.all() and not key.startswith(alone)]

@@ -49,7 +49,9 @@ def fused(family: str, state: Factors) -> dict[str, Tensor]:
     tensors = {}
     for row in table.values():
         names = row.names
-        a, b = torch.cat([state[name][0] for name in names]), torch.block_diag(*(state[name][1] for name in names))
+        a, b = state[names[0]]
+        if len(names) > 1:
+            a, b = torch.cat([state[name][0] for name in names]), torch.block_diag(*(state[name][1] for name in names))
         b = torch.cat([*b.chunk(2)][::-1]) if row.swapped else b
         tensors |= {f"diffusion_model.{row.host}.lora_A.weight": a, f"diffusion_model.{row.host}.lora_B.weight": b}
     return tensors

@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -73,6 +74,11 @@ PUBLISHED: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "anima": ("anima", CosmosTransformer3DModel, ANIMA),
     "krea2": ("krea2", Krea2Transformer2DModel, {}),
     "chroma": ("chroma", ChromaTransformer2DModel, {}),
+    "pixart": (
+        "pixart",
+        PixArtTransformer2DModel,
+        {"caption_channels": 4096, "use_additional_conditions": False},
+    ),
     **{
         name: ("wan", WanTransformer3DModel, {**config, "out_channels": config["in_channels"]})
         for name, config in WAN.items()
@@ -117,6 +123,10 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"n_layers": 30, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48]},
         **{"axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3},
         **{"z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+    },
+    "pixart": {
+        **{"image_model": "pixart_sigma", "patch_size": 2, "in_channels": 4, "num_heads": 16, "hidden_size": 1152},
+        **{"depth": 28, "model_max_length": 300, "micro_condition": False},
     },
     "chroma": {
         **{"image_model": "chroma", "in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": None},

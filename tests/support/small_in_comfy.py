@@ -49,6 +49,10 @@ IN_COMFY: dict[str, dict[str, Any]] = {
         **{"guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True},
         **{"default_ref_method": "index", "ref_index_scale": 10.0},
     },
+    "pixart": {
+        **{"image_model": "pixart_sigma", "patch_size": 2, "in_channels": 4, "num_heads": 2, "hidden_size": 48},
+        **{"depth": 2, "caption_channels": 24, "model_max_length": 7, "micro_condition": False},
+    },
     "chroma": {
         **{"image_model": "chroma", "in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": None},
         **{"context_in_dim": 24, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 19},

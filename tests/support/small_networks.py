@@ -14,6 +14,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -107,6 +108,14 @@ def chroma(**more: Any) -> nn.Module:
     )
 
 
+def pixart(**more: Any) -> nn.Module:
+    """PixArt-Sigma's layout: two blocks."""
+    return PixArtTransformer2DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "cross_attention_dim": 48},
+        **{"caption_channels": 24, "sample_size": 64, "use_additional_conditions": False, **more},
+    )
+
+
 def anima(**more: Any) -> nn.Module:
     """Anima's layout: two blocks, modulations of rank 16."""
     without_torchvision()
@@ -177,6 +186,11 @@ def chroma_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
 
+def pixart_inputs(draw: Callable[..., Tensor]) -> Inputs:
+    """No less than ComfyUI can place."""
+    return {"x": draw(2, 4, 32, 36), "time": torch.tensor([801.0, 37.0]), "text": draw(2, 5, 24)}
+
+
 def anima_inputs(draw: Callable[..., Tensor]) -> Inputs:
     return {"x": draw(2, 16, 8, 12), "time": torch.tensor([0.75, 0.125]), "text": draw(2, 5, 24)}
 
@@ -219,6 +233,11 @@ def run_flux(network: Any, inputs: Inputs) -> Tensor:
     ).sample
     tiles = predicted.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return tiles.reshape(x.shape)
+
+
+def run_pixart(network: Any, inputs: Inputs) -> Tensor:
+    """Its second half is a variance."""
+    return network(inputs["x"], inputs["text"], inputs["time"]).sample[:, :4]
 
 
 def run_z_image(network: Any, inputs: Inputs) -> Tensor:
@@ -309,6 +328,7 @@ CASES = {
     "wan": Case("wan", wan, wan_inputs, run_wan),
     "chroma": Case("chroma", chroma, chroma_inputs, run_flux),
     "lumina2": Case("lumina2", lumina2, lumina2_inputs, run_lumina2),
+    "pixart": Case("pixart", pixart, pixart_inputs, run_pixart),
 }
 
 

@@ -12,6 +12,7 @@ from comfy.ldm.krea2.model import SingleStreamDiT
 from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 
@@ -24,6 +25,7 @@ CLASSES["krea2"] = SingleStreamDiT
 CLASSES["wan"] = WanModel
 CLASSES["chroma"] = Chroma
 CLASSES["lumina2"] = NextDiT
+CLASSES["pixart"] = PixArtMS
 
 report = {}
 for name, (family, config) in json.loads(Path(sys.argv[1]).read_text()).items():

@@ -43,6 +43,7 @@ CLASSES |= {"flux2": supported.Flux2, "qwen_image": supported.QwenImage}
 CLASSES |= {"flux2": supported.Flux2, "anima": supported.Anima}
 CLASSES |= {"krea2": supported.Krea2, "wan": supported.WAN21_T2V}
 CLASSES |= {"chroma": supported.Chroma, "lumina2": supported.Lumina2}
+CLASSES["pixart"] = supported.PixArtSigma
 
 
 def build(family, config, dtype):

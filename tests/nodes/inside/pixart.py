@@ -1,0 +1,46 @@
+"""pixart.py FOLDER WORK: a tiny PixArt-Sigma in ComfyUI (support/comfy_both_hosts.py), texts of several lengths, and
+what is said of what it does not draw or serve."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+
+import torch
+from comfy_both_hosts import COND, answer, given, load, measured, trained
+
+from onestep.core.errors import OneStepError
+from onestep.core.guidance import Steering
+from onestep.nodes.adapt import adapted
+from onestep.nodes.steer import steered_model
+
+
+def alone(host):
+    """x0 of each row by itself, of its real tokens."""
+    x, sigma = given["x"], given["sigma"]
+    lengths = COND.mask.sum(1).tolist()
+    rows = [(slice(i, i + 1), type(COND)(COND.text[i : i + 1, :length])) for i, length in enumerate(lengths)]
+    with torch.no_grad():
+        each = [host.denoiser(x[row], sigma[row], cond) for row, cond in rows]
+        return {"together": host.denoiser(x, sigma, COND), "alone": torch.cat(each)}
+
+
+def said(call):
+    try:
+        call()
+    except OneStepError as error:
+        return str(error)
+
+
+with torch.inference_mode():
+    model, clip, vae = load()
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize("red"))
+    steered = said(lambda: steered_model(model, negative, Steering("nag")))
+    with adapted(model, clip, vae) as host:
+        out = alone(host)
+        more, again = measured(host)
+        report = {"family": host.family, "blocks": len(host.blocks), "again": again}
+        report |= {"small": said(lambda: host.latent_shape((32, 32))), "steered": steered}
+        report["training"] = host.network.training or host.network.y_embedder.training
+    report["files"] = trained(model, clip, vae)
+answer(out | more, report)

@@ -1,0 +1,58 @@
+"""PixArt-Sigma in both hosts, on the same tiny weights: texts of several lengths, D and gradients are equal, and what
+one trains both read; what is not served is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import both_hosts
+import pytest
+import tiny_pixart
+import torch
+from both_hosts import RUNS, Hosts, gap
+
+pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
+LAYERS = 7 + 2 * 10
+SIZE = (40, 40)
+SIZES = {"sizes": "40x40"}
+
+
+@pytest.fixture(scope="module")
+def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
+    folder = tiny_pixart.pixart_folder(tmp_path_factory.mktemp("pixart") / "model")
+    runs = {method: {**told, **SIZES} for method, told in RUNS.items()}
+    return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, runs=runs)
+
+
+def test_prompts_become_the_same_conditions_of_their_own_lengths(hosts: Hosts) -> None:
+    assert hosts.report["family"] == "pixart" and hosts.report["blocks"] == 2
+    assert torch.equal(hosts.comfys["mask"], hosts.inputs["mask"])
+    assert gap(hosts.comfys["text"], hosts.inputs["text"]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_batch_of_several_lengths_is_each_row_alone(hosts: Hosts) -> None:
+    assert gap(hosts.comfys["together"], hosts.comfys["alone"]) < 1e-6
+    ours = hosts.host.denoiser(hosts.inputs["x"], hosts.inputs["sigma"], hosts.cond)
+    assert gap(hosts.comfys["together"], ours) < 1e-5
+
+
+def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
+    both_hosts.check_gradients(hosts, 5e-5)
+
+
+def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
+    both_hosts.check_rows(hosts)
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
+    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **SIZES)
+
+
+def test_captions_are_never_dropped_and_what_is_not_served_is_refused(hosts: Hosts) -> None:
+    assert hosts.report["training"] is False
+    assert "draws from 33 pixels on" in hosts.report["small"]
+    assert hosts.report["steered"].startswith("Negative Steering does not serve PixArt")
