@@ -92,8 +92,8 @@ class Family:
     counts a whole one. innermost: whether the channels vary fastest in a patch that is embedded as a token, else
     slowest. folded: latents along a side of the autoencoder's that are one of the network's, normed by its statistics.
     variance: whether diffusers' network answers one besides, in as many channels behind those of the noise. least: of
-    latents along a side, in the mean, by which ComfyUI can place a picture's patches; 1 is any. one_row: whether ComfyUI
-    hands the blocks the texts of a batch in one row.
+    latents along a side, in the mean, by which ComfyUI can place a picture's patches; 1 is any. one_row: whether
+    ComfyUI hands the blocks the texts of a batch in one row.
     widths: of a text token and of the pooled text (0: none), from either host's configuration. pooled: every model
     reads pooled text.
     lengths: texts of several lengths, which ComfyUI does not pad, are there "repeated" (cross-attention does not see
