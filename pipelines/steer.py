@@ -18,12 +18,13 @@ from ..core.families import FAMILIES
 from ..core.guidance import Steering
 from .adapt import called_network, network_of
 from .own_guidance import OwnGuidance, Rows
-from .steer_attention import CrossSteered, JointSteered, Run
+from .steer_attention import CrossSteered, JointSteered
 from .steer_joint import CrossTexts, JointTexts
 from .steer_krea2 import FusedSteered, FusedTexts
 from .steer_lumina2 import Lumina2Steered, Lumina2Stream
 from .steer_modulation import Modulation, install
 from .steer_one_stream import OneStream, StreamSteered
+from .steer_run import Run
 from .steer_served import apart_of, attentions_of, family_of, read_by, refuse_foreign, times_of, unsteered
 from .steer_text import Text, away_of
 from .threads import one_at_a_time, only_here, processors_of, set_processors

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
-from .steer_attention import Run
 from .steer_modulation import Modulation
+from .steer_run import Run
 
 Given = dict[str, Any]
 """A forward's arguments by name."""

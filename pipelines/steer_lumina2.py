@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.families import FAMILIES
 from ..core.one_stream import Texts
 from .heads import normed
-from .steer_attention import Run
 from .steer_joint import Given
 from .steer_one_stream import Alike, StreamAttention, beside, grouped
+from .steer_run import Run
 
 
 @dataclass

@@ -19,8 +19,8 @@ from ..core.guidance import Streams
 from ..core.one_stream import Texts
 from ..kernels import attention
 from .heads import heads, merged, normed
-from .steer_attention import Run
 from .steer_joint import Given
+from .steer_run import Run
 from .threads import only_here
 
 Parts = tuple[Tensor, ...]

@@ -9,7 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from .heads import heads, normed
-from .steer_attention import JointSteered, Run
+from .steer_attention import JointSteered
+from .steer_run import Run
 
 
 class ParallelSteered:

@@ -8,7 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
 
-from .steer_attention import JointSteered, Run
+from .steer_attention import JointSteered
+from .steer_run import Run
 
 
 class QwenSteered:
