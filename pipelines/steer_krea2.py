@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 
 from ..core.guidance import Streams
 from .heads import merged
-from .steer_attention import Run
 from .steer_joint import Given
 from .steer_one_stream import apart, beside
+from .steer_run import Run
 
 
 @dataclass(frozen=True)
