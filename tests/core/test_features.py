@@ -30,6 +30,7 @@ MIDDLES = {
         **{"wan_1b": "blocks.14", "wan_14b": "blocks.19", "wan_5b": "blocks.14"},
         "chroma": "single_transformer_blocks.9",
         "pixart": "transformer_blocks.13",
+        "lumina2": "layers.12",
     },
 }
 
@@ -90,7 +91,7 @@ def test_the_picture_is_what_the_block_gives(name: str) -> None:
             assert torch.equal(value, given)
         else:
             # behind Z-Image's picture lie what fills it up and the text; before others' last blocks' the text
-            last = name in ("flux2", "chroma") and path.startswith("single")
+            last = (name in ("flux2", "chroma") and path.startswith("single")) or name == "lumina2"
             first = 5 if name == "krea2" or last else 0
             assert rows * columns == (24 if name == "z_image" else given.shape[1] - first)
             assert rows * inputs["x"].shape[3] == columns * inputs["x"].shape[2]
