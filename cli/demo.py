@@ -25,7 +25,7 @@ from .pictures import comparison
 
 MODEL, PRESET = "tiny", "Balanced"
 # A machine of two cores has minutes, not hours; its memory is no concern at this size.
-SMALLER = {"steps": 50, "warm_start": 300, "pairs": 512, "batch": 16, "checkpointing": False}
+SMALLER = {"steps": 40, "warm_start": 240, "pairs": 384, "batch": 16, "checkpointing": False}
 TEACHER_STEPS = 25
 SHOWN = 10
 GOAL = 0.5

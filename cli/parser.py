@@ -217,7 +217,7 @@ def _demo(made: Parser) -> None:
     add = made.add_argument
     add("--out", metavar="RUN", default="runs/demo", help=f"folder of the run {DEFAULT}")
     add("--steps", type=int, metavar="N", help="updates of each phase, to have it shorter")
-    add("--samples", type=int, default=256, metavar="N", help=f"pictures a row of the table {DEFAULT}")
+    add("--samples", type=int, default=128, metavar="N", help=f"pictures a row of the table {DEFAULT}")
     add("--restart", action="store_true", help=RESTART)
     _json(made)
 
