@@ -16,13 +16,14 @@ pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
 LAYERS = 7 + 2 * 10
 SIZE = (40, 40)
-SIZES = {"sizes": "40x40"}
+ALIKE = {"sizes": "40x40", "ema": 0.0}
+"""Without a running mean: it and the student are equally near the teacher here, and rounding would choose."""
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_pixart.pixart_folder(tmp_path_factory.mktemp("pixart") / "model")
-    runs = {method: {**told, **SIZES} for method, told in RUNS.items()}
+    runs = {method: {**told, **ALIKE} for method, told in RUNS.items()}
     return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, runs=runs)
 
 
@@ -49,8 +50,7 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize("method", RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
-    """Students of dmd differ between the hosts by more than check_trained allows, it is not known why."""
-    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, method == "regression", **SIZES)
+    both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **ALIKE)
 
 
 def test_captions_are_never_dropped_and_what_is_not_served_is_refused(hosts: Hosts) -> None:
