@@ -23,7 +23,7 @@ from comfy.ldm.wan.model import WanModel
 from torch import Tensor
 
 from ..core.errors import OneStepError
-from ..core.families import FAMILIES
+from ..core.families import FAMILIES, choices
 from ..core.guidance import Steering
 from ..core.one_stream import Texts
 from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
@@ -34,7 +34,7 @@ from .steer_places import behind_picture, numbered
 from .steer_variants import why_not_flux, why_not_flux2, why_not_qwen, why_not_sd3, why_not_stream
 
 OVERRIDE = "optimized_attention_override"
-MODELS = ", ".join(known.models for known in FAMILIES.values() if known.steering)
+MODELS = choices(name for name, known in FAMILIES.items() if known.steering)
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
 """By the name that attn2_replace has for a block."""
 
@@ -118,8 +118,8 @@ def served(model: Any) -> Served:
     if found is None:
         why = next(iter(reasons.values()), "its network is not known here")
         raise OneStepError(
-            f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves {MODELS} and Wan "
-            "2.1/2.2. Use CFG for its negative"
+            f"Negative Steering does not serve {type(model.model).__name__} ({why}): it serves {MODELS}. Use CFG for "
+            "its negative"
         )
     return found
 
