@@ -196,6 +196,10 @@ def new_adapter(targets: Mapping[str, Target], family: str, seed: int, share: fl
         raise OneStepError(f"this {family!r} base has none of the layers that an adapter adds to: use targets=all")
     cls: Any = GuidanceAttention if FAMILIES[family].cross_attention else GuidanceOffset
     text = _text_width(targets, family, sites)
+    if not text:
+        raise OneStepError(
+            f"this {family!r} base has not the layer among its targets that reads texts: use targets=all"
+        )
     wanted = share * sum(target.out_rows * math.prod(target.shape_a(1)) for target in targets.values())
 
     def size(width: int) -> int:
@@ -232,7 +236,8 @@ def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
 
 def _text_width(targets: Mapping[str, Target], family: str, sites: Sequence[tuple[str, int]]) -> int:
     known = FAMILIES[family]
-    name = sites[0][0].replace("to_out.0", "to_k") if known.cross_attention else known.summary
+    keys = sites[0][0].replace("to_out.0", "to_k") if known.cross_attention else known.summary
+    name = f"{known.text_embedder}.linear_1" if known.text_embedder else keys
     return math.prod(targets[each].in_features if each in targets else 0 for each in (name, known.stacked) if each)
 
 

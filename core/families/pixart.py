@@ -75,6 +75,7 @@ PIXART = Family(
     lengths="grouped",
     tokens=128,
     longest=300,
+    text_embedder="caption_projection",
     schedule=VPSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
     pipelines=("PixArtSigmaPipeline",),
     half="float16",

@@ -16,7 +16,7 @@ from cross_blocks import cross_blocks
 from diffusers import UNet2DConditionModel
 from mutations import must_fail, mutant
 from narrowed import narrowed
-from small_networks import CASES, inputs_of, network_of
+from small_networks import CASES, inputs_of, network_of, wan
 from torch import Tensor, nn
 
 from onestep.core import guidance_adapter as module
@@ -25,7 +25,7 @@ from onestep.core.adapter_module import Call
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
-from onestep.core.families import FAMILIES, bind_diffusers
+from onestep.core.families import FAMILIES, bind_diffusers, select
 from onestep.core.guidance_adapter import MAKERS, check_base, new_adapter, with_guidance
 from onestep.core.roles import Roles
 
@@ -368,3 +368,23 @@ def test_a_family_that_reads_no_text_as_one_vector_is_refused_by_name(monkeypatc
     targets = {target.name: target for target in bind_diffusers(network_of("flux2"))}
     with pytest.raises(OneStepError, match="FLUX.2 models cannot have a guidance adapter yet"):
         new_adapter(targets, "flux2", 0)
+
+
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_texts_that_the_network_embeds_first_are_read_as_they_come(name: str) -> None:
+    """Its cross-attention reads tokens of another width."""
+    network = wan(num_attention_heads=4).double() if name == "wan" else network_of(name)
+    roles, inputs = Roles(bind_diffusers(network)), inputs_of(name)
+    side = scattered(new_adapter(roles.targets, name, 0))
+    keys = next(target for path, target in roles.targets.items() if path.endswith("attn2.to_k"))
+    assert side.config.text == inputs["text"].shape[2] != keys.in_features
+    roles.add_module("student", side)
+    with torch.no_grad(), roles.installed():
+        plain, found = (drawn(name, network, roles, inputs, Cond(inputs["text"]), w) for w in (None, W))
+    assert float((found - plain).abs().max()) > 1e-3
+
+
+def test_without_the_layer_that_reads_texts_it_is_refused() -> None:
+    targets = {target.name: target for target in select(bind_diffusers(network_of("wan")), "attention")}
+    with pytest.raises(OneStepError, match="that reads texts: use targets=all"):
+        new_adapter(targets, "wan", 0)

@@ -138,8 +138,10 @@ def krea2() -> nn.Module:
 def wan(**more: Any) -> nn.Module:
     """Wan's layout: two blocks."""
     return WanTransformer3DModel(
-        **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 24, "freq_dim": 32, "ffn_dim": 40},
-        **{"num_layers": 2, **more},
+        **{
+            **{"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 24, "freq_dim": 32, "ffn_dim": 40},
+            **{"num_layers": 2, **more},
+        }
     )
 
 
