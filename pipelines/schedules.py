@@ -47,7 +47,9 @@ def schedule_of(scheduler: Any, family: str | None = None, distilled: bool = Fal
             return known
         if distilled:
             return FlowSchedule(known.shift, terminal=terminal)
-        return replace(known, by_steps=_by_size(config, known.by_steps.tokens), terminal=terminal)
+        return replace(
+            known, by_steps=_by_size(config, known.by_steps.tokens, FAMILIES[str(family)].largest), terminal=terminal
+        )
     return VPSchedule.from_betas(_betas(config), zero_terminal=bool(config.get("rescale_betas_zero_snr", False)))
 
 
@@ -57,10 +59,10 @@ def schedule_in(pipe: Any, family: str) -> NoiseSchedule:
     return schedule_of(pipe.scheduler, family, bool(told.get("is_distilled", told.get("_is_distilled", False))))
 
 
-def _by_size(config: Mapping[str, Any], tokens: int) -> SizeShift:
+def _by_size(config: Mapping[str, Any], tokens: int, largest: int) -> SizeShift:
     """Of a scheduler that leaves mu to its pipeline, which finds it by the picture's ``tokens``."""
     # where its class has no such entries, what diffusers' pipelines take
-    ends = (("base", 256, 0.5), ("max", 4096, 1.15))
+    ends = (("base", 256, 0.5), ("max", largest, 1.15))
     low, high = (
         (int(config.get(f"{end}_image_seq_len", length)), float(config.get(f"{end}_shift", shift)))
         for end, length, shift in ends

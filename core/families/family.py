@@ -108,7 +108,8 @@ class Family:
     cross-attention sees them; "" where the encoder's are seen as they are.
     system: what the pipeline says before a prompt, and start what it parts them by; a text that has ``start`` says its
     own. A negative is told as it is.
-    schedule: of the base as it is published. divided: what diffusers' network is given is the time divided by so much.
+    schedule: of the base as it is published. largest: tokens of the largest picture, by which its pipeline finds the
+    shift where a scheduler does not say. divided: what diffusers' network is given is the time divided by so much.
     remaining: it is given 1 less a thousandth of the time.
     guidance: entries of the configurations that say whether guidance is embedded; none for classifier-free guidance.
     unembedded: how those are guided that embed none. usual_guidance: what is embedded where nobody says.
@@ -176,6 +177,7 @@ class Family:
     system: str = ""
     start: str = ""
     schedule: NoiseSchedule
+    largest: int = 4096
     divided: float = 1.0
     remaining: bool = False
     guidance: tuple[str, ...] = ()

@@ -99,6 +99,7 @@ KREA2 = Family(
     tokens=128,
     # ComfyUI's shift for every size, which is Turbo's in diffusers too; Raw's there by the size
     schedule=FlowSchedule(math.exp(1.15), by_steps=SizeShift(MEGAPIXEL, (256, 0.5), (6400, 1.15))),
+    largest=6400,
     divided=1000,
     unguided=0.0,
     placed=False,

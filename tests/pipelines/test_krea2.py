@@ -3,6 +3,7 @@ own pipeline's, and one file draws one picture by OneStepPipeline and by diffuse
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from adapted import noisy
+from diffusers import UniPCMultistepScheduler
 from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 from lora_files import random_lora
 from tiny_pipelines import make
@@ -151,3 +153,24 @@ def test_sizes_of_half_a_token_are_refused_with_what_to_take(size: tuple[int, in
     with pytest.raises(OneStepError, match=rf"multiples of 16 pixels, .*: take {taken[0]}x{taken[1]}$"):
         adapt(make("krea2")).latent_shape(size)
     assert adapt(make("krea2")).latent_shape((48, 80)) == (16, 10, 6)
+
+
+@torch.no_grad()
+def test_a_scheduler_that_tells_no_line_has_its_pipelines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mu that Krea2Pipeline tells a scheduler without such entries."""
+    pipe, told = make("krea2"), []
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
+    set_timesteps = pipe.scheduler.set_timesteps
+
+    @wraps(set_timesteps)
+    def heard(*args: Any, mu: float, **more: Any) -> None:
+        told.append(mu)
+        set_timesteps(*args, mu=mu, **more)
+
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", heard)
+    pipe("a cat", num_inference_steps=2, width=256, height=384, output_type="latent")
+    found = of_size(adapt(pipe).denoiser.schedule, (16, 48, 32))
+    assert isinstance(found, FlowSchedule) and found.by_steps is not None
+    assert found.by_steps(2) == pytest.approx(np.exp(told[0]))
