@@ -32,7 +32,7 @@ from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
 from ..core.weights_hash import hash_of
-from .autoencoder import Autoencoder, factor_of, refuse_decoder_alone
+from .autoencoder import Autoencoder, factor_of, native_size, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
@@ -242,11 +242,8 @@ class DiffusersHost:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(width, height) in pixels at which the model was trained: by its network's configuration or its VAE's."""
-        factor = factor_of(self.pipe.vae)
-        side = self.network.config.get("sample_size") or (self.pipe.vae.config.get("sample_size") or 1024) // factor
-        height, width = (side, side) if isinstance(side, int) else side
-        return width * factor, height * factor
+        """(width, height) in pixels at which the model was trained."""
+        return native_size(self.pipe, self.network)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -196,3 +197,16 @@ def _tiles(vae: Any, tiled: bool) -> Iterator[None]:
     finally:
         if tiled:
             vae.use_tiling = before
+
+
+def native_size(pipe: Any, network: Any) -> tuple[int, int]:
+    """(width, height) in pixels at which a model was trained: by its network's configuration, its VAE's, or what its
+    pipeline draws where nobody says a size."""
+    if told := network.config.get("sample_size"):
+        factor = factor_of(pipe.vae)
+        height, width = (told, told) if isinstance(told, int) else told
+        return width * factor, height * factor
+    usual = signature(type(pipe).__call__).parameters
+    sides = (usual[side].default if side in usual else None for side in ("width", "height"))
+    width, height = (pipe.vae.config.get("sample_size") or side or 1024 for side in sides)
+    return width, height

@@ -230,3 +230,8 @@ def test_variety_from_the_base_is_its_guided_steps_and_the_rest() -> None:
     x = x - 0.15 / 0.9 * (x - found(x, 0.9, cond))
     expected = found(x, 0.75, cond)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_where_nobody_says_a_size_it_is_its_pipelines() -> None:
+    """As the lines for diffusers alone draw it."""
+    assert adapt(make("wan")).native_size == (832, 480)
