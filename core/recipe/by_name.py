@@ -57,11 +57,11 @@ class Rule:
 RULES = (
     Rule(("sdxl-lightning-{n}",), (LIGHTNING,)),
     Rule(("qwen-image-lightning-{n}",), (LIGHTNING, QWEN)),
-    Rule(("wan2.2-lightx2v-4",), (LIGHTNING, WAN)),
-    Rule(("wan2.1-lightx2v-4",), (LIGHTX2V, VIDEO)),
-    Rule(("wan2.2-lightx2v-4",), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2")),
+    Rule(("wan2.2-lightx2v-{n}",), (LIGHTNING, WAN), steps=4),
+    Rule(("wan2.1-lightx2v-{n}",), (LIGHTX2V, VIDEO), steps=4),
+    Rule(("wan2.2-lightx2v-{n}",), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2"), steps=4),
     *(
-        Rule((f"wan2.2-lightx2v-{half}-2",), (*words, rf"(?<![a-z]){half}-?noise"))
+        Rule((f"wan2.2-lightx2v-{half}-2",), (*words, rf"(?<![a-z]){half}(?:-?noise|(?![a-z]))"))
         for half in ("high", "low")
         for words in ((LIGHTNING, WAN), (LIGHTX2V, VIDEO), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2"))
     ),
@@ -88,9 +88,9 @@ RULES = (
     Rule(("sd3.5-turbo-4",), (r"(?:sd|diffusion)-?3\.?5", "large", TURBO), MODEL),
     Rule(("flux-turbo-alpha-8",), (FLUX, r"turbo-?alpha|alimama"), never="inpaint"),
     Rule(("flux-schnell-4",), (FLUX, SCHNELL), MODEL),
-    Rule(("z-image-turbo-8",), (r"z-?image", TURBO), MODEL),
+    Rule(("z-image-turbo-{n}",), (r"z-?image", TURBO), MODEL, steps=8),
     Rule(("anima-turbo-{n}",), (word("anima"), TURBO), steps=8),
-    Rule(("krea2-turbo-8",), (r"krea-?2", TURBO), MODEL),
+    Rule(("krea2-turbo-{n}",), (r"krea-?2", TURBO), MODEL, steps=8),
     Rule(("flux2-klein-4",), (KLEIN, r"flux|klein-?\d"), MODEL, never="base"),
     Rule(("dmd2-{n}",), (DMD2,), steps=4),
     Rule(("flash-4",), (FLASH,)),

@@ -60,10 +60,10 @@ LORAS = {
     "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors": "wan2.1-lightx2v-4",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": "wan2.2-lightx2v-high-2",
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": "wan2.2-lightx2v-low-2",
-    "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-4",
+    "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-high-2",
     "Wan2.2-Lightning-T2V-low_noise_model.safetensors": "wan2.2-lightx2v-low-2",
     "FastWan_T2V_14B_480p_lora_rank_128_bf16.safetensors": "fastwan-3",
-    "Wan2.2-Lightning_T2V-v1.1-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-4",
+    "Wan2.2-Lightning_T2V-v1.1-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-high-2",
 }
 MODELS = {
     "sdxl_lightning_1step_x0.safetensors": "sdxl-lightning-1",
@@ -100,6 +100,7 @@ NOTHING = [
     *("pytorch_lora_weights.safetensors", "sd_turbocharged.safetensors", "NitroEngine.safetensors"),
     # of numbers of steps, or of bases, that nobody has published
     *("sdxl_lightning_6step_lora.safetensors", "sd3.5_medium_turbo.safetensors", "hyper-sdxl-3steps.safetensors"),
+    *("Wan21_T2V_14B_lightx2v_2step.safetensors", "krea2_turbo_4step.safetensors", "z_image_turbo_4steps.safetensors"),
     # kinds of which the number of steps is told by nothing
     *("sdxl_lightning.safetensors", "Hyper-SDXL.safetensors", "realvisxlV40_v40LightningBakedvae.safetensors"),
     # other models of like names
