@@ -106,8 +106,8 @@ def test_a_checkpoint_that_is_not_there(onestep: Command, prompts, place):
 def test_a_pipeline_of_another_architecture(onestep: Command, prompts, place, tmp_path):
     folder = tmp_path / "video"
     folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    refused(onestep("distill", folder, "--prompts", prompts, "--out", place / "run"), place, "WanPipeline", "SDXL")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
+    refused(onestep("distill", folder, "--prompts", prompts, "--out", place / "run"), place, "LTXPipeline", "SDXL")
 
 
 def test_weights_that_are_no_numbers(onestep: Command, model, prompts, place, tmp_path):

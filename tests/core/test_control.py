@@ -49,6 +49,7 @@ PLACES = {
     "z_image": {"all_x_embedder.2-1": (288, 1)},
     "anima": {"patch_embed.proj": (48, 1)},
     "krea2": {"img_in": (64, 1)},
+    "lumina2": {"x_embedder": (96, 1)},
 }
 
 
@@ -123,8 +124,8 @@ def test_its_features_are_added_to_what_the_layers_give(name: str) -> None:
     x = world.inputs["x"]
     patch = FAMILIES[world.case.family].patch
     grid, seen = (x.shape[2] // patch, x.shape[3] // patch), x
-    if patch > 1:  # 2 x 2 latents are one cell, channels first, but in Z-Image
-        order = (0, 3, 5, 1, 2, 4) if name == "z_image" else (0, 1, 3, 5, 2, 4)
+    if patch > 1:  # 2 x 2 latents are one cell, channels first, but in Z-Image and Lumina 2
+        order = (0, 3, 5, 1, 2, 4) if name in ("z_image", "lumina2") else (0, 1, 3, 5, 2, 4)
         seen = x.unflatten(2, (grid[0], 2)).unflatten(4, (grid[1], 2)).permute(order).flatten(1, 3)
     with torch.no_grad():
         features = world.side(world.control, seen)

@@ -107,7 +107,6 @@ WORDS = {
     "range 0.0 nan": ("nan",),
     "range -0.1 1.0": ("-0.1",),
     "twice": ("already", "Combine"),
-    "not served: lumina2": ("Lumina2", "fill", "Z-Image"),
     "reference": ("reference pictures", "ReferenceLatent"),
     "not served: numbered": ("Flux", "positions", "FLUX.2"),
     "not served: pixart": ("PixArt", "SD1.5"),
