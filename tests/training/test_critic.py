@@ -196,7 +196,7 @@ PICTURES = [("fresh", 1), ("shared", 1), ("shared", 2), ("fresh", 3)]
 GUIDED = [(1.0, False), (2.0, False), (2.0, True)]
 
 
-@pytest.mark.parametrize(("steps", "anchor", "shown", "guided"), thinned(5, [1, 2], [0.0, 0.5], PICTURES, GUIDED))
+@pytest.mark.parametrize(("steps", "anchor", "shown", "guided"), thinned(7, [1, 2], [0.0, 0.5], PICTURES, GUIDED))
 def test_the_plan_counts_the_forwards_that_are_made(
     tmp_path: Path, steps: int, anchor: float, shown: tuple[str, int], guided: tuple[float, bool]
 ) -> None:
