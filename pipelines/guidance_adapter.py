@@ -40,6 +40,7 @@ ORDER = {
     "krea2": ("hidden_states", "encoder_hidden_states", "timestep"),
     "z_image": ("x", "t", "cap_feats"),
     "lumina2": ("hidden_states", "timestep", "encoder_hidden_states"),
+    "pixart": ("hidden_states", "encoder_hidden_states", "timestep"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
+from .kinds import PIXART
 
 Rows = Literal["all", "first half", "second half"]
 
@@ -16,6 +17,17 @@ def part(rows: str, batch: int) -> slice:
     """The ``rows`` of a batch."""
     first, last = (rows == "second half") * batch // 2, batch // (1 + (rows == "first half"))
     return slice(first, last)
+
+
+def classifier_free(pipe: Any) -> bool:
+    """Whether ``pipe``, in whose call this is asked, draws with guidance. PixArt's alone tells it nowhere but in that
+    call's own variables."""
+    name, frame = "do_classifier_free_guidance", inspect.currentframe()
+    if type(pipe).__name__ != PIXART:
+        return bool(getattr(pipe, name, False))
+    while frame is not None and not (frame.f_locals.get("self") is pipe and name in frame.f_locals):
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals[name])
 
 
 class OwnGuidance:
@@ -32,7 +44,7 @@ class OwnGuidance:
         prompt's."""
         name = type(self.pipe).__name__
         guider = getattr(self.pipe, "guider", None)  # of a pipeline that is put together of blocks
-        guided = getattr(self.pipe, "do_classifier_free_guidance", False) or getattr(guider, "num_conditions", 1) > 1
+        guided = getattr(guider, "num_conditions", 1) > 1 or classifier_free(self.pipe)
         family = FAMILIES[self.family]
         if guided and family.prompts == "alone":
             raise OneStepError(

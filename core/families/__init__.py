@@ -240,7 +240,8 @@ def check_size(name: str, family: str, size: tuple[int, int], factor: int) -> No
         )
     if any(side % unit or side < unit for side in size):
         why = " (at others diffusers and ComfyUI place its tokens differently)" * known.even
-        width, height = (max(unit, round(side / unit) * unit) for side in size)
+        nearest = math.ceil if known.least > 1 else round  # a smaller one may be too small
+        width, height = (max(unit, nearest(side / unit) * unit) for side in size)
         raise OneStepError(
             f"{name} draws sizes that are multiples of {unit} pixels{why}, not {size[0]}x{size[1]}: "
             f"take {width}x{height}"

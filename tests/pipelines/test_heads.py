@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import torch
 from narrowed import narrowed
 from small_host import small
+from tiny_pipelines import MAKERS, make
 
 from onestep.core.tensor_file import read_tensors
 from onestep.pipelines.adapt import adapt
@@ -17,6 +17,8 @@ from onestep.training.distil import distil
 TOLD = {"steps": 2, "warm_start": 1, "sizes": "32x32", "batch": 2, "pairs": 2, "teacher_steps": 2, "watch_samples": 4}
 TOLD |= {"preview_every": 0, "head_blocks": 2, "critic_warm_up": 1, "head_warm_up": 1, "gan_start": 0.0}
 TOLD |= {"gan_ramp": 0.0, "gan_weight": 1.0, "matching_guidance": 1.0, "guidance": 1.0}
+LENGTHS = ("z_image", "qwen_image", "krea2", "lumina2", "pixart")
+"""Families whose texts are of their own lengths."""
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ TOLD |= {"gan_ramp": 0.0, "gan_weight": 1.0, "matching_guidance": 1.0, "guidance
     narrowed(
         [
             (f, m)
-            for f in ("sd", "sdxl", "sd3", "flux", "z_image", "klein", "qwen_image", "krea2")
+            for f in (*MAKERS, "z_image", "klein", "qwen_image", "krea2", "lumina2", "wan", "pixart")
             for m in ("dmd2", "f-distill", "ladd")
         ],
         ("sd3", "dmd2"),
@@ -34,12 +36,12 @@ def test_a_run_of_each_family(family: str, method: str, tmp_path: Path) -> None:
     """Head and student both get a gradient, through recomputed blocks; the result loads where it should. Prompts of two
     lengths are two calls of Z-Image."""
     torch.manual_seed(0)
-    host = adapt(tiny_pipelines.make(family), device="cpu")
+    host = adapt(make(family), device="cpu")
     own = {name: value for name, value in TOLD.items() if name in small(method=method).flat()}
     made = distil(
         host,
-        ["a wall", "a red house" + 20 * " cat" * (family in ("z_image", "qwen_image", "krea2"))],
-        small(method=method, **own | ({"sizes": "32x32"} if family == "qwen_image" else {})),
+        ["a wall", "a red house" + 20 * " cat" * (family in LENGTHS)],
+        small(method=method, **own | ({"sizes": "40x40"} if family == "pixart" else {})),
         tmp_path / "run",
     )
     last = made.metrics[-1]

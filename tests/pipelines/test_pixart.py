@@ -13,12 +13,15 @@ import torch
 from lora_files import random_lora
 from tiny_folders import shaken
 
+from onestep.core.adapter_file import save_adapter
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES, detect, refuse_name, refuse_pipeline
+from onestep.core.guidance_adapter import new_adapter, with_guidance
 from onestep.core.recipe import Recipe
 from onestep.core.sampling import teacher_sample
 from onestep.core.schedule import VPSchedule
-from onestep.pipelines.adapt import adapt
+from onestep.pipelines.adapt import adapt, denoiser_of
+from onestep.pipelines.guidance_adapter import load_guidance_adapter
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.plain import diffusers_settings
 
@@ -118,3 +121,69 @@ def test_pictures_too_small_for_comfyui_are_refused() -> None:
     assert host.latent_shape((40, 32)) == (4, 32, 40)
     with pytest.raises(OneStepError, match="draws from 33 pixels on"):
         host.latent_shape((32, 32))
+    with pytest.raises(OneStepError, match="multiples of 8 pixels, not 34x34: take 40x40"):
+        host.latent_shape((34, 34))
+
+
+def guidance_adapter(folder: Path) -> tuple[Any, Path]:
+    """One away from its start, and its file."""
+    host = adapt(make())
+    side = new_adapter(host.denoiser.roles.targets, host.family, 1)
+    draw = torch.Generator().manual_seed(2)
+    for _, value in sorted(side.named_parameters()):
+        value.detach().add_(0.2 * torch.randn(value.shape, generator=draw))
+    save_adapter(folder / "guide.safetensors", side, host.family)
+    return side, folder / "guide.safetensors"
+
+
+@torch.no_grad()
+def test_a_guidance_adapter_gives_the_trainers_own_numbers(tmp_path: Path) -> None:
+    """Of texts of several lengths."""
+    side, file = guidance_adapter(tmp_path)
+    host, x = adapt(make()), torch.randn(4, 4, *SIZE[::-1])
+    sigma, cond = host.denoiser.schedule.sigma_at(torch.tensor([0.3, 0.8, 0.5, 0.1])), host.encode(PROMPTS, SIZE)
+    host.denoiser.roles.add_module("student", side)
+    with host.denoiser.roles.use("student"):
+        wanted = host.denoiser(x, sigma, with_guidance(cond, 5.0))
+    host.release()
+    plain = denoiser_of(host.pipe)(x, sigma, cond)
+    with load_guidance_adapter(host.pipe, file, guidance=5):
+        found = denoiser_of(host.pipe)(x, sigma, cond)
+    assert float((wanted - plain).norm()) > 0.01 * float(plain.norm())
+    assert float((found - wanted).abs().max()) < 2e-5 * float(wanted.abs().max())
+    assert torch.equal(denoiser_of(host.pipe)(x, sigma, cond), plain)
+
+
+def test_guidance_of_its_own_is_refused_unless_told_the_prompts_half(tmp_path: Path) -> None:
+    """Two prompts from one noise are not mistaken for a prompt and its negative."""
+    _, file = guidance_adapter(tmp_path)
+    pipe, prompts = make(), ["a cat", "red dog"]
+    noise = torch.randn(1, 4, *SIZE[::-1], generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
+    told: dict[str, Any] = {"output_type": "latent", "width": SIZE[0], "height": SIZE[1], "latents": noise}
+    told |= {"num_inference_steps": 1, "use_resolution_binning": False}
+    answers: list[torch.Tensor] = []
+    pipe.transformer.register_forward_hook(lambda _, __, answer: answers.append(answer[0]))
+    pipe(prompts, guidance_scale=3.0, **told)
+    with load_guidance_adapter(pipe, file, 5, rows="second half"):
+        pipe(prompts, guidance_scale=3.0, **told)
+    with load_guidance_adapter(pipe, file, 5):
+        pipe(prompts, guidance_scale=1.0, **told)
+        with pytest.raises(OneStepError, match="guidance_scale=1, or say which half"):
+            pipe(prompts, guidance_scale=3.0, **told)
+    plain, guided, alone = answers
+
+    def gap(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return float((found - wanted).abs().max() / wanted.std())
+
+    assert gap(guided[:2], plain[:2]) < 1e-5 and gap(guided[2:], alone) < 1e-5 and gap(plain[2:], alone) > 1e-2
+
+
+def test_ours_draws_under_a_guidance_adapter(tmp_path: Path) -> None:
+    _, file = guidance_adapter(tmp_path)
+    recipe = Recipe((999.0,), family="pixart")
+    fast = OneStepPipeline.from_pipe(make())
+    told: dict[str, Any] = {"recipe": recipe, "seed": 3, "output_type": "latent", "width": 40, "height": 40}
+    plain = fast("a cat", **told).images
+    fast.load_guidance_adapter(file, guidance=5)
+    assert float((fast("a cat", **told).images - plain).abs().max()) > 1e-2 * float(plain.std())
+    assert torch.equal(fast("a cat", guidance=1, **told).images, plain)

@@ -8,11 +8,12 @@ from torch import Tensor
 from onestep.pipelines.adapt import DiffusersHost
 
 SIZE = (16, 16)
+SIZES = {"qwen_image": (64, 64), "lumina2": (64, 64), "pixart": (40, 40)}
+"""Of families whose pictures are no smaller."""
 
 
 def noisy(host: DiffusersHost, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    size = (64, 64) if host.family in ("qwen_image", "lumina2") else SIZE
-    return torch.randn(batch, *host.latent_shape(size), dtype=dtype)
+    return torch.randn(batch, *host.latent_shape(SIZES.get(host.family, SIZE)), dtype=dtype)
 
 
 def with_student(host: DiffusersHost, role: str = "student", seed: int = 1) -> list[Tensor]:

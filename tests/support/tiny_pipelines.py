@@ -8,6 +8,7 @@ from typing import Any
 import tiny_chroma
 import tiny_krea2
 import tiny_lumina2
+import tiny_pixart
 import tiny_qwen
 import torch
 from diffusers import (
@@ -351,7 +352,7 @@ def wan(**scheduler: Any) -> WanPipeline:
 
 
 MODERN = {"z_image": z_image, "klein": klein, "qwen_image": qwen_image, "anima": anima, "krea2": krea2, "wan": wan}
-MODERN |= {"chroma": chroma, "lumina2": lumina2}
+MODERN |= {"chroma": chroma, "lumina2": lumina2, "pixart": tiny_pixart.pixart}
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
