@@ -76,6 +76,7 @@ LATER_KEYS = {
     r"siglip_(embedder|refiner)[._]": "Z-Image Omni",
     r"double_blocks\.\d+\.(img|txt)_attn_qkv|individual_token_refiner": "HunyuanVideo",
     r"(^|[._])nerf_(blocks|image_embedder|final_layer)|img_in_patch": "Chroma Radiance",
+    r"(aspect_ratio|resolution)_embedder[._]|(?<![a-z])(ar|csize)_embedder[._]": "PixArt-Alpha",
     r"double_stream_blocks[._]\d": "HiDream",
     r"joint_transformer_blocks[._]\d": "AuraFlow",
 }

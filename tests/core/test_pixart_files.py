@@ -63,7 +63,17 @@ def test_a_layer_that_is_its_own_decides_and_attention_is_the_wanted_models() ->
     assert family_of_keys(keys, "pixart") == "pixart"
 
 
-def test_a_look_alikes_file_is_refused_by_name(tmp_path: Path) -> None:
-    keys = {f"transformer.patchify_proj.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    with pytest.raises(OneStepError, match="This LoRA is for LTX"):
+@pytest.mark.parametrize(
+    ("layer", "whose"),
+    [
+        ("transformer.patchify_proj", "LTX"),
+        ("transformer.adaln_single.emb.aspect_ratio_embedder.linear_1", "PixArt-Alpha"),
+        ("transformer.adaln_single.emb.resolution_embedder.linear_2", "PixArt-Alpha"),
+        ("diffusion_model.ar_embedder.mlp.0", "PixArt-Alpha"),
+        ("diffusion_model.csize_embedder.mlp.2", "PixArt-Alpha"),
+    ],
+)
+def test_a_look_alikes_file_is_refused_by_name(layer: str, whose: str, tmp_path: Path) -> None:
+    keys = {f"{layer}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    with pytest.raises(OneStepError, match=f"This LoRA is for {whose}"):
         load_lora(foreign(tmp_path / "a.safetensors", keys))
