@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from comfy.patcher_extension import PatcherInjection, WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import OneStepError
 from ..core.families import bind_comfy
@@ -38,12 +39,31 @@ class AdapterHooks:
         roles = Roles([target for target in targets_of(patcher.model, self.family) if target.name in needed])
         roles.add_module(self.role, self.module)
         roles.install()
+        unfold(patcher.model.diffusion_model)
         self._roles[id(patcher.model)] = roles
 
     def _eject(self, patcher: Any) -> None:
         roles = self._roles.pop(id(patcher.model), None)
         if roles is not None:
             roles.remove()
+            fold(patcher.model.diffusion_model)
+
+
+def unfold(network: nn.Module) -> None:
+    """Let each layer of Wan's feed-forwards be called. ComfyUI multiplies by the weight of one that is stored in int8
+    without calling it, so that its hooks would do nothing. `fold` takes it back; all of a MODEL's come and go
+    together."""
+    for layers in _folding(network):
+        vars(layers).setdefault("forward", partial(nn.Sequential.forward, layers))
+
+
+def fold(network: nn.Module) -> None:
+    for layers in _folding(network):
+        vars(layers).pop("forward", None)
+
+
+def _folding(network: nn.Module) -> list[Any]:
+    return [layers for layers in network.modules() if type(layers).__name__ == "WanFeedForward"]
 
 
 def targets_of(model: Any, family: str) -> Any:

@@ -17,7 +17,7 @@ from ..core.lora_file import LoraFile, State, fit, load_lora
 from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.step_roles import part_of
-from .adapter_hooks import targets_of
+from .adapter_hooks import fold, targets_of, unfold
 from .guidance_adapter import time_of
 
 KEY = "onestep_step_loras"
@@ -60,12 +60,14 @@ class StepLoRAs:
                 roles.load(part_of(ROLE, step), fit(state, targets), patcher.load_device)
         roles.steps.split(ROLE, self.times)
         roles.install()
+        unfold(patcher.model.diffusion_model)
         self._roles[id(patcher.model)] = roles
 
     def eject(self, patcher: Any) -> None:
         roles = self._roles.pop(id(patcher.model), None)
         if roles is not None:
             roles.remove()
+            fold(patcher.model.diffusion_model)
 
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *told: Any, **kwargs: Any) -> Tensor:
         """ComfyUI's APPLY_MODEL."""

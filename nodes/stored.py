@@ -28,16 +28,31 @@ from ..kernels.attention import in_forward_ad
 
 
 def keep_stored(network: nn.Module) -> None:
-    """Make the linear and convolution layers of a private ``network`` keep what is stored, and no more."""
+    """Make the linear and convolution layers of a private ``network`` keep what is stored, and no more. Other quantised
+    ones, tables of tokens, can be moved."""
     for layer in network.modules():
+        kind: Any = type(layer)
         if isinstance(layer, comfy.ops.CastWeightBiasOp) and is_adaptable(layer):
-            kind: Any = type(layer)
             layer.__class__ = _keeping(kind)
+        elif is_quantised(getattr(layer, "weight", None)):
+            layer.__class__ = _moving(kind)
+
+
+@cache
+def _moving(kind: Any) -> Any:
+    """The layer's class, of the same name, whose quantised weight can be moved in inference mode."""
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        # ComfyUI moves models in inference mode, in which an ordinary quantised tensor cannot be wrapped again
+        with torch.inference_mode(False):
+            return kind._apply(self, fn, recurse)
+
+    return type(kind.__name__, (kind,), {"_apply": _apply, "__module__": kind.__module__})
 
 
 @cache
 def _keeping(kind: Any) -> Any:
-    """The layer's class, of the same name, whose product goes through `_Kept` where its weight is made for it."""
+    """`_moving`, whose product goes through `_Kept` where its weight is made for it."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         _settle(self, input)
@@ -45,12 +60,7 @@ def _keeping(kind: Any) -> Any:
             return kind.forward(self, input, *args, **kwargs)
         return _Kept.apply(input, self, kind)
 
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        # ComfyUI moves models in inference mode, in which an ordinary quantised tensor cannot be wrapped again
-        with torch.inference_mode(False):
-            return kind._apply(self, fn, recurse)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "_apply": _apply, "__module__": kind.__module__})
+    return type(kind.__name__, (_moving(kind),), {"forward": forward, "__module__": kind.__module__})
 
 
 def _settle(layer: Any, x: Tensor) -> None:

@@ -25,8 +25,12 @@ KINDS = {
     "z_image": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
     "flux2": ["scaled", "scaled-input", "kitchen-fp8", "int8-rotated", "nvfp4", "w4a8"],
     "krea2": ["scaled", "scaled-input", "kitchen-fp8", "nvfp4"],
+    **dict.fromkeys(("anima", "chroma", "pixart"), ["scaled", "kitchen-fp8"]),
+    **dict.fromkeys(("lumina2", "qwen_image"), ["scaled", "scaled-input", "nvfp4"]),
+    "wan": ["scaled", "kitchen-fp8", "int8", "int8-rows", "int8-rotated"],
 }
 SMALL = {"z_image": "small_z_image.py", "flux2": "small_flux2.py", "krea2": "small_krea2.py"}
+MODERN = ("anima", "chroma", "lumina2", "pixart", "qwen_image", "wan")
 """What makes those that are not among the tiny checkpoints."""
 STORED = {"int8": "int8", "w4a4": "int8", "w4a8": "int8", "nvfp4": "uint8", "kitchen-e5m2": "float8_e5m2"}
 ROUNDING = {"int8": 0.01, "w4a8": 0.01, "w4a4": 0.1}
@@ -65,10 +69,11 @@ def sources(comfy: Any, checkpoints: Path, tmp_path_factory: Any) -> Callable[[s
 
     def source(name: str) -> Path:
         file = f"tiny_{name.split(',')[0]}.safetensors"
-        if name not in SMALL:
+        if name not in (*SMALL, *MODERN):
             return checkpoints / file
         if not (folder / file).exists():
-            comfy.run_script(SUPPORT / SMALL[name], folder / file)
+            words = [name] if name in MODERN else []
+            comfy.run_script(SUPPORT / SMALL.get(name, "small_modern.py"), *words, folder / file)
         return folder / file
 
     return source
@@ -115,6 +120,7 @@ STACKS: dict[str, list[str]] = {
     "z_image": ["scaled", "int8-rotated"],
     "flux2": ["scaled", "int8-rotated"],
     "krea2": ["scaled"],
+    "wan": ["int8-rows"],
 }
 
 
@@ -133,6 +139,30 @@ def test_loras_on_a_quantised_base_are_part_of_the_teacher_as_they_are_drawn(
         assert told["effect"] > 0.05 and told["apart"] * told["effect"] <= rounding, (file, told)
         wanted = STORED.get(kind.split("-")[0], STORED.get(kind, "float8_e4m3fn"))
         assert f"torch.{wanted}" in told["stored"] and all(told["known"]) and told["again"] == 0, (file, told)
+
+
+LEARNT = {
+    **dict.fromkeys(("anima", "chroma", "lumina2", "pixart", "qwen_image"), ["scaled"]),
+    "wan": ["scaled", "int8-rows"],
+}
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("name", LEARNT)
+def test_an_update_moves_the_adapter_alone_and_its_lora_draws_as_on_the_dequantised_base(
+    name: str, comfy: Any, sources: Any, run_inside: Callable[..., str], tmp_path: Path
+) -> None:
+    """As hooks beside the weights, each layer called; by core's loader, which rounds the sum to how the base is
+    stored."""
+    source = sources(name)
+    comfy.run_script(SUPPORT / "quantised_files.py", source, tmp_path, *LEARNT[name])
+    files = [tmp_path / f"{source.stem}_{kind}.safetensors" for kind in LEARNT[name]]
+    for line, kind in zip(run_inside("stored_learnt", tmp_path, *files).splitlines(), LEARNT[name], strict=True):
+        told, rounds = next(iter(json.loads(line).values())), kind.startswith("int8")
+        # the text goes nowhere in Qwen-Image's last block
+        assert told["kept"] and (told["moved"] == 1 or (name == "qwen_image" and told["moved"] > 0.8)), (kind, told)
+        assert told["effect"] > 0.2 and told["base"] <= 0.01 * rounds and not told["uncalled"], (kind, told)
+        assert told["hooked"] <= 0.05 * rounds and told["loaded"] < 0.2 and told["loader"] < 1e-5, (kind, told)
 
 
 @pytest.mark.broad

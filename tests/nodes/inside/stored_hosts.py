@@ -11,12 +11,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import comfy.model_management as management
 import comfy.sd
+import small_modern
 import small_z_image
+import stored_networks
 import torch
+from stored_networks import load, side, stored, told
 
-from onestep.core.checkpoint import clone_inputs
-from onestep.core.cond import Cond
-from onestep.core.families import FAMILIES
 from onestep.core.roles import Roles
 from onestep.nodes.adapt import adapted
 from onestep.nodes.denoiser import ComfyDenoiser
@@ -25,40 +25,10 @@ OPTIONS = {"dtype": torch.float8_e4m3fn} if "--fp8" in sys.argv else {}
 PATHS = [path for path in sys.argv[1:] if not path.startswith("--")]
 
 
-def load(path, options=OPTIONS):
-    with torch.inference_mode():
-        return comfy.sd.load_checkpoint_guess_config(path, output_clip=False, model_options=options)[0]
-
-
-def told(host, rows):
-    draw = torch.Generator().manual_seed(1)
-    config = host.model.model_config.unet_config
-    width = FAMILIES[host.family].widths(config)[0]
-    pooled = torch.randn(rows, 2048, generator=draw) if FAMILIES[host.family].pooled else None
-    return Cond(torch.randn(rows, 7, width, generator=draw), pooled=pooled)
-
-
 def learnt(model):
-    """D of a student and of the teacher, and the gradients of a sum over D."""
+    """D of a student and of the teacher, and the gradients of a sum over D; how it is stored, and its hash."""
     with adapted(model, None, None) as host, host.training():
-        roles = host.denoiser.roles
-        roles.add("student", 4, 0)
-        draw = torch.Generator().manual_seed(3)
-        for _, b in roles.state("student").values():
-            b.copy_(torch.randn(b.shape, generator=draw) * 0.1 * b.shape[1] ** -0.5)
-        roles.install()
-        shape = host.latent_shape((64, 64))
-        x, weight = torch.randn(2, 2, *shape, generator=draw)
-        sigma = host.denoiser.schedule.sigma_of_time(torch.tensor([700.0, 300.0], dtype=torch.float64))
-        x.requires_grad_()
-        with torch.no_grad():
-            teacher = host.denoiser(x, sigma, told(host, 2))
-        with roles.use("student"), clone_inputs(host.in_place):
-            y = host.denoiser(x, sigma, told(host, 2))
-        gradients = torch.autograd.grad((weight * y).sum(), [x, *roles.parameters("student")])
-        weights = [m.weight for m in host.network.modules() if getattr(m, "weight", None) is not None]
-        stored = sorted({str(getattr(weight, "storage_dtype", weight.dtype)) for weight in weights})
-        return teacher, y.detach(), gradients, stored, host.base_hash
+        return *stored_networks.learnt(host), stored(host.network), host.base_hash
 
 
 def predicted(model):
@@ -66,7 +36,8 @@ def predicted(model):
     with torch.inference_mode():
         with adapted(model, None, None) as host:
             cond, sigma = told(host, 2), host.denoiser.schedule.sigma_of_time(torch.tensor([900.0, 200.0]).double())
-            x = torch.randn(2, *host.latent_shape((64, 64)), generator=torch.Generator().manual_seed(4))
+            shape = host.latent_shape((side(host), side(host)))
+            x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(4))
             with host.training(), torch.no_grad():
                 ours = host.denoiser(x, sigma, cond)
             schedule, guidance = host.denoiser.schedule, host.denoiser.guidance
@@ -106,14 +77,12 @@ def stacked(path):
         with torch.inference_mode():
             management.unload_all_models()  # as a VAE does that needs the room
         host._load()
-        weights = [m.weight for m in host.network.modules() if getattr(m, "weight", None) is not None]
-        stored = sorted({str(getattr(weight, "storage_dtype", weight.dtype)) for weight in weights})
-        hashed = host.base_hash
+        kept, hashed = stored(host.network), host.base_hash
     with adapted(with_loras(load(path)), None, None) as again, adapted(load(path), None, None) as bare:
         known = [again.base_hash == hashed, bare.base_hash != hashed]
     size = float((theirs - plain).norm())
     return {"effect": size / float(plain.norm()), "apart": float((ours - theirs).norm()) / size} | {
-        "stored": stored,
+        "stored": kept,
         "known": known,
         "again": float((predicted(model)[1] - plain).norm()),
     }
@@ -124,12 +93,13 @@ def apart(mine, other):
 
 
 small_z_image.known()
+small_modern.known()
 for path in PATHS:
     if "--loras" in sys.argv:
         print(json.dumps({path.split("/")[-1]: stacked(path)}))
         continue
-    mine = learnt(load(path))
-    twin = learnt(load(path.replace(".safetensors", "_twin.safetensors"), {}))
+    mine = learnt(load(path, OPTIONS))
+    twin = learnt(load(path.replace(".safetensors", "_twin.safetensors")))
     scale = max(float(g.abs().max()) for g in twin[2][1:])
     said = {
         "teacher": apart(mine[0], twin[0]),
@@ -137,7 +107,7 @@ for path in PATHS:
         "x": apart(mine[2][0], twin[2][0]),
         "factors": max(float((a - b).abs().max()) / scale for a, b in zip(mine[2][1:], twin[2][1:], strict=True)),
         "stored": mine[3],
-        "drawn": drawn(load(path)),
-        "hash": mine[4] == learnt(load(path))[4],
+        "drawn": drawn(load(path, OPTIONS)),
+        "hash": mine[4] == learnt(load(path, OPTIONS))[4],
     }
     print(json.dumps({path.split("/")[-1]: said}))
