@@ -20,7 +20,7 @@ from ..core.lora_file import State, fit, load_lora
 from ..core.recipe import PRESETS, Recipe, step_files
 from ..core.recipe.by_name import LORA, MODEL
 from ..core.recipe.presets import preset_names
-from ..core.recipe.recognised import recognised
+from ..core.recipe.recognised import of_second_order, recognised
 from ..core.schedule import NoiseSchedule
 from ..core.targets import Target
 from ..core.tensor_file import read_header
@@ -118,6 +118,8 @@ def recipe_of(path: Path | None, family: str, name: str, what: str) -> tuple[Rec
     choose = "choose the preset of its kind under 'recipe'"
     found = recognised(path, metadata, family, choose, what=what) if path else None
     if found is None:
+        if path and (said := of_second_order(path, metadata)):
+            raise OneStepError(said)
         nothing = f"{path.name[:80]} holds no recipe" if path and what == LORA else "a model alone has no recipe"
         raise OneStepError(f"{nothing}: {choose} ({preset_names(family)})")
     return found.recipe, f"It is {found} (another under 'recipe').\n"

@@ -17,7 +17,7 @@ from ..core.families import FAMILIES, bind_diffusers, detect
 from ..core.lora_file import LoraFile, State, fit, load_lora, of_one_rank
 from ..core.recipe import Recipe, recipe_of, step_files
 from ..core.recipe.presets import preset_names
-from ..core.recipe.recognised import recognised
+from ..core.recipe.recognised import of_second_order, recognised
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare
@@ -65,6 +65,8 @@ def _by_names(path: Path, file: LoraFile) -> Recipe:
     found = recognised(path, file.metadata, file.family, say)
     if found is None:
         names = preset_names(file.family)
+        if said := of_second_order(path, file.metadata):
+            raise OneStepError(said)
         raise OneStepError(f"{path.name[:80]} has no recipe in its header: {say}, one of {names}")
     logging.warning("OneStep: %s is %s; recipe=... says otherwise", path.name[:80], found)
     return found.recipe

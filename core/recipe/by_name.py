@@ -19,6 +19,7 @@ LIGHTNING, LIGHTX2V, TURBO, SCHNELL = word("lightning"), r"light-?x2-?v", word("
 HYPER = r"(?<![a-z])hyper(?=sd|xl|flux|[-\d]|$)(?!-(?:real|detail|fine|focus|active))"
 PCM, TCD, DMD2, TDM, KLEIN = word("p[cd]m"), word("tcd"), r"(?<![a-z])dmd-?2", word("tdm"), word("klein")
 LCM = r"(?<![a-z])(?<!animate-)lcm(?![a-z])(?!-like)"
+CAUSVID = r"caus-?vid"
 NITRO, SDXS, FLASH = r"nitro-?(?:sd|fusion)", word("sdxs"), r"(?<![a-z])flash-?sd(?:-?xl)?(?![a-z0-9])"
 CFG, FLUX, SD3, UNET = r"cfg(?![a-z])", "flux", r"sd-?3(?!\d)", "unet"
 SD, WAN, QWEN, VIDEO = r"(?<![a-z])s?sd|xl(?![a-z])|lora", word("wan(?:video)?"), "qwen", word("[ti]2-?v|wan(?:video)?")
@@ -66,6 +67,8 @@ RULES = (
         for words in ((LIGHTNING, WAN), (LIGHTX2V, VIDEO), (LIGHTX2V, VIDEO, r"wan-?2[.-]?2"))
     ),
     Rule(("fastwan-3",), (r"fast-?wan",)),
+    Rule(("causvid-3",), (CAUSVID, "bidirect")),
+    Rule(("causvid-9",), (CAUSVID, r"14-?b(?![a-z])"), never="i-?2-?v"),
     Rule(("hyper-sd-{n}-lora",), (HYPER,)),
     Rule(("hyper-sd-{n}-cfg",), (HYPER, CFG)),
     Rule(("hyper-sdxl-1-unet",), (HYPER, UNET)),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .by_name import HYPER, MODEL, NEVER, STEPS, normal, presets_by_name, word
+from .by_name import CAUSVID, HYPER, MODEL, NEVER, STEPS, normal, presets_by_name, word
 from .recognised import names_of
 
 FULL_LCM = re.compile(r"time_embed(?:ding)?\.cond_proj\.weight$")
@@ -26,7 +26,7 @@ KINDS = {
     "SDXS": word("sdxs"),
     "Flash": r"(?<![a-z])flash-?sd|(?:sdxl|xl|hd)-?flash(?![a-z])|(?<![a-z])chroma.*(?<![a-z])flash(?![a-z])",
     "LightX2V": r"light-?x2-?v",
-    "CausVid": r"caus-?vid",
+    "CausVid": CAUSVID,
     "distilled": word("distill?(?:ed)?"),
 }
 """What checkpoints that draw in few steps are called after."""

@@ -29,6 +29,7 @@ QWEN = (
 LIGHTX2V = (
     "ModelTC/LightX2V, models/schedulers/wan/step_distill: {}, denoising steps 1000, 750, 500, 250, shift 5, guidance 1"
 )
+CAUSVID = "tianweiy/CausVid, causvid/dmd.py: fresh noise between the steps (its consistency sampler); "
 
 
 def shifted(shift: float, *shares: float) -> tuple[float, ...]:
@@ -172,5 +173,22 @@ FLOW: dict[str, Recipe] = {
         renoise=True,
         source="hao-ai-lab/FastVideo, its DMD inference scripts: FastWan2.1 and 2.2 5B, dmd_denoising_steps 1000, 757, "
         "522, flow shift 8, guidance 1",
+    ),
+    "causvid-3": preset(
+        *(1000.0, 757.0, 522.0),
+        family="wan",
+        shift=8.0,
+        renoise=True,
+        source=CAUSVID + "configs/wan_bidirectional_dmd_from_scratch.yaml: denoising steps 1000, 757, 522, no guidance",
+    ),
+    "causvid-9": preset(
+        *(999.0, 934.0, 862.0, 756.0, 603.0, 410.0, 250.0, 140.0, 74.0),
+        family="wan",
+        shift=8.0,
+        renoise=True,
+        initial_noise_scale=flow_scale(999.0),
+        source=CAUSVID
+        + "ModelTC/LightX2V, configs/causvid/wan_t2v_causvid.json: the 14B model, 9 denoising steps from "
+        "999 to 74, shift 8, no guidance",
     ),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OneStepError
-from .by_name import LORA, MODEL, presets_by_name
+from .by_name import LORA, MODEL, normal, presets_by_name
 from .definition import Recipe
 from .presets import PRESETS
 
@@ -21,6 +21,7 @@ NAMELESS = re.compile(
 )
 """Names that diffusers, peft and caches give to every file: the folder's says more."""
 FOLDERS = 4
+SECOND_ORDER = re.compile(r"(?<![a-z])chroma(?![a-z]).*(?<![a-z])(flash|heun)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ def recognised(
         by = " and ".join(dict.fromkeys(found.values()))
         raise OneStepError(f"{path.name[:80]} may be one of {listed}, by {by}: {how}")
     return next((Recognised(preset, evidence) for preset, evidence in found.items()), None)
+
+
+def of_second_order(path: Path, metadata: Mapping[str, str]) -> str:
+    """What is said of a file whose authors draw it by steps of the second order, which no recipe has; "" of others."""
+    if not any(SECOND_ORDER.search(normal(text)) for _, text in names_of(path, metadata)):
+        return ""
+    return (
+        f"{path.name[:80]} is of Chroma1-Flash, drawn by heun, two forwards a step, which no recipe has: draw it with "
+        "core's KSampler, sampler_name heun, 8 to 16 steps, cfg 1"
+    )
 
 
 def without_recipe(few_step: Path | None, family: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from onestep.core.errors import OneStepError
 from onestep.core.recipe.by_name import LORA, MODEL, preset_by_name, presets_by_name
 from onestep.core.recipe.distilled_base import few_step_kind
-from onestep.core.recipe.recognised import recognised, without_recipe
+from onestep.core.recipe.recognised import of_second_order, recognised, without_recipe
 
 LORAS = {
     "sdxl_lightning_2step_lora.safetensors": "sdxl-lightning-2",
@@ -63,6 +63,9 @@ LORAS = {
     "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-high-2",
     "Wan2.2-Lightning-T2V-low_noise_model.safetensors": "wan2.2-lightx2v-low-2",
     "FastWan_T2V_14B_480p_lora_rank_128_bf16.safetensors": "fastwan-3",
+    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors": "causvid-3",
+    "Wan21_CausVid_14B_T2V_lora_rank32.safetensors": "causvid-9",
+    "Wan21_CausVid_14B_T2V_lora_rank32_v2.safetensors": "causvid-9",
     "Wan2.2-Lightning_T2V-v1.1-A14B-4steps-lora_HIGH_fp16.safetensors": "wan2.2-lightx2v-high-2",
 }
 MODELS = {
@@ -107,7 +110,7 @@ NOTHING = [
     *("sdxl-flash.safetensors", "flash-sd3.safetensors", "Flux_2-Turbo-LoRA_comfyui.safetensors"),
     *("flux-2-klein-base-4b.safetensors", "AnimateLCM_sd15_t2v_lora.safetensors", "klein_blue_style.safetensors"),
     *("TDM_sd3-5_lora.safetensors", "hy1.5_t2v_480p_lightx2v_4step.safetensors"),
-    "Wan21_CausVid_14B_T2V_lora_rank32.safetensors",
+    *("Wan21_CausVid_T2V_1_3B_lora_rank32.safetensors", "Wan21_CausVid_14B_I2V_lora.safetensors"),
     # what was made of a few-step model, and is none
     *("flux-dev-de-distill.safetensors", "openflux1-schnell-4step.safetensors", "Z-Image-De-Turbo.safetensors"),
     *("z_image_turbo_fun_union_controlnet.safetensors", "zimage_turbo_training_adapter_v2.safetensors"),
@@ -202,6 +205,19 @@ def test_what_is_said_of_a_lora_extracted_without_its_recipe() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["Chroma1-HD-Flash.safetensors", "chroma-flash-heun_r128-fp32.safetensors"])
+def test_what_is_drawn_by_steps_of_the_second_order_is_told_how(name: str) -> None:
+    assert "core's KSampler, sampler_name heun, 8 to 16 steps, cfg 1" in of_second_order(Path(name), {})
+    assert recognised(Path(name), {}, "chroma", "") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["Chroma1-HD.safetensors", "FlashSDXL.safetensors", "chromatic_flashlight.safetensors"]
+)
+def test_others_are_not(name: str) -> None:
+    assert of_second_order(Path(name), {}) == ""
+
+
 # -- bases that are distilled already ---------------------------------------------------------------------------------
 
 DISTILLED = {
@@ -216,7 +232,8 @@ DISTILLED = {
     "lustifySDXLNSFW_v20-dmd2.safetensors": "dmd2-4",
     "sd3.5_medium_turbo.safetensors": "Turbo",
     "chroma1-hd-flash.safetensors": "Flash",
-    "wan2.1_t2v_14B_CausVid_fp8.safetensors": "CausVid",
+    "wan2.1_t2v_14B_CausVid_fp8.safetensors": "causvid-9",
+    "wan2.1_t2v_1.3B_CausVid_fp8.safetensors": "CausVid",
     "flux_dev_schnell_merge.safetensors": "flux-schnell-4",
     **dict.fromkeys(("FLUX.2-klein-4B", "flux2_klein_9b_fp8mixed.safetensors"), "flux2-klein-4"),
 }

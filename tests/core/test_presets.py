@@ -136,7 +136,8 @@ CARDS = {
     "wan2.2-lightx2v-4": lightx2v(),
     "wan2.2-lightx2v-high-2": lightx2v()[:2],
     "wan2.2-lightx2v-low-2": lightx2v()[2:],
-    "fastwan-3": [1000.0, 757.0, 522.0],
+    **{f"{name}-3": [1000.0, 757.0, 522.0] for name in ("fastwan", "causvid")},
+    "causvid-9": [999.0, 934.0, 862.0, 756.0, 603.0, 410.0, 250.0, 140.0, 74.0],
 }
 
 
@@ -160,6 +161,7 @@ GUIDED = {
 }
 NITRO = {f"nitrosd-{name}-{steps}" for name in ("realism", "vibrant") for steps in (2, 4)}
 RENOISED = {"lcm-4", "dmd2-4", "pcm-lcm-4", "flash-4", "pcm-sd3-4-stochastic", "wan2.1-lightx2v-4", "fastwan-3", *NITRO}
+RENOISED |= {"causvid-3", "causvid-9"}
 EIGHTH = {"hyper-flux-8", "hyper-flux-16", "hyper-sd3-4-cfg", "hyper-sd3-8-cfg", "hyper-sd3-16-cfg", "tdm-sd3-4"}
 
 
