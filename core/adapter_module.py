@@ -6,6 +6,7 @@ network's module tree, and it knows layers by their canonical target names, so t
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -56,22 +57,25 @@ PORT = "the network"
 
 @dataclass(frozen=True)
 class Port:
-    """Where a host's U-Net takes what is added to its skips and its middle.
+    """Where adapter modules act beside the layers that carry LoRAs.
 
-    network: its module. carry: (the forward's keyword arguments, residuals in the order in which the U-Net makes its
-    skips, the middle's last) -> the keyword arguments with them.
+    network: the host's. carry: (a U-Net's forward's keyword arguments, what is added to its skips in the order in which
+    it makes them, and last to its middle) -> the keyword arguments with them; None for other networks. entry: a layer
+    besides, by which a picture enters; None where that is among those that carry LoRAs.
     """
 
     network: nn.Module
-    carry: Callable[[dict[str, Any], list[Tensor]], dict[str, Any]]
+    carry: Callable[[dict[str, Any], list[Tensor]], dict[str, Any]] | None = None
+    entry: Target | None = None
 
 
 class AdapterModules:
     """The adapter modules of the roles, by role, and the hooks by which they act. One may have `residuals(x, call)`,
     what it adds to a U-Net that takes x, or None: it needs a port."""
 
-    def __init__(self, targets: Mapping[str, Target], port: Port | None = None) -> None:
-        self._targets, self._port = targets, port
+    def __init__(self, targets: dict[str, Target], port: Port | None = None) -> None:
+        beside = {} if port is None or port.entry is None else {port.entry.name: port.entry}
+        self.places, self._port = ChainMap(targets, beside), port
         self._of: dict[str, Any] = {}
         self._handles: dict[str, list[Any]] = {}
 
@@ -84,11 +88,11 @@ class AdapterModules:
     def add(self, role: str, adapter: Any) -> None:
         """Raises OneStepError for a layer that this network lacks, or that the host fuses with others."""
         for name in sorted(adapter.before | adapter.after):
-            target = self._targets.get(name)
+            target = self.places.get(name)
             if target is None or target.rows is not None or target.permutation is not None:
                 what = "is not in this model" if target is None else "is fused with others here"
                 raise OneStepError(f"the adapter needs the layer {name[:100]}, which {what}: choose one of its base")
-        if hasattr(adapter, "residuals") and self._port is None:
+        if hasattr(adapter, "residuals") and (self._port is None or self._port.carry is None):
             raise OneStepError(
                 "the adapter adds to the skips of a U-Net, which this model has not: choose another form"
             )
@@ -127,7 +131,7 @@ class AdapterModules:
         """Install hooks on the layers that adapters need and that have none yet; they obey ``roles.active``."""
         wanted = {name for adapter in self._of.values() for name in adapter.before | adapter.after}
         for name in sorted(wanted - set(self._handles)):
-            self._handles[name] = self._hooks(name, self._targets[name].module, roles)
+            self._handles[name] = self._hooks(name, self.places[name].module, roles)
         if PORT not in self._handles and any(hasattr(adapter, "residuals") for adapter in self._of.values()):
             self._handles[PORT] = [self._port_hook(roles)]
 
@@ -153,7 +157,7 @@ class AdapterModules:
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     def _port_hook(self, roles: Any) -> Any:
-        assert self._port is not None
+        assert self._port is not None and self._port.carry is not None
         carry = self._port.carry
 
         def add(module: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -90,6 +90,14 @@ def _last(level: str, block: int, targets: Mapping[str, Target]) -> str:
     return attention if attention in targets else f"{level}.resnets.{block}.conv2"
 
 
+def entry_of(family: str, network: nn.Module) -> Target | None:
+    """The layer by which a picture enters a network of either host, where it is a convolution of three dimensions,
+    which no LoRA adapts."""
+    name = FAMILIES[family].entry
+    layer = dict(network.named_modules()).get(name)
+    return Target(name, layer) if isinstance(layer, nn.Conv3d) else None
+
+
 class ControlAdapter(nn.Module):
     """Told `control` [B, C, H, W] in [0, 1] by `Roles.use` and, if it likes, `strength`; told no control, it is not
     there. In a call of k times as many rows (guidance's two halves) each control serves k of them."""
@@ -147,6 +155,8 @@ class ControlAdapter(nn.Module):
             return output
         if output.ndim == 2:
             return self._in_one_row(name, x, output, call)
+        if output.ndim == 5 and output.shape[1] == self.config.places[0].channels:  # [B, C, 1, h, w], as Wan's
+            return self.on_output(name, of_one_frame(x), of_one_frame(output), call).unsqueeze(2)
         if output.ndim == 5:  # [B, 1, h, w, C] of a video's one frame; behind its latents Anima has a mask of padding
             x = x.flatten(1, 3)[..., : self.config.latents]
             return self.on_output(name, x, output.flatten(1, 3), call).view_as(output)
@@ -186,6 +196,15 @@ class Block(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         silu = nn.functional.silu
         return (h + self.second(silu(self.first(silu(self.norm(h)))))) / 2**0.5
+
+
+def of_one_frame(latents: Tensor) -> Tensor:
+    """Latents [B, C, 1, h, w] of a picture without their time. Raises OneStepError for a video's."""
+    if latents.shape[2] != 1:
+        raise OneStepError(
+            f"the control is one of pictures, and this is a video of {latents.shape[2]} latent frames: draw one frame"
+        )
+    return latents.squeeze(2)
 
 
 def tokens(picture: Tensor) -> Tensor:

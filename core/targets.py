@@ -87,7 +87,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 def out_features(module: nn.Module) -> int:
     """Output features of a Linear, channels of a Conv2d. Read from the layer: a quantised weight has another shape."""
-    return int(module.out_channels if is_conv(module) else module.out_features)  # type: ignore[arg-type]
+    return int(module.out_channels if hasattr(module, "out_channels") else module.out_features)  # type: ignore[arg-type]
 
 
 def kernel_size(module: nn.Module) -> tuple[int, ...]:

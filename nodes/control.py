@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..core.adapter_file import load_adapter
-from ..core.control import ControlAdapter, cells_of, check_fit, fitted, tokens
+from ..core.control import ControlAdapter, cells_of, check_fit, entry_of, fitted, of_one_frame, tokens
 from ..core.control_copy import MAKERS, ControlCopy
 from ..core.controls import with_mask
 from ..core.errors import OneStepError
@@ -73,9 +73,8 @@ class LoadControlAdapter(io.ComfyNode):  # type: ignore[misc]
 
 class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
     """The adapter's features as what ComfyUI's U-Net adds behind its input blocks and its middle block, or as what the
-    first block of SD3, Flux, FLUX.2, Qwen-Image takes besides its picture, or as what the entry of Z-Image
-    and Lumina 2 gives; a copy's
-    as core's ControlNet has them."""
+    first block of SD3, Flux, FLUX.2, Qwen-Image takes besides its picture, or as what the entry of Z-Image, Lumina 2,
+    Wan and PixArt gives; a copy's as core's ControlNet has them."""
 
     def __init__(self, adapter: ControlAdapter | ControlCopy, family: str, patcher: Any = None) -> None:
         super().__init__()
@@ -102,6 +101,8 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
                 "the base that it was made for"
             )
         targets = {t.name: t for t in bind_comfy(family, network, model.model_config.unet_config)}
+        if (entry := entry_of(family, network)) is not None:
+            targets[entry.name] = entry
         check_fit(self.adapter, targets)
         self.sampling, self.entry = model.model_sampling, targets[self.adapter.config.places[0].name].module
         if FAMILIES[family].unet:
@@ -119,12 +120,13 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
         if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return previous
         of_frames = x_noisy.ndim == 5  # a video's, of which a picture is one
-        features = self._features(x_noisy[:, :, 0] if of_frames else x_noisy, t, cond, batched_number)
-        if FAMILIES[self.family].unet:
+        features = self._features(of_one_frame(x_noisy) if of_frames else x_noisy, t, cond, batched_number)
+        known = FAMILIES[self.family]
+        if known.unet:
             return self.control_merge(self._residuals(features), previous, x_noisy.dtype)
         # the options are this call's own; core's lists begin behind the first block, which is too late
         added = self.strength * tokens(features[0])
-        if FAMILIES[self.family].one_stream or of_frames:  # whose blocks cannot be replaced
+        if known.one_stream or known.cross_attention or of_frames:  # whose blocks cannot be replaced
             behind_entry(self.entry, added, transformer_options)
         else:
             replaced = transformer_options.setdefault("patches_replace", {}).setdefault("dit", {})
@@ -133,7 +135,6 @@ class ControlAdapterNet(comfy.controlnet.ControlBase):  # type: ignore[misc]
 
     def _features(self, x: Tensor, t: Tensor, cond: Any, batched_number: int) -> list[Tensor]:
         """The adapter's, for latents ``x`` at the levels ``t`` and the prompts ``cond``, in the order of its places."""
-        x = x.squeeze(2) if x.ndim == 5 else x  # of a single frame
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch, self.patch))
         hint = comfy.controlnet.broadcast_image_to(self._hint(x), len(x), batched_number).expand(len(x), -1, -1, -1)
         if isinstance(self.adapter, ControlCopy):

@@ -39,7 +39,10 @@ def behind_entry(entry: nn.Module, added: Tensor, options: dict[str, Any]) -> No
     """
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = entry.register_forward_hook(lambda module, given, out: _with(added, out))
+        axis = 1 if hasattr(entry, "out_channels") else -1
+        handle = entry.register_forward_hook(
+            lambda module, given, out: _with(added, out.movedim(axis, -1)).movedim(-1, axis)
+        )
         try:
             with torch.compiler.set_stance("force_eager"):
                 return executor(*args, **kwargs)

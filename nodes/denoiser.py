@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
+from ..core.control import entry_of
 from ..core.denoiser import Guidance, TokenNorm
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
@@ -86,13 +87,14 @@ def signal(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     return schedule.alpha(sigma).clamp_min(0.5 * math.sqrt(1 - schedule.sigma_max**2))
 
 
-def port_of(network: Any, family: str) -> Port | None:
-    """Where ComfyUI's U-Net takes a ControlNet's residuals; None for other networks."""
+def port_of(network: Any, family: str) -> Port:
+    """Where adapters act in ComfyUI's network beside its layers that are adapted: a U-Net takes a ControlNet's
+    residuals."""
 
     def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
         return more | {"control": {"input": [], "middle": residuals[-1:], "output": list(residuals[:-1])}}
 
-    return Port(network, carry) if FAMILIES[family].unet else None
+    return Port(network, carry if FAMILIES[family].unet else None, entry_of(family, network))
 
 
 class ScaledTime(sampling.ModelSamplingDiscrete):  # type: ignore[misc]

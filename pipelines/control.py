@@ -23,7 +23,7 @@ from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from ..core.role_map import RoleMap
 from ..core.roles import Roles
-from ..core.targets import Target
+from ..core.targets import Target, is_adaptable
 from .adapt import called_network, network_of
 from .guidance_adapter import ORDER
 from .networks import port_of
@@ -50,7 +50,8 @@ def controlled(pipe: Any, adapter: Any, control: Any, *, strength: float = 1.0) 
     # under CPU offload the network lies on the CPU and works elsewhere
     device = getattr(pipe, "_execution_device", network.device)
     with lock_of(network):
-        roles = Roles(list(_targets(adapter, network).values()), port_of(network))
+        layers = [target for target in _targets(adapter, network).values() if is_adaptable(target.module)]
+        roles = Roles(layers, port_of(network))
     roles.add_module(ROLE, adapter.to(device))
     told = {"control": control.to(device), "strength": strength}
     nothing: Any = None

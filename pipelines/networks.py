@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
+from ..core.control import entry_of
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, detect
 from .network_inputs import Extras, in_dtype, joint_mask, moved
@@ -204,8 +205,8 @@ def has_ip_adapter(network: Any) -> bool:
     return getattr(network.config, "encoder_hid_dim_type", None) == "ip_image_proj"
 
 
-def port_of(network: Any) -> Port | None:
-    """Where a UNet2DConditionModel takes a ControlNet's residuals; None for other networks."""
+def port_of(network: Any) -> Port:
+    """Where adapters act beside the layers that are adapted: a UNet2DConditionModel takes a ControlNet's residuals."""
 
     def carry(more: dict[str, Any], residuals: list[Tensor]) -> dict[str, Any]:
         *skips, middle = residuals
@@ -214,4 +215,5 @@ def port_of(network: Any) -> Port | None:
             *skips, middle = (mine + theirs for mine, theirs in zip(residuals, others, strict=True))
         return more | {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
 
-    return Port(network, carry) if FAMILIES[detect(network)].unet else None
+    family = detect(network)
+    return Port(network, carry if FAMILIES[family].unet else None, entry_of(family, network))

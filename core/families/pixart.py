@@ -84,5 +84,6 @@ PIXART = Family(
         "PixArtMSBlock": Block(("mlp",)),
     },
     cross_attention=True,
+    entry="pos_embed.proj",
     ends=r"transformer_blocks\.\d+\.attn2\.to_out\.0",
 )

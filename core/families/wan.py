@@ -89,6 +89,7 @@ WAN = Family(
         "WanAttentionBlock": Block(("ffn",)),  # ComfyUI's
     },
     cross_attention=True,
+    entry="patch_embedding",
     ends=r"blocks\.\d+\.attn2\.to_out\.0",
     steering={
         "nasa": Numbers(0.25),

@@ -12,9 +12,10 @@ from small_networks import CASES, inputs_of, network_of, random_state, seeded
 from torch import Tensor, nn
 
 from onestep.core.adapter_file import check_adapter, load_adapter, save_adapter
+from onestep.core.adapter_module import Call, Port
 from onestep.core.checkpoint import checkpoint_blocks
 from onestep.core.cond import Cond
-from onestep.core.control import ControlAdapter, fitted, new_adapter, places_of
+from onestep.core.control import ControlAdapter, entry_of, fitted, new_adapter, places_of
 from onestep.core.errors import OneStepError
 from onestep.core.families import FAMILIES, bind_diffusers
 from onestep.core.roles import TEACHER, Roles
@@ -50,7 +51,13 @@ PLACES = {
     "anima": {"patch_embed.proj": (48, 1)},
     "krea2": {"img_in": (64, 1)},
     "lumina2": {"x_embedder": (96, 1)},
+    "wan": {"patch_embedding": (24, 1)},
+    "pixart": {"pos_embed.proj": (48, 1)},
 }
+
+
+def roles_of(name: str, network: nn.Module) -> Roles:
+    return Roles(bind_diffusers(network), Port(network, entry=entry_of(CASES[name].family, network)))
 
 
 class World:
@@ -59,11 +66,11 @@ class World:
 
     def __init__(self, name: str, sees_latents: bool = True, seed: int = 0) -> None:
         self.case, self.network, self.inputs = CASES[name], network_of(name), inputs_of(name)
-        self.roles = Roles(bind_diffusers(self.network))
+        self.roles = roles_of(name, self.network)
         shape = tuple(self.inputs["x"].shape[1:])
         size = 8 * shape[2], 8 * shape[1]
         self.side = new_adapter(
-            *(self.case.family, self.roles.targets, ("mine", 2), size, shape),
+            *(self.case.family, self.roles.modules.places, ("mine", 2), size, shape),
             width=16,
             sees_latents=sees_latents,
             seed=seed,
@@ -98,8 +105,7 @@ def test_a_family_without_a_known_entry_is_refused_by_name(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", SERVED)
 def test_it_acts_behind_the_entry_and_every_block_of_the_encoder(name: str) -> None:
-    roles = Roles(bind_diffusers(network_of(name)))
-    places = places_of(CASES[name].family, roles.targets)
+    places = places_of(CASES[name].family, roles_of(name, network_of(name)).modules.places)
     assert {place.name: (place.channels, place.stride) for place in places} == PLACES[name]
 
 
@@ -134,7 +140,7 @@ def test_its_features_are_added_to_what_the_layers_give(name: str) -> None:
         for place, feature in zip(world.side.config.places, features, strict=True):
             cells = tuple(side // place.stride for side in (x.shape[2:] if world.case.family == "unet" else grid))
             assert feature.shape[1:] == (place.channels, *cells)
-            handles.append(world.roles.targets[place.name].module.register_forward_hook(_adding(0.5 * feature)))
+            handles.append(world.roles.modules.places[place.name].module.register_forward_hook(_adding(0.5 * feature)))
         try:
             wanted = world()
         finally:
@@ -145,7 +151,8 @@ def test_its_features_are_added_to_what_the_layers_give(name: str) -> None:
 
 def _adding(feature: Tensor) -> Any:
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        flat = feature if output.ndim == 4 else feature.flatten(2).transpose(1, 2)
+        first = output.ndim == 4 or (output.ndim == 5 and output.shape[1] == feature.shape[1])
+        flat = feature if first else feature.flatten(2).transpose(1, 2)
         if output.ndim == 2:  # Z-Image's pictures in one row, each of 24 tokens filled up to 32
             flat = nn.functional.pad(flat, (0, 0, 0, 8)).flatten(0, 1)
         return output + flat.to(output).view_as(output)
@@ -226,6 +233,11 @@ def test_the_file_gives_it_back(tmp_path: Path) -> None:
         assert torch.equal(world(control=world.control), wanted)
 
 
+def two_videos() -> tuple[Tensor, Tensor]:
+    """Of three latent frames, as the entry takes and gives them."""
+    return torch.zeros(2, 16, 3, 8, 12), torch.zeros(2, 24, 3, 4, 6)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     world, path = World("sd15"), tmp_path / "control.safetensors"
     save_adapter(path, world.side, "unet")
@@ -242,6 +254,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ):
             with pytest.raises(OneStepError, match=words):
                 world(control=torch.zeros(shape))
+        video = World("wan")
+        with pytest.raises(OneStepError, match="a video of 3 latent frames: draw one frame"):
+            video.side.on_output("patch_embedding", *two_videos(), Call(None, None, {"control": video.control}))
         with pytest.raises(OneStepError, match="another size"):
             flux = World("flux")
             flux(control=torch.zeros(2, 2, 64, 96))

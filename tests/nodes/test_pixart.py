@@ -6,10 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import both_hosts
+import both_hosts_drawn
 import pytest
 import tiny_pixart
 import torch
 from both_hosts import RUNS, Hosts, gap
+
+from onestep.core.families import FAMILIES
+from onestep.core.recipe import Recipe
+from onestep.pipelines import adapt
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
 
@@ -18,13 +24,17 @@ LAYERS = 7 + 2 * 10
 SIZE = (40, 40)
 ALIKE = {"sizes": "40x40", "ema": 0.0}
 """Without a running mean: it and the student are equally near the teacher here, and rounding would choose."""
+NCT = both_hosts_drawn.ADAPTERS["nct"]
+TIME = torch.tensor([900.0], dtype=torch.float64)
+RECIPE = Recipe.at(FAMILIES["pixart"].schedule, TIME, family="pixart", sizes=(SIZE,))
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_pixart.pixart_folder(tmp_path_factory.mktemp("pixart") / "model")
-    runs = {method: {**told, **ALIKE} for method, told in RUNS.items()}
-    return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, runs=runs)
+    both_hosts_drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
+    runs = {method: {**told, **ALIKE} for method, told in {**RUNS, "nct": NCT}.items()}
+    return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, runs=runs, recipe=RECIPE.to_json())
 
 
 def test_prompts_become_the_same_conditions_of_their_own_lengths(hosts: Hosts) -> None:
@@ -51,6 +61,14 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize("method", RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **ALIKE)
+
+
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    both_hosts_drawn.check_control(hosts, PROMPTS[0], RECIPE, SIZE)
+
+
+def test_both_hosts_train_one_control(hosts: Hosts) -> None:
+    both_hosts_drawn.check_adapter(hosts, "nct", PROMPTS, **ALIKE)
 
 
 def test_captions_are_never_dropped_and_what_is_not_served_is_refused(hosts: Hosts) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import both_hosts
+import both_hosts_drawn
 import pytest
 import tiny_folders
 import torch
@@ -26,6 +27,7 @@ from onestep.pipelines.load import load
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon on a long wall of stone"]
+SIZE = (32, 32)
 LAYERS = 6 + 2 * 10
 STEERED = ["a red dragon", "a wall of stone", "x"]
 """The prompt, what it is steered away from, and what PERP measures from."""
@@ -53,8 +55,12 @@ def stirred(folder: Path, work: Path) -> None:
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_folders.wan_folder(tmp_path_factory.mktemp("wan") / "model")
     stirred(folder, folder.parent)
+    both_hosts_drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
+    runs = both_hosts.RUNS | {"nct": both_hosts_drawn.ADAPTERS["nct"]}
     told = {name: recipe.to_json() for name, recipe in EXPERTS.items()}
-    return both_hosts.both(run_inside, folder, PROMPTS, "wan", steered=STEERED, recipe=RECIPE.to_json(), **told)
+    return both_hosts.both(
+        run_inside, folder, PROMPTS, "wan", runs=runs, steered=STEERED, recipe=RECIPE.to_json(), **told
+    )
 
 
 def test_prompts_become_the_same_512_tokens(hosts: Hosts) -> None:
@@ -120,6 +126,16 @@ def test_a_guidance_adapter_is_the_same_in_both_hosts(hosts: Hosts) -> None:
     drawn = pipe(STEERED[0], recipe=RECIPE, latents=noise, output_type="latent").images
     assert gap(hosts.comfys["steered guided"], drawn) < 1e-4
     assert gap(hosts.comfys["steered none"], drawn) > 1e-3
+
+
+def test_a_control_is_the_same_in_both_hosts_and_of_pictures_alone(hosts: Hosts) -> None:
+    both_hosts_drawn.check_control(hosts, STEERED[0], RECIPE, SIZE)
+    assert "a video of 2 latent frames: draw one frame" in hosts.report["video"]
+
+
+@pytest.mark.broad
+def test_both_hosts_train_one_control(hosts: Hosts) -> None:
+    both_hosts_drawn.check_adapter(hosts, "nct", PROMPTS)
 
 
 @torch.no_grad()

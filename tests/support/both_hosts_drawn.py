@@ -11,16 +11,19 @@ import torch
 from both_hosts import RUNS, Hosts, gap
 from diffusers import DiffusionPipeline
 from lora_files import random_lora
+from safetensors.torch import load_file, save_file
+from small_networks import seeded
 from torch import Tensor, nn
 
-from onestep.core import control_copy, guidance_adapter
-from onestep.core.adapter_file import load_adapter, read_told
+from onestep.core import control, control_copy, guidance_adapter
+from onestep.core.adapter_file import load_adapter, read_told, save_adapter
 from onestep.core.features import Features
 from onestep.core.recipe import Recipe
 from onestep.pipelines import diverse
-from onestep.pipelines.adapt import denoiser_of
+from onestep.pipelines.adapt import DiffusersHost, denoiser_of
 from onestep.pipelines.distill import distill
 from onestep.pipelines.guidance_adapter import load_guidance_adapter
+from onestep.pipelines.load import load
 from onestep.pipelines.one_step import OneStepPipeline
 from onestep.pipelines.steer import steered
 
@@ -107,3 +110,34 @@ def check_guidance(hosts: Hosts) -> None:
         with load_guidance_adapter(host.pipe, path, 4.0):
             drawn.append(denoiser_of(host.pipe)(inputs["x"], inputs["sigma"], cond))
     assert gap(drawn[1], drawn[0]) < 0.1 * gap(drawn[0], plain)
+
+
+@torch.no_grad()
+def control_file(host: DiffusersHost, work: Path, size: tuple[int, int]) -> None:
+    """A control adapter away from its start, a new one, and a control picture, in ``work``."""
+    places = host.denoiser.roles.modules.places
+    module = control.new_adapter(host.family, places, ("canny", 1), size, host.latent_shape(size), width=16)
+    save_adapter(work / "new.safetensors", module, host.family)
+    draw = seeded(2)
+    for _, value in sorted(module.named_parameters()):
+        value.add_(0.1 * draw(*value.shape).float())
+    save_adapter(work / "control.safetensors", module, host.family)
+    picture = torch.rand(1, 1, *size[::-1], generator=torch.Generator().manual_seed(4))
+    save_file({"picture": picture}, work / "picture.safetensors")
+
+
+@torch.no_grad()
+def check_control(hosts: Hosts, prompt: str, recipe: Recipe, size: tuple[int, int]) -> None:
+    """A picture under it is the same in both hosts; a new adapter changes nothing, to the bit, nor strength 0 does."""
+    pipe = OneStepPipeline.from_pipe(load(hosts.work / "model"))
+    noise = torch.randn(1, *hosts.host.latent_shape(size), generator=torch.Generator().manual_seed(5))
+    call: dict[str, Any] = {"recipe": recipe, "latents": noise, "output_type": "latent"}
+    picture = {"control_image": load_file(hosts.work / "picture.safetensors")["picture"]}
+    plain = pipe(prompt, **call).images
+    pipe.load_control(hosts.work / "new.safetensors")
+    assert torch.equal(pipe(prompt, **picture, **call).images, plain)
+    assert torch.equal(hosts.comfys["control new"], hosts.comfys["control none"])
+    pipe.load_control(hosts.work / "control.safetensors")
+    drawn = pipe(prompt, **picture, **call).images
+    assert gap(hosts.comfys["control none"], plain) < 1e-4 and gap(hosts.comfys["control"], drawn) < 1e-4
+    assert torch.equal(pipe(prompt, control_strength=0, **picture, **call).images, plain) and gap(drawn, plain) > 1e-2

@@ -150,7 +150,7 @@ def check(host: Host, settings: Settings) -> None:
     control_of(settings.own.control)
     if settings.own.control_form == COPY and not FAMILIES[host.family].unet:
         raise OneStepError(f"control_form copy is a ControlNet for U-Nets, {host.name} has none: set it to light")
-    places_of(host.family, host.denoiser.roles.targets)
+    places_of(host.family, host.denoiser.roles.modules.places)
     generator_recipe(host, settings)
 
 
@@ -162,7 +162,8 @@ def adapter(host: Host, settings: Settings) -> ControlAdapter | ControlCopy:
     if own.control_form == COPY:
         cell, factors = size[1] // latent[1], roles.state(STUDENT)
         return new_copy(roles.targets, unet_parts(host.network), wanted, cell, factors, seed=settings.seed)
-    return new_adapter(host.family, roles.targets, wanted, size, latent, width=own.control_width, seed=settings.seed)
+    places = roles.modules.places
+    return new_adapter(host.family, places, wanted, size, latent, width=own.control_width, seed=settings.seed)
 
 
 def generator_recipe(host: Host, settings: Settings) -> Recipe:

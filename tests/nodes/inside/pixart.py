@@ -7,7 +7,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, given, load, measured, trained
+from comfy_both_hosts import COND, answer, given, load, measured, told, trained
+from comfy_controlled import controlled
 
 from onestep.core.errors import OneStepError
 from onestep.core.guidance import Steering
@@ -42,5 +43,6 @@ with torch.inference_mode():
         report = {"family": host.family, "blocks": len(host.blocks), "again": again}
         report |= {"small": said(lambda: host.latent_shape((32, 32))), "steered": steered}
         report["training"] = host.network.training or host.network.y_embedder.training
+    out |= controlled(model, clip, told["prompts"][0], torch.zeros(1, 4, 40, 40))
     report["files"] = trained(model, clip, vae)
 answer(out | more, report)

@@ -10,6 +10,7 @@ import comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 import torch
 from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
+from comfy_controlled import controlled, of_a_video
 from safetensors.torch import save_file
 
 from onestep.core.errors import OneStepError
@@ -140,7 +141,8 @@ with torch.inference_mode():
             cond = host.encode(told["prompts"], (32, 32))
             out["base"] = host.denoiser(given["x"], given["sigma"], cond)
         report = facts(host, again)
-    out |= steered(model, clip)
+    out |= steered(model, clip) | controlled(model, clip, told["steered"][0], torch.zeros(1, 16, 1, 4, 4))
+    report["video"] = of_a_video(model, clip, told["steered"][0])
     drawn, report["of another pair"] = by_experts(model, clip)
     out |= drawn
     report["files"] = trained(model, clip, vae)
