@@ -106,7 +106,7 @@ def describe(file: LoraFile, path: Path) -> dict[str, Any]:
         "layers": len(file.state),
         "ranks": ranks,
         "unused": len(file.unused),
-        "left_out": file.left_out,
+        "left_out": file.said,
         "taken_for": None if taken is None else asdict(taken),
         "undecided": undecided,
         "recipe": None if recipe is None else json.loads(recipe.to_json()),

@@ -34,6 +34,7 @@ from .lora_keys import (
     refuse_kinds,
 )
 from .lora_scales import PeftScales, alpha_of
+from .lora_variants import refuse_variant
 from .targets import Target
 from .tensor_file import Entry, digest, read_header, read_tensors, write_tensors
 
@@ -52,7 +53,8 @@ class LoraFile:
     """state: (A, B) by canonical target name, float32, alpha == rank; A [r, in, ...], B [out, r, ...].
 
     recipe: the JSON text under onestep.recipe, or None. metadata: all other strings of the header.
-    unused: keys that are no part of the denoiser: text encoders, and the embeddings of trigger words.
+    unused: keys that are no part of the denoiser: text encoders, and the embeddings of trigger words. doubt: what is to
+    be said where the file does not tell which of like models it is for.
     """
 
     state: State
@@ -60,6 +62,7 @@ class LoraFile:
     recipe: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    doubt: str = ""
 
     @property
     def left_out(self) -> str:
@@ -69,10 +72,15 @@ class LoraFile:
         told = " and ".join(f"{count} keys {kind}" for kind, count in kinds.items() if count)
         return f"{told} are left out: the denoiser's layers alone act" if told else ""
 
+    @property
+    def said(self) -> str:
+        """What is to be said of the file where it is put to use, in words; "" where there is nothing."""
+        return "; ".join(filter(None, (self.left_out, self.doubt)))
+
     def say_left_out(self, path: str | os.PathLike[str]) -> None:
-        """Warn of what does not act, where the file is put to use."""
-        if self.left_out:
-            logging.warning("OneStep: %s: %s", Path(path).name[:80], self.left_out)
+        """Warn of what does not act, and of what is not told, where the file is put to use."""
+        if self.said:
+            logging.warning("OneStep: %s: %s", Path(path).name[:80], self.said)
 
 
 def save_lora(
@@ -114,13 +122,14 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     refuse_adapters(keys)
     refuse_families(keys, family or header.metadata.get("onestep.family"))
     family = _family(path, {key: header.tensors[key] for key in keys}, header.metadata, family)
+    doubt = refuse_variant(Path(path), family, {key: header.tensors[key].shape for key in keys}, header.metadata)
     _check_entries(path, {key: header.tensors[key] for key in keys})
     state = _assemble(read_tensors(path, keys), KeyMap(family, names), header.metadata)
     _check_state(state)
     _refuse_foreign(state, names, family)
     metadata = dict(header.metadata)
     recipe = metadata.pop("onestep.recipe", None)
-    return LoraFile(state, family, recipe, metadata, tuple(sorted(unused)))
+    return LoraFile(state, family, recipe, metadata, tuple(sorted(unused)), doubt)
 
 
 def of_one_rank(state: Mapping[str, tuple[Tensor, Tensor]]) -> State:

@@ -114,7 +114,7 @@ def family_of_keys(
     shared = [name for name, family in FAMILIES.items() if re.search(family.shared, text)]
     if own or not shared:
         return own[0] if own else None
-    shared = [name for name in shared if _has_ratios(FAMILIES[name].ratios, shapes or {})] or shared
+    shared = [name for name in shared if has_ratios(FAMILIES[name].ratios, shapes or {})] or shared
     return wanted if wanted in shared else shared[0]
 
 
@@ -129,7 +129,7 @@ def _largest(family: str) -> KeyMap:
     return KeyMap(family)
 
 
-def _has_ratios(ratios: Iterable[tuple[str, float]], shapes: Mapping[str, Sequence[int]]) -> bool:
+def has_ratios(ratios: Iterable[tuple[str, float]], shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether no layer has other outputs by its inputs than ``ratios`` say."""
     sizes: dict[str, dict[str, int]] = {}
     for key, shape in shapes.items():
@@ -203,12 +203,23 @@ def refuse_families(keys: Iterable[str], wanted: str | None = None) -> None:
     ]
     for key in keys:
         shared = any(re.search(known.shared, key) for known in own)
-        later = LATER_KEYS if shared else LATER_KEYS | LATER_SHARED
-        family = next((family for pattern, family in later.items() if re.search(pattern, key)), None)
+        family = next((family for pattern, family in LATER_KEYS.items() if re.search(pattern, key)), None)
         if family is not None:
             raise OneStepError(
                 f"This LoRA is for {family} ({key[:80]!r}), which is not served: use one for {choices()}."
             )
+        if not shared and (whose := _alike(key)):
+            raise OneStepError(
+                f"This LoRA is for {whose}, whose layers have the same names ({key[:80]!r}): give the model that it "
+                "is for with it"
+            )
+
+
+def _alike(key: str) -> str:
+    """The families that have the layer of a key alike, one of them not served, for a person; "" of any other key."""
+    later = [title for pattern, title in LATER_SHARED.items() if re.search(pattern, key)]
+    served = [known.short for known in FAMILIES.values() if re.search(known.shared, key)]
+    return f"{', '.join(served)} or {later[0]}" if later else ""
 
 
 def _kohya(name: str) -> str:

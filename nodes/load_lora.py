@@ -140,7 +140,7 @@ def merged(model: Any, path: Path, family: str, strength: float) -> tuple[Any, s
             f"{', '.join(lost[:3])}. Load it into the base itself, before other nodes change it"
         )
     file.say_left_out(path)
-    return clone, file.left_out
+    return clone, file.said
 
 
 def patches_of(model: Any, targets: Sequence[Target], state: State) -> dict[Any, Any]:

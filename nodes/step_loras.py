@@ -36,7 +36,7 @@ def with_step_loras(model: Any, paths: Sequence[Path], family: str, recipe: Reci
     ours = StepLoRAs([_scaled(file, recipe.lora_scale) for file in files], recipe.timesteps, family)
     clone.set_injections(KEY, [PatcherInjection(inject=ours.inject, eject=ours.eject)])
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ours.apply_model)
-    return clone, files[0].left_out
+    return clone, files[0].said
 
 
 def _scaled(file: LoraFile, strength: float) -> State:

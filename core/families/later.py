@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Words(NamedTuple):
+    """What a LoRA's file has of a variant whose layers have a served family's names.
+
+    title: the variant. inputs: channels that its entry reads, where that is adapted. own: what its name or its header
+    has; served: what those of the served models have. doubt: what is said where neither is told.
+    """
+
+    title: str
+    inputs: tuple[int, ...]
+    own: str
+    served: str
+    doubt: str
+
+
 # Class names of either host -> the family.
 LATER = {
     "LensTransformer2DModel": "Lens",
@@ -63,6 +80,18 @@ LATER_NAMES = {
     ("qwen_image", r"qwen.?image.?edit"): "Qwen-Image-Edit",
 }
 
+LATER_WORDS = {
+    "wan": Words(
+        "Wan image-to-video",
+        (36,),
+        r"(?<![a-z0-9])i-?2-?v|image.?(to|2).?video",
+        r"t-?2-?[vi](?![a-z])|text.?(to|2).?(video|image)|(?<![a-z])5-?b(?![a-z])|ti2v",
+        "it does not say whether it was trained on Wan's text-to-video or image-to-video model, whose LoRAs have the "
+        "same layers: if the pictures are wrong, choose one for text-to-video",
+    )
+}
+"""By the served family."""
+
 # By what gives them away in a LoRA's key.
 LATER_KEYS = {
     r"patchify_proj[._]|audio_(attn|to_video)|video_to_audio|audio_adaln": "LTX",
@@ -78,6 +107,8 @@ LATER_KEYS = {
     r"(^|[._])nerf_(blocks|image_embedder|final_layer)|img_in_patch": "Chroma Radiance",
     r"(aspect_ratio|resolution)_embedder[._]|(?<![a-z])(ar|csize)_embedder[._]": "PixArt-Alpha",
     r"double_stream_blocks[._]\d": "HiDream",
+    r"((?<!transformer_)|(?<=lora_transformer_))(?<![a-z])blocks[._]\d+[._](ff[._]net|skip_linear|default_modulation"
+    r"|attn1[._](Wqkv|out_proj)|attn2[._]kv_proj)|(^|[._])(time_extra_emb|extra_embedder)[._]": "HunyuanDiT",
     r"joint_transformer_blocks[._]\d": "AuraFlow",
 }
 # The same of keys that a served family's LoRAs have too: what the file is for decides.

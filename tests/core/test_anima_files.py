@@ -105,7 +105,7 @@ def test_what_a_file_holds_for_the_text_s_adapter_is_left_out_and_said(
     ("key", "whose"),
     [
         ("lora_unet_blocks_0_cross_attn_k_img.lora_down.weight", "Wan image-to-video"),
-        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "LTX"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "Anima, PixArt-Sigma or LTX, whose layers"),
     ],
 )
 def test_like_names_are_told_apart(key: str, whose: str, tmp_path: Path) -> None:
@@ -121,7 +121,9 @@ def test_attention_alone_in_diffusers_names_is_the_wanted_familys(model: tuple, 
     found = load_lora(path, [target.name for target in targets], "anima")
     assert found.family == "anima" and found.state.keys() == part.keys()
     for wanted in (None, "sd3", "flux", "flux2"):
-        with pytest.raises(OneStepError, match="This LoRA is for LTX"):
+        with pytest.raises(
+            OneStepError, match="for Anima, PixArt-Sigma or LTX, whose layers have the same names .* give the model"
+        ):
             load_lora(path, family=wanted)
 
 

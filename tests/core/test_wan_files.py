@@ -3,6 +3,7 @@ variants and of families whose layers have like names; networks of the variants 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from lora_dialects import Factors, kohya, peft
 from lora_files import assert_same, case, foreign
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_networks import CASES, network_of
 from torch import nn
 
@@ -191,3 +192,83 @@ def test_diffusers_image_to_video_is_refused_by_name() -> None:
     )
     with pytest.raises(OneStepError, match="Wan image-to-video models cannot be adapted yet"):
         detect(network)
+
+
+UNTOLD = "does not say whether it was trained on Wan's text-to-video or image-to-video"
+DRAWN = [
+    ("a.safetensors", {}, UNTOLD),
+    ("wan2.2_t2v_lightx2v.safetensors", {}, ""),
+    ("a.safetensors", {"ss_base_model_version": "wan2.2_t2v_a14b"}, ""),
+    ("wan2.2_ti2v_5B_dragon.safetensors", {}, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "header", "said"), DRAWN)
+def test_a_file_that_does_not_tell_its_base_is_read_with_a_warning(
+    name: str, header: dict, said: str, model: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, targets, state = model
+    save_file(peft("diffusion_model.")(native(state)), tmp_path / name, header or None)
+    found = load_lora(tmp_path / name, [target.name for target in targets], "wan")
+    assert_same(fit(found.state, targets), state)
+    with caplog.at_level(logging.WARNING):
+        found.say_left_out(tmp_path / name)
+    assert said in caplog.text and bool(found.said) == bool(said)
+
+
+def test_our_own_file_tells(model: tuple, tmp_path: Path) -> None:
+    save_lora(tmp_path / "a.safetensors", model[2], "wan")
+    assert load_lora(tmp_path / "a.safetensors").said == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "channels"),
+    [
+        ("Wan2.2-Lightning_I2V-A14B-HIGH.safetensors", {}, 0),
+        ("a.safetensors", {"modelspec.architecture": "wan2.2-i2v-a14b/lora"}, 0),
+        ("a.safetensors", {}, 36),
+    ],
+)
+def test_image_to_video_of_2_2_is_refused_by_name_header_or_its_entrys_channels(
+    name: str, header: dict, channels: int, model: tuple, tmp_path: Path
+) -> None:
+    """It has no layer that text to video lacks."""
+    tensors, entry = peft("diffusion_model.")(native(model[2])), "diffusion_model.patch_embedding"
+    if channels:
+        tensors[f"{entry}.lora_A.weight"] = torch.ones(2, channels, 1, 2, 2)
+        tensors[f"{entry}.lora_B.weight"] = torch.ones(24, 2, 1, 1, 1)
+    save_file(tensors, tmp_path / name, header or None)
+    for wanted in (None, "wan"):
+        with pytest.raises(OneStepError, match=r"This LoRA is for Wan image-to-video \("):
+            load_lora(tmp_path / name, family=wanted)
+
+
+HUNYUAN = ["ff.net.0.proj", "ff.net.2", "skip_linear", "default_modulation.1", "attn1.Wqkv", "attn2.kv_proj"]
+
+
+@pytest.mark.parametrize("layer", HUNYUAN)
+@pytest.mark.parametrize("wanted", [None, "wan", "pixart"])
+def test_hunyuandits_in_diffusers_names_is_refused_by_its_own_layers(
+    layer: str, wanted: str | None, tmp_path: Path
+) -> None:
+    dots = [f"blocks.0.{path}" for path in ("attn1.to_q", "attn2.to_k", layer)]
+    for number, (prefix, paths, ends) in enumerate(
+        [
+            ("transformer.", dots, ("lora_A.weight", "lora_B.weight")),
+            ("lora_unet_", [path.replace(".", "_") for path in dots], ("lora_down.weight", "lora_up.weight")),
+        ]
+    ):
+        tensors = {f"{prefix}{path}.{end}": torch.ones(2, 2) for path in paths for end in ends}
+        with pytest.raises(OneStepError, match="This LoRA is for HunyuanDiT "):
+            load_lora(foreign(tmp_path / f"{number}.safetensors", tensors), family=wanted)
+
+
+def test_hunyuandits_attention_alone_is_told_by_the_width_of_its_text(tmp_path: Path) -> None:
+    wide = {"attn1.to_q": (1408, 1408), "attn2.to_k": (1024, 1408), "attn2.to_q": (1408, 1408)}
+    tensors = {}
+    for layer, (inputs, outputs) in wide.items():
+        tensors[f"transformer.blocks.0.{layer}.lora_A.weight"] = torch.ones(2, inputs)
+        tensors[f"transformer.blocks.0.{layer}.lora_B.weight"] = torch.ones(outputs, 2)
+    for wanted in (None, "wan"):
+        with pytest.raises(OneStepError, match=r"This LoRA is for HunyuanDiT \(its keys and values"):
+            load_lora(foreign(tmp_path / "a.safetensors", tensors), family=wanted)

@@ -45,7 +45,7 @@ def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) ->
             f"the initial LoRA changes nothing: its factors are 0{' at its strength' * (scale != 1)}. Give another one"
         )
     notes = [_taken(settings, host.family), _note(recipe, settings) if takes_over else ""]
-    notes += [file.left_out and f"of the initial LoRA {file.left_out}"]
+    notes += [file.said and f"of the initial LoRA {file.said}"]
     largest = max(len(a) for a, _ in state.values())
     if largest > settings.rank:
         state, kept = cut(state, settings.rank)
