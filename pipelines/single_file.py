@@ -73,9 +73,10 @@ def load_single_file(path: Path, dtype: torch.dtype, configs: Path = CONFIGS, *,
     """The pipeline of a checkpoint file. stored: whether the network's blocks keep weights of fp8 as they are. Raises
     OneStepError, with what it is instead, for every other file."""
     header = read_header(path)
+    # before how it is stored, which is of no use to know where it is another model's
+    kind = kind_of(path, header)
     scales = scales_of(path, header)
     header = scales.without(header)
-    kind = kind_of(path, header)
     folder = configs / kind.config
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     prediction = prediction_in(path, header, kind.config == "sd2")
@@ -134,6 +135,18 @@ def _what_else(keys: Collection[str], name: str) -> str:
         (
             lambda t: "noise_refiner." in t and "x_pad_token" in parts,
             f"is a Z-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
+            lambda t: "noise_refiner." in t and "cap_embedder" in parts,
+            f"is a Lumina 2 checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
+            lambda t: {"t_block", "y_embedder"} <= parts,
+            f"is a PixArt-Sigma checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
+        ),
+        (
+            lambda t: "transformer_blocks." in t and "txt_norm" in parts,
+            f"is a Qwen-Image checkpoint, whose text encoder and tokenizer lie elsewhere: {FOLDERS}, or use ComfyUI",
         ),
         (lambda t: flux2 and bool(editing), f"is {editing}, which is not served: use {choices()}"),
         (

@@ -125,6 +125,15 @@ CASES = {
         {"double_blocks.0.x.weight": (1, 1), "distilled_guidance_layer.x.weight": (1, 1)},
         "a Chroma checkpoint.*diffusers folder",
     ),
+    "Lumina 2": (
+        {"noise_refiner.0.x.weight": (1, 1), "cap_embedder.1.weight": (1, 1)},
+        "a Lumina 2 checkpoint.*diffusers folder.*ComfyUI",
+    ),
+    "PixArt": ({"t_block.1.weight": (1, 1), "y_embedder.y_embedding": (1, 1)}, "a PixArt-Sigma checkpoint.*ComfyUI"),
+    "Qwen-Image": (
+        {"transformer_blocks.0.x.weight": (1, 1), "txt_norm.weight": (1,)},
+        "a Qwen-Image checkpoint.*diffusers folder.*ComfyUI",
+    ),
     "a part": ({"down_blocks.0.resnets.0.conv1.weight": (1, 1)}, "one part of a pipeline"),
     "anything": ({"weight": (1,)}, "no checkpoint of SD1.5"),
     "nothing": ({}, "no checkpoint of SD1.5"),

@@ -255,6 +255,32 @@ def test_what_is_broken_or_quantised_otherwise_is_refused_by_name(case: str, who
         assert file.name in str(caught.value) and len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("keys", "whose"),
+    [
+        (("head.modulation", "time_projection.1.weight"), "a Wan checkpoint"),
+        (("llm_adapter.x.weight", "blocks.0.adaln_modulation_mlp.1.weight"), "an Anima checkpoint"),
+        (("noise_refiner.0.x.weight", "cap_embedder.1.weight"), "a Lumina 2 checkpoint"),
+        (("transformer_blocks.0.x.weight", "txt_norm.weight"), "a Qwen-Image checkpoint"),
+        (("t_block.1.weight", "y_embedder.y_embedding"), "a PixArt-Sigma checkpoint"),
+        (("double_blocks.0.x.weight", "distilled_guidance_layer.x.weight"), "a Chroma checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_another_models_is_told_by_name_however_it_is_stored(
+    keys: tuple[str, str], whose: str, kind: str, tmp_path: Path
+) -> None:
+    state = {
+        "blocks.0.attn.q.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
+        **{key: torch.zeros(2) for key in keys},
+    }
+    state["blocks.0.attn.q.weight_scale"] = torch.ones(())
+    state["blocks.0.attn.q.comfy_quant"] = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(OneStepError, match=f"x.safetensors is {whose}, .*diffusers folder.*or use ComfyUI"):
+        load_single_file(tmp_path / "x.safetensors", torch.float32, stored=True)
+
+
 def test_a_truncated_file_is_refused(whole: Any, tmp_path: Path) -> None:
     file = written(whole("sd15").state, older, tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
