@@ -54,6 +54,10 @@ def test_d_and_every_gradient_are_diffusers(hosts: Hosts) -> None:
     both_hosts.check_gradients(hosts, 5e-5)
 
 
+def test_a_head_sees_the_same_features(hosts: Hosts) -> None:
+    both_hosts_drawn.check_features(hosts)
+
+
 def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
     both_hosts.check_rows(hosts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, given, load, measured, told, trained
+from comfy_both_hosts import COND, answer, given, load, measured, seen_by_head, told, trained
 from comfy_controlled import controlled
 
 from onestep.core.errors import OneStepError
@@ -40,6 +40,7 @@ with torch.inference_mode():
     with adapted(model, clip, vae) as host:
         out = alone(host)
         more, again = measured(host)
+        more |= seen_by_head(host)
         report = {"family": host.family, "blocks": len(host.blocks), "again": again}
         report |= {"small": said(lambda: host.latent_shape((32, 32))), "steered": steered}
         report["training"] = host.network.training or host.network.y_embedder.training

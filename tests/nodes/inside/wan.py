@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 import comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 import torch
-from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
+from comfy_both_hosts import WORK, answer, facts, given, load, measured, seen_by_head, told, trained
 from comfy_controlled import controlled, of_a_video
 from safetensors.torch import save_file
 
@@ -137,6 +137,7 @@ with torch.inference_mode():
         with torch.inference_mode():
             out |= by_comfyui(model, clip)
         more, again = measured(host)
+        more |= seen_by_head(host)
         with torch.no_grad():
             cond = host.encode(told["prompts"], (32, 32))
             out["base"] = host.denoiser(given["x"], given["sigma"], cond)
