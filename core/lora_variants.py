@@ -21,9 +21,9 @@ def refuse_variant(path: Path, family: str, shapes: Shapes, metadata: Mapping[st
     """Raises OneStepError for a LoRA of a model that is not served, whose layers have ``family``'s names; else what is
     to be said where the file does not tell whose it is, or ""."""
     known, words = FAMILIES[family], LATER_WORDS.get(family)
-    entry = [shape[1] for key, shape in shapes.items() if known.entry and _is_entry(key, known.entry)]
     if words is None or "onestep.family" in metadata:
         return ""
+    entry = [shape[1] for key, shape in shapes.items() if len(shape) > 1 and _is_entry(key, known.entry)]
     if family == "wan" and not has_ratios(((r"attn2[._]to_[kv]", 1.0),), shapes):
         _refuse("HunyuanDiT", "its keys and values are of another width than Wan's")
     said = [path.name, *(metadata[name] for name in TOLD if metadata.get(name))]
