@@ -83,6 +83,11 @@ PRESETS: dict[str, Preset] = {
         "dial take agd in Train Adapter.",
         {"method": "guidance-lora", "steps": 1000},
     ),
+    "Tune": Preset(
+        "A style or subject from your own pictures (the setting pictures), on a few-step model or on your student "
+        "(initial_lora), its few steps kept.",
+        {"method": "tune", "steps": 800, "rank": 32},
+    ),
     # Fast is the warm start alone, Best matches for longer with a surer critic
     "Fast": Preset(
         "For small models, and to try things: regression on the teacher's pictures alone, 600 updates.",

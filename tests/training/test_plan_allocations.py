@@ -9,6 +9,7 @@ import layout_pipelines as layouts
 import pytest
 from allocated import host, trained
 from narrowed import narrowed
+from own_pictures import needed_by
 
 from onestep.core.recomputed import BLOCKS, FEED_FORWARDS, GRADES
 from onestep.pipelines.adapt import adapt
@@ -57,7 +58,7 @@ def test_the_peak_of_an_update_is_what_the_cpu_allocates(
 @pytest.mark.broad
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "dmd"])
 def test_so_is_every_other_methods(method: str, tmp_path: Path) -> None:
-    settings, real = settings_of(method, 3), host()
+    settings, real = settings_of(method, 3, **needed_by(method, tmp_path)), host()
     measured = trained(real, settings, tmp_path, BLOCKS, True)
     assert predicted(settings, real, BLOCKS, True) == pytest.approx(measured, rel=0.01)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_pictures import needed_by
 from small_host import SmallHost
 from whole_runs import run
 
@@ -19,7 +20,7 @@ from onestep.training.settings import Settings, described
 
 FEW: dict[str, Any] = {"steps": 2, "rank": 2, "batch": 2, "pairs": 2, "sizes": "32x32", "teacher_steps": 2}
 FEW |= {"warm_start": 1, "critic_warm_up": 1, "warm_up": 1, "states": 1, "watch_samples": 4, "preview_every": 0}
-STEPS = {"Overnight": 4, "Weekend": 2, "One step": 1, "Fast": 1, "Balanced": 1, "Best": 1}
+STEPS = {"Overnight": 4, "Weekend": 2, "One step": 1, "Fast": 1, "Balanced": 1, "Best": 1, "Tune": 1}
 
 
 def short(name: str, **changes: Any) -> Settings:
@@ -42,7 +43,7 @@ def donor(folder: Path, recipe: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "Adapt"])
 def test_from_nothing(name: str, tmp_path: Path) -> None:
-    result = run(tmp_path / "run", short(name))
+    result = run(tmp_path / "run", short(name, **needed_by(preset(name).method, tmp_path)))
     assert result.recipe.steps == STEPS.get(name, 2)  # guidance only: the teacher's own
     assert len(step_files(result.path, result.recipe)) == (2 if name == "Weekend" else 1)
 

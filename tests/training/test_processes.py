@@ -14,6 +14,7 @@ import forks
 import pytest
 import torch
 from narrowed import narrowed
+from own_pictures import pictures_in
 from safetensors.torch import load_file
 from whole_runs import newest
 
@@ -284,3 +285,11 @@ def test_rows_are_shared_out_whole(monkeypatch: Any) -> None:
     assert sum(parts, []) == list(range(8)) and all(parts)
     with pytest.raises(OneStepError, match="batch is 2 on 3 processes"):
         processes.own(2)
+
+
+@pytest.mark.broad
+def test_pictures_are_read_by_the_first_alone(tmp_path: Path) -> None:
+    """The watch, which only the first process has, asks for nothing that the others would have to wait for."""
+    own = pictures_in(tmp_path / "own") | {"student_steps": 2}
+    one, two = (trained(count, a_run(tmp_path / f"{count}", "tune", **own)) for count in (1, 2))
+    assert_near(one, two)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from narrowed import narrowed
+from own_pictures import needed_by
 from small_host import SmallHost, small
 from whole_runs import Cancelled, at_call, factors, left, run
 
@@ -48,7 +49,7 @@ def method_settings(name: str) -> dict[str, Any]:
 def test_a_streamed_run_is_the_resident_one(tmp_path: Path, method: str, checkpointing: bool) -> None:
     """Its state, its metrics, what its watch saw, its previews, its LoRA. Streamed blocks are checkpointed in any
     case."""
-    changes, found = method_settings(method), {}
+    changes, found = method_settings(method) | needed_by(method, tmp_path), {}
     for streaming in ("off", "on"):
         settings = small(**changes, streaming=streaming, checkpointing=checkpointing or streaming == "on")
         host = SmallHost()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,42 +20,68 @@ from ..engine import processes
 from ..engine.batch import Batch
 from ..engine.prompts import Size
 from ..engine.setup import Setup
+from ..host import Host
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 4
 """Pictures that are encoded together."""
+NAME, OTHERWISE = "real_pictures", ", or leave it empty for the teacher's own"
 
 
-def pictures_in(told: str) -> list[Path]:
-    """The pictures of the folder ``told``, in the order of their names. Raises OneStepError where there are none."""
+def pictures_in(told: str, name: str = NAME, otherwise: str = OTHERWISE) -> list[Path]:
+    """The pictures of the folder ``told``, in the order of their names. name: of the setting that tells it; otherwise:
+    what it may be instead. Raises OneStepError where there are none."""
     folder = Path(told).expanduser()
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
     except OSError as error:
         raise OneStepError(
-            f"real_pictures is {told[-150:]!r}, which is no folder that can be read ({error.strerror}): give a folder "
-            "of pictures, or leave it empty for the teacher's own"
+            f"{name} is {told[-150:]!r}, which is no folder that can be read ({error.strerror}): give a folder "
+            f"of pictures{otherwise}"
         ) from None
     if not found:
         raise OneStepError(
-            f"real_pictures is {told[-150:]!r}, a folder with no pictures in it ({', '.join(ENDINGS)}): put some "
-            "there, or leave it empty for the teacher's own"
+            f"{name} is {told[-150:]!r}, a folder with no pictures in it ({', '.join(ENDINGS)}): put some "
+            f"there{otherwise}"
         )
     return found
 
 
-def opened(path: Path, size: Size) -> Tensor:
-    """[3, H, W] in [0, 1]: the picture's middle at ``size`` (width, height), as large as it covers that."""
+@contextmanager
+def read(path: Path, name: str = NAME) -> Iterator[Image.Image]:
+    """Within, the picture as its camera was held. Raises OneStepError where it cannot be read."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+            yield ImageOps.exif_transpose(image)
     except Exception as error:  # a broken file may raise anything: PIL's readers are many
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise OneStepError(
-            f"the picture {path.name[:100]!r} of real_pictures cannot be read ({why}): repair it or take it out"
+            f"the picture {path.name[:100]!r} of {name} cannot be read ({why}): repair it or take it out"
         ) from None
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def opened(path: Path, size: Size, name: str = NAME) -> Tensor:
+    """[3, H, W] in [0, 1]: the picture's middle at ``size`` (width, height), as large as it covers that."""
+    with read(path, name) as image:
+        fitted = ImageOps.fit(_of_8_bits(image).convert("RGB"), size, Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits at 8, which PIL's own conversion would cut off at 255."""
+    deep = image.mode == "I" or image.mode.startswith("I;16")
+    return Image.fromarray((np.array(image) / 257).round().clip(0, 255).astype(np.uint8)) if deep else image
+
+
+def encoded(host: Host, paths: Sequence[Path], size: Size, name: str = NAME) -> Tensor:
+    """[N, C, h, w] float32 on the CPU: the latents of pictures at ``size``."""
+
+    @torch.no_grad()
+    def encode(rows: list[int]) -> Tensor:
+        host.poll()
+        return host.latents_of(torch.stack([opened(paths[row], size, name) for row in rows])).float().cpu()
+
+    return torch.cat(Slices(AT_ONCE, "your pictures")(range(len(paths)), encode))
 
 
 @dataclass
@@ -73,17 +100,8 @@ class RealPictures:
                 path = self._path(size)
                 if not path.is_file():
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    write_tensors(path, {"x": torch.cat(list(self._encoded(size)))})
-
-    def _encoded(self, size: Size) -> Iterator[Tensor]:
-        host, paths = self.setup.host, pictures_in(self.setup.settings.own.real_pictures)
-
-        @torch.no_grad()
-        def encode(rows: list[int]) -> Tensor:
-            host.poll()
-            return host.latents_of(torch.stack([opened(paths[row], size) for row in rows])).float().cpu()
-
-        yield from Slices(AT_ONCE, "your pictures")(range(len(paths)), encode)
+                    paths = pictures_in(self.setup.settings.own.real_pictures)
+                    write_tensors(path, {"x": encoded(self.setup.host, paths, size)})
 
     def draw(self, batch: Batch, update: int) -> tuple[Batch, Tensor]:
         """(``batch``, as many latents [B, C, h, w] of its size)."""

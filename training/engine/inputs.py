@@ -60,7 +60,7 @@ def _is_finite(layer: torch.nn.Module) -> bool:
 
 def base_note(host: Host, settings: Settings) -> str:
     """What a run says of a base that is distilled already, and what to do with it; "" of any other."""
-    name, kind = host.name[:80], _few_step_kind(host)
+    name, kind = host.name[:80], few_step_kind_of(host)
     if kind:
         keep = "" if settings.guidance == 1 else "; to go on with it as the teacher, set guidance=1"
         return (
@@ -72,7 +72,7 @@ def base_note(host: Host, settings: Settings) -> str:
     return ""
 
 
-def _few_step_kind(host: Host) -> tuple[str, str] | None:
+def few_step_kind_of(host: Host) -> tuple[str, str] | None:
     """(kind, evidence) of a base that is few-step already, as far as its file tells, or its network."""
     path = next((path for part, _, path in host.made_of if part == BASE), None)
     single = path is not None and path.suffix == ".safetensors" and path.is_file()

@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from math import prod
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from ..engine.batch import Batch
@@ -48,6 +50,15 @@ def without_donor(settings: Settings) -> Settings:
     donor = told.get("critic_start") == "donor" and not settings.initial_lora
     changes = {"critic_start": "base"} if donor else {}
     return settings.with_(**changes, **({"real_pictures": ""} if told.get("real_pictures") else {}))
+
+
+def with_a_picture(settings: Settings, folder: Path) -> Settings:
+    """Of a method that learns of a person's pictures, one of nothing: how many there are costs no update anything."""
+    if not hasattr(settings.own, "pictures"):
+        return settings
+    folder.mkdir()
+    Image.new("RGB", settings.size_list[0]).save(folder / "picture.png")
+    return settings.with_(pictures=str(folder), caption=PROMPT)
 
 
 def tensors_of(network: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...core.memory import Result, Slices
 from ...core.recomputed import BLOCKS
 from ...core.roles import State
+from ..data.captioned_pictures import FOLDER as PICTURES
 from ..data.pairs import MADE, evaluations
 from ..engine.prompts import embed
 from ..engine.setup import Setup, hooked
@@ -32,7 +33,7 @@ from ..watch.measures import Watch
 from ..watch.reference import by_teacher
 from .attention import as_on
 from .meter import Meter
-from .odd import BATCHES, PROMPT, RANKS, prime, sizes_of, tensors_of, undrawn, without_donor
+from .odd import BATCHES, PROMPT, RANKS, prime, sizes_of, tensors_of, undrawn, with_a_picture, without_donor
 from .rehearsed import Beside, PhaseWork
 from .rehearsed import Rehearsed as Rehearsed
 from .trace import DECODE as DECODE
@@ -44,7 +45,7 @@ INITIAL = "initial LoRA"
 """What lies under an adapter module, and does not learn."""
 WATCHED = 4
 """Micro-batches of pictures that the watch compares: whole groups of one prompt's pictures."""
-TEXTS = "texts"
+TEXTS, OWN = "texts", "own"
 
 
 def rehearse(
@@ -81,6 +82,7 @@ def rehearse(
         as_on(machine),
         meter,
     ):
+        few = with_a_picture(few, Path(folder) / OWN)
         played = _Rehearsal(host, few, settings, Path(folder), meter, recompute, sliced)
         played.play()
     count = Count.of(meter.trace, p, r)
@@ -229,7 +231,7 @@ class _Rehearsal:
             phase.name: phase.rare.get(ANCHOR, 1.0) if phase.fresh_cost else 0.0 for phase in method.plan(many).phases
         }
         of_teacher = method.reference is by_teacher
-        texts = (TEXTS, "embeddings")
+        texts = (TEXTS, "embeddings", OWN, PICTURES)
         kept = {path.name: self._each(path) for path in sorted(self.folder.iterdir()) if path.name not in texts}
         return Beside(
             making=wanted / played if played else 0.0,

@@ -39,7 +39,8 @@ class Watch:
     spread: standard deviation of all latents, as a share of the teacher's; above 1 is burnt, below 1 is dull.
 
     Where there is a "plain" drawing to compare with, as a control's or a negative's student has it, distance is what
-    the student misses of what it is asked for, as a share of what the plain drawing misses.
+    the student misses of what it is asked for, as a share of what the plain drawing misses; where there are a person's
+    "pictures", how far it looks from these, as a share of how far the plain drawing does.
     """
 
     batch: Batch
@@ -47,7 +48,8 @@ class Watch:
     latents: Latents
     reference: Reference
     slices: Slices
-    seen: list[Tensor] | None = None  # of the teacher's latents, once they are looked at
+    seen: list[Tensor] | None = None  # of what the distance is to, once it is looked at
+    plain: float | None = None  # how far the plain drawing looks from it, once that is known
 
     @classmethod
     def prepare(
@@ -84,23 +86,25 @@ class Watch:
     def measured(self, host: Host, found: Tensor) -> Numbers:
         """The measures of a student's latents on the watch's prompts and noise."""
         numbers = compare(found, self.teacher, min(EACH, len(self.noise)))
-        if self.by_look(host):
-            return numbers | {"distance": self.looked(host, found)}
+        far = self.looked if self.by_look(host) else self.missed
         if "plain" not in self.latents:
-            return numbers
-        missed, plain = (self.reference.missed(host, self.latents, x) for x in (found, self.latents["plain"]))
+            return numbers | ({"distance": far(host, found)} if self.by_look(host) else {})
+        self.plain = far(host, self.latents["plain"]) if self.plain is None else self.plain
         # nothing to be asked for: no share of it is missed
-        share = missed / plain if plain > 1e-6 else math.nan
-        return numbers | {"distance": share}
+        return numbers | {"distance": far(host, found) / self.plain if self.plain > 1e-6 else math.nan}
 
     def by_look(self, host: Host) -> bool:
         """Whether the distance is the base's look."""
-        return "plain" not in self.latents and len(looks(host)) > 0
+        return ("plain" not in self.latents or "pictures" in self.latents) and len(looks(host)) > 0
 
     def looked(self, host: Host, found: Tensor) -> float:
-        """How far a student's latents look from the teacher's."""
-        self.seen = self.seen or self.look(host, self.teacher)
+        """How far a student's latents look from the teacher's, or from a person's pictures."""
+        self.seen = self.seen or self.look(host, self.latents.get("pictures", self.teacher))
         return apart(self.look(host, found), self.seen)
+
+    def missed(self, host: Host, found: Tensor) -> float:
+        """What a student's latents miss of what it is asked for."""
+        return self.reference.missed(host, self.latents, found)
 
     def look(self, host: Host, latents: Tensor) -> list[Tensor]:
         """Of each of the base's blocks [N, channels] on the CPU, of latents on the watch's prompts."""

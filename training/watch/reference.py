@@ -16,7 +16,8 @@ from ..host import Host
 
 Latents = dict[str, Tensor]
 """What is compared with, by name, [N, ...] on the CPU. x: the latents that the student should draw; plain: what it
-draws from the watch's noise without its control or its negatives; others as a method needs them."""
+draws from the watch's noise without its control, its negatives or what it has learnt; pictures: a person's, that it
+should draw alike; others as a method needs them."""
 
 
 def no_inputs(latents: Latents, rows: list[int], like: Tensor) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+r"""Tuning a few-step model on a person's own pictures, without losing the few steps.
+
+    L = E w(lambda) |D(x_t, c) - x|^2  +  keep E |D(x_k, c') - D_0(x_k, c')|^2
+
+The first term is the ordinary loss on pictures x with their captions c, at any level t (arXiv:2006.11239, Eq. 14, in
+x0). It teaches what the pictures show, and by itself it unmakes a few-step model: asked for x at a high level, a
+network answers with the mean of all pictures that it may be. The second holds what the model was before, D_0 (its
+adapter off, or as it began), where it is drawn: x_k are its own states at its own few levels, on the run's prompts c'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ...core.denoiser import Denoiser, EpsDenoiser
+from ...core.errors import OneStepError
+from ...core.memory import notice
+from ...core.recipe import Recipe
+from ...core.roles import TEACHER
+from ...core.schedule import FlowSchedule, add_noise, cast_as
+from ..data.captioned_pictures import CaptionedPictures, captioned
+from ..engine.as_drawn import recipe_as_drawn
+from ..engine.batch import Batch
+from ..engine.levels import WEIGHTS, LevelSampler, LevelWeight, LogitNormalTime, UniformTime, at
+from ..engine.setup import Setup
+from ..engine.student import STUDENT, BackwardSimulation
+from ..engine.turns import Phase, Plan, Turn, learning
+from ..host import Host
+from ..settings import Settings, need_steps, setting
+from ..watch.measures import draw, patch_distance, watched
+from ..watch.reference import Latents, Reference
+from .method import Method
+
+BEFORE = "before"
+"""The role of a student as it began; where it began as the base, the teacher is it."""
+KEPT = "kept"
+FEW = 8
+"""Steps, the most that are held."""
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """levels: where it looks. weight: of the squared error in x0."""
+
+    levels: LevelSampler
+    weight: LevelWeight
+
+    def __call__(self, denoise: Denoiser, batch: Batch, x: Tensor) -> Tensor:
+        """w |D(x_t) - x|^2, a sum over a sample's elements, a mean over samples. x: pictures, [B, C, h, w]."""
+        sigma = self.levels(denoise.schedule, batch.uniform("picture's level"))
+        x_t = add_noise(denoise.schedule, x, batch.normal("picture's noise"), sigma)
+        with denoise.roles.use(STUDENT):
+            error = (denoise(x_t, sigma, batch.cond) - x).square().flatten(1).sum(1)
+        return (cast_as(at(self.weight, denoise.schedule, sigma), error) * error).mean()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """before: the role that the student was. simulate: how its states come about."""
+
+    simulate: BackwardSimulation
+    before: str = TEACHER
+
+    def __call__(self, denoise: Denoiser, batch: Batch) -> Tensor:
+        """|D(x_k) - D_0(x_k)|^2, a sum over a sample's elements, a mean over samples."""
+        with torch.no_grad():
+            was = self.simulate(batch, role=self.before, train=False)
+        with denoise.roles.use(STUDENT):
+            error = denoise(was.x, was.sigma, batch.cond) - was.x0
+        return error.square().flatten(1).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Its pictures, and how much stays."""
+
+    pictures: str = setting("", "The folder of your pictures, each with its caption in a .txt file of its name.")
+    caption: str = setting("", "The caption of pictures without a .txt file; empty = each needs one.")
+    caption_dropout: float = setting(
+        0.05,
+        "Share of the pictures that are learnt without their caption, for a base that is drawn with guidance.",
+        0,
+        1,
+    )
+    keep: float = setting(
+        1.0,
+        "Weight that holds the model where it is drawn, on the run's prompts, to what it was; 0 = ordinary training, "
+        "after which few steps draw worse.",
+        0,
+        1000,
+    )
+    drawn: str = setting(
+        "auto",
+        "How the model is drawn that is tuned: auto = as its initial LoRA or its own name says; few = in "
+        "student_steps; many = in teacher_steps with guidance, as a base that is not distilled; or a preset's name.",
+    )
+    level_weight: str = setting(
+        "auto",
+        "How the pictures' error weighs over noise levels: auto = as an error of what the network predicts.",
+        choices=("auto", *WEIGHTS),
+    )
+
+    def check(self, run: Settings) -> None:
+        need_steps(run)
+
+
+def natural(denoise: Denoiser) -> str:
+    """The weight by which the error in x0 is that of what the network predicts."""
+    if isinstance(denoise.schedule, FlowSchedule):
+        return "flow"
+    return "eps" if isinstance(denoise, EpsDenoiser) else "v"
+
+
+def ordinary(denoise: Denoiser, settings: Settings) -> Ordinary:
+    """Levels as models of its kind are trained at: uniform in time, or of a flow model logit-normal."""
+    told = settings.own.level_weight
+    levels = LogitNormalTime() if isinstance(denoise.schedule, FlowSchedule) else UniformTime(0.0, 1.0)
+    return Ordinary(levels, WEIGHTS[natural(denoise) if told == "auto" else told])
+
+
+def recipe(host: Host, settings: Settings) -> Recipe:
+    """As it is drawn before it is tuned."""
+    return recipe_as_drawn(host, settings, settings.own.drawn)
+
+
+def check(host: Host, settings: Settings) -> None:
+    """Raises OneStepError without pictures, and for one that has no caption or fits no size."""
+    if not settings.own.pictures:
+        raise OneStepError("tune learns from your pictures, and pictures is empty: give the folder that they lie in")
+    captioned(host, settings)
+    recipe(host, settings)
+
+
+def before(setup: Setup) -> str:
+    """The role of the model as the run began."""
+    return BEFORE if setup.settings.initial_lora else TEACHER
+
+
+def plan(setup: Setup) -> Plan:
+    """Both terms in each update."""
+    pictures, settings, denoise = CaptionedPictures(setup), setup.settings, setup.denoise
+    own, recipe = settings.own, setup.recipe
+    pictures.prepare()
+    if settings.initial_lora:
+        denoise.roles.copy(STUDENT, BEFORE)
+    simulate = BackwardSimulation(denoise, recipe)
+    kept, learn = Kept(simulate, before(setup)), ordinary(denoise, settings)
+    keeps = bool(own.keep) and recipe.guidance == 1 and recipe.steps <= FEW
+    if not keeps:
+        drawn = f"{recipe.steps} steps with guidance {recipe.guidance:g}"
+        notice("ordinary training: no few steps are held" + f", for the model draws in {drawn}" * bool(own.keep))
+
+    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        some, x = pictures.draw(batch)
+        value = learn(denoise, some.with_nulls(own.caption_dropout, "caption"), x)
+        (share * value).backward()
+        numbers = {"pictures": value.detach() / x[0].numel()}
+        if keeps:
+            with record_function(KEPT):
+                held = kept(denoise, batch)
+                (share * own.keep * held).backward()
+            numbers["kept"] = held.detach() / x[0].numel()
+        return numbers
+
+    cost = learning(settings) * (1 + keeps) + keeps * simulate.cost
+    turn = Turn(STUDENT, loss, settings.learning_rate)
+    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost)])
+
+
+def by_pictures(setup: Setup) -> Reference:
+    """The pictures beside what the model drew under their captions as the run began."""
+    host, pictures = setup.host, CaptionedPictures(setup)
+    rows, size = watched(len(pictures.every), setup.settings), setup.prompts.sizes[0]
+
+    def make(batch: Batch, noise: Tensor) -> Latents:
+        plain = draw(host, setup.recipe, before(setup), batch, noise, {})
+        shown = pictures.at_first_size(rows[list(batch.samples)].tolist())
+        return {"x": plain, "plain": plain, "pictures": shown}
+
+    return Reference(
+        make,
+        pictures.texts.conds[size][rows],
+        missed=lambda host, latents, x: patch_distance(x, latents["pictures"]),
+        above=lambda host, latents, rows: [host.decode(latents["pictures"][rows]), host.decode(latents["plain"][rows])],
+    )
+
+
+METHOD = Method(
+    name="tune",
+    title="A style or subject from your pictures, the few steps kept",
+    paper="arXiv:2006.11239, Eq. 14, beside a drift to the model as it was",
+    forwards="6.1",
+    plan=plan,
+    settings=TuneSettings,
+    recipe=recipe,
+    reference=by_pictures,
+    check=check,
+)
