@@ -13,7 +13,7 @@ from ..training.engine.prompts import lines
 from ..training.presets import preset
 from ..training.runs.run import CONTINUE
 from .load_lora import RecipeSocket
-from .places import LORAS, named_places, path_of, pictures_folder, publish, publish_second
+from .places import LORAS, PICTURES, named_places, path_of, pictures_folder, publish, publish_second
 from .progress import as_image, loss_map
 from .trainer import (
     HIDDEN,
@@ -122,8 +122,9 @@ def settings_of(method: dict[str, Any], name: str, initial_lora: str = NO_LORA, 
         changes["student_steps"] = int(changes["student_steps"])
     if initial_lora != NO_LORA:
         changes["initial_lora"] = str(path_of(initial_lora, LORAS))
-    if "real_pictures" in changes:
-        changes["real_pictures"] = str(pictures_folder(changes["real_pictures"]))
+    for setting in PICTURES:
+        if setting in changes:
+            changes[setting] = str(pictures_folder(changes[setting], setting))
     return preset(name, **changes)
 
 

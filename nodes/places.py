@@ -21,6 +21,8 @@ LORAS, ADAPTERS = "loras", "onestep_adapters"
 """Kinds of folders as ComfyUI knows them. Adapters that are no LoRAs have one of their own: no LoRA list shows them."""
 SUFFIX = ".safetensors"
 NONE_YET = "none yet"
+PICTURES = ("pictures", "real_pictures")
+"""Settings that are a folder of pictures."""
 PACK = Path(__file__).resolve().parents[1]
 FORBIDDEN = set('<>:"|?*')
 JOINERS = "\u200c\u200d"
@@ -91,12 +93,13 @@ def run_folder(name: str) -> Path:
     return folder
 
 
-def pictures_folder(name: str) -> Path:
-    """The folder ``name`` of ComfyUI's input folder. Raises OneStepError for what is no folder's name there."""
+def pictures_folder(name: str, setting: str) -> Path:
+    """The folder ``name`` of ComfyUI's input folder, as a ``setting`` tells it. Raises OneStepError for what is no
+    folder's name there."""
     root = Path(folder_paths.get_input_directory())
     folder = root / checked_name(name)
     if not folder.resolve().is_relative_to(root.resolve()):
-        raise OneStepError(f"real_pictures {name[:80]!r} leads out of ComfyUI's input folder: put the pictures there")
+        raise OneStepError(f"{setting} {name[:80]!r} leads out of ComfyUI's input folder: put the pictures there")
     return folder
 
 

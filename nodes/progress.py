@@ -19,7 +19,7 @@ from .requests import Asked
 
 EVENT = "onestep.progress"
 PREVIEW_PIXELS = 1024
-SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap")
+SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap", "pictures", "kept")
 
 
 class Reporter:

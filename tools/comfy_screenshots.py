@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import browser  # noqa: E402
 import comfy_support  # noqa: E402
+import own_pictures  # noqa: E402
 
 WIDTH, HEIGHT = 1600, 857
 RENDERERS = {"litegraph": False, "nodes2": True}
@@ -117,7 +118,7 @@ class Photographer:
         if not self.page.script(TRAINS, TRAINERS):
             self.page.queue(300)
             return self.shoot(f"{path.stem} 3 after")
-        self.page.script(SET, TRAINERS, SHORT | {"name": f"{path.stem[0]} {self.renderer}"})
+        self.page.script(SET, TRAINERS, SHORT | {"name": f"{path.stem.split()[0]} {self.renderer}"})
         self.page.asynchronous(browser.QUEUE)
         self.until(browser.ENDED.replace("execution_success", "progress"), 120)
         self.shoot(f"{path.stem} 2 begins", 0.5, running=True)
@@ -174,6 +175,7 @@ def server_with_pack(install: comfy_support.ComfyInstall, base: Path) -> Any:
     for place in OWN_FILES:
         (base / "models" / place).parent.mkdir(parents=True, exist_ok=True)
         (base / "models" / place).touch()
+    own_pictures.pictures_in(base / "input" / "my-pictures")
     return comfy_support.running_server(install, base, "--preview-method", "none")
 
 
