@@ -102,7 +102,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
     """What makes each row."""
     if backend:
         raise SystemExit("--compile measures diffusers' networks: leave it out, or --host comfyui")
-    if case.family in ("z_image", "chroma", "krea2"):
+    if case.family not in WIDE:
         raise SystemExit(f"{case.family} is measured in diffusers: leave it out, or --host comfyui")
     model, positive, negative = model_of(case, device, dtype), text_of(case, 1), text_of(case, 2)
     noise = torch.randn(1, model.model.latent_format.latent_channels, case.side, case.side)

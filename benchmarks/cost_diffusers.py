@@ -11,13 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cost_modern as modern
 import diffusers
 import torch
 from cost import DOUBLED, PLAIN, SCALES, Case, Row, fill, timed
 from torch import Tensor, nn
 
 from onestep.core.adapter_file import save_adapter
-from onestep.core.families import bind_diffusers, detect
+from onestep.core.cond import Cond
+from onestep.core.families import STEERING, bind_diffusers, detect
 from onestep.core.guidance import Steering
 from onestep.core.guidance_adapter import new_adapter
 from onestep.pipelines.guidance_adapter import GuidanceDial, load_guidance_adapter
@@ -47,6 +49,7 @@ TOYS = {
         **{"text_hidden_dim": 40, "text_intermediate_size": 128, "axes_dims_rope": (4, 6, 6)},
     },
     "z_image": {"dim": 288, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [8, 8, 8]},
+    **modern.TOYS,
 }
 Inputs = dict[str, Any]
 
@@ -111,6 +114,7 @@ MAKERS: dict[str, Callable[[Case, dict[str, Any]], Any]] = {
     "chroma": _chroma,
     "krea2": lambda case, toy: diffusers.Krea2Transformer2DModel(**toy, num_layers=case.blocks[0]),
     "z_image": _z_image,
+    **modern.MAKERS,
 }
 
 
@@ -120,7 +124,7 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
-    own = {"z_image": _of_z_image, "krea2": _of_krea2}
+    own = {"z_image": _of_z_image, "krea2": _of_krea2, **dict.fromkeys(modern.MAKERS, modern.inputs_of)}
     if case.family in own:
         return own[case.family](case, device, draw)
     text = {"sd15": 768, "sdxl": 2048, "flux2": 7680 if case.wide else 64}.get(case.family, 4096)
@@ -167,7 +171,7 @@ def _of_flux(case: Case, device: torch.device, draw: Callable[..., Tensor]) -> I
 
 def twice(told: Inputs, negative: Tensor) -> Inputs:
     """The same picture with either text."""
-    alone = ("img_ids", "txt_ids", "position_ids")
+    alone = ("img_ids", "txt_ids", "position_ids", "padding_mask")
 
     def double(name: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -182,6 +186,11 @@ def twice(told: Inputs, negative: Tensor) -> Inputs:
     return both | {"encoder_hidden_states": torch.cat([told["encoder_hidden_states"], negative])}
 
 
+def without_padding(text: Tensor) -> Cond:
+    """The same, said to have no padding: a text without numbers is not looked at."""
+    return Cond(text, mask=torch.tensor([[True] * text.shape[1]], device=text.device))
+
+
 def answer(found: Any) -> Tensor:
     """Z-Image's is a list of pictures."""
     return torch.stack(found) if isinstance(found, list) else found
@@ -192,23 +201,26 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
     network, told = network_of(case, device, dtype), inputs_of(case, device, dtype)
     prompt = torch.stack(told["cap_feats"]) if "cap_feats" in told else told["encoder_hidden_states"]
     negative = torch.flip(prompt, (2,))
-    shared = [*network.parameters(), *network.buffers()]
+    places = [part for part in network.children() if next(part.parameters(), None) is None]  # numbers besides weights
+    shared = [*network.parameters(), *network.buffers(), *places]
 
     def row(prepare: Callable[[Any], Any] = nn.Module.eval, given: Inputs = told, mode: str = "") -> Row:
-        twin = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+        twin = copy.deepcopy(network, {id(part): part for part in shared})
         kept = ExitStack()
         kept.callback(lambda dial: None, prepare(twin))
         called = torch.compile(twin, backend=backend) if backend else twin
         if mode:
             pipe, scale = SimpleNamespace(unet=called, scheduler=None), SCALES[mode.upper()]
             away = negative.flatten(2)  # Krea 2's layers of a token lie beside one another
-            kept.enter_context(steered(pipe, away, mode, scale=scale, empty=away.roll(1, 1)))
+            text, empty = without_padding(away), without_padding(away.roll(1, 1))
+            kept.enter_context(steered(pipe, text, mode, scale=scale, empty=empty))
         return lambda kept=kept: timed(lambda: answer(called(**given)[0]), device)
 
-    found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
+    modes = SCALES if detect(network) in STEERING else ()  # PixArt-Sigma is not steered
+    found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in modes}}
     found["AGD"] = partial(row, _guided)
     found[DOUBLED[0]] = partial(row, given=twice(told, negative))
-    if case.family in ("sd3", "flux", "flux2", "chroma"):
+    if case.family in ("sd3", "flux", "flux2", "chroma", "qwen"):
         found[DOUBLED[1]] = partial(row, lambda twin: _doubled(twin, case), twice(told, negative))
     return found
 
@@ -225,7 +237,7 @@ def _guided(network: nn.Module) -> GuidanceDial:
 
 def _doubled(network: Any, case: Case) -> None:
     """NAG behind every joint attention: the picture's rows of both texts get the steered answer."""
-    steering = Steering("nag", SCALES["NAG"]).of_family(case.family)
+    steering = Steering("nag", SCALES["NAG"]).of_family(detect(network))
 
     def push(z: Tensor) -> None:
         z.copy_(steering.apart(z[:1, None], z[1:, None])[:, 0].expand_as(z))
