@@ -97,7 +97,7 @@ def _plan(made: Parser) -> None:
     add = made.add_argument
     layouts = (
         "`sd15`, `sd2`, `sdxl`, `sd35-medium`, `flux-dev`, `z-image`, `klein-4b`, `klein-9b`, `anima`, `qwen-image`, "
-        "`lumina2`, `chroma`, `krea-2`, `wan-1.3b`, `wan-14b`, `wan-5b`"
+        "`lumina2`, `pixart-sigma`, `chroma`, `krea-2`, `wan-1.3b`, `wan-14b`, `wan-5b`"
     )
     add("model", metavar="MODEL", help=f"{layouts}, or a model as for distill")
     add("--card", metavar="CARD", help="a size, like 12GB, or a name, like 'RTX 3060' (default: the card found)")

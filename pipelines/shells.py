@@ -63,6 +63,7 @@ LAYOUTS = {
     "anima": Layout("Anima", FAMILIES["anima"].tokens, ANIMA_TEXT),
     "chroma": Layout("Chroma", FAMILIES["chroma"].tokens, T5),
     "lumina2": Layout("Lumina 2", FAMILIES["lumina2"].tokens, GEMMA2_2B),
+    "pixart-sigma": Layout("PixArt-Sigma", FAMILIES["pixart"].tokens, T5),
     "qwen-image": Layout("Qwen-Image", FAMILIES["qwen_image"].tokens, QWEN25_VL_7B),
     "wan-1.3b": Layout("Wan 2.1 1.3B", FAMILIES["wan"].tokens, UMT5),
     "wan-14b": Layout("Wan 14B", FAMILIES["wan"].tokens, UMT5),
@@ -192,7 +193,16 @@ def _host(name: str, modules: dict[str, Any], scheduler: Any, dtype: torch.dtype
         torch.nn.Module.to(module, of_vae if part == "vae" else dtype).requires_grad_(False).eval()
     nobody = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner"))
     pipe = SimpleNamespace(**modules, **nobody, scheduler=scheduler, config={"_name_or_path": name})
-    return Shell(pipe, denoiser_of(pipe, Roles([])), META)
+    shell = Shell(pipe, denoiser_of(pipe, Roles([])), META)
+    if shell.family == "lumina2":
+        shell.network.rope_embedder.register_forward_pre_hook(_whole_texts)
+    return shell
+
+
+def _whole_texts(unused: Any, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Lumina 2's network asks the mask how long each text is, which has no numbers here: they are not padded."""
+    latents, mask = given
+    return latents, torch.ones(mask.shape, dtype=torch.bool)
 
 
 def _configs(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def test_without_a_card_the_run_is_counted_as_it_is_set(onestep: Command) -> Non
         ("z-image", 6.155e9, 4_022_468_096),
         ("anima", 1_956_405_248, 596_049_920 + 134_663_680),
         ("wan-1.3b", 1.419e9, 5_680_910_336),
+        # and the places of its 64x64 tokens, a buffer
+        ("pixart-sigma", 610_856_096 + 64 * 64 * 1152, 4_762_310_656),
     ],
 )
 def test_a_layout_is_counted_as_it_is_published(onestep: Command, layout: str, base: float, texts: int) -> None:
