@@ -98,6 +98,7 @@ def test_ctrl_c_keeps_what_was_learnt_and_the_run_goes_on(onestep: Command, mode
     assert again.code == 1 and max(int(path.name.removeprefix("state-")) for path in run.glob("state-*")) > done
 
 
+@pytest.mark.broad
 @POSIX
 def test_a_full_disk_ends_the_run_in_one_line(onestep: Command, model, prompts, trained, tmp_path):
     """A limit on the size of files stands in for the disk: the write of a state breaks off half way."""

@@ -106,6 +106,7 @@ def test_every_pass_is_the_resident_one(name: str, link: str) -> None:
     assert all(bool(value.isfinite().all()) for value in found if value is not None)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("dtype", narrowed([torch.bfloat16, torch.float64], torch.bfloat16), ids=str)
 def test_in_other_dtypes(dtype: torch.dtype) -> None:
     wanted, _ = played("sdxl", None, dtype=dtype)

@@ -118,6 +118,7 @@ def test_a_copy_of_no_unet_is_refused_before_it_is_trained(comfy_server: Any) ->
     assert not (comfy_server.base / "models" / "onestep" / "copy-tiny-flow.safetensors").exists()
 
 
+@pytest.mark.broad
 def test_the_run_says_which_node_loads_its_adapter_and_no_list_of_loras_shows_it(comfy_server: Any) -> None:
     nodes = {"distil": distil("in-subfolder/no-lora", "agd")}
     finished = comfy_server.run(graph("tiny", 32, **nodes))
@@ -164,6 +165,7 @@ def by_own_nodes(server: Any, **changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.broad
 def test_a_control_of_ones_own_is_taught_by_what_any_nodes_make(comfy_server: Any) -> None:
     """The run's triples hold what core's node made of the very pictures that the run draws."""
     finished = comfy_server.run(graph("tiny", 32, **by_own_nodes(comfy_server)))
@@ -177,6 +179,7 @@ def test_a_control_of_ones_own_is_taught_by_what_any_nodes_make(comfy_server: An
     assert told is not None and told["config"]["control"].startswith("redness-") and told["config"]["channels"] == 1
 
 
+@pytest.mark.broad
 def test_pictures_of_another_run_are_refused(comfy_server: Any) -> None:
     refused = comfy_server.run(graph("tiny", 32, **by_own_nodes(comfy_server, seed=1)))
     assert "'redness' has examples for 4 pictures, and the run draws another one" in refused.error
@@ -188,6 +191,7 @@ def test_pictures_of_another_run_are_refused(comfy_server: Any) -> None:
 # -- on every layout --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_adapters_act_on_every_layout(stirred: Any, name: str) -> None:
     """At CFG 1 and above; at guidance 1, and at strength 0, they are not there."""

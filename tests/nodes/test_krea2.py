@@ -17,7 +17,7 @@ from tiny_pipelines import video_vae
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
 
-pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
 LAYERS = 8 + 8 * (2 + 4)

@@ -102,6 +102,7 @@ def test_both_hosts_draw_the_same(trained: Any, comfy_server: Any, bundled: dict
     assert float((ours - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
 
 
+@pytest.mark.broad
 def test_the_run_says_which_node_loads_it(trained: Any, comfy_server: Any) -> None:
     nodes = {
         "distil": distil("away-alone", "sun", NEGATIVES),
@@ -127,6 +128,7 @@ def test_a_base_without_cross_attention_is_refused_before_it_is_trained(
 # -- on a checkpoint's layout -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.broad
 def test_it_acts_on_a_checkpoint_of_sd15(stirred: Any) -> None:
     check_drawn(latents(stirred, graph("sd15", 64, **away("negative-sd15.safetensors"))))
 

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore::FutureWarni
 COUNTED = [(["agd"], ["tiny"]), (["nct", "sun"], ["tiny", "tiny-flow"])]
 
 
-@pytest.mark.parametrize(("adapters", "names"), narrowed(COUNTED, COUNTED[0]))
+@pytest.mark.parametrize(("adapters", "names"), narrowed(COUNTED))
 def test_a_model_is_counted_in_both_hosts(
     adapters: list[str], names: list[str], root: Path, run_inside: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 EACH = ("sd15", "sd3", "flux", "flux2", "z_image")
 EXACT = 1e-5  # of the oracle's standard deviation
 

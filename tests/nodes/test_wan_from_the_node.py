@@ -9,10 +9,13 @@ from typing import Any
 import from_the_node
 import pytest
 import tiny_folders
+from comfy_graphs import latents, saved, text
 from comfy_support import GraphRefused
 from from_the_node import Facts, Sister
 from own_workflow import check_drawn, cut_short
 
+from onestep.core.lora_file import load_lora
+from onestep.core.recipe import Recipe
 from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
@@ -35,6 +38,10 @@ WAN = Facts(
     **{"name": "wan", "layers": 26, "tokens": 24, "sisters": SISTERS, "seen": 0.1, "opened": load},
     **{"size": (32, 48), "latents": (16, 6, 4), "shape": (1, 16, 1, 6, 4), "unscaled": from_the_node.by_channel},
 )
+
+
+HALVES = {"high": "0.875-1", "low": "0-0.875"}
+"""The noise ranges of Wan 2.2's two experts."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,40 @@ def test_what_belongs_to_another_model_is_refused(folder: Path, comfy_server: An
     with pytest.raises(GraphRefused, match="but of 81 frames: a run is on pictures"):
         comfy_server.run(told)
     from_the_node.check_nothing_written(WAN, comfy_server)
+
+
+def test_two_experts_are_trained_and_draw_one_behind_the_other(folder: Path, comfy_server: Any) -> None:
+    """A run within each noise range; the second One-Step Sample goes on where the first has left its latents, and
+    refuses to where another pair's boundary lies."""
+    recipes = {}
+    for half, levels in HALVES.items():
+        told = from_the_node.graph(WAN, folder, half)
+        told["distil"]["inputs"] |= {"noise_range": levels, "steps": 2, "student_steps": "2"}
+        finished = comfy_server.run(told)
+        assert finished.status == "success", finished.error
+        file = load_lora(comfy_server.base / "models" / "loras" / "onestep" / f"{WAN.run(half)}.safetensors")
+        recipes[half] = Recipe.from_json(str(file.recipe))
+    high, low = recipes["high"], recipes["low"]
+    assert high.steps == low.steps == 2 and high.end and not low.end
+    assert low.timesteps[0] == pytest.approx(high.end, rel=1e-3) < high.timesteps[-1]
+    drawn = latents(comfy_server, in_turn(folder, "high", "low"))
+    assert drawn["second"].shape == WAN.shape and bool(drawn["second"].isfinite().all())
+    assert float((drawn["second"] - drawn["first"]).abs().max()) > 0.1
+    said = comfy_server.run(in_turn(folder, "high", "high") | {"save": saved("second")}).error
+    assert "were left at time" in said and "this recipe begins at" in said, said
+
+
+def in_turn(folder: Path, first: str, second: str) -> dict[str, Any]:
+    """Two One-Step Samples, the second on what the first has left."""
+    width, height = WAN.size
+    empty = {"width": width, "height": height, "batch_size": 1}
+    told = {"text": text(WAN.prompt, "model"), "empty": {"class_type": WAN.empty, "inputs": empty}}
+    for name, half, before in (("first", first, "empty"), ("second", second, "first")):
+        lora = {"model": ["model", 0], "lora_name": f"onestep/{WAN.run(half)}.safetensors", "recipe": "from the file"}
+        told[f"{name} loaded"] = {"class_type": "OneStepLoadLoRA", "inputs": lora}
+        plugs = {"model": [f"{name} loaded", 0], "recipe": [f"{name} loaded", 1], "positive": ["text", 0]}
+        told[name] = {"class_type": "OneStepSample", "inputs": {**plugs, "latent_image": [before, 0], "seed": 5}}
+    return WAN.model(folder, told)
 
 
 def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:

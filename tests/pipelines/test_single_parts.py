@@ -96,7 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
     return cache(lambda kind: checkpoint(kind, tmp_path_factory.mktemp(kind)))
 
 
-@pytest.mark.parametrize("case", narrowed(LOADED, *list(LOADED)[::2]))
+@pytest.mark.parametrize("case", narrowed(LOADED, *list(LOADED)[::4]))
 def test_a_whole_file_loads_exactly(case: str, made: Any, tmp_path: Path) -> None:
     kind, change = LOADED[case]
     pipe, file, configs = made(kind)

@@ -28,6 +28,8 @@ from onestep.training.plan.meter import Meter
 from onestep.training.plan.run import Layout
 from onestep.training.settings import Settings
 
+pytestmark = pytest.mark.broad
+
 QUIET: dict[str, Any] = {"watch_every": 0, "preview_every": 0}
 
 

@@ -44,6 +44,7 @@ def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> in
     )
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("recompute", narrowed(GRADES, FEED_FORWARDS))
 @pytest.mark.parametrize(("batch", "sliced"), narrowed([(1, True), (4, False), (4, True)], (4, True)))
 def test_the_peak_of_an_update_is_what_the_cpu_allocates(

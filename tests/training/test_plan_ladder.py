@@ -60,6 +60,7 @@ def test_less_is_kept_from_grade_to_grade_and_less_computed_again(shell: Shell) 
     assert [rung.forwards for rung in rungs] == sorted({rung.forwards for rung in rungs}, reverse=True)
 
 
+@pytest.mark.broad
 def test_the_fastest_rung_that_fits_is_taken_down_to_the_byte(shell: Shell) -> None:
     """Whatever of them it is, it fits where there is room for it, and not with a byte less."""
     every = [

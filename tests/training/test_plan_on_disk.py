@@ -208,6 +208,7 @@ def test_it_lies_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.suffix for path in (tmp_path / "onestep").iterdir()] == [".plan"]
 
 
+@pytest.mark.broad
 def test_another_process_asks_for_the_same(root: Path) -> None:
     """Whatever order its sets have."""
     folder = root / "pipelines" / "tiny" / "tiny"

@@ -53,6 +53,7 @@ def started(
     return said[0].notes, json.loads((folder / "config.json").read_text()), result
 
 
+@pytest.mark.broad
 def test_a_run_begins_in_the_micro_batches_that_fit(host: DiffusersHost, tmp_path: Path, monkeypatch: Any) -> None:
     peak = least(host, settings(), 2)
     notes, config, ours = started(host, tmp_path / "ours", settings(), card(peak + 4), monkeypatch)

@@ -26,6 +26,7 @@ def settings_of(name: str, batch: int, rank: int, accumulation: int = 1) -> Sett
 BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("sdxl", "sd3", "flux", "flux2")]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["sd15", *BROAD])
 def test_scaled_is_what_is_counted_there(name: str) -> None:
     """In bfloat16, as on a card: each pass has its roles' factors cast into one row."""
@@ -71,6 +72,7 @@ def test_a_single_sample_is_counted_within_a_thousandth() -> None:
         assert peak.bytes <= ours[part].bytes <= 1.001 * peak.bytes, part
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ["sd15", BROAD[1]])
 def test_gradients_of_earlier_micro_batches_are_there(name: str) -> None:
     """Each part of a turn, as when two micro-batches are counted one after the other; but for the texts and numbers of

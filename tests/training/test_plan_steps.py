@@ -71,7 +71,7 @@ def drawn(draws: Draws) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case", narrowed(CASES, "cdm from one step"))
+@pytest.mark.parametrize("case", narrowed(CASES))
 def test_it_is_the_mean_over_all_that_may_be_drawn(case: str, tmp_path: Path) -> None:
     host, settings = adapt(make("sd")), settings_of(*CASES[case])
     whole = rung_of(partial(of_host, host), settings, ONE_FLOP_A_SECOND, Way(settings.batch)).whole
