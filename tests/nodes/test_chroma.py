@@ -14,20 +14,26 @@ from both_hosts import RUNS, Hosts, gap
 
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import adapt
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
 LAYERS = 3 + 19 * 12 + 38 * 5
 """The ends, and all blocks."""
+SIZE = (32, 32)
+TIME = torch.tensor([900.0], dtype=torch.float64)
+ONE = Recipe.at(FlowSchedule(1.0), TIME, family="chroma", sizes=(SIZE,))
 NEGATIVES = [("nag", "a wall", "a red dragon"), ("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")]
 
 
 @pytest.fixture(scope="module")
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     folder = tiny_chroma.chroma_folder(tmp_path_factory.mktemp("chroma") / "model")
-    recipe = Recipe.for_student(FlowSchedule(1.0), 2, "chroma", ((32, 32),))
-    return both_hosts.both(run_inside, folder, PROMPTS, "chroma", **drawn.told(folder, recipe, NEGATIVES, PROMPTS[0]))
+    drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
+    told = drawn.told(folder, Recipe.for_student(FlowSchedule(1.0), 2, "chroma", (SIZE,)), NEGATIVES, PROMPTS[0])
+    return both_hosts.both(run_inside, folder, PROMPTS, "chroma", recipe=ONE.to_json(), **told)
 
 
 def test_prompts_become_the_same_conditions_of_their_own_lengths(hosts: Hosts) -> None:
@@ -90,3 +96,7 @@ def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
 
 def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
     drawn.check_guidance(hosts)
+
+
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    drawn.check_control(hosts, PROMPTS[0], ONE, SIZE)

@@ -16,12 +16,17 @@ from tiny_pipelines import video_vae
 
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import adapt
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
 LAYERS = 8 + 8 * (2 + 4)
 """The ends, two blocks, and four that fuse a text."""
+SIZE = (32, 32)
+TURBO = FlowSchedule(math.exp(1.15))
+ONE = Recipe.at(TURBO, torch.tensor([900.0], dtype=torch.float64), family="krea2", sizes=(SIZE,))
 NEGATIVES = [
     *(("nag", "a wall", "a red dragon"), ("nasa", "a red dragon", "a wall")),
     *(("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")),
@@ -32,8 +37,9 @@ NEGATIVES = [
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     """Turbo's, whose shift is that of ComfyUI."""
     folder = tiny_krea2.krea2_folder(tmp_path_factory.mktemp("krea2") / "model", video_vae(), distilled=True)
-    recipe = Recipe.for_student(FlowSchedule(math.exp(1.15)), 2, "krea2", ((32, 32),))
-    return both_hosts.both(run_inside, folder, PROMPTS, "krea2", **drawn.told(folder, recipe, NEGATIVES, PROMPTS[0]))
+    drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
+    told = drawn.told(folder, Recipe.for_student(TURBO, 2, "krea2", (SIZE,)), NEGATIVES, PROMPTS[0])
+    return both_hosts.both(run_inside, folder, PROMPTS, "krea2", recipe=ONE.to_json(), **told)
 
 
 def test_prompts_become_the_same_conditions_of_several_lengths(hosts: Hosts) -> None:
@@ -94,3 +100,8 @@ def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
 
 def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
     drawn.check_guidance(hosts)
+
+
+@pytest.mark.broad
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    drawn.check_control(hosts, PROMPTS[0], ONE, SIZE)

@@ -16,6 +16,9 @@ from both_hosts_drawn import ADAPTERS
 
 from onestep.core.lora_file import load_lora
 from onestep.core.recipe import Recipe
+from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import adapt
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
 
@@ -25,6 +28,9 @@ SHORT, LONG = "Draw. <Prompt Start> a wall", "Draw. <Prompt Start> a red dragon 
 STEERED = [("nag", SHORT, "red"), ("nasa", SHORT, "a red dragon in a storm by the sea"), ("vsf", LONG, "red")]
 STEERED += [("perp", SHORT, "a red dragon in a storm by the sea")]
 FOUR = Recipe((1000.0, 947.3684210526316, 857.1428571428571, 666.6666666666666), family="lumina2", shift=6.0)
+SIZE = (32, 32)
+TIME = torch.tensor([900.0], dtype=torch.float64)
+ONE = Recipe.at(FlowSchedule(6.0), TIME, family="lumina2", sizes=(SIZE,))
 GUIDED = {"regression": {"token_norm": "off"}, "dmd": {"token_norm": "on"}}
 ON = {"token_norm": "on"}
 """Either host's guidance in both; a base's first part is drawn without."""
@@ -38,7 +44,8 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     folder = tiny_lumina2.lumina2_folder(work / "model", vae)
     told = both_hosts_drawn.told(folder, FOUR, STEERED, SHORT, 1.0)
     told["runs"] = {method: {**told["runs"][method], **GUIDED.get(method, ON)} for method in told["runs"]}
-    return both_hosts.both(run_inside, folder, PROMPTS, "lumina2", **told)
+    both_hosts_drawn.control_file(adapt(load(folder)), work, SIZE)
+    return both_hosts.both(run_inside, folder, PROMPTS, "lumina2", recipe=ONE.to_json(), **told)
 
 
 def test_prompts_become_the_same_conditions_behind_the_system_prompt(hosts: Hosts) -> None:
@@ -115,3 +122,7 @@ def test_either_host_trains_the_same_adapter(method: str, hosts: Hosts) -> None:
 
 def test_the_guidance_of_either_host_draws_alike(hosts: Hosts) -> None:
     both_hosts_drawn.check_guidance(hosts)
+
+
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    both_hosts_drawn.check_control(hosts, SHORT, ONE, SIZE)

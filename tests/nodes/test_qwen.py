@@ -17,6 +17,8 @@ from tiny_pipelines import video_vae
 
 from onestep.core.recipe import Recipe
 from onestep.core.schedule import FlowSchedule
+from onestep.pipelines import adapt
+from onestep.pipelines.load import load
 
 pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
@@ -29,6 +31,9 @@ SILENT = [f"transformer_blocks.1.{name}" for name in ENDS]
 GUIDED = {"regression": {"token_norm": "off"}, "dmd": {"token_norm": "on"}}
 ON = {"token_norm": "on"}
 """Either host's guidance in both; a base's first part is drawn without."""
+SIZE = (32, 32)
+SHIFTED = FlowSchedule(math.exp(1.15))
+ONE = Recipe.at(SHIFTED, torch.tensor([900.0], dtype=torch.float64), family="qwen_image", sizes=(SIZE,))
 NEGATIVES = [("nag", "a wall", "a red dragon"), ("vsf", "a wall", "red"), ("perp", "a red dragon", "blue")]
 
 
@@ -36,10 +41,11 @@ NEGATIVES = [("nag", "a wall", "a red dragon"), ("vsf", "a wall", "red"), ("perp
 def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Hosts:
     static: dict[str, Any] = {"use_dynamic_shifting": False, "shift": math.exp(1.15), "shift_terminal": None}
     folder = tiny_qwen.qwen_image_folder(tmp_path_factory.mktemp("qwen") / "model", video_vae(), **static)
-    recipe = Recipe.for_student(FlowSchedule(math.exp(1.15)), 2, "qwen_image", ((32, 32),))
+    recipe = Recipe.for_student(SHIFTED, 2, "qwen_image", (SIZE,))
     told = drawn.told(folder, recipe, NEGATIVES, PROMPTS[0], 1.0)
     told["runs"] = {method: {**told["runs"][method], **GUIDED.get(method, ON)} for method in told["runs"]}
-    return both_hosts.both(run_inside, folder, PROMPTS, "qwen", **told)
+    drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
+    return both_hosts.both(run_inside, folder, PROMPTS, "qwen", recipe=ONE.to_json(), **told)
 
 
 def test_prompts_become_the_same_conditions_of_several_lengths(hosts: Hosts) -> None:
@@ -108,3 +114,8 @@ def test_both_hosts_train_the_same_adapter(method: str, hosts: Hosts) -> None:
 
 def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
     drawn.check_guidance(hosts)
+
+
+@pytest.mark.broad
+def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    drawn.check_control(hosts, PROMPTS[0], ONE, SIZE)

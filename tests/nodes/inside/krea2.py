@@ -7,7 +7,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, facts, given, load, measured, trained
+from comfy_both_hosts import COND, answer, facts, given, load, measured, told, trained
+from comfy_controlled import controlled
 from comfy_drawn import drawn
 
 from onestep.nodes.adapt import adapted
@@ -32,7 +33,7 @@ def pictures(host):
 
 with torch.inference_mode():
     model, clip, vae = load()
-    seen = drawn(model, clip)
+    seen = drawn(model, clip) | controlled(model, clip, told["prompts"][0], torch.zeros(1, 16, 1, 4, 4))
     with adapted(model, clip, vae) as host:
         out = alone(host) | pictures(host)
         more, again = measured(host)

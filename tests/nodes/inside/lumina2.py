@@ -9,6 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
 from comfy_both_hosts import answer, facts, load, measured, seen_by_head, told, trained
+from comfy_controlled import controlled
 from comfy_drawn import drawn
 from comfy_extras.nodes_lumina2 import CLIPTextEncodeLumina2, RenormCFG
 
@@ -52,7 +53,7 @@ with torch.inference_mode():
         out |= seen_by_head(host)
         out |= texts(host)
         report = facts(host, again) | {"token_norm": host.denoiser.token_norm}
-    out |= drawn(model, clip)
+    out |= drawn(model, clip) | controlled(model, clip, told["steered"][0][1], torch.zeros(1, 4, 8, 8))
     report["files"] = trained(model, clip, vae)
     report["renorm"] = refused(RenormCFG.execute(model, 100.0, 1.0).args[0])
 with torch.inference_mode(False):
