@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import both_hosts
+import both_hosts_drawn
 import pytest
 import tiny_folders
 import torch
@@ -34,6 +35,7 @@ NEGATIVE = {"negative": "a dull wall"}
 STEERED = ["a red dragon", "a wall of stone", "x"]
 """The prompt, what it is steered away from, and what PERP measures from."""
 RECIPE = Recipe.at(FlowSchedule(3.0), torch.tensor([900.0], dtype=torch.float64), family="anima", sizes=((32, 32),))
+TWO = Recipe.for_student(FlowSchedule(3.0), 2, "anima", ((32, 32),))
 
 
 @torch.no_grad()
@@ -57,6 +59,7 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     runs = {method: {**told, **NEGATIVE} for method, told in both_hosts.RUNS.items()}
     stirred(folder, folder.parent)
     told = {"runs": runs, "steered": STEERED, "recipe": RECIPE.to_json()}
+    told |= both_hosts_drawn.diverse_told(folder, TWO, PROMPTS[0], **NEGATIVE)
     return both_hosts.both(run_inside, folder, PROMPTS, "anima", **told)
 
 
@@ -144,3 +147,8 @@ def test_a_steered_picture_is_the_same_in_both_hosts(mode: str, hosts: Hosts) ->
     assert mode == "none" or gap(hosts.comfys["steered none"], drawn) > 1e-3
     if mode == "vsf":
         assert gap(hosts.comfys["steered by text made before"], drawn) < 1e-4
+
+
+@pytest.mark.broad
+def test_a_bases_first_part_is_the_same_in_both_hosts(hosts: Hosts) -> None:
+    both_hosts_drawn.check_diverse(hosts, PROMPTS[0], **NEGATIVE)

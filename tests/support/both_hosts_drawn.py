@@ -40,10 +40,16 @@ def told(
     folder: Path, recipe: Recipe, negatives: Sequence[Sequence[str]], prompt: str, guidance: float = GUIDANCE
 ) -> dict[str, Any]:
     """What ComfyUI is asked besides. negatives: (mode, prompt, negative)."""
-    pipe, place = DiffusionPipeline.from_pretrained(folder), folder.parent / "few.safetensors"
-    few = random_lora(pipe, place, recipe, 0.1, loader="comfyui")
     asked: dict[str, Any] = {"runs": RUNS | ADAPTERS, "steered": negatives, "share": SHARE}
-    return asked | {"diverse": [str(few), prompt, SEED, BASE_STEPS, guidance]}
+    return asked | diverse_told(folder, recipe, prompt, guidance)
+
+
+def diverse_told(
+    folder: Path, recipe: Recipe, prompt: str, guidance: float = GUIDANCE, negative: str = ""
+) -> dict[str, Any]:
+    """What ComfyUI is asked for check_diverse, with a random few-step LoRA beside ``folder``."""
+    few = random_lora(load(folder), folder.parent / "few.safetensors", recipe, 0.1, loader="comfyui")
+    return {"diverse": [str(few), prompt, SEED, BASE_STEPS, guidance, negative]}
 
 
 @torch.no_grad()
@@ -71,11 +77,11 @@ def check_features(hosts: Hosts) -> None:
         assert gap(hosts.comfys[f"feature/{name}"], value) < 5e-5, name
 
 
-def check_diverse(hosts: Hosts, prompt: str, base: Any = None, guidance: float = GUIDANCE) -> None:
+def check_diverse(hosts: Hosts, prompt: str, base: Any = None, guidance: float = GUIDANCE, negative: str = "") -> None:
     """Two SamplerCustom in ComfyUI and `diverse` in diffusers. base: a pipeline whose levels are ComfyUI's."""
-    fast = OneStepPipeline.from_pipe(DiffusionPipeline.from_pretrained(hosts.work / "model"))
+    fast = OneStepPipeline.from_pipe(load(hosts.work / "model"))
     fast.load_one_step_lora(hosts.work / "few.safetensors")
-    call: dict[str, Any] = {"seed": SEED, "output_type": "latent"}
+    call: dict[str, Any] = {"seed": SEED, "output_type": "latent", "negative_prompt": negative}
     wanted = diverse(fast, prompt, base=base, base_steps=BASE_STEPS, guidance=guidance, **call).images
     assert gap(hosts.comfys["diverse"], wanted) < 1e-4 and gap(fast(prompt, **call).images, wanted) > 0.01
 

@@ -25,21 +25,21 @@ def steered(model, clip, mode, prompt, negative):
     return unframed(model.model, x0_of(clone, positive, shares=(told["share"],), noise=noise)[0])
 
 
-def diverse(model, clip, path, prompt, seed, steps, cfg):
-    """Two SamplerCustom, of the base and of the few-step model, at the levels of Diversity Sigmas."""
+def diverse(model, clip, path, prompt, seed, steps, cfg, negative):
+    """x0 of two SamplerCustom, of the base and of the few-step model, at the levels of Diversity Sigmas."""
     recipe = Recipe.from_json(load_lora(path).recipe)
     few = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(path), 1.0, 0.0)[0]
     first, rest = OneStepDiversitySigmas.execute(model, few, recipe, steps, "simple", 0.0).args
-    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative)]
     noise = torch.randn(given["x"][:1].shape, generator=torch.Generator().manual_seed(seed))
     noise = framed(model.model, noise)
     euler, ours = comfy.samplers.sampler_object("euler"), OneStepSampler.execute(recipe).args[0]
     half = comfy.sample.sample_custom(model, noise, cfg, euler, first, *texts, torch.zeros_like(noise))
-    return comfy.sample.sample_custom(few, torch.zeros_like(noise), 1.0, ours, rest, *texts, half)
+    latents = comfy.sample.sample_custom(few, torch.zeros_like(noise), 1.0, ours, rest, *texts, half)
+    return unframed(model.model, model.model.process_latent_in(latents))
 
 
 def drawn(model, clip):
     """By their names in out.safetensors."""
     found = {f"steered/{n}": steered(model, clip, mode, *texts) for n, (mode, *texts) in enumerate(told["steered"])}
-    latents = model.model.process_latent_in(diverse(model, clip, *told["diverse"]))
-    return found | {"diverse": unframed(model.model, latents)}
+    return found | {"diverse": diverse(model, clip, *told["diverse"])}

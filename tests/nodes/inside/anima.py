@@ -1,5 +1,6 @@
 """anima.py FOLDER WORK: a tiny Anima's folder in ComfyUI (support/comfy_both_hosts.py): its latents, its text beside
-what ComfyUI itself makes of it, its attention beside that of ComfyUI's own op, and whose encoder is refused."""
+what ComfyUI itself makes of it, its attention beside that of ComfyUI's own op, whose encoder is refused, and
+a picture whose first part the base draws."""
 
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 import folder_paths
 import torch
 from comfy_both_hosts import WORK, answer, facts, given, load, measured, told, trained
+from comfy_drawn import diverse
 from safetensors.torch import load_file
 
 from nodes import ControlNetApplyAdvanced
@@ -106,6 +108,6 @@ with torch.inference_mode():
             cond = host.encode(told["prompts"], (32, 32))
             out["base"] = host.denoiser(given["x"], given["sigma"], cond)
         report = facts(host, again) | {"refused": refusals(model, clip)}
-    out |= steered(model, clip)
+    out |= steered(model, clip) | {"diverse": diverse(model, clip, *told["diverse"])}
     report["files"] = trained(model, clip, vae)
 answer(out | more, report)
