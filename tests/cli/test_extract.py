@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_krea2
 import torch
-from command import Command
+from command import SHORT, Command
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import video_vae
 
 from onestep.core.lora_file import load_lora
 from onestep.pipelines.adapt import network_of
@@ -60,3 +63,44 @@ def test_no_model_is_written_over(onestep: Command, model: Path, few: Path, tmp_
     before = file.read_bytes()
     said = onestep("extract", model, few, "--out", file)
     assert said.code == 2 and "would be written into a model" in said.message and file.read_bytes() == before
+
+
+KREA2_LAYERS = 8 + 8 * (2 + 4)
+KREA2_FILE = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def krea2_turbo(folder: Path) -> Path:
+    """A distilled Krea 2, told so by its model_index.json alone, each of whose network's weights is another."""
+    tiny_krea2.krea2_folder(folder, video_vae(), distilled=True)
+    weights, draw = load_file(folder / KREA2_FILE), torch.Generator().manual_seed(1)
+    moved = {name: value + 0.05 * torch.randn(value.shape, generator=draw) for name, value in weights.items()}
+    save_file(moved, folder / KREA2_FILE, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.broad
+def test_of_krea_2_the_lora_is_the_difference_at_full_rank(onestep: Command, tmp_path: Path) -> None:
+    base, few = tiny_krea2.krea2_folder(tmp_path / "raw", video_vae()), krea2_turbo(tmp_path / "mine")
+    path = tmp_path / "few.safetensors"
+    said = onestep("extract", base, few, "--rank", 4096, "--out", path, "--json")
+    assert said.code == 0, said.err
+    told, state = json.loads(said.out), load_lora(path, family="krea2").state
+    assert told["whole"]["weights"] == pytest.approx(1, abs=1e-9)
+    assert f"loads all {KREA2_LAYERS} layers" in told["check"]
+    before, after = load_file(base / KREA2_FILE), load_file(few / KREA2_FILE)
+    assert len(state) == KREA2_LAYERS and told["beside"] == len(before) - KREA2_LAYERS
+    for layer, (a, b) in state.items():
+        wanted = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+        torch.testing.assert_close(b @ a, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_distilled_krea_2_as_a_teacher_is_told_from_its_base(
+    distilled: bool, onestep: Command, prompts: Path, tmp_path: Path
+) -> None:
+    folder = tiny_krea2.krea2_folder(tmp_path / "mine", video_vae(), distilled=distilled)
+    said = onestep("distill", folder, "--prompts", prompts, "--out", tmp_path / "run", "--size", "32x32", *SHORT)
+    assert said.code == 0, said.err
+    known = "mine draws in few steps already (distilled, by is_distilled in its model_index.json): a better teacher is"
+    assert (known in said.err) == distilled and ("few steps already" in said.err + said.out) == distilled
