@@ -149,6 +149,5 @@ def test_a_steered_picture_is_the_same_in_both_hosts(mode: str, hosts: Hosts) ->
         assert gap(hosts.comfys["steered by text made before"], drawn) < 1e-4
 
 
-@pytest.mark.broad
 def test_a_bases_first_part_is_the_same_in_both_hosts(hosts: Hosts) -> None:
     both_hosts_drawn.check_diverse(hosts, PROMPTS[0], **NEGATIVE)

@@ -116,6 +116,5 @@ def test_both_hosts_draw_by_a_guidance_adapter(hosts: Hosts) -> None:
     drawn.check_guidance(hosts)
 
 
-@pytest.mark.broad
 def test_a_control_is_the_same_in_both_hosts(hosts: Hosts) -> None:
     drawn.check_control(hosts, PROMPTS[0], ONE, SIZE)
