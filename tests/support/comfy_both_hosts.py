@@ -39,6 +39,16 @@ def gradients(host, grade):
     return x0.detach(), found
 
 
+def alone(host):
+    """x0 of all rows together, and of each by itself, of its real tokens: of a family that masks its texts."""
+    x, sigma = given["x"], given["sigma"]
+    lengths = COND.mask.sum(1).tolist()
+    rows = [(slice(i, i + 1), Cond(COND.text[i : i + 1, :length])) for i, length in enumerate(lengths)]
+    with torch.no_grad():
+        each = [host.denoiser(x[row], sigma[row], cond) for row, cond in rows]
+        return {"together": host.denoiser(x, sigma, COND), "alone": torch.cat(each)}
+
+
 @contextmanager
 def students(host):
     """Within, the student has the given factors."""

@@ -160,6 +160,15 @@ class World:
         }
         return self.roles.parameters(role)
 
+    def check_gradient(self, d_mean: Array) -> None:
+        """The student's factors have the gradient that follows from dL/dmu [B, WIDTH], the critic's none."""
+        a, b = self.roles.parameters("student")
+        d_weight = d_mean.T @ self.cond.text[:, 0].double().numpy()
+        assert a.grad is not None and b.grad is not None
+        np.testing.assert_allclose(b.grad.numpy(), d_weight @ a.detach().double().numpy().T, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a.grad.numpy(), b.detach().double().numpy().T @ d_weight, rtol=1e-4, atol=1e-6)
+        assert all(factor.grad is None for factor in self.roles.parameters("critic"))
+
     def batch(self, *, step: int = 3, null: bool = True, cond: Cond | None = None) -> ExactBatch:
         cond = self.cond if cond is None else cond
         nulls = self.null if null else None

@@ -1,6 +1,6 @@
 // A small chart in SVG: two curves over the updates, each with an axis of its own in its colour.
 export const CURVES = [
-  { key: "distance", label: "distance to teacher", colour: "#4ea1ff", axis: "left" },
+  { key: "distance", label: "distance", colour: "#4ea1ff", axis: "left" },
   { key: "variety", label: "variety, share of teacher's", colour: "#ffb74e", axis: "right" },
 ];
 const HEIGHT = 120;

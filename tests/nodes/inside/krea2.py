@@ -7,21 +7,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, facts, given, load, measured, told, trained
+from comfy_both_hosts import alone, answer, facts, load, measured, told, trained
 from comfy_controlled import controlled
 from comfy_drawn import drawn
 
 from onestep.nodes.adapt import adapted
-
-
-def alone(host):
-    """x0 of each row by itself, of its real tokens."""
-    x, sigma = given["x"], given["sigma"]
-    lengths = COND.mask.sum(1).tolist()
-    rows = [(slice(i, i + 1), type(COND)(COND.text[i : i + 1, :length])) for i, length in enumerate(lengths)]
-    with torch.no_grad():
-        each = [host.denoiser(x[row], sigma[row], cond) for row, cond in rows]
-        return {"together": host.denoiser(x, sigma, COND), "alone": torch.cat(each)}
 
 
 def pictures(host):

@@ -7,23 +7,13 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 
 import torch
-from comfy_both_hosts import COND, answer, given, load, measured, seen_by_head, told, trained
+from comfy_both_hosts import alone, answer, load, measured, seen_by_head, told, trained
 from comfy_controlled import controlled
 
 from onestep.core.errors import OneStepError
 from onestep.core.guidance import Steering
 from onestep.nodes.adapt import adapted
 from onestep.nodes.steer import steered_model
-
-
-def alone(host):
-    """x0 of each row by itself, of its real tokens."""
-    x, sigma = given["x"], given["sigma"]
-    lengths = COND.mask.sum(1).tolist()
-    rows = [(slice(i, i + 1), type(COND)(COND.text[i : i + 1, :length])) for i, length in enumerate(lengths)]
-    with torch.no_grad():
-        each = [host.denoiser(x[row], sigma[row], cond) for row, cond in rows]
-        return {"together": host.denoiser(x, sigma, COND), "alone": torch.cat(each)}
 
 
 def said(call):
