@@ -17,7 +17,7 @@ from onestep.core.lora_file import load_lora
 from onestep.training.runs.run import Run
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
-STEPS = {"cdm": "4", "tdm": "2", "pg-sb": "1", "vsd": "1"}
+STEPS = {"cdm": "4", "tdm": "2", "pg-sb": "1", "sid": "1", "vsd": "1"}
 """In how many each method's student draws."""
 UPDATES = 30
 

@@ -124,7 +124,7 @@ def test_the_plug_ins_are_asked() -> None:
         guidance=1.0,
         levels=At(0.6),
         ratio=lambda scores: ratio,
-        jacobian=lambda denoise, batch, scores: torch.full_like(scores.x, 7.0),
+        jacobian=lambda made, denoise, batch, scores: torch.full_like(scores.x, 7.0),
     ).cotangent(world.denoise, world.batch(), x)
     torch.testing.assert_close(made, plain * ratio[:, None, None, None] + 7)
     seen: list[torch.Tensor] = []
@@ -308,8 +308,8 @@ CRITIC_MUTANTS = {
     "no weight": ("cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error", "error"),
     "a sum for a mean": (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
     "the teacher trained": ("with denoise.roles.use(CRITIC):", "with denoise.roles.use(TEACHER):"),
-    "the noised target": ("(denoise(x_s, sigma, batch.cond) - x)", "(denoise(x_s, sigma, batch.cond) - x_s)"),
-    "clean input": ("(denoise(x_s, sigma, batch.cond) - x)", "(denoise(x, sigma, batch.cond) - x)"),
+    "the noised target": ("batch, x_s, sigma) - x).square()", "batch, x_s, sigma) - x_s).square()"),
+    "clean input": ("(self._taught(denoise, batch, x_s, sigma)", "(self._taught(denoise, batch, x, sigma)"),
     "a graph into the student": ("x, noise = x.detach(), batch", "x, noise = x * 1, batch"),
 }
 

@@ -127,7 +127,15 @@ class Counting(SmallHost):
             self.rows.append(len(args[0]))
 
 
-@pytest.mark.parametrize("more", [{}, {"separate_levels": True}, {"method": "vsd"}], ids=["dmd", "levels", "vsd"])
+ALIKE: dict[str, dict[str, Any]] = {
+    "dmd": {},
+    "levels": {"separate_levels": True},
+    "vsd": {"method": "vsd"},
+    "sid": {"method": "sid", "guidance_strategy": "long-short"},
+}
+
+
+@pytest.mark.parametrize("more", ALIKE.values(), ids=list(ALIKE))
 def test_roles_asked_one_after_the_other_learn_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:

@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "f-distill": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0, "divergence": "kl"},
     "ladd": {"head_blocks": 2, "head_warm_up": 2},
     "pg-sb": {},
+    "sid": {"guidance_strategy": "long-short"},
     "cdm": {"student_steps": 2},
     "tdm": {"student_steps": 2},
     "guidance-lora": {"states": 2},

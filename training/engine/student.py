@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -97,6 +97,11 @@ class BackwardSimulation:
             x0 = denoise(x, levels[step], batch.cond)
         lower = levels[step + 1] if step + 1 < len(levels) else torch.zeros_like(levels[step])
         return Drawn(x0, x, levels[step], lower, step)
+
+    def again(self, batch: Batch, drawn: Drawn) -> Drawn:
+        """The same step of the student with a graph, for one that was drawn without."""
+        with self.denoise.roles.use(STUDENT):
+            return replace(drawn, x0=self.denoise(drawn.x, drawn.sigma, batch.cond))
 
 
 def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:

@@ -81,7 +81,7 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
         [STUDENT, CRITIC, *([HEAD] if head else [])],
         [
             Phase("warm start", own.warm_start, [warm], learn, pairs.blocks, pairs.solve_cost),
-            Phase("critic", warm_up, ahead, simulate.cost + learn + (head.cost_of_turn if head else 0.0), *drawn),
+            Phase("critic", warm_up, ahead, turns.cost_of_critic + (head.cost_of_turn if head else 0.0), *drawn),
             Phase(
                 settings.method,
                 settings.steps,
@@ -187,11 +187,14 @@ class Turns:
         own, denoise = self.own, self.setup.denoise
         if own.matching_scale == "mean":
             share = share / math.prod(batch.shape)
-        drawn = self.simulate(batch)
+        # what goes back through other networks holds a graph of theirs: the student's is made after them
+        with torch.set_grad_enabled(not self.planned.backwards):
+            drawn = self.simulate(batch)
         objective = self.at(update, drawn)
         cotangent, scores = objective.cotangent(denoise, batch, drawn.x0)
         pull, judged = self.head.pull(batch, drawn.x0, self.index(update)) if self.head else (None, {})
         cotangent = cotangent if pull is None else cotangent + pull
+        drawn = self.simulate.again(batch, drawn) if objective.backwards else drawn
         drawn.x0.backward(cotangent * (share / len(batch)))
         if self.extras.off is not None:
             self.extras.off(denoise, batch, drawn, objective, share)
@@ -239,15 +242,26 @@ class Turns:
     # -- what it costs ------------------------------------------------------------------------------------------------
 
     @property
+    def planned(self) -> DistributionMatching:
+        """The objective that costs are reckoned by, which are the same at every update."""
+        return self.objective(self.setup.settings, 0.0)
+
+    @property
     def cost(self) -> float:
         """Forwards of a sample in an update of the matching."""
         own, learn, picture = self.own, learning(self.setup.settings), self.simulate.cost
-        scores = self.objective(self.setup.settings, 0.0).forwards
-        pictures = 1 if own.critic_pictures == "shared" else own.critic_updates
+        planned, saved = self.planned, (self.own.critic_updates - 1) * (self.own.critic_pictures == "shared")
+        scores = planned.forwards + planned.backwards * learn + (planned.backwards > 0)
         terms = [learn / own.anchor_every if own.anchor else 0.0, learn if self.diversity else 0.0]
         off = 0.0 if self.extras.off is None else learn + scores
         terms += [off, self.head.cost if self.head else 0.0]
-        return pictures * picture + own.critic_updates * learn + picture - 1 + learn + scores + sum(terms)
+        critic = own.critic_updates * self.cost_of_critic - saved * picture
+        return critic + picture - 1 + learn + scores + sum(terms)
+
+    @property
+    def cost_of_critic(self) -> float:
+        """Forwards of a sample in a turn of the critic, its picture among them."""
+        return self.simulate.cost + learning(self.setup.settings) * self.planned.taught_forwards
 
     @property
     def rare(self) -> Mapping[str, float]:

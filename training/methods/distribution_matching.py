@@ -58,8 +58,8 @@ Weight = Callable[[NoiseSchedule, Scores], Tensor]
 """(schedule, scores) -> weight [B]."""
 Ratio = Callable[[Scores], Tensor]
 """h(r) [B] of f-divergences; 1 for the reverse KL."""
-Jacobian = Callable[[Denoiser, Batch, Scores], Tensor]
-"""Cotangent on x of terms through teacher and critic (SiD, SIM)."""
+Jacobian = Callable[["DistributionMatching", Denoiser, Batch, Scores], Tensor]
+"""(objective, denoise, batch, scores) -> cotangent on x of terms through teacher and critic (`score_identity`)."""
 Importance = Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(schedule, x, x_s, noise, sigma) -> what a critic's sample weighs besides, [B]."""
 
@@ -81,14 +81,15 @@ dmd_weight = DmdWeight()
 
 @dataclass(frozen=True)
 class DistributionMatching:
-    """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; it is taught without.
-    rescale: phi of both (`guidance_scale.guided`). matching: a_DM. guidance_levels: None puts the guidance term at the
-    matching term's level. null_rate: share of samples on which the critic learns the null condition. judge: whose logit
-    of x_s the scores have.
+    """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; 0 asks it without the
+    prompt alone. taught: k that the critic learns under. rescale: phi of all (`guidance_scale.guided`). matching: a_DM.
+    guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which the
+    critic learns the null condition. judge: whose logit of x_s the scores have.
     """
 
     guidance: Scale = 2.0
     critic_guidance: Scale = 1.0
+    taught: Scale = 1.0
     matching: float = 1.0
     levels: LevelSampler = UniformTime()
     guidance_levels: LevelSampler | None = None
@@ -107,7 +108,17 @@ class DistributionMatching:
     def forwards(self) -> int:
         """Of one sample in the student's cotangent."""
         apart = 0 if self.guidance_levels is None or self.guidance == 1 else 1
-        return 2 + (self.guidance != 1) + (self.critic_guidance != 1) + apart
+        return 2 + (self.guidance != 1) + (self.critic_guidance not in (0, 1)) + apart
+
+    @property
+    def backwards(self) -> int:
+        """Of these, those that the cotangent goes back through, each after one forward more."""
+        return 0 if self.jacobian is None else self.forwards
+
+    @property
+    def taught_forwards(self) -> int:
+        """Of one sample in the critic's loss, with a backward each."""
+        return 1 if self.taught in (0, 1) else 2
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 
@@ -118,11 +129,25 @@ class DistributionMatching:
         x, noise = x.detach(), batch.normal("critic noise")
         x_s = self.renoise(denoise.schedule, x, noise, sigma)
         with denoise.roles.use(CRITIC):
-            error = (denoise(x_s, sigma, batch.cond) - x).square().flatten(1).mean(1)
+            error = (self._taught(denoise, batch, x_s, sigma) - x).square().flatten(1).mean(1)
         weighed = cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error
         if self.importance is not None:
             weighed = cast_as(self.importance(denoise.schedule, x, x_s, noise, sigma), error) * weighed
         return weighed.mean()
+
+    def _taught(self, denoise: Denoiser, batch: Batch, x_s: Tensor, sigma: Tensor) -> Tensor:
+        """D_F, or D_F^k, with a graph."""
+        if self.taught == 1:
+            return denoise(x_s, sigma, batch.cond)
+        nulls = self._nulls(batch)
+        if self.taught == 0:
+            return denoise(x_s, sigma, nulls)
+        if batch.sliced:
+            d_c, d_u = denoise(x_s, sigma, batch.cond), denoise(x_s, sigma, nulls)
+        else:
+            both = denoise(torch.cat([x_s, x_s]), sigma.repeat(2), Cond.concat([batch.cond, nulls]))
+            d_c, d_u = both.chunk(2)
+        return guided(d_c, d_u, scale_of(self.taught, batch), self.rescale, tokens_of(denoise, x_s))
 
     # -- the student --------------------------------------------------------------------------------------------------
 
@@ -136,7 +161,7 @@ class DistributionMatching:
         if self.guidance != 1:
             g = g + self._guide(denoise, batch, scores, f"{stream}guide")
         if self.jacobian is not None:
-            g = g + self.jacobian(denoise, batch, scores)
+            g = g + self.jacobian(self, denoise, batch, scores)
         return g, scores
 
     def scores(
@@ -146,7 +171,7 @@ class DistributionMatching:
         a sliced batch, from a forward for each."""
         sigma = self._levels(denoise, levels, batch, f"{stream} level")
         x_s = self.renoise(denoise.schedule, x, batch.normal(f"{stream} noise"), sigma)
-        asked = self._asked(batch, critic)
+        asked = self.asked(batch, critic)
         answers: dict[str, Tensor] = {}
         for some in [[one] for one in asked] if batch.sliced else [asked]:
             blocks = [(role, len(x) * len([*rows])) for role, rows in groupby(role for role, _, _ in some)]
@@ -161,21 +186,23 @@ class DistributionMatching:
         if scores.null is None:
             return scores
         k = scale_of(self.guidance, batch)
-        return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale, _tokens(denoise, x_s)))
+        return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale, tokens_of(denoise, x_s)))
 
     def _judging(self, x_s: Tensor, first: str) -> AbstractContextManager[list[Tensor]]:
         """Within, a forward whose first answer is ``first`` leaves the teacher's features."""
         return nullcontext([]) if self.judge is None or first != "real" else self.judge.features.kept(x_s)
 
-    def _asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
+    def asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
         """(role, answer's name, conditions) of each row block; critic blocks last."""
         apart = self.guidance_levels is not None and critic
         asked = [(TEACHER, "real", batch.cond)]
         if self.guidance != 1 and not apart:
             asked.append((TEACHER, "null", self._nulls(batch)))
-        if critic:
+        if critic and self.critic_guidance == 0:
+            asked.append((CRITIC, "fake", self._nulls(batch)))
+        elif critic:
             asked.append((CRITIC, "fake", batch.cond))
-        if critic and self.critic_guidance != 1:
+        if critic and self.critic_guidance not in (0, 1):
             asked.append((CRITIC, "fake_null", self._nulls(batch)))
         return asked
 
@@ -186,7 +213,7 @@ class DistributionMatching:
         if scores.fake_null is not None:
             # D_F^k - D_c = (D_F - D_c) + (k_F - 1) (D_F - D_F,u): PG-SB and VSD guide both sides
             k = scale_of(self.critic_guidance, batch)
-            delta = delta + added(scores.fake, scores.fake_null, k, self.rescale, _tokens(denoise, scores.x_s))
+            delta = delta + added(scores.fake, scores.fake_null, k, self.rescale, tokens_of(denoise, scores.x_s))
         return self._weighed(denoise, scores, delta)
 
     def _guide(self, denoise: Denoiser, batch: Batch, scores: Scores, stream: str) -> Tensor:
@@ -194,7 +221,7 @@ class DistributionMatching:
         if self.guidance_levels is not None:
             scores = self.scores(denoise, batch, scores.x, self.guidance_levels, stream, critic=False)
         assert scores.null is not None
-        tokens = _tokens(denoise, scores.x_s)
+        tokens = tokens_of(denoise, scores.x_s)
         k = scale_of(self.guidance, batch)
         return self._weighed(denoise, scores, -added(scores.real, scores.null, k, self.rescale, tokens))
 
@@ -215,5 +242,6 @@ class DistributionMatching:
         return nulls
 
 
-def _tokens(denoise: Denoiser, x_s: Tensor) -> Tokens:
+def tokens_of(denoise: Denoiser, x_s: Tensor) -> Tokens:
+    """What guidance needs of a denoiser with a token_norm."""
     return (denoise.token_norm, x_s) if denoise.token_norm else None

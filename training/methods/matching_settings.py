@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.errors import OneStepError
 from ..engine.inputs import recipe_of
@@ -15,13 +16,25 @@ from .guidance_scale import RandomScale, Scale
 
 
 @dataclass(frozen=True)
-class TermSettings:
-    """What the student learns by: matching, guidance, and regression on the teacher's pairs."""
+class GuidanceSettings:
+    """What the teacher is asked for."""
 
     matching_guidance: float = setting(1.75, "Teacher's guidance in the guidance term; 1 = none.", 0, 30)
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """Of a loss whose matching and guidance are two terms."""
+
     matching_weight: float = setting(
         1.0, "Weight of the matching term; the guidance term has weight guidance - 1.", 0, 100
     )
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Regression on the teacher's pairs."""
+
     warm_start: int = setting(
         300, "Updates of regression on the teacher's pairs before the matching; 0 = none.", 0, 1_000_000
     )
@@ -46,10 +59,16 @@ class CriticSettings:
 
 
 @dataclass(frozen=True)
+class ApartSettings:
+    """Of a loss whose matching and guidance are two terms."""
+
+    separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
+
+
+@dataclass(frozen=True)
 class LevelSettings:
     """Where on the noise scale the terms look, and how errors weigh there."""
 
-    separate_levels: bool = setting(False, "Draw the guidance term's noise level apart from the matching term's.")
     level_low: float = setting(0.02, "Least noise level, as a share of the model's time.", 0, 1)
     level_high: float = setting(0.98, "Greatest noise level, as a share of the model's time.", 0, 1)
     critic_weight: str = setting(
@@ -128,12 +147,10 @@ class AnchorSettings:
     )
 
 
-@dataclass(frozen=True)
-class MatchingSettings(AnchorSettings, FollowSettings, CourseSettings, LevelSettings, CriticSettings, TermSettings):
-    """Of the methods with a critic: the fields in the order of the classes from the last to the first, in which graphs
-    keep their values."""
+class Fitting:
+    """What of these settings does not go together."""
 
-    def check(self, run: Settings) -> None:
+    def check(self: Any, run: Settings) -> None:
         for name in ("level_high", "level_high_end"):
             high = getattr(self, name) or self.level_high
             if self.level_low >= high:
@@ -151,7 +168,38 @@ class MatchingSettings(AnchorSettings, FollowSettings, CourseSettings, LevelSett
             raise OneStepError("steps and warm_start are both 0: nothing would be trained; give steps at least 1")
 
 
-def guidance_at(own: MatchingSettings, along: float) -> Scale:
+@dataclass(frozen=True)
+class OneTermSettings(
+    Fitting,
+    AnchorSettings,
+    FollowSettings,
+    CourseSettings,
+    LevelSettings,
+    CriticSettings,
+    PairSettings,
+    GuidanceSettings,
+):
+    """Of the methods with a critic whose loss is one term, guidance within it."""
+
+
+@dataclass(frozen=True)
+class MatchingSettings(
+    Fitting,
+    AnchorSettings,
+    FollowSettings,
+    CourseSettings,
+    LevelSettings,
+    ApartSettings,
+    CriticSettings,
+    PairSettings,
+    WeightSettings,
+    GuidanceSettings,
+):
+    """Of the methods whose matching and guidance are two terms. The fields are in the order of the classes from the
+    last to the first, in which graphs keep their values."""
+
+
+def guidance_at(own: OneTermSettings | MatchingSettings, along: float) -> Scale:
     """k at ``along`` of the matching, 0 to 1."""
     first, last = own.matching_guidance, own.guidance_end
     if own.guidance_schedule == "random" and first != last:
@@ -160,7 +208,7 @@ def guidance_at(own: MatchingSettings, along: float) -> Scale:
     return first + (last - first) * along if own.guidance_schedule == "falling" else first
 
 
-def levels_at(own: MatchingSettings, along: float) -> UniformTime:
+def levels_at(own: OneTermSettings | MatchingSettings, along: float) -> UniformTime:
     """The matching's noise levels at ``along`` of it."""
     end = own.level_high_end or own.level_high
     return UniformTime(own.level_low, own.level_high + (end - own.level_high) * along)
