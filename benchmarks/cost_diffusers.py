@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from onestep.core.adapter_file import save_adapter
 from onestep.core.cond import Cond
-from onestep.core.families import STEERING, bind_diffusers, detect
+from onestep.core.families import bind_diffusers, detect
 from onestep.core.guidance import Steering
 from onestep.core.guidance_adapter import new_adapter
 from onestep.pipelines.guidance_adapter import GuidanceDial, load_guidance_adapter
@@ -216,8 +216,7 @@ def makers(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -
             kept.enter_context(steered(pipe, text, mode, scale=scale, empty=empty))
         return lambda kept=kept: timed(lambda: answer(called(**given)[0]), device)
 
-    modes = SCALES if detect(network) in STEERING else ()  # PixArt-Sigma is not steered
-    found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in modes}}
+    found = {PLAIN: row, **{name: partial(row, mode=name.lower()) for name in SCALES}}
     found["AGD"] = partial(row, _guided)
     found[DOUBLED[0]] = partial(row, given=twice(told, negative))
     if case.family in ("sd3", "flux", "flux2", "chroma", "qwen"):

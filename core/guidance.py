@@ -33,8 +33,8 @@ DEFAULTS = STEERING
 
 NAG: its authors' pipelines and workflows for few-step SDXL, SD3.5-turbo, Flux and Wan. VSF: its authors' examples, who
 have no U-Net; there it takes the tokens' share of attention. NASA: inside what its authors call safe for one step.
-Z-Image, FLUX.2, Qwen-Image, Chroma, Krea 2 and Anima, of which no authors have numbers, have Flux' scales with each
-method's usual norm and offset, Anima VSF's of U-Nets, whose attention it has; nobody measured.
+Z-Image, FLUX.2, Qwen-Image, Chroma, Krea 2, Anima and PixArt-Sigma, of which no authors have numbers, have Flux' scales
+with each method's usual norm and offset, the last two VSF's of U-Nets, whose attention they have; nobody measured.
 Perp: measured (benchmarks/results/negative-tiny.md).
 """
 NEUTRAL = {"nasa": 0.0, "nag": 1.0, "perp": 1.0}

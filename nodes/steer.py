@@ -71,7 +71,7 @@ class NegativeSteeringNode(io.ComfyNode):  # type: ignore[misc]
             "1, for a few per cent of a step.",
             search_aliases=["negative prompt", "nasa", "nag", "vsf", "snoopi", "perp-neg", "cfg free", "guidance"],
             inputs=[
-                io.Model.Input("model", tooltip=f"{MODELS} or Wan."),
+                io.Model.Input("model", tooltip=f"{MODELS}."),
                 io.Conditioning.Input("negative", tooltip=NEGATIVE_TOLD),
                 io.Combo.Input("mode", options=[mode.upper() for mode in MODES], tooltip=MODES_TOLD),
                 number("scale", 0.0, 100.0, 0.05, f"How hard to push. 0 = the model's own: {usual('scale', *MODES)}."),

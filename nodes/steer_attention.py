@@ -13,6 +13,8 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.guidance import Steering, Streams, texts
 
+OVERRIDE = "optimized_attention_override"
+"""ComfyUI's place for it in transformer_options."""
 Attend = Callable[..., Tensor]
 
 

@@ -18,6 +18,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor
@@ -25,15 +26,14 @@ from torch import Tensor
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES, choices
 from ..core.guidance import Steering
-from ..core.one_stream import Texts
-from .steer_attention import CrossOverride, CrossPatch, JointAttention, Reached
+from .steer_attention import OVERRIDE, CrossOverride, CrossPatch, JointAttention, Reached
+from .steer_hooked import hooked_cross, steer_hooked
 from .steer_krea2 import FusedAttention
 from .steer_modulation import modulated
-from .steer_one_stream import StreamAttention, one_stream
+from .steer_one_stream import steer_stream, within_stream
 from .steer_places import behind_picture, numbered
-from .steer_variants import why_not_flux, why_not_flux2, why_not_qwen, why_not_sd3, why_not_stream
+from .steer_variants import why_not_flux, why_not_flux2, why_not_pixart, why_not_qwen, why_not_sd3, why_not_stream
 
-OVERRIDE = "optimized_attention_override"
 MODELS = choices(name for name, known in FAMILIES.items() if known.steering)
 KeysValues = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
 """By the name that attn2_replace has for a block."""
@@ -246,27 +246,6 @@ def stream_width(network: Any) -> int:
     return int(network.cap_embedder[1].in_features)
 
 
-def stream_texts(call: Call) -> Texts:
-    return Texts(tuple(text.shape[1] for text in call.texts()), call.network.pad_tokens_multiple or 1)
-
-
-def steer_stream(call: Call, options: dict[str, Any]) -> Tensor:
-    texts, patch = stream_texts(call), call.network.patch_size
-    height, width = (-(-side // patch) for side in call.x.shape[-2:])
-    image = -(-height * width // texts.multiple) * texts.multiple
-    prompt, negative, *empty = texts.filled
-    joint = JointAttention(
-        *(call.steering, (prompt, negative + sum(empty)), sum(empty), image, call.rows, call.reached),
-        *(options.get(OVERRIDE), negative - texts.own[1]),
-    )
-    options[OVERRIDE] = StreamAttention(joint, texts.filled)
-    return texts.joined(call.texts())
-
-
-def within_stream(call: Call, options: dict[str, Any]) -> AbstractContextManager[None]:
-    return one_stream(call.network, stream_texts(call), options[OVERRIDE])
-
-
 def flux_width(network: Any) -> int:
     return int(network.txt_in.in_features)
 
@@ -292,6 +271,12 @@ SERVED: dict[type, tuple[Served, ...]] = {
     ),
     WanModel: (Served("wan", lambda network: int(network.text_dim), partial(steer_cross, when="after")),),
     QwenImageTransformer2DModel: (Served("qwen_image", flux_width, steer_qwen, why_not_qwen),),
+    PixArtMS: (
+        Served(
+            *("pixart", lambda network: int(network.y_embedder.y_proj.fc1.in_features), steer_hooked, why_not_pixart),
+            **{"within": hooked_cross, "hooked": True},
+        ),
+    ),
     SingleStreamDiT: (Served("krea2", lambda network: int(network.txtlayers * network.txtdim), steer_krea2),),
 }
 """By a network's class; one of several that serves it."""

@@ -7,7 +7,7 @@ right before the picture, and which attentions are the texts' refiner's. The att
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import OneStepError
 from ..core.one_stream import Texts
-from .steer_attention import Attend, JointAttention, followed
+from .steer_attention import OVERRIDE, Attend, JointAttention, followed
 from .steer_modulation import hang
 
 REFERENCES = (
@@ -43,6 +43,28 @@ class StreamAttention:
         look = followed(self.joint.earlier, attend)
         found = [look(*text, heads, *mask, **rest) for text in texts]
         return torch.cat(found, 2 if rest.get("skip_output_reshape") else 1)
+
+
+def stream_texts(call: Any) -> Texts:
+    """Of a `steer_networks.Call`."""
+    return Texts(tuple(text.shape[1] for text in call.texts()), call.network.pad_tokens_multiple or 1)
+
+
+def steer_stream(call: Any, options: dict[str, Any]) -> Tensor:
+    texts, patch = stream_texts(call), call.network.patch_size
+    height, width = (-(-side // patch) for side in call.x.shape[-2:])
+    image = -(-height * width // texts.multiple) * texts.multiple
+    prompt, negative, *empty = texts.filled
+    joint = JointAttention(
+        *(call.steering, (prompt, negative + sum(empty)), sum(empty), image, call.rows, call.reached),
+        *(options.get(OVERRIDE), negative - texts.own[1]),
+    )
+    options[OVERRIDE] = StreamAttention(joint, texts.filled)
+    return texts.joined(call.texts())
+
+
+def within_stream(call: Any, options: dict[str, Any]) -> AbstractContextManager[None]:
+    return one_stream(call.network, stream_texts(call), options[OVERRIDE])
 
 
 @contextmanager

@@ -24,6 +24,10 @@ def why_not_qwen(network: Any) -> str | None:
     return "it draws layers" if network.time_text_embed.use_additional_t_cond else None
 
 
+def why_not_pixart(network: Any) -> str | None:
+    return "it is PixArt-Alpha" if network.micro_conditioning else None
+
+
 def why_not_stream(family: str, network: Any) -> str | None:
     """Of Z-Image, which fills its texts up, and of Lumina 2, which does not."""
     if network.siglip_embedder is not None:

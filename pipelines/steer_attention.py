@@ -85,18 +85,26 @@ class CrossSteered:
         rows = self.run.steered(len(found))
         q, positive = seen.in_heads("q")[rows], heads(found[rows], attn)
         negative = self._negative(attn, seen, len(q))
-        if self.run.steering.mode == "vsf" and mask is not None:
+        vsf = self.run.steering.mode == "vsf"
+        if vsf and mask is not None and self.run.positive_lengths is None:
             raise OneStepError("VSF cannot follow a mask over the prompt's tokens: steer by nasa, nag or perp")
-        k, v = (seen.in_heads(name)[rows] if self.run.steering.mode == "vsf" else q[:, :, :0] for name in ("k", "v"))
-        if self.run.away.lengths is None:
+        k, v = (seen.in_heads(name)[rows] if vsf else q[:, :, :0] for name in ("k", "v"))
+        if (groups := self._groups(len(found), rows)) is None:
             steered = self._away(q, k, v, negative, positive)
         else:
             steered = torch.empty_like(positive)
-            for at, length in alike(self.run.away.each(len(q))):
+            for at, own, length in groups:
                 away = tuple(self.run.away.shortened(part[at], length) for part in negative)
-                steered[at] = self._away(q[at], k[at], v[at], away, positive[at])
+                steered[at] = self._away(q[at], k[at, :, :own], v[at, :, :own], away, positive[at])
         out = merged(steered).to(found.dtype)
         return out if len(out) == len(found) else torch.cat([found[: rows.start], out, found[rows.stop :]])
+
+    def _groups(self, batch: int, rows: slice) -> list[tuple[Any, ...]] | None:
+        """Of the steered rows those of each two numbers of tokens, as `Run.by_lengths`."""
+        if self.run.positive_lengths is None and self.run.away.lengths is None:
+            return None
+        prompts = (self.run.positive_lengths or (self.run.positive_tokens,) * batch)[rows]
+        return alike(prompts, self.run.away.each(len(prompts)))
 
     def _away(self, q: Tensor, k: Tensor, v: Tensor, negative: tuple[Tensor, ...], found: Tensor) -> Tensor:
         """[B, H, N, D]. k, v: of the positive text, which VSF alone reads; ``found`` is what it answered."""

@@ -39,6 +39,10 @@ class CrossTexts:
     def joined(self, given: Given) -> Given | None:
         """What changes of a steered forward's arguments; None is nothing. The negative is embedded once for all
         blocks."""
+        text, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
+        self.run.positive_tokens, self.run.positive_lengths = text.shape[1], None
+        if self.run.steering.mode == "vsf" and mask is not None:  # one softmax over both texts' own tokens
+            self.run.positive_lengths = shown(mask, text.shape[1])
         if path := FAMILIES[self.family].text_embedder:
             embedder, like = self.network.get_submodule(path), given["encoder_hidden_states"]
             self.run.embedded = embedder(self.run.away.tokens.to(like.device, like.dtype))
@@ -46,7 +50,7 @@ class CrossTexts:
 
     def clear(self) -> None:
         """After a forward: nothing of it stays."""
-        self.run.embedded = None
+        self.run.embedded, self.run.positive_lengths = None, None
 
 
 @dataclass
@@ -115,11 +119,16 @@ def _seen(given: Given) -> tuple[Tensor, tuple[int, ...] | None, Given]:
     name = next((name for name in MASKS if given.get(name) is not None), None)
     if name is None:
         return text, None, {}
-    shown = given[name][:, : text.shape[1]].bool()
-    if bool((shown[:, 1:] & ~shown[:, :-1]).any()) or not bool(shown[:, 0].all()):
+    lengths = shown(given[name], text.shape[1])
+    return text[:, : max(lengths)], lengths if len(set(lengths)) > 1 else None, {name: None}
+
+
+def shown(mask: Tensor, tokens: int) -> tuple[int, ...]:
+    """How many tokens each row of a mask [B, L] begins with, of a text's. OneStepError for any other mask."""
+    seen = mask[:, :tokens].bool()
+    if mask.ndim != 2 or bool((seen[:, 1:] & ~seen[:, :-1]).any()) or not bool(seen[:, 0].all()):
         raise OneStepError(
             "steering cannot follow a mask that hides tokens of a prompt before others: give texts that are filled up "
             "behind their own tokens, as this pipeline's encode_prompt does"
         )
-    lengths = tuple(shown.sum(1).tolist())
-    return text[:, : max(lengths)], lengths if len(set(lengths)) > 1 else None, {name: None}
+    return tuple(seen.sum(1).tolist())

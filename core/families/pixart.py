@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..schedule import VPSchedule
-from .family import Block, Config, Encoder, Family
+from .family import Block, Config, Encoder, Family, Numbers
 from .table import INPUT, QKV, Row, count, repeated
 
 TIME = "adaln_single.emb.timestep_embedder"
@@ -86,4 +86,10 @@ PIXART = Family(
     cross_attention=True,
     entry="pos_embed.proj",
     ends=r"transformer_blocks\.\d+\.attn2\.to_out\.0",
+    steering={
+        "nasa": Numbers(0.25),
+        "nag": Numbers(5.0),
+        "vsf": Numbers(1.0),
+        "perp": Numbers(10.0),
+    },
 )

@@ -38,10 +38,9 @@ def test_rows_act_and_the_doubled_form_is_the_same_steering(name: str) -> None:
     found = found_by(name)
     scale = float(found["plain"].std())
     away = {row: float((x - found["plain"]).abs().max()) / scale for row, x in found.items()}
-    single = SINGLE if name != "toy-pixart" else ("plain", "AGD")  # PixArt-Sigma is not steered
-    assert set(found) == {*single, "CFG"} | ({"doubled form"} if name in JOINT else set())
+    assert set(found) == {*SINGLE, "CFG"} | ({"doubled form"} if name in JOINT else set())
     assert away["CFG"] < 1e-5, "both halves of a batch for CFG are plain rows"
-    assert min(away[row] for row in single[1:]) > 1e-4
+    assert min(away[row] for row in SINGLE[1:]) > 1e-4
     if "doubled form" in found:
         assert float((found["doubled form"] - found["NAG"]).abs().max()) < 1e-4 * away["NAG"] * scale
 

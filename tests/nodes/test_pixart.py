@@ -1,5 +1,5 @@
-"""PixArt-Sigma in both hosts, on the same tiny weights: texts of several lengths, D and gradients are equal, and what
-one trains both read; what is not served is refused by name."""
+"""PixArt-Sigma in both hosts, on the same tiny weights: texts of several lengths, D and gradients are equal, a
+negative steers both alike, and what one trains both read; what is not served is refused by name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from onestep.pipelines.load import load
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon before a blue wall"]
+STEERED = [("nag", "a wall", "red"), ("nasa", "a wall", "a red dragon in a storm by the sea")]
+STEERED += [("vsf", "a red dragon by the sea", "red"), ("perp", "a wall", "a red dragon in a storm by the sea")]
+SHARE = 300 / 999
+"""Of the schedule, at a whole time, as ComfyUI tells its network."""
 LAYERS = 7 + 2 * 10
 SIZE = (40, 40)
 ALIKE = {"sizes": "40x40", "ema": 0.0}
@@ -34,7 +38,8 @@ def hosts(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFacto
     folder = tiny_pixart.pixart_folder(tmp_path_factory.mktemp("pixart") / "model")
     both_hosts_drawn.control_file(adapt(load(folder)), folder.parent, SIZE)
     runs = {method: {**told, **ALIKE} for method, told in {**RUNS, "nct": NCT}.items()}
-    return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, runs=runs, recipe=RECIPE.to_json())
+    told = {"runs": runs, "recipe": RECIPE.to_json(), "steered": STEERED, "share": SHARE}
+    return both_hosts.both(run_inside, folder, PROMPTS, "pixart", size=SIZE, **told)
 
 
 def test_prompts_become_the_same_conditions_of_their_own_lengths(hosts: Hosts) -> None:
@@ -62,6 +67,11 @@ def test_rows_of_several_roles_are_those_of_each_alone(hosts: Hosts) -> None:
     both_hosts.check_rows(hosts)
 
 
+@pytest.mark.parametrize("number", range(len(STEERED)), ids=[mode for mode, *_ in STEERED])
+def test_a_negative_steers_both_hosts_alike(number: int, hosts: Hosts) -> None:
+    both_hosts_drawn.check_steered(hosts, number, STEERED[number], SHARE)
+
+
 @pytest.mark.parametrize("method", RUNS)
 def test_what_either_host_trains_both_load(method: str, hosts: Hosts) -> None:
     both_hosts.check_trained(hosts, method, PROMPTS, LAYERS, **ALIKE)
@@ -78,4 +88,3 @@ def test_both_hosts_train_one_control(hosts: Hosts) -> None:
 def test_captions_are_never_dropped_and_what_is_not_served_is_refused(hosts: Hosts) -> None:
     assert hosts.report["training"] is False
     assert "draws from 33 pixels on" in hosts.report["small"]
-    assert hosts.report["steered"].startswith("Negative Steering does not serve PixArt")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-EACH = ("sd15", "sd3", "flux", "flux2", "z_image")
+EACH = ("sd15", "sd3", "flux", "flux2", "z_image", "pixart")
 EXACT = 1e-5  # of the oracle's standard deviation
 
 
@@ -37,8 +37,9 @@ def test_one_row_a_step_at_cfg_1(told: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", EACH)
 @pytest.mark.parametrize("name", ["guided", "ranges", "zero_out", "areas", "deep_clone"])
 def test_every_network_beside(told: Any, name: str, kind: str) -> None:
-    """CFG, timestep ranges, ConditioningZeroOut, areas of the positive, deep clones: each as its own expectation."""
-    assert told[f"{name} {kind}"] < EXACT
+    """CFG, timestep ranges, ConditioningZeroOut, areas of the positive, deep clones: each as its own expectation. An
+    area of PixArt's smallest picture would be too small for it."""
+    assert (name, kind) == ("areas", "pixart") or told[f"{name} {kind}"] < EXACT
 
 
 @pytest.mark.parametrize("kind", EACH)
@@ -52,8 +53,9 @@ def test_half_precision_loses_no_more_than_the_plain_network(told: Any, kind: st
     assert max(told[f"dtypes {kind}"].values()) < 2
 
 
-def test_a_blocks_keys_of_the_negative_are_made_once_a_run_and_then_forgotten(told: Any) -> None:
-    count, gone = told["kept sd15"]
+@pytest.mark.parametrize("kind", ["sd15", "pixart"])
+def test_a_blocks_keys_of_the_negative_are_made_once_a_run_and_then_forgotten(told: Any, kind: str) -> None:
+    count, gone = told[f"kept {kind}"]
     assert count == [1, 2] and gone == [True, True]
 
 
@@ -109,7 +111,7 @@ WORDS = {
     "twice": ("already", "Combine"),
     "reference": ("reference pictures", "ReferenceLatent"),
     "not served: numbered": ("Flux", "positions", "FLUX.2"),
-    "not served: pixart": ("PixArt", "SD1.5"),
+    "not served: pixart alpha": ("PixArt-Alpha", "SD1.5", "PixArt-Sigma"),
     "not served: video unet": ("SVD", "video"),
     "dual guider": ("Dual CFG Guider", "Basic Guider"),
     "masked": ("masked",),

@@ -12,13 +12,13 @@ import pytest
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "wan"]
-NETWORKS += ["wan-i2v"]
+NETWORKS += ["wan-i2v", "pixart"]
 NETWORKS += ["wan-i2v without pictures", "flux with a reference picture", "flux2 with a reference picture"]
 NETWORKS += ["flux2, padded behind", "krea2 with a reference picture"]
 CHECKPOINTS = ["sd15 checkpoint", "sd3 checkpoint", "flux checkpoint"]
 TEXTS = ["longer", "equal", "together as long as the video"]
 LAYERS = ["sd15, decoder", "sdxl, decoder"]
-LENGTHS = [f"{kind}, {how}" for kind in ("sd15", "sd3", "flux", "flux2", "krea2", "wan") for how in TEXTS]
+LENGTHS = [f"{kind}, {how}" for kind in ("sd15", "sd3", "flux", "flux2", "krea2", "wan", "pixart") for how in TEXTS]
 
 
 @pytest.fixture(scope="module")

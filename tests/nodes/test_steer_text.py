@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
-LAYOUTS = ("sd15", "sdxl", "sd3", "sd3 without T5", "sd3 with T5 alone", "flux", "klein")
+LAYOUTS = ("sd15", "sdxl", "sd3", "sd3 without T5", "sd3 with T5 alone", "flux", "klein", "pixart")
 # own tokens of "", "a red dragon" by CLIP and by T5, with those that begin and end a text
 SHORT = {"sd15": (2, 5), "sdxl": (2, 5), "sd3": (3, 10), "sd3 without T5": (2, 5)}
-SHORT |= {"sd3 with T5 alone": (1, 5), "flux": (1, 5)}
+SHORT |= {"sd3 with T5 alone": (1, 5), "flux": (1, 5), "pixart": (1, 5)}
 # with klein's template: 3 before the text, 9 behind it
 SHORT |= {"klein": (12, 15)}
 

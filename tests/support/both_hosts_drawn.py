@@ -53,11 +53,11 @@ def diverse_told(
 
 
 @torch.no_grad()
-def check_steered(hosts: Hosts, number: int, told: Sequence[str]) -> None:
+def check_steered(hosts: Hosts, number: int, told: Sequence[str], share: float = SHARE) -> None:
     """x0 at one level away from a negative, by text encoders of both hosts."""
     host, mode, prompt, negative = hosts.host, *told
     schedule = host.denoiser.schedule
-    sigma = schedule.sigma_at(torch.tensor([1 - SHARE], dtype=torch.float64))
+    sigma = schedule.sigma_at(torch.tensor([1 - share], dtype=torch.float64))
     x, cond = hosts.inputs["x"][:1] * sigma.float(), host.encode([prompt], (32, 32))
     plain = host.denoiser(x, sigma, cond)
     with steered(host.pipe, negative, mode):

@@ -71,7 +71,10 @@ SVD = {
     **{"use_linear_in_transformer": True, "use_temporal_attention": True, "merge_strategy": "learned"},
     "extra_ff_mix_layer": True,
 }
-PIXART = {"hidden_size": 32, "depth": 1, "num_heads": 2, "input_size": 8, "caption_channels": 4096}
+PIXART = {
+    **{"hidden_size": 48, "depth": 2, "num_heads": 2, "input_size": 8, "caption_channels": 4096, "pe_interpolation": 1},
+    **{"micro_condition": False, "model_max_length": 300},
+}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd15": (supported.SD15, {**UNET, "context_dim": 768, "use_linear_in_transformer": False}),
     "inpaint": (supported.SD15, {**UNET, "in_channels": 9, "context_dim": 768, "use_linear_in_transformer": False}),
@@ -91,7 +94,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chroma": (supported.Chroma, CHROMA),
     "krea2": (supported.Krea2, KREA2),
     "numbered": (supported.Flux, {**FLUX, "vec_in_dim": None, "txt_ids_dims": [1, 2]}),
-    "pixart": (supported.PixArtAlpha, PIXART),
+    "pixart": (supported.PixArtSigma, PIXART),
+    "pixart alpha": (supported.PixArtAlpha, {**PIXART, "micro_condition": True}),
 }
 WIDTHS = {"sd15": 768, "inpaint": 768, "sd2": 1024, "sdxl": 2048, "z_image": 64, "qwen_image": 64, "lumina2": 64}
 WIDTHS |= dict.fromkeys(("flux2", "klein", "chroma", "krea2"), 64)
@@ -148,6 +152,7 @@ def empty_for(negative: Any) -> list[Any]:
 
 def shape_of(model: Any, side: int = 8) -> tuple[int, ...]:
     latent, network = model.model.latent_format, model.model.diffusion_model
+    side = max(side, 36) if hasattr(network, "t_block") else side  # PixArt's smallest picture
     picture = hasattr(network, "txt_in") or hasattr(network, "txtmlp")
     channels, frames = latent.latent_channels, 1 if picture else 2
     return (channels, frames, side, side) if latent.latent_dimensions == 3 else (channels, side, side)
@@ -228,6 +233,7 @@ def hooked(model: Any, negative: Tensor, form: dict[str, Any], extra: Any = None
     """
     network = model.model.diffusion_model
     embed = getattr(network, "text_embedding", lambda text: text)
+    embed = network.y_embedder.y_proj if hasattr(network, "t_block") else embed
     others = [
         negative,
         *(empty_for([[negative, {"pooled_output": negative}]])[0][:1] if form["mode"] == "perp" else ()),
@@ -239,7 +245,8 @@ def hooked(model: Any, negative: Tensor, form: dict[str, Any], extra: Any = None
         return pushed(form, look(q, *found) + added, *(look(q, *text) for text in refused))
 
     def hook(module: Any, given: Any, told: Any, out: Tensor) -> Tensor:
-        x, context = given[0], told.get("context", given[-1])
+        x, context = given[0], told["context"] if "context" in told else given[1]
+        context = context.reshape(len(x), -1, context.shape[2])  # PixArt's is all texts in a row
         pictures = told.get("context_img_len")
         against = (embed(other.to(context).expand(len(x), -1, -1)) for other in others)
         texts = (context if pictures is None else context[:, pictures:], *against)
@@ -249,7 +256,8 @@ def hooked(model: Any, negative: Tensor, form: dict[str, Any], extra: Any = None
             z = z + answer(q, *(of_pictures(module, text, q) for text in texts))
         elif hasattr(module, "k_img"):
             z = z + look(q, *of_pictures(module, context[:, :pictures], q))
-        return getattr(module, "to_out", getattr(module, "o", None))(z.to(x).transpose(1, 2).flatten(2))
+        last = next(getattr(module, name) for name in ("to_out", "o", "proj") if hasattr(module, name))
+        return last(z.to(x).transpose(1, 2).flatten(2))
 
     modules = [module for name, module in network.named_modules() if name.endswith(("attn2", "cross_attn"))]
     if form.get("layers") == "decoder":
@@ -267,6 +275,8 @@ def projected(module: Any, x: Tensor, text: Tensor) -> list[Tensor]:
     """A cross-attention's queries, keys and values, [B, H, L, D]."""
     if hasattr(module, "to_q"):
         made, heads = (module.to_q(x), module.to_k(text), module.to_v(text)), module.heads
+    elif hasattr(module, "kv_linear"):
+        made, heads = (module.q_linear(x), *module.kv_linear(text).chunk(2, -1)), module.num_heads
     else:
         made = (module.norm_q(module.q(x)), module.norm_k(module.k(text)), module.v(text))
         heads = module.num_heads

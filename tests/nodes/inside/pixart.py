@@ -1,5 +1,5 @@
-"""pixart.py FOLDER WORK: a tiny PixArt-Sigma in ComfyUI (support/comfy_both_hosts.py), texts of several lengths, and
-what is said of what it does not draw or serve."""
+"""pixart.py FOLDER WORK: a tiny PixArt-Sigma in ComfyUI (support/comfy_both_hosts.py), texts of several lengths, x0
+steered away from negatives, and what is said of what it does not draw."""
 
 import sys
 from pathlib import Path
@@ -9,11 +9,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
 import torch
 from comfy_both_hosts import alone, answer, load, measured, seen_by_head, told, trained
 from comfy_controlled import controlled
+from comfy_drawn import steered
 
 from onestep.core.errors import OneStepError
-from onestep.core.guidance import Steering
 from onestep.nodes.adapt import adapted
-from onestep.nodes.steer import steered_model
 
 
 def said(call):
@@ -25,15 +24,14 @@ def said(call):
 
 with torch.inference_mode():
     model, clip, vae = load()
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize("red"))
-    steered = said(lambda: steered_model(model, negative, Steering("nag")))
     with adapted(model, clip, vae) as host:
         out = alone(host)
         more, again = measured(host)
         more |= seen_by_head(host)
         report = {"family": host.family, "blocks": len(host.blocks), "again": again}
-        report |= {"small": said(lambda: host.latent_shape((32, 32))), "steered": steered}
+        report |= {"small": said(lambda: host.latent_shape((32, 32)))}
         report["training"] = host.network.training or host.network.y_embedder.training
     out |= controlled(model, clip, told["prompts"][0], torch.zeros(1, 4, 40, 40))
+    out |= {f"steered/{n}": steered(model, clip, *words) for n, words in enumerate(told["steered"])}
     report["files"] = trained(model, clip, vae)
 answer(out | more, report)

@@ -27,6 +27,7 @@ from onestep.core.guidance import DEFAULTS, Steering
 from onestep.nodes.steer import NegativeSteeringNode, steered_model
 
 JOINT = ("sd3", "flux", "flux2", "z_image")
+CROSS = ("sd15", "pixart")
 SHARES = (0.1, 0.4, 0.6, 0.9)
 told = {}
 
@@ -55,7 +56,7 @@ def texts(kind):
     return condition(kind, 9, 1), condition(kind, 5, 2), condition(kind, 9, 4)
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def neutral(kind, model):
     """Bit for bit the plain MODEL's, and no patch on it."""
     positive, negative, _ = texts(kind)
@@ -66,7 +67,7 @@ def neutral(kind, model):
     return all(torch.equal(x0_of(one, positive), plain) and not any(one.wrappers.values()) for one in off)
 
 
-@case("sd15", *JOINT, "wan")
+@case(*CROSS, *JOINT, "wan")
 def defaults(kind, model):
     """0 of the scale, tau and alpha is the model's family's own."""
     positive, negative, _ = texts(kind)
@@ -79,7 +80,7 @@ def defaults(kind, model):
     return all(found)
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def no_leak(kind, model):
     positive, one, two = texts(kind)
     plain = x0_of(model, positive)
@@ -91,7 +92,7 @@ def no_leak(kind, model):
     return all(again) and apart(first, second) > 0.01 and apart(first, plain) > 0.01
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def forwards(kind, model):
     """The batch of each forward at CFG 1: one row a step."""
     positive, negative, _ = texts(kind)
@@ -106,7 +107,7 @@ def forwards(kind, model):
     return seen
 
 
-@case("sd15")
+@case(*CROSS)
 def kept(kind, model):
     """How often a block makes the negative's keys in a run; they are gone with the run, however that ends."""
     positive, negative, _ = texts(kind)
@@ -120,9 +121,10 @@ def kept(kind, model):
             raise KeyboardInterrupt
         return executor(x, t, *args, **kwargs)
 
-    handle = (
-        model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.register_forward_hook(watch)
-    )
+    network = model.model.diffusion_model
+    block = network.blocks[0] if kind == "pixart" else network.input_blocks[1][1].transformer_blocks[0]
+    layer = block.cross_attn.kv_linear if kind == "pixart" else block.attn2.to_k
+    handle = layer.register_forward_hook(watch)
     x0_of(clone, positive, shares=SHARES)
     count, broken = len(made), clone.clone()
     broken.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "fail", fail)
@@ -135,7 +137,7 @@ def kept(kind, model):
     return count, [one() is None for one in made]
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def guided(kind, model):
     """With CFG on: the positive's rows are steered, the others are the plain MODEL's, in one batch or in two."""
     positive, negative, other = texts(kind)
@@ -166,7 +168,7 @@ def said(kind, model):
     return count
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def ranges(kind, model):
     """Outside the range bit for bit the plain network; the negative's own ranges act as ours; several texts join."""
     positive, one, two = texts(kind)
@@ -188,7 +190,7 @@ def ranges(kind, model):
     return apart(x0_of(by("perp", model, one + alike), positive), x0_of(by("perp", model, joined), positive))
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def zero_out(kind, model):
     """ConditioningZeroOut is a negative like any other, but for VSF; against itself nothing breaks."""
     positive, negative, _ = texts(kind)
@@ -205,7 +207,7 @@ def zero_out(kind, model):
     return max(found)
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def batches(kind, model):
     """Different prompts, and different negatives, in one batch: each row as if it were alone."""
     noise = noise_of(model, 2)
@@ -352,7 +354,7 @@ def weight_hooks(kind, model):
     return max(apart(x0[i], expected[i]) for i in range(len(SHARES)))
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def deep_clone(kind, model):
     """Modules are those of the network that runs."""
     positive, negative, _ = texts(kind)
@@ -360,7 +362,7 @@ def deep_clone(kind, model):
     return apart(x0_of(clone.clone(force_deepcopy=True), positive), x0_of(clone, positive))
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def training(kind, model):
     """Not active inside training."""
     positive, negative, _ = texts(kind)
@@ -371,7 +373,7 @@ def training(kind, model):
         management.in_training = False
 
 
-@case("sd15", *JOINT)
+@case(*CROSS, *JOINT)
 def dtypes(kind, model):
     """In half precision as near to float32 as the plain network is, or nearly."""
     positive, negative, _ = texts(kind)

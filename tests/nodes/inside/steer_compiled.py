@@ -54,6 +54,7 @@ with torch.inference_mode():
     told["sd15"] = measured("sd15", False, ("nasa", "vsf", "perp"))
     told["flux"] = measured("flux", False, ("vsf", "nag"))
     told["flux2"] = measured("flux2", False, ("vsf", "nag"))
+    told["pixart"] = measured("pixart", False, ("nag", "vsf"))
     told["wan"] = measured("wan", False, ("nasa",))
     told["sd3"] = measured("sd3", False, ("nag", "perp"))
     told["sd3 guarded"] = measured("sd3", True, ("nag",))

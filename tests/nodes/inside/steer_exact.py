@@ -15,6 +15,7 @@ from onestep.core.guidance import Steering
 from onestep.nodes.steer import steered_model
 
 NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "wan")
+NETWORKS += ("pixart",)
 LENGTHS = {"longer": (5, 9), "equal": (7, 7), "together as long as the video": (20, 12)}
 
 
@@ -72,7 +73,7 @@ with torch.inference_mode():
     for kind in ("sd15", "sdxl"):
         behind = {name: {**form, "layers": "decoder"} for name, form in FORMS.items()}
         found[f"{kind}, decoder"] = {name: measured(tiny(kind), kind, form) for name, form in behind.items()}
-    for kind in ("sd15", "sd3", "flux", "flux2", "krea2", "wan"):
+    for kind in ("sd15", "sd3", "flux", "flux2", "krea2", "wan", "pixart"):
         model = tiny(kind)
         for name, lengths in LENGTHS.items():
             found[f"{kind}, {name}"] = {"nag": measured(model, kind, FORMS["nag"], lengths)}

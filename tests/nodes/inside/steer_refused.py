@@ -76,7 +76,7 @@ for start, end in ((0.5, 0.5), (0.7, 0.2), (NAN, 1.0), (0.0, NAN), (-0.1, 1.0)):
     refused(f"range {start} {end}", lambda start=start, end=end: steered("sd15", start_percent=start, end_percent=end))
 twice = condition("sd15", 5, 2)
 refused("twice", lambda: NegativeSteeringNode.execute(steered("sd15"), twice, **FIELDS))
-for kind in ("numbered", "pixart", "video unet"):
+for kind in ("numbered", "pixart alpha", "video unet"):
     refused(f"not served: {kind}", lambda kind=kind: steered(kind))
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models_base
 import comfy.text_encoders.flux
+import comfy.text_encoders.pixart_t5
 import comfy.text_encoders.sd3_clip
 import torch
 from comfy_steering import fill
@@ -41,6 +42,7 @@ LAYOUTS = {
     "sd3 with T5 alone": (sd3.SD3Tokenizer, sd3.sd3_clip(False, False, dtype_t5=torch.float32)),
     "flux": (flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float32)),
     "klein": (flux.KleinTokenizer, flux.klein_te()),
+    "pixart": (comfy.text_encoders.pixart_t5.PixArtTokenizer, comfy.text_encoders.pixart_t5.pixart_te(torch.float32)),
 }
 LONG = "a very old lighthouse in a storm by the sea, " * 9
 TEXTS = {"empty": "", "short": "a red dragon", "weighed": "a (red:1.3) dragon", "long": LONG}
@@ -63,6 +65,8 @@ def by_hand(clip, name, text):
         return model.encode_token_weights(
             {"qwen3_4b": [[pair for pair in tokens["qwen3_4b"][0] if pair[0] != 151643]]}
         )[0]
+    if name == "pixart":
+        return model.encode_token_weights({"t5xxl": [[pair for pair in tokens["t5xxl"][0] if pair[0] != 0]]})[0]
     batches = tokens["l"]
     ends = [next(i for i, pair in enumerate(batch) if pair[0] == 49407) + 1 for batch in batches]
     short = [[pair for pair in batch if pair[0] != 0] for batch in tokens.get("t5xxl", [])]
