@@ -41,7 +41,8 @@ class CrossTexts:
         blocks."""
         text, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
         self.run.positive_tokens, self.run.positive_lengths = text.shape[1], None
-        if self.run.steering.mode == "vsf" and mask is not None:  # one softmax over both texts' own tokens
+        if self.run.steering.mode == "vsf" and mask is not None and mask.ndim == 2:
+            # one softmax over both texts' own tokens
             self.run.positive_lengths = shown(mask, text.shape[1])
         if path := FAMILIES[self.family].text_embedder:
             embedder, like = self.network.get_submodule(path), given["encoder_hidden_states"]
@@ -126,7 +127,7 @@ def _seen(given: Given) -> tuple[Tensor, tuple[int, ...] | None, Given]:
 def shown(mask: Tensor, tokens: int) -> tuple[int, ...]:
     """How many tokens each row of a mask [B, L] begins with, of a text's. OneStepError for any other mask."""
     seen = mask[:, :tokens].bool()
-    if mask.ndim != 2 or bool((seen[:, 1:] & ~seen[:, :-1]).any()) or not bool(seen[:, 0].all()):
+    if bool((seen[:, 1:] & ~seen[:, :-1]).any()) or not bool(seen[:, 0].all()):
         raise OneStepError(
             "steering cannot follow a mask that hides tokens of a prompt before others: give texts that are filled up "
             "behind their own tokens, as this pipeline's encode_prompt does"

@@ -146,6 +146,9 @@ def test_a_mask_with_holes_is_refused_by_vsf_alone() -> None:
         run("pixart", network, **told)
     with away(pipe, texts(1, 4), "nag"):
         run("pixart", network, **told)
+    added = torch.zeros(2, 1, 5, dtype=torch.float64)  # to the scores
+    with away(pipe, texts(1, 4), "vsf"), pytest.raises(OneStepError, match="VSF cannot follow a mask"):
+        run("pixart", network, encoder_attention_mask=added)
 
 
 CALL: dict[str, Any] = {"width": 40, "height": 48, "output_type": "latent"}
