@@ -30,7 +30,7 @@ from .plan.run import laid_out
 from .runs import candidates
 from .runs.config import config_of, first_notes
 from .runs.made import Writer
-from .runs.run import STOP, NotSaved, Run, leave
+from .runs.run import CONTINUE, STOP, NotSaved, Run, leave
 from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
@@ -75,7 +75,7 @@ def distil(
         method = METHODS[settings.method]
         initial = initial_state(host, settings, takes_over=method.recipe is recipe_of)
         check_base(host, settings)
-        method.check(host, settings)
+        method.check_all(host, settings, existing == CONTINUE and bool(Run(folder).states()))
         refuse_missing(settings)
         config = config_of(host, prompts, settings, ended(host, settings, method.recipe(host, settings)))
         config |= {"origin": dict(origin)} if origin else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,47 @@ def test_a_run_goes_on_without_a_picture_that_it_has(tmp_path: Path) -> None:
     run(tmp_path / "cut" / "run", settings, existing="continue")
     whole, cut = left(tmp_path / "whole" / "run"), left(tmp_path / "cut" / "run")
     assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]
+
+
+def gone(own: Path) -> None:
+    shutil.rmtree(own)
+
+
+def others(own: Path) -> None:
+    (own / "0.txt").write_text("another thing")
+    (own / "1.png").unlink()
+    Image.new("RGB", (32, 32)).save(own / "9.png")
+    (own / "9.txt").write_text("a new picture")
+
+
+def faulty(own: Path) -> None:
+    (own / "0.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (gone, "which is no folder that can be read"),
+        (others, "there are now 1 missing ('1.png'), 1 new ('9.png'), 1 captioned otherwise ('0.png'). Begin another"),
+        (faulty, "now the picture '0.png' has no caption"),
+    ],
+)
+def test_what_has_become_of_the_folder_is_said_and_changes_nothing(change: Any, words: str, tmp_path: Path) -> None:
+    """Of a run that goes on, which has kept its pictures and captions; a new one is refused without."""
+    settings, said = tuned(pictures_in(tmp_path / "own")), []
+    run(tmp_path / "whole" / "run", settings)
+    with pytest.raises(Cancelled):
+        run(tmp_path / "cut" / "run", settings, host=SmallHost(on_poll=at_call(21, Cancelled())))
+    change(tmp_path / "own")
+    run(tmp_path / "cut" / "run", settings, existing="continue", report=lambda progress: said.append(progress.notes))
+    whole, cut = left(tmp_path / "whole" / "run"), left(tmp_path / "cut" / "run")
+    assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]
+    (note,) = {note for notes in said for note in notes if "that it began with" in note}
+    assert words in note
+    if change is not others:
+        with pytest.raises(OneStepError, match=words.removeprefix("now ")):
+            run(tmp_path / "new", settings, existing="continue")
+        assert not (tmp_path / "new").exists()
 
 
 def test_without_its_caption_a_picture_has_an_empty_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core import randomness
 from ...core.errors import OneStepError
+from ...core.memory import notice
 from ...core.sending import sent
 from ...core.tensor_file import map_tensors, write_tensors
 from ...core.whole_file import write_whole
@@ -177,8 +178,26 @@ class CaptionedPictures:
 
     def prepare(self) -> None:
         """Encode all of it now: a fault of one picture is known before a night has passed. Of several processes the
-        first does it; what asks later, maybe in one of them alone, finds it made."""
+        first does it; what asks later, maybe in one of them alone, finds it made. Says what is no longer in the
+        person's folder as the run has it."""
+        if (self.folder / LIST).is_file() and (change := self._change()):
+            notice(f"the run goes on with the pictures and captions that it began with: {change}")
         with processes.first_alone():
             for size in dict.fromkeys(one.size for one in self.every):
                 self._of(size)
             self.texts  # noqa: B018  (read once)
+
+    def _change(self) -> str:
+        """How the person's folder differs from what the run has of it, in words; "" where it does not."""
+        try:
+            now = {one.path.name: one.caption for one in captioned(self.setup.host, self.setup.settings)}
+        except OneStepError as error:
+            return f"now {error}"
+        kept = {one.path.name: one.caption for one in self.every}
+        told = {
+            "missing": kept.keys() - now.keys(),
+            "new": now.keys() - kept.keys(),
+            "captioned otherwise": {name for name in kept.keys() & now.keys() if kept[name] != now[name]},
+        }
+        words = ", ".join(f"{len(names)} {what} ({min(names)[:60]!r})" for what, names in told.items() if names)
+        return f"in the folder there are now {words}. Begin another run to learn from it as it is" if words else ""

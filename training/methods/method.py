@@ -33,9 +33,10 @@ class Method:
     settings: its own, a frozen dataclass (see `settings.NoSettings`).
     adapter: (host, settings) -> a new adapter module that learns in place of the student's factors; None for a LoRA.
     recipe: how the student draws. reference: what the watch compares it with.
-    check: raises OneStepError for settings that it cannot do with this host. note: what a run tells of its settings as
-    it begins, or nothing. adjustable: settings that may be others when a run is continued. guidance_input: whether the
-    student is given the guidance of each sample as a condition.
+    check: raises OneStepError for settings that it cannot do with this host. check_files: the same for a person's files
+    that it reads as a run begins, and not where one goes on, which has kept what it has read. note: what a run tells of
+    its settings as it begins, or nothing. adjustable: settings that may be others when a run is continued.
+    guidance_input: whether the student is given the guidance of each sample as a condition.
     """
 
     name: str
@@ -48,9 +49,16 @@ class Method:
     recipe: Callable[[Host, Settings], Recipe] = recipe_of
     reference: Callable[[Setup], Reference] = by_teacher
     check: Callable[[Host, Settings], None] = nothing_to_check
+    check_files: Callable[[Host, Settings], None] = nothing_to_check
     note: Callable[[Settings], str] = nothing_to_say
     adjustable: tuple[str, ...] = ("steps", "pairs")
     guidance_input: bool = False
+
+    def check_all(self, host: Host, settings: Settings, goes_on: bool) -> None:
+        """goes_on: whether the run that it is checked for is one that was begun before."""
+        self.check(host, settings)
+        if not goes_on:
+            self.check_files(host, settings)
 
     @property
     def makes(self) -> str:

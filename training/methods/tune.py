@@ -130,11 +130,15 @@ def recipe(host: Host, settings: Settings) -> Recipe:
 
 
 def check(host: Host, settings: Settings) -> None:
-    """Raises OneStepError without pictures, and for one that has no caption or fits no size."""
+    """Raises OneStepError where no pictures are named."""
     if not settings.own.pictures:
         raise OneStepError("tune learns from your pictures, and pictures is empty: give the folder that they lie in")
-    captioned(host, settings)
     recipe(host, settings)
+
+
+def check_files(host: Host, settings: Settings) -> None:
+    """Raises OneStepError without pictures, and for one that has no caption or fits no size."""
+    captioned(host, settings)
 
 
 def before(setup: Setup) -> str:
@@ -201,4 +205,5 @@ METHOD = Method(
     recipe=recipe,
     reference=by_pictures,
     check=check,
+    check_files=check_files,
 )
