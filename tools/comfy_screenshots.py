@@ -70,6 +70,8 @@ OWN_FILES = (
     "diffusion_models/Chroma1-HD-fp8mixed.safetensors",
     "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors",
     *("diffusion_models/lumina_2_model_bf16.safetensors", "text_encoders/gemma_2_2b_fp16.safetensors"),
+    *("diffusion_models/PixArt-Sigma-XL-2-512-MS.safetensors", "text_encoders/t5xxl_fp16.safetensors"),
+    "vae/sdxl_vae.safetensors",
     *("diffusion_models/krea2_raw_fp8_scaled.safetensors", "text_encoders/qwen3vl_4b_fp8_scaled.safetensors"),
 )
 # What a user gets wrong: which node's widgets are set to what. Two are refused as they are queued, one as it runs.

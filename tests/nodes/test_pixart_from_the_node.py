@@ -13,6 +13,7 @@ import torch
 from comfy_graphs import ADAPTER, distil, ksampler, latents, text
 from diffusers import DiffusionPipeline
 from from_the_node import SEED, Facts, Sister
+from own_workflow import check_drawn, cut_short
 
 from onestep.pipelines.guidance_adapter import load_guidance_adapter
 
@@ -108,3 +109,11 @@ def test_a_guidance_adapter_draws_one_picture(folder: Path, comfy_server: Any) -
     assert float((drawn["guided"] - theirs).abs().max()) < 1e-4 * scale
     wanted = away + 3 * (drawn["guided"] - away)
     assert float((drawn["with CFG"] - wanted).abs().max()) < 1e-4 * scale
+
+
+def test_the_workflow_trains_and_draws(folder: Path, comfy_server: Any, root: Path) -> None:
+    """Workflow 21 with the tiny folder in the place of a person's files, cut short."""
+    told = cut_short(root, "21 distil PixArt-Sigma", folder)
+    (trainer,) = (node["inputs"] for node in told.values() if node["class_type"] == "OneStepDistil")
+    trainer["sizes"] = PIXART.sizes
+    check_drawn(comfy_server, told)

@@ -28,6 +28,7 @@ OWN = (
     "16 distil Chroma",
     "17 distil Lumina 2",
     "18 distil Wan",
+    "21 distil PixArt-Sigma",
 )
 OWN_LOADERS = {"UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "VAELoader": "vae"}
 """What loads a person's own files in those, and from which folder of models."""
