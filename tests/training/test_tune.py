@@ -253,11 +253,11 @@ def test_a_preset_says_how_it_is_drawn(folder: Path) -> None:
 
 def refused(folder: Path, match: str, **changes: Any) -> None:
     with pytest.raises(OneStepError, match=match):
-        METHODS["tune"].check(SmallHost(), tuned(folder, **changes))
+        METHODS["tune"].check_all(SmallHost(), tuned(folder, **changes), False)
 
 
 def test_what_it_cannot_learn_from_is_refused(folder: Path, tmp_path: Path) -> None:
-    METHODS["tune"].check(SmallHost(), tuned(folder))
+    METHODS["tune"].check_all(SmallHost(), tuned(folder), False)
     with pytest.raises(OneStepError, match="pictures is empty: give the folder"):
         METHODS["tune"].check(SmallHost(), settings_for("tune"))
     refused(tmp_path / "none", "pictures is .*none', which is no folder")
@@ -265,7 +265,7 @@ def test_what_it_cannot_learn_from_is_refused(folder: Path, tmp_path: Path) -> N
     refused(tmp_path / "empty", "pictures is .*empty', a folder with no pictures in it")
     (folder / "3.txt").unlink()
     refused(folder, r"the picture '3.png' has no caption: write what it shows into '3.txt' beside it, or set caption")
-    METHODS["tune"].check(SmallHost(), tuned(folder, caption="a colour"))
+    METHODS["tune"].check_all(SmallHost(), tuned(folder, caption="a colour"), False)
     (folder / "3.txt").write_bytes(b"\xff\xfe\x00")
     refused(folder, "the caption '3.txt' cannot be read .it is no UTF-8 text.: save it as UTF-8")
     (folder / "3.txt").write_text("x" * 5000)
