@@ -250,6 +250,10 @@ def flux_width(network: Any) -> int:
     return int(network.txt_in.in_features)
 
 
+def pixart_width(network: Any) -> int:
+    return int(network.y_embedder.y_proj.fc1.in_features)
+
+
 SERVED: dict[type, tuple[Served, ...]] = {
     UNetModel: (Served("unet", unet_width, steer_unet, why_not_unet),),
     OpenAISignatureMMDITWrapper: (Served("sd3", sd3_width, steer_sd3, why_not_sd3, keywords=False, pooled=True),),
@@ -271,12 +275,7 @@ SERVED: dict[type, tuple[Served, ...]] = {
     ),
     WanModel: (Served("wan", lambda network: int(network.text_dim), partial(steer_cross, when="after")),),
     QwenImageTransformer2DModel: (Served("qwen_image", flux_width, steer_qwen, why_not_qwen),),
-    PixArtMS: (
-        Served(
-            *("pixart", lambda network: int(network.y_embedder.y_proj.fc1.in_features), steer_hooked, why_not_pixart),
-            **{"within": hooked_cross, "hooked": True},
-        ),
-    ),
+    PixArtMS: (Served("pixart", pixart_width, steer_hooked, why_not_pixart, within=hooked_cross, hooked=True),),
     SingleStreamDiT: (Served("krea2", lambda network: int(network.txtlayers * network.txtdim), steer_krea2),),
 }
 """By a network's class; one of several that serves it."""
