@@ -1,0 +1,188 @@
+"""The run of a consistency method: pictures, noised to a time of a trajectory, and `trajectory.TwoTimes` on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...core.errors import OneStepError
+from ...core.recipe import Recipe
+from ..data.captioned_pictures import CaptionedPictures, captioned
+from ..data.pairs import Pairs
+from ..engine.batch import Batch
+from ..engine.inputs import recipe_of
+from ..engine.setup import Setup
+from ..engine.student import STUDENT
+from ..engine.turns import Phase, Plan, Turn, learning
+from ..host import Host
+from ..settings import Settings, need_steps, setting
+from .trajectory import Distance, Grid, Huber, Noised, Start, TeacherSteps, TwoTimes, square
+
+Objective = Callable[[float], TwoTimes]
+"""How far the run has come, 0 to 1 -> the method's choice of plug-ins."""
+Source = Callable[[Batch, int], tuple[Batch, Start]]
+"""(batch, update) -> (the samples that it learns from, where their trajectories are looked at)."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Which pictures a trajectory leads to. needs_pictures: whether it must be a person's own."""
+
+    needs_pictures: ClassVar[bool] = False
+
+    pictures: str = setting(
+        "",
+        "A folder of your pictures, each with its caption in a .txt file of its name, to learn from; empty = the "
+        "teacher's own pictures of the prompts.",
+    )
+    caption: str = setting("", "The caption of pictures without a .txt file; empty = each needs one.")
+
+    def check(self, run: Settings) -> None:
+        need_steps(run)
+
+
+@dataclass(frozen=True)
+class ConsistencySettings(SourceSettings):
+    """The solver between two times, and how its ends are compared."""
+
+    solver_steps: int = setting(
+        48,
+        "Steps of the teacher's solver from the student's first level to a picture, of which a pair of times is one "
+        "apart; rounded up to as many for each of the student's steps.",
+        1,
+        1000,
+    )
+    guidance_low: float = setting(
+        0.0, "Least guidance of the solver's steps, drawn for each sample; 0 = the run's guidance.", 0, 30
+    )
+    guidance_high: float = setting(0.0, "Greatest guidance of the solver's steps; 0 = the run's guidance.", 0, 30)
+    distance: str = setting(
+        "huber",
+        "How two answers are compared: huber = about by the sum of their differences, l2 = by the square.",
+        choices=("huber", "l2"),
+    )
+    distance_width: float = setting(
+        1e-3, "Difference, in units of the latents, below which huber counts squares.", 1e-6, 10
+    )
+
+    def check(self, run: Settings) -> None:
+        super().check(run)
+        low, high = scales(run)
+        if low > high:
+            raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
+
+
+def scales(settings: Settings) -> tuple[float, float]:
+    """Least and greatest guidance of the solver's steps."""
+    own = settings.own
+    return own.guidance_low or settings.guidance, own.guidance_high or settings.guidance
+
+
+def distance_of(settings: Settings) -> Distance:
+    return Huber(settings.own.distance_width) if settings.own.distance == "huber" else square
+
+
+def solver_of(setup: Setup, eta: float = 0.0) -> TeacherSteps:
+    """The teacher's steps, guided where the base has a null condition."""
+    guided = setup.denoise.guidance == "cfg"
+    return TeacherSteps(*(scales(setup.settings) if guided else (1.0, 1.0)), eta=eta)
+
+
+def grid_of(setup: Setup, parts: int = 1) -> Grid:
+    """The solver's levels: each of the student's steps in as many, and these in a multiple of ``parts``."""
+    wanted = -(-setup.settings.own.solver_steps // (setup.recipe.steps * parts))
+    return Grid(setup.recipe, wanted * parts)
+
+
+def check_consistency(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where guidance is drawn that the base does not have, and for pictures that cannot be read."""
+    own = settings.own
+    if host.denoiser.guidance != "cfg" and (own.guidance_low or own.guidance_high):
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so its solver's guidance cannot be drawn: set guidance_low "
+            "and guidance_high to 0"
+        )
+    check_source(host, settings)
+
+
+def check_source(host: Host, settings: Settings) -> None:
+    """Raises OneStepError for pictures that cannot be read or have no caption, and where there must be some."""
+    own = settings.own
+    if own.pictures:
+        captioned(host, settings)
+    elif own.needs_pictures:
+        raise OneStepError(
+            f"{settings.method} learns from your pictures, and pictures is empty: give the folder that they lie in"
+        )
+
+
+# -- where trajectories begin -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures with fresh noise: a person's own under their captions, or the teacher's."""
+
+    own: CaptionedPictures | None
+    pairs: Pairs
+
+    def draw(self, batch: Batch, update: int) -> tuple[Batch, Tensor]:
+        """(samples like ``batch``, their pictures [B, C, h, w])."""
+        if self.own is not None:
+            drawn, x0 = self.own.draw(batch)
+            return replace(drawn, sliced=batch.sliced), x0
+        drawn, (_, x0) = self.pairs.draw(batch, update)
+        return replace(drawn, sliced=batch.sliced), x0
+
+    def __call__(self, batch: Batch, update: int) -> tuple[Batch, Start]:
+        drawn, x0 = self.draw(batch, update)
+        return drawn, Noised(x0, drawn.normal("trajectory noise"), drawn.uniform("trajectory time"))
+
+    @property
+    def fresh(self) -> tuple[int, float]:
+        """Updates in which pictures are made, and what a sample's costs."""
+        return (0, 0.0) if self.own is not None else (self.pairs.blocks, self.pairs.solve_cost)
+
+
+def pictures_of(setup: Setup) -> Pictures:
+    """As the settings name them; a person's own are encoded now."""
+    own = None
+    if setup.settings.own.pictures:
+        own = CaptionedPictures(setup)
+        own.prepare()
+    return Pictures(own, Pairs(setup.host, setup.prompts, setup.settings, setup.folder / "pairs"))
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def consistency(
+    setup: Setup,
+    objective: Objective,
+    cost: float,
+    source: Source,
+    fresh: tuple[int, float] = (0, 0.0),
+    null_rate: float = 0.0,
+) -> Plan:
+    """The plan of such a run. cost: forwards of a sample from x_t to x_r and of the target. fresh: `Phase.fresh` and its
+    cost. null_rate: the share of samples that learn the null condition in their prompt's place."""
+    settings, denoise = setup.settings, setup.denoise
+
+    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        drawn, start = source(batch, update)
+        drawn = drawn.with_nulls(null_rate, "trajectory null")
+        value = objective(update / settings.steps)(denoise, drawn, start)
+        (share * value).backward()
+        return {"consistency": value.detach() / torch.Size(drawn.shape).numel()}
+
+    turn = Turn(STUDENT, loss, settings.learning_rate)
+    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], learning(settings) + cost, *fresh)])
+
+
+def deterministic(host: Host, settings: Settings) -> Recipe:
+    """The student's steps, each from where the one before led: no noise between them."""
+    return replace(recipe_of(host, settings), renoise=False)
