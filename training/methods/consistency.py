@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..engine.setup import Setup
 from ..engine.student import STUDENT
 from ..engine.turns import Phase, Plan, Turn, learning
 from ..host import Host
-from ..settings import Settings, need_steps, setting
+from ..settings import NoSettings, Settings, setting
 from .trajectory import Distance, Grid, Huber, Noised, Start, TeacherSteps, TwoTimes, square
 
 Objective = Callable[[float], TwoTimes]
@@ -29,10 +30,8 @@ Source = Callable[[Batch, int], tuple[Batch, Start]]
 
 
 @dataclass(frozen=True)
-class SourceSettings:
-    """Which pictures a trajectory leads to. needs_pictures: whether it must be a person's own."""
-
-    needs_pictures: ClassVar[bool] = False
+class SourceSettings(NoSettings):
+    """Which pictures a trajectory leads to."""
 
     pictures: str = setting(
         "",
@@ -41,12 +40,9 @@ class SourceSettings:
     )
     caption: str = setting("", "The caption of pictures without a .txt file; empty = each needs one.")
 
-    def check(self, run: Settings) -> None:
-        need_steps(run)
-
 
 @dataclass(frozen=True)
-class ConsistencySettings(SourceSettings):
+class SolverSettings(NoSettings):
     """The solver between two times, and how its ends are compared."""
 
     solver_steps: int = setting(
@@ -76,6 +72,11 @@ class ConsistencySettings(SourceSettings):
             raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
 
 
+@dataclass(frozen=True)
+class ConsistencySettings(SolverSettings, SourceSettings):
+    """Of a method that has both."""
+
+
 def scales(settings: Settings) -> tuple[float, float]:
     """Least and greatest guidance of the solver's steps."""
     own = settings.own
@@ -92,32 +93,33 @@ def solver_of(setup: Setup, eta: float = 0.0) -> TeacherSteps:
     return TeacherSteps(*(scales(setup.settings) if guided else (1.0, 1.0)), eta=eta)
 
 
-def grid_of(setup: Setup, parts: int = 1) -> Grid:
-    """The solver's levels: each of the student's steps in as many, and these in a multiple of ``parts``."""
-    wanted = -(-setup.settings.own.solver_steps // (setup.recipe.steps * parts))
-    return Grid(setup.recipe, wanted * parts)
+def grid_of(setup: Setup, phases: int = 1) -> Grid:
+    """The solver's levels: as many in each of the student's steps, and in each of ``phases``."""
+    steps = setup.recipe.steps
+    multiple = phases // math.gcd(phases, steps)
+    return Grid(setup.recipe, multiple * -(-setup.settings.own.solver_steps // (steps * multiple)))
 
 
 def check_consistency(host: Host, settings: Settings) -> None:
     """Raises OneStepError where guidance is drawn that the base does not have, and for pictures that cannot be read."""
+    check_solver(host, settings)
+    check_source(host, settings)
+
+
+def check_solver(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where guidance is drawn that the base does not have."""
     own = settings.own
     if host.denoiser.guidance != "cfg" and (own.guidance_low or own.guidance_high):
         raise OneStepError(
             f"{host.name} has no trained null condition, so its solver's guidance cannot be drawn: set guidance_low "
             "and guidance_high to 0"
         )
-    check_source(host, settings)
 
 
 def check_source(host: Host, settings: Settings) -> None:
-    """Raises OneStepError for pictures that cannot be read or have no caption, and where there must be some."""
-    own = settings.own
-    if own.pictures:
+    """Raises OneStepError for pictures that cannot be read or have no caption."""
+    if settings.own.pictures:
         captioned(host, settings)
-    elif own.needs_pictures:
-        raise OneStepError(
-            f"{settings.method} learns from your pictures, and pictures is empty: give the folder that they lie in"
-        )
 
 
 # -- where trajectories begin -----------------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ def consistency(
     fresh: tuple[int, float] = (0, 0.0),
     null_rate: float = 0.0,
 ) -> Plan:
-    """The plan of such a run. cost: forwards of a sample from x_t to x_r and of the target. fresh: `Phase.fresh` and its
-    cost. null_rate: the share of samples that learn the null condition in their prompt's place."""
+    """The plan of such a run. cost: forwards of a sample from x_t to x_r and of the target. fresh: `Phase.fresh` and
+    its cost. null_rate: the share of samples that learn the null condition in their prompt's place."""
     settings, denoise = setup.settings, setup.denoise
 
     def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:

@@ -21,15 +21,14 @@ from .consistency import (
 from .method import Method
 from .trajectory import TwoTimes
 
-DATA = 0.5
-"""sigma_data of the skip scalings, and 10, by which a time 0 to 1000 is multiplied: of diffusers' LCM scripts."""
-TIMES = 10.0
+DATA, TIMES = 0.5, 10.0
+"""sigma_data of the skip scalings, and by what a time 0 to 999 is multiplied in them: diffusers' and the authors'."""
 
 
 def with_skip(schedule: NoiseSchedule, x: Tensor, x0: Tensor, sigma: Tensor, s: Tensor) -> Tensor:
     """f = c_skip x + c_out D,  c_skip = d^2 / (t^2 + d^2),  c_out = t / sqrt(t^2 + d^2) (arXiv:2310.04378, Eq. 8, with
     the picture's boundary at time 0)."""
-    t = TIMES * 1000 * schedule.share_of(sigma)
+    t = TIMES * 999 * schedule.share_of(sigma)
     c_skip, c_out = DATA**2 / (t**2 + DATA**2), t / torch.sqrt(t**2 + DATA**2)
     return expand(c_skip, x) * x + expand(c_out, x) * x0
 

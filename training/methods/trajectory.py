@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -118,7 +119,7 @@ class TwoTimes:
 # -- times ------------------------------------------------------------------------------------------------------------
 
 End = Callable[[Batch, Tensor, Tensor, int], Tensor]
-"""(batch, the indices [B] of t and of r, the last index) -> that of s [B]. Where it comes before r, r is drawn to it."""
+"""(batch, the indices [B] of t and of r, the last index) -> that of s [B], beyond which r does not go."""
 
 
 def to_the_picture(batch: Batch, at: Tensor, after: Tensor, last: int) -> Tensor:
@@ -193,7 +194,8 @@ class TeacherSteps:
         with denoise.roles.use(TEACHER):
             for step, (sigma, lower) in enumerate(pairwise(span.path)):
                 x0 = guided(denoise, x, sigma, batch.cond, batch.nulls(), w)
-                moved = noisy_jump(schedule, x, x0, sigma, lower, self.eta, lambda at=step: batch.normal(f"solver {at}"))
+                draw = partial(batch.normal, f"solver {step}")
+                moved = noisy_jump(schedule, x, x0, sigma, lower, self.eta, draw)
                 # a path that is at its end stays there
                 x = torch.where(expand(lower < sigma, x) > 0, moved, x)
         return x
@@ -247,9 +249,11 @@ def square(answer: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WholeHuber:
-    """sqrt(|a - b|^2 + c^2) - c of the whole sample (iCT, arXiv:2310.14189, Eq. 7)."""
+    """sqrt(|a - b|^2 + c^2) - c of the whole sample of d elements, c = ``width`` sqrt(d) (iCT, arXiv:2310.14189,
+    Eq. 7, whose width is 0.00054)."""
 
-    c: float
+    width: float
 
     def __call__(self, answer: Tensor, target: Tensor) -> Tensor:
-        return torch.sqrt(square(answer, target) + self.c**2) - self.c
+        c = self.width * answer[0].numel() ** 0.5
+        return torch.sqrt(square(answer, target) + c**2) - c

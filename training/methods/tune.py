@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class Kept:
 @dataclass(frozen=True)
 class TuneSettings:
     """Its pictures, and how much stays."""
+
+    needs_pictures: ClassVar[bool] = True
 
     pictures: str = setting("", "The folder of your pictures, each with its caption in a .txt file of its name.")
     caption: str = setting("", "The caption of pictures without a .txt file; empty = each needs one.")

@@ -54,7 +54,8 @@ def without_donor(settings: Settings) -> Settings:
 
 def with_a_picture(settings: Settings, folder: Path) -> Settings:
     """Of a method that learns of a person's pictures, one of nothing: how many there are costs no update anything."""
-    if not hasattr(settings.own, "pictures"):
+    own = settings.own
+    if not (getattr(own, "pictures", "") or getattr(own, "needs_pictures", False)):
         return settings
     folder.mkdir()
     Image.new("RGB", settings.size_list[0]).save(folder / "picture.png")

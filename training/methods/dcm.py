@@ -1,0 +1,50 @@
+"""Discrete consistency without a tangent, as rCM has it beside its continuous form (arXiv:2510.08431): the teacher's
+Euler steps, the plain square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engine.setup import Setup
+from ..engine.turns import Plan
+from ..settings import setting
+from .consistency import (
+    ConsistencySettings,
+    check_consistency,
+    consistency,
+    distance_of,
+    grid_of,
+    pictures_of,
+    solver_of,
+)
+from .method import Method
+from .trajectory import TwoTimes
+
+
+@dataclass(frozen=True)
+class DcmSettings(ConsistencySettings):
+    """The same, by the square."""
+
+    distance: str = setting(
+        "l2",
+        "How two answers are compared: huber = about by the sum of their differences, l2 = by the square.",
+        choices=("huber", "l2"),
+    )
+
+
+def plan(setup: Setup) -> Plan:
+    """|D(x_t) - sg D(x_r)|^2."""
+    pictures, solve = pictures_of(setup), solver_of(setup)
+    objective = TwoTimes(grid_of(setup), solve, distance_of(setup.settings))
+    return consistency(setup, lambda along: objective, 1 + solve.cost(1), pictures, pictures.fresh)
+
+
+METHOD = Method(
+    name="dcm",
+    title="Discrete consistency by the plain square",
+    paper="arXiv:2510.08431",
+    forwards="5.6 + the picture",
+    plan=plan,
+    settings=DcmSettings,
+    check=check_consistency,
+)
