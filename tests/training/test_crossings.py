@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import short
 from narrowed import narrowed
-from own_pictures import needed_by
 from small_host import SmallHost, setup_of, small
 
 from onestep.training.engine.student import add_student
@@ -52,8 +52,7 @@ def test_a_card_is_waited_for_once_a_turn(method: str, tmp_path: Path) -> None:
     few: dict[str, Any] = {"warm_start": 0, "critic_warm_up": 0, "head_warm_up": 0, "critic_updates": 2, "anchor": 0.5}
     few |= {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0, "generator_steps": 2}
     few = {name: value for name, value in few.items() if name in METHODS[method].settings.__dataclass_fields__}
-    several = {"student_steps": 2} if method in ("cdm", "tdm") else needed_by(method, tmp_path)
     # the pairs of both updates are the first's
-    found, turns = waits(tmp_path, method=method, pairs=4, **few, **several)
+    found, turns = waits(tmp_path, **short(method, tmp_path) | {"pairs": 4} | few)
     # f-distill's means are of the head's answers
     assert found == turns + (METHODS[method].name == "f-distill")

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import host_of, short
 from narrowed import narrowed
 from small_host import SmallHost, small
-from tiny_pipelines import sd
 from torch import Tensor
 from whole_runs import factors, newest, run
 
 from onestep.core import tensor_file
 from onestep.core.memory import is_out_of_memory
 from onestep.core.tensor_file import read_tensors
-from onestep.pipelines.adapt import adapt
+from onestep.training.methods import METHODS
 from onestep.training.runs import run as runs
 from onestep.training.runs.run import NotSaved
 
@@ -27,28 +27,6 @@ ERRORS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     MemoryError("not in the host either"),
 ]
-METHODS: dict[str, dict[str, Any]] = {
-    "dmd": {"anchor": 0.5},
-    "regression": {},
-    "vsd": {},
-    "dmd2": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0},
-    "f-distill": {"gan_start": 0.0, "gan_ramp": 0.0, "gan_weight": 1.0, "divergence": "kl"},
-    "ladd": {"head_blocks": 2, "head_warm_up": 2},
-    "pg-sb": {},
-    "sid": {"guidance_strategy": "long-short"},
-    "cdm": {"student_steps": 2},
-    "tdm": {"student_steps": 2},
-    "guidance-lora": {"states": 2},
-    "agd": {"states": 2},
-    "nct": {"control": "soft-edges", "control_width": 8, "noise_levels": 2, "final_rate": 1.0},
-    "sun": {},
-}
-
-
-def attention_host() -> Any:
-    """With cross-attention, where adapters of agd and sun sit."""
-    torch.manual_seed(0)
-    return adapt(sd(), device="cpu")
 
 
 @dataclass
@@ -86,13 +64,11 @@ def test_a_run_goes_on_wherever_it_finds_no_memory_once(tmp_path: Path, method: 
     """Nine places from the first forward to the last: pictures, reference, turns of each role, watch and preview."""
     own = {"sizes": "32x32", "steps": 2, "watch_every": 1, "preview_every": 1, "learning_rate": 1e-4, "batch": 2}
     own |= {"initial_lora": str(lora)} if method == "nct" else {}
-    own |= {"sizes": "16x16", "pairs": 4, "segment_steps": 2} if method == "sun" else {}
-    settings = small(method=method, **own | METHODS[method])
-    made = attention_host if method in ("agd", "sun") else SmallHost
-    plain = Full(made())
+    settings = small(**own | short(method, tmp_path))
+    plain = Full(host_of(method))
     whole = run(tmp_path / "whole", settings, host=plain.host)
     for number, at in enumerate(torch.linspace(1, plain.calls, 9).long().tolist()):
-        host = Full(made(), at, ERRORS[number % len(ERRORS)])
+        host = Full(host_of(method), at, ERRORS[number % len(ERRORS)])
         found = run(tmp_path / f"{at}", settings, host=host.host)
         assert host.calls > plain.calls and any("out of memory" in note for note in found.notes), (at, found.notes)
         assert near(read_tensors(found.path), read_tensors(whole.path)), at

@@ -8,6 +8,7 @@ from typing import Any
 import layout_pipelines as layouts
 import pytest
 from allocated import host, trained
+from every_method import OF_METHOD
 from narrowed import narrowed
 from own_pictures import needed_by
 
@@ -29,7 +30,7 @@ def settings_of(method: str, batch: int, **more: Any) -> Settings:
     alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1, "gan_start": 0.0, "gan_ramp": 0.0}
     alone |= {"head_warm_up": 0}
     own = {entry.name for entry in described(METHODS[method].settings)}
-    several = {"student_steps": 4} if method in ("cdm", "tdm") else {}
+    several = {"student_steps": 4} if "student_steps" in OF_METHOD.get(method, {}) else {}
     return settings_for(method=method, **several, **run, **few, **{n: v for n, v in alone.items() if n in own})
 
 
