@@ -14,12 +14,13 @@ import torch
 from mutations import must_fail, mutant
 from oracles import CASES, TAU, Array, Case, World, drawn, rows
 from small_host import SmallHost, setup_of, small
+from trajectory_oracle import led, loss_of, ratios
 
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.training.data.pairs import Pairs
-from onestep.training.engine.student import STUDENT, add_student
-from onestep.training.methods import METHODS, lcm, mlcm, tcd
+from onestep.training.engine.student import STUDENT
+from onestep.training.methods import lcm, mlcm, tcd
 from onestep.training.methods import near_times as near
 from onestep.training.methods import trajectory as method
 from onestep.training.methods.consistency import Pictures, grid_of
@@ -28,16 +29,6 @@ PARTS = 6
 C = 1e-3
 # x0-prediction is told nothing of sigma by its own formula, as no model of a user's is
 WORLDS = [case for case in CASES if case.name != "x0"]
-
-
-def ratios(world: World, sigma: Array) -> Array:
-    """alpha [B, 1] of sigma [B, 1], written without our schedules."""
-    return 1 - sigma if "flow" in world.case.name else np.sqrt(np.maximum(1 - sigma**2, 0))
-
-
-def led(world: World, x: Array, x0: Array, sigma: Array, lower: Array) -> Array:
-    """alpha' D + sigma' (x - alpha D) / sigma."""
-    return ratios(world, lower) * x0 + lower * (x - ratios(world, sigma) * x0) / np.maximum(sigma, 1e-300)
 
 
 def answer(world: World, role: str, x: Array, sigma: Array, cond: Any) -> Array:
@@ -214,20 +205,6 @@ def test_times_of_consistency_training(case: Case) -> None:
 
 
 # -- what becomes what ------------------------------------------------------------------------------------------------
-
-
-def loss_of(name: str, folder: Path, prediction: str = "flow", **changes: Any) -> float:
-    """Of the method's first update on the small checkpoint, whose student has begun to differ."""
-    host = SmallHost(prediction)
-    settings = small(method=name, **{"student_steps": 1, "distance": "l2", "solver_steps": 8, **changes})
-    setup = setup_of(host, settings, folder / name)
-    add_student(host, settings, None)
-    with torch.no_grad():
-        for _, b in host.denoiser.roles.state(STUDENT).values():
-            b.copy_(0.1 * torch.randn(b.shape, generator=torch.Generator().manual_seed(b.numel())))
-    loss = METHODS[name].plan(setup).phases[0].turns[0].loss
-    with host.denoiser.roles.installed():
-        return float(loss(setup.prompts.batch(0, range(4)), 1.0, 0)["consistency"])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])

@@ -77,6 +77,32 @@ class ConsistencySettings(SolverSettings, SourceSettings):
     """Of a method that has both."""
 
 
+@dataclass(frozen=True)
+class GuidedSettings(NoSettings):
+    """Whether guidance is learnt, or left to the drawing."""
+
+    guided_solver: bool = setting(
+        True,
+        "Whether the solver's steps are guided. Off: the student learns the plain trajectories and the null condition, "
+        "and is drawn with the run's guidance, two forwards a step: negative prompts go on working.",
+    )
+
+
+NULL_RATE = 0.1
+"""Of a student that is drawn with guidance: the share of samples on which it learns the null condition."""
+
+
+def null_rate(settings: Settings) -> float:
+    return 0.0 if settings.own.guided_solver else NULL_RATE
+
+
+def as_guided(host: Host, settings: Settings) -> Recipe:
+    """The student's steps without noise between them, guided where the solver's are not."""
+    found = deterministic(host, settings)
+    left = not settings.own.guided_solver and host.denoiser.guidance == "cfg"
+    return replace(found, guidance=settings.guidance) if left else found
+
+
 def scales(settings: Settings) -> tuple[float, float]:
     """Least and greatest guidance of the solver's steps."""
     own = settings.own
@@ -89,7 +115,7 @@ def distance_of(settings: Settings) -> Distance:
 
 def solver_of(setup: Setup, eta: float = 0.0) -> TeacherSteps:
     """The teacher's steps, guided where the base has a null condition."""
-    guided = setup.denoise.guidance == "cfg"
+    guided = setup.denoise.guidance == "cfg" and getattr(setup.settings.own, "guided_solver", True)
     return TeacherSteps(*(scales(setup.settings) if guided else (1.0, 1.0)), eta=eta)
 
 

@@ -5,56 +5,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...core.recipe import Recipe
 from ..engine.setup import Setup
 from ..engine.turns import Plan
-from ..host import Host
-from ..settings import Settings, setting
 from .consistency import (
     ConsistencySettings,
+    GuidedSettings,
+    as_guided,
     check_consistency,
     consistency,
-    deterministic,
     distance_of,
     grid_of,
+    null_rate,
     pictures_of,
     solver_of,
 )
 from .method import Method
-from .trajectory import PhaseEnd, TeacherSteps, TwoTimes
-
-NULL_RATE = 0.1
-"""Of a student that is drawn with guidance: the share of samples on which it learns the null condition."""
+from .trajectory import PhaseEnd, TwoTimes
 
 
 @dataclass(frozen=True)
-class PcmSettings(ConsistencySettings):
-    """And whether guidance is learnt or left to the drawing."""
-
-    guided_solver: bool = setting(
-        True,
-        "Whether the solver's steps are guided. Off: the student learns the plain trajectories and the null condition, "
-        "and is drawn with the run's guidance, two forwards a step: negative prompts go on working.",
-    )
-
-
-def solver(setup: Setup) -> TeacherSteps:
-    return solver_of(setup) if setup.settings.own.guided_solver else TeacherSteps(1.0, 1.0)
+class PcmSettings(GuidedSettings, ConsistencySettings):
+    """The phases are the student's steps."""
 
 
 def plan(setup: Setup) -> Plan:
     """d(J(x_t, t -> s), sg J(x_r, r -> s)), s the end of the phase (Eq. 4 and 7)."""
-    pictures, solve, own = pictures_of(setup), solver(setup), setup.settings.own
+    pictures, solve = pictures_of(setup), solver_of(setup)
     times = replace(grid_of(setup), end=PhaseEnd(setup.recipe.steps))
     objective = TwoTimes(times, solve, distance_of(setup.settings))
-    nulls = 0.0 if own.guided_solver else NULL_RATE
+    nulls = null_rate(setup.settings)
     return consistency(setup, lambda along: objective, 1 + solve.cost(1), pictures, pictures.fresh, nulls)
-
-
-def recipe(host: Host, settings: Settings) -> Recipe:
-    found = deterministic(host, settings)
-    plain = not settings.own.guided_solver and host.denoiser.guidance == "cfg"
-    return replace(found, guidance=settings.guidance) if plain else found
 
 
 METHOD = Method(
@@ -64,6 +44,6 @@ METHOD = Method(
     forwards="5.6 + the picture",
     plan=plan,
     settings=PcmSettings,
-    recipe=recipe,
+    recipe=as_guided,
     check=check_consistency,
 )

@@ -1,0 +1,96 @@
+"""Piecewise rectified flow (PeRFlow, arXiv:2405.07510): a window of time for each of the student's steps, and within it
+the straight line from a noisy picture to where the teacher leads it by the window's end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.batch import Batch
+from ..engine.setup import Setup
+from ..engine.student import STUDENT
+from ..engine.turns import Phase, Plan, Turn, learning
+from ..settings import setting
+from .consistency import (
+    ConsistencySettings,
+    GuidedSettings,
+    as_guided,
+    check_consistency,
+    distance_of,
+    null_rate,
+    pictures_of,
+    solver_of,
+)
+from .method import Method
+from .rectified import Chord, noise_share, straight_of, straightened
+from .trajectory import Grid, Noised, Span, TeacherSteps
+
+
+@dataclass(frozen=True)
+class PerflowSettings(GuidedSettings, ConsistencySettings):
+    """The windows are the student's steps."""
+
+    solver_steps: int = setting(8, "Steps of the teacher's solver through one window, each update anew.", 1, 100)
+    distance: str = setting(
+        "l2",
+        "How two velocities are compared: huber = about by the sum of their differences, l2 = by the square.",
+        choices=("huber", "l2"),
+    )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """grid: whose levels are each window's, in as many ``parts``. solve: the teacher."""
+
+    setup: Setup
+    grid: Grid
+    solve: TeacherSteps
+
+    def __call__(self, batch: Batch, x0: Tensor) -> Chord:
+        """From x0 [B, C, h, w], noised to a window's beginning, to where the teacher's steps end in it."""
+        denoise, levels = self.setup.denoise, self.grid.levels(self.setup.denoise.schedule)
+        window = (batch.uniform("window") * self.setup.recipe.steps).floor().long()
+        path = torch.stack([levels[window * self.grid.parts + step] for step in range(self.grid.parts + 1)])
+        start = Noised(x0, batch.normal("window noise"), batch.uniform("window"))
+        span = Span(path, path[-1])
+        with torch.no_grad():
+            end = self.solve(denoise, batch, start, span)
+        schedule = denoise.schedule
+        high = straightened(schedule, start.at(schedule, span.t), span.t)
+        low = straightened(schedule, end, span.r)
+        return Chord(high, low, noise_share(schedule, span.t), noise_share(schedule, span.r))
+
+
+def plan(setup: Setup) -> Plan:
+    """d(v_student(y_tau), (y_1 - y_0) / (tau_1 - tau_0)) (Eq. 6)."""
+    settings, solve, pictures = setup.settings, solver_of(setup), pictures_of(setup)
+    parts = settings.own.solver_steps
+    windows = Windows(setup, Grid(setup.recipe, parts), solve)
+    straight = straight_of(setup, distance_of(settings))
+
+    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        drawn, x0 = pictures.draw(batch, update)
+        drawn = drawn.with_nulls(null_rate(settings), "window null")
+        value = straight(setup.denoise, drawn, windows(drawn, x0))
+        (share * value).backward()
+        return {"straight": value.detach() / torch.Size(drawn.shape).numel()}
+
+    turn = Turn(STUDENT, loss, settings.learning_rate)
+    cost = learning(settings) + solve.cost(parts)
+    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+
+
+METHOD = Method(
+    name="perflow",
+    title="Straight lines in a window for each step",
+    paper="arXiv:2405.07510",
+    forwards="18.6 + the picture",
+    plan=plan,
+    settings=PerflowSettings,
+    recipe=as_guided,
+    check=check_consistency,
+)
