@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from small_runs import small
 
+from onestep.training.methods import METHODS
+
 SEED, PROMPT, NEGATIVE = 11, "a red dragon", "wall"
 TINY = ("tiny", "tiny-flow")
 BUNDLED = (*TINY, "tiny-dit")
-ADAPTER_METHODS = ("agd", "nct", "sun")
+ADAPTER_METHODS = [name for name, method in METHODS.items() if method.makes == "adapter"]
 LORA, ADAPTER = 1, 0
 """Which output of the LoRA trainer, and of the adapter trainer, is the file."""
 # Finer settings of a run of two updates: large steps, so that one update is seen.

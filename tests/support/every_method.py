@@ -14,7 +14,7 @@ from onestep.pipelines.adapt import adapt
 from onestep.training.methods import METHODS
 from onestep.training.settings import described
 
-ON_ATTENTION = ("agd", "sun")
+ON_ATTENTION = ("agd", "guided-distillation", "sun")
 """Whose adapters sit at a U-Net's cross-attentions."""
 SHORT: dict[str, Any] = {
     **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 2, "anchor": 0.5, "head_warm_up": 1, "head_blocks": 2},

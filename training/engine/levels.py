@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.schedule import NoiseSchedule, log_snr
+from ...core.denoiser import Denoiser, EpsDenoiser
+from ...core.schedule import FlowSchedule, NoiseSchedule, log_snr
 
 LevelSampler = Callable[[NoiseSchedule, Tensor], Tensor]
 """(schedule, u [B] uniform in [0, 1)) -> sigma [B]."""
@@ -85,6 +86,18 @@ WEIGHTS: dict[str, LevelWeight] = {
     "min-snr": min_snr_weight,
 }
 """Of a squared error in x0, by name."""
+
+
+def natural(denoise: Denoiser) -> str:
+    """The weight by which the error in x0 is that of what the network predicts."""
+    if isinstance(denoise.schedule, FlowSchedule):
+        return "flow"
+    return "eps" if isinstance(denoise, EpsDenoiser) else "v"
+
+
+def usual_levels(denoise: Denoiser) -> LevelSampler:
+    """Where models of its kind are trained: uniform in time, or of a flow model logit-normal."""
+    return LogitNormalTime() if isinstance(denoise.schedule, FlowSchedule) else UniformTime(0.0, 1.0)
 
 
 def vsd_weight(lam: Tensor) -> Tensor:

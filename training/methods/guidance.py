@@ -72,11 +72,16 @@ class GuidanceSettings:
         low, high = scales(run)
         if low > high:
             raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
-        if run.teacher_steps > MOST_STEPS:
-            raise OneStepError(
-                f"{run.method} follows trajectories of {run.teacher_steps} steps: set teacher_steps to at most "
-                f"{MOST_STEPS}; 20 to 50 do well"
-            )
+        need_recipe(run, "follows trajectories of")
+
+
+def need_recipe(run: Settings, does: str) -> None:
+    """Raises OneStepError where the teacher's steps, in which the student is drawn, are more than a recipe can hold."""
+    if run.teacher_steps > MOST_STEPS:
+        raise OneStepError(
+            f"{run.method} {does} {run.teacher_steps} steps: set teacher_steps to at most {MOST_STEPS}; 20 to 50 do "
+            "well"
+        )
 
 
 def scales(settings: Settings) -> tuple[float, float]:

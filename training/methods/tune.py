@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ...core.denoiser import Denoiser, EpsDenoiser
+from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.memory import notice
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
-from ...core.schedule import FlowSchedule, add_noise, cast_as
+from ...core.schedule import add_noise, cast_as
 from ..data.captioned_pictures import CaptionedPictures, captioned
 from ..engine.as_drawn import recipe_as_drawn
 from ..engine.batch import Batch
-from ..engine.levels import WEIGHTS, LevelSampler, LevelWeight, LogitNormalTime, UniformTime, at
+from ..engine.levels import WEIGHTS, LevelSampler, LevelWeight, at, natural, usual_levels
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, BackwardSimulation
 from ..engine.turns import Phase, Plan, Turn, learning
@@ -112,18 +112,10 @@ class TuneSettings:
         need_steps(run)
 
 
-def natural(denoise: Denoiser) -> str:
-    """The weight by which the error in x0 is that of what the network predicts."""
-    if isinstance(denoise.schedule, FlowSchedule):
-        return "flow"
-    return "eps" if isinstance(denoise, EpsDenoiser) else "v"
-
-
 def ordinary(denoise: Denoiser, settings: Settings) -> Ordinary:
-    """Levels as models of its kind are trained at: uniform in time, or of a flow model logit-normal."""
+    """Levels as models of its kind are trained at."""
     told = settings.own.level_weight
-    levels = LogitNormalTime() if isinstance(denoise.schedule, FlowSchedule) else UniformTime(0.0, 1.0)
-    return Ordinary(levels, WEIGHTS[natural(denoise) if told == "auto" else told])
+    return Ordinary(usual_levels(denoise), WEIGHTS[natural(denoise) if told == "auto" else told])
 
 
 def recipe(host: Host, settings: Settings) -> Recipe:
