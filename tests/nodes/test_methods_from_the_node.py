@@ -1,4 +1,4 @@
-"""The methods with a critic, each from the trainer's node in a real ComfyUI: cancelled, finished early, and its server
+"""The methods that make a LoRA, each from the trainer's node in a real ComfyUI: cancelled, finished early, and its server
 killed; it goes on, and ends as the run that nobody cut, to the bit."""
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from comfy_graphs import distil, loader
 from comfy_support import running_server
 
 from onestep.core.lora_file import load_lora
+from onestep.training.methods import METHODS
 from onestep.training.runs.run import Run
 
 pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("ignore")]
-STEPS = {"cdm": "4", "tdm": "2", "pg-sb": "1", "sid": "1", "vsd": "1"}
-"""In how many each method's student draws."""
+TRIED = [name for name, method in METHODS.items() if method.makes == "LoRA" and name != "tune"]
+"""tune learns from a person's pictures: tests/nodes/test_tune.py."""
+SEVERAL = {"cdm": "4", "lcm": "4", "mlcm": "4", "pcm": "4"} | dict.fromkeys(("tdm", "tcd", "tscd", "scott", "perflow"), "2")
+"""In how many the students of some draw; the others in one."""
 UPDATES = 30
 
 
 def graph(name: str, method: str, updates: int = UPDATES) -> dict[str, Any]:
     kept = {"candidate_every": 4, "choose_by": "distance", "ema": 0.9, "learning_rate": 1e-3}
-    told = {"steps": updates, "existing": "continue", "student_steps": STEPS[method]}
+    told = {"steps": updates, "existing": "continue", "student_steps": SEVERAL.get(method, "1")}
     return {"model": loader("tiny"), "distil": distil(name, method, kept, **told)}
 
 
@@ -49,7 +52,7 @@ def updates_of(base: Path, name: str) -> list[int]:
     return [line["update"] for line in Run(base / "output" / "onestep" / name).metrics()]
 
 
-@pytest.fixture(scope="module", params=STEPS)
+@pytest.fixture(scope="module", params=TRIED)
 def uncut(request: Any, comfy_server: Any) -> tuple[str, dict[str, bytes]]:
     method = request.param
     finished = comfy_server.run(graph(f"{method}-uncut", method))
