@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("
 TRIED = [name for name, method in METHODS.items() if method.makes == "LoRA" and name != "tune"]
 """tune learns from a person's pictures: tests/nodes/test_tune.py."""
 SEVERAL = {"cdm": "4", "lcm": "4", "mlcm": "4", "pcm": "4"} | dict.fromkeys(
-    ("tdm", "tcd", "tscd", "scott", "perflow"), "2"
+    ("tdm", "phased-dmd", "tcd", "tscd", "scott", "perflow"), "2"
 )
 """In how many the students of some draw; the others in one."""
 UPDATES = 30

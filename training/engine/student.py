@@ -70,23 +70,26 @@ class BackwardSimulation:
     """The student as a generator: one of its steps, drawn uniformly for the whole batch; those before it run without a
     graph (DMD2, arXiv:2405.14867). A student of one step is always at its only step.
 
-    steps: its levels. first: the first step that may be drawn.
+    steps: its levels. first: the first step that may be drawn. only: the one that is.
     """
 
     denoise: Denoiser
     recipe: Recipe
     steps: Steps = RecipeSteps()
     first: int = 0
+    only: int | None = None
 
     @property
     def cost(self) -> float:
         """Forwards of a picture, in the mean: of its step, and of those before."""
+        if self.only is not None:
+            return 1 + self.only
         return 1 + (self.first + self.steps.mean(self.recipe) - 1) / 2
 
     def __call__(self, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Drawn:
         denoise, recipe, schedule = self.denoise, self.recipe, self.denoise.schedule
         levels = self.steps(schedule, recipe, batch)
-        step = self.first + batch.choice(len(levels) - self.first, "student step")
+        step = self._step(batch, len(levels))
         with torch.no_grad(), denoise.roles.use(role):
             x = initial_latents(schedule, batch.normal("latent"), levels[0], recipe.initial_noise_scale)
             with record_function(EARLIER, repr((self.cost - 1) / step)) if step else nullcontext():
@@ -102,6 +105,9 @@ class BackwardSimulation:
         """The same step of the student with a graph, for one that was drawn without."""
         with self.denoise.roles.use(STUDENT):
             return replace(drawn, x0=self.denoise(drawn.x, drawn.sigma, batch.cond))
+
+    def _step(self, batch: Batch, steps: int) -> int:
+        return self.first + batch.choice(steps - self.first, "student step") if self.only is None else self.only
 
 
 def generate(denoise: Denoiser, recipe: Recipe, batch: Batch, *, role: str = STUDENT, train: bool = True) -> Tensor:

@@ -23,7 +23,7 @@ from ..engine.trainer import EMA
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
 from .discriminator import HEAD
-from .distribution_matching import CRITIC, DistributionMatching, Scores
+from .distribution_matching import CRITIC, DistributionMatching, score_metrics
 from .diversity_anchor import DiversityAnchor
 from .head_turns import GAN, HeadTurns
 from .off_trajectory import OffTrajectory
@@ -41,12 +41,14 @@ AtStep = Callable[[DistributionMatching, NoiseSchedule, Drawn], DistributionMatc
 @dataclass(frozen=True)
 class Extras:
     """What a method has besides. simulate: how a picture of a student of several steps comes about. head: makes the
-    turns of a discriminator head."""
+    turns of a discriminator head. phased: one of the student's steps after the other, each to its end before the
+    next."""
 
     simulate: BackwardSimulation | None = None
     at_step: AtStep | None = None
     off: OffTrajectory | None = None
     head: Callable[[Setup, Pairs, BackwardSimulation], HeadTurns] | None = None
+    phased: bool = False
 
 
 def alternating(setup: Setup, objective: Objective, extras: Extras | None = None) -> Plan:
@@ -67,31 +69,52 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     # theta_F <- (1 - share) theta_F + share theta: after the student's update (IDA, SenseFlow, arXiv:2506.00523), or
     # after the critic's (CDM's merge, arXiv:2605.06376)
     after = {"student": nothing, "critic": nothing, own.follow_after: follow}
+    warm = Turn(STUDENT, regress, own.warm_start_rate, then=after["student"])
+    phases = [Phase("warm start", own.warm_start, [warm], learning(settings), pairs.blocks, pairs.solve_cost)]
+    if not extras.phased:
+        phases += _matching(turns, pairs, anchors, after, settings.steps)
+    for step, updates in enumerate(shares(settings.steps, setup.recipe.steps) if extras.phased else []):
+        phases += _matching(_of_step(turns, pairs, step), pairs, anchors, after, updates)
+    return Plan([STUDENT, CRITIC, *([HEAD] if head else [])], phases)
+
+
+def shares(updates: int, parts: int) -> list[int]:
+    """``updates`` in as many parts, as equal as can be."""
+    return [updates * (part + 1) // parts - updates * part // parts for part in range(parts)]
+
+
+def _of_step(turns: Turns, pairs: Pairs, step: int) -> Turns:
+    """Those of the phase of one of the student's steps."""
+    regress = on_data(pairs.draw, partial(Regression(turns.setup.recipe, only=step), turns.setup.denoise), "regression")
+    passed = step * turns.own.critic_warm_up
+    return replace(
+        turns, simulate=replace(turns.simulate, only=step), regress=regress, passed=passed, of=f" {step + 1}"
+    )
+
+
+def _matching(
+    turns: Turns,
+    pairs: Pairs,
+    anchors: Anchors | None,
+    after: Mapping[str, Callable[[], None]],
+    updates: int,
+) -> list[Phase]:
+    """The critic alone, then both in turn."""
+    settings, own, head = turns.setup.settings, turns.own, turns.head
     critic = Turn(
         CRITIC, turns.teach_critic, own.critic_learning_rate, 0.0, then=after["critic"], half_scale=SMALL_GRADIENTS
     )
-    warm = Turn(STUDENT, regress, own.warm_start_rate, then=after["student"])
     scale = SMALL_GRADIENTS if own.matching_scale == "mean" else 1.0
     student = Turn(STUDENT, turns.match, settings.learning_rate, 0.0, then=after["student"], half_scale=scale)
-    learn, warm_up = learning(settings), own.critic_warm_up if settings.steps else 0
-    of_head = head.turns if head else []
+    warm_up, of_head = own.critic_warm_up if settings.steps else 0, head.turns if head else []
     ahead = [replace(turn, falls=False) for turn in (critic, *of_head[:1])]
+    ahead_cost = turns.cost_of_critic + (head.cost_of_turn if head else 0.0)
     drawn = (pairs.blocks, pairs.solve_cost) if head and head.draws_pairs else (0, 0.0)
-    return Plan(
-        [STUDENT, CRITIC, *([HEAD] if head else [])],
-        [
-            Phase("warm start", own.warm_start, [warm], learn, pairs.blocks, pairs.solve_cost),
-            Phase("critic", warm_up, ahead, turns.cost_of_critic + (head.cost_of_turn if head else 0.0), *drawn),
-            Phase(
-                settings.method,
-                settings.steps,
-                [critic] * own.critic_updates + of_head + [student],
-                turns.cost,
-                *_made(turns, pairs, anchors),
-                turns.rare,
-            ),
-        ],
-    )
+    both, made = [critic] * own.critic_updates + of_head + [student], _made(turns, pairs, anchors)
+    return [
+        Phase(f"critic{turns.of}", warm_up, ahead, ahead_cost, *drawn),
+        Phase(f"{settings.method}{turns.of}", updates, both, turns.cost, *made, turns.rare),
+    ]
 
 
 def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
@@ -116,7 +139,7 @@ def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, flo
         found.append((anchors.blocks, anchors.solve_cost))
     longest = max((updates for updates, _ in found), default=0)
     whole = sum(updates * cost for updates, cost in found)
-    return turns.first + longest, whole / longest if longest else 0.0
+    return turns.first + turns.passed + longest, whole / longest if longest else 0.0
 
 
 SMALL_GRADIENTS = 1024.0
@@ -140,8 +163,8 @@ def add_critic(setup: Setup) -> None:
 
 @dataclass(frozen=True)
 class Turns:
-    """The losses of both roles. regress, diversity: of the student on what the teacher has made, beside the
-    matching."""
+    """The losses of both roles. regress, diversity: of the student on what the teacher has made, beside the matching.
+    passed: updates of the critic alone since the matching began. of: after the names of the phase and its parts."""
 
     setup: Setup
     objective: Objective
@@ -150,6 +173,8 @@ class Turns:
     regress: Loss
     diversity: Loss | None = None
     head: HeadTurns | None = None
+    passed: int = 0
+    of: str = ""
     _kept: dict[tuple[int, ...], Drawn] = field(default_factory=dict, compare=False)
 
     # -- the critic ---------------------------------------------------------------------------------------------------
@@ -176,7 +201,7 @@ class Turns:
         if key not in self._kept:
             for other in [other for other in self._kept if other[0] != first.step]:
                 del self._kept[other]
-            with torch.no_grad(), record_function(PICTURE):
+            with torch.no_grad(), record_function(PICTURE + self.of):
                 self._kept[key] = self.simulate(first)
         return first, self._kept[key]
 
@@ -207,7 +232,7 @@ class Turns:
         """The anchors of the student, each on its data in the order that they are made in."""
         own, index = self.own, self.index(update)
         if own.anchor and index % own.anchor_every == 0:
-            with record_function(ANCHOR):
+            with record_function(ANCHOR + self.of):
                 # each n-th time with n times the weight
                 at = self.first + index // own.anchor_every
                 self.regress(batch, share * own.anchor * own.anchor_every, at)
@@ -229,7 +254,7 @@ class Turns:
 
     def index(self, update: int) -> int:
         """Of an update among those of the matching; 0 before."""
-        return max(0, update - self.first)
+        return max(0, update - self.first - self.passed)
 
     def at(self, update: int, drawn: Drawn) -> DistributionMatching:
         """The objective as it is at ``update``, for a step of the student."""
@@ -266,17 +291,5 @@ class Turns:
     @property
     def rare(self) -> Mapping[str, float]:
         """`Phase.rare`."""
-        rare = {ANCHOR: 1 / self.own.anchor_every, PICTURE: 1 / self.own.critic_updates}
+        rare = {ANCHOR + self.of: 1 / self.own.anchor_every, PICTURE + self.of: 1 / self.own.critic_updates}
         return rare | ({GAN: self.head.asked} if self.head else {})
-
-
-def score_metrics(scores: Scores) -> Mapping[str, Any]:
-    """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
-    numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std()}
-    if scores.logit is not None:
-        numbers["logit"] = scores.logit.mean()
-    if scores.fake is None:
-        return numbers
-    delta, pull = scores.fake - scores.real, scores.real - scores.x
-    cos = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
-    return numbers | {"gap": delta.norm() / pull.norm().clamp_min(1e-12), "cos": cos}

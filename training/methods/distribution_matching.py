@@ -11,10 +11,11 @@ A method is a choice of the plug-ins below; its run is `alternating`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ Ratio = Callable[[Scores], Tensor]
 """h(r) [B] of f-divergences; 1 for the reverse KL."""
 Jacobian = Callable[["DistributionMatching", Denoiser, Batch, Scores], Tensor]
 """(objective, denoise, batch, scores) -> cotangent on x of terms through teacher and critic (`score_identity`)."""
+Residual = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
+"""(schedule, the critic's answer, noise, sigma) -> what of it is in error, [B, ...]."""
 Importance = Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(schedule, x, x_s, noise, sigma) -> what a critic's sample weighs besides, [B]."""
 
@@ -84,7 +87,8 @@ class DistributionMatching:
     """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; 0 asks it without the
     prompt alone. taught: k that the critic learns under. rescale: phi of all (`guidance_scale.guided`). matching: a_DM.
     guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which the
-    critic learns the null condition. judge: whose logit of x_s the scores have.
+    critic learns the null condition. judge: whose logit of x_s the scores have. residual: what
+    the critic is taught to bring to 0, where that is not D_F - x.
     """
 
     guidance: Scale = 2.0
@@ -102,6 +106,7 @@ class DistributionMatching:
     null_rate: float = 0.0
     rescale: float = 0.0
     importance: Importance | None = None
+    residual: Residual | None = None
     judge: Discriminator | None = None
 
     @property
@@ -129,7 +134,9 @@ class DistributionMatching:
         x, noise = x.detach(), batch.normal("critic noise")
         x_s = self.renoise(denoise.schedule, x, noise, sigma)
         with denoise.roles.use(CRITIC):
-            error = (self._taught(denoise, batch, x_s, sigma) - x).square().flatten(1).mean(1)
+            answer = self._taught(denoise, batch, x_s, sigma)
+        left = answer - x if self.residual is None else self.residual(denoise.schedule, answer, noise, sigma)
+        error = left.square().flatten(1).mean(1)
         weighed = cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error
         if self.importance is not None:
             weighed = cast_as(self.importance(denoise.schedule, x, x_s, noise, sigma), error) * weighed
@@ -245,3 +252,15 @@ class DistributionMatching:
 def tokens_of(denoise: Denoiser, x_s: Tensor) -> Tokens:
     """What guidance needs of a denoiser with a token_norm."""
     return (denoise.token_norm, x_s) if denoise.token_norm else None
+
+
+def score_metrics(scores: Scores) -> Mapping[str, Any]:
+    """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
+    numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std()}
+    if scores.logit is not None:
+        numbers["logit"] = scores.logit.mean()
+    if scores.fake is None:
+        return numbers
+    delta, pull = scores.fake - scores.real, scores.real - scores.x
+    cos = torch.cosine_similarity(delta.flatten(1), pull.flatten(1)).mean()
+    return numbers | {"gap": delta.norm() / pull.norm().clamp_min(1e-12), "cos": cos}

@@ -55,6 +55,12 @@ class CriticSettings:
     critic_learning_rate: float = setting(4e-4, "Critic's step size; 2 to 4 times the student's.", 0, 1)
     critic_warm_up: int = setting(50, "Updates of the critic alone, before the student follows it.", 0, 1_000_000)
     critic_updates: int = setting(3, "Updates of the critic for each of the student's.", 1, 100)
+
+
+@dataclass(frozen=True)
+class FollowSettings:
+    """How near the critic keeps to the student."""
+
     follow: float = setting(0.0, "After each update the critic moves this share towards the student (IDA).", 0, 1)
 
 
@@ -111,27 +117,33 @@ class CourseSettings:
 
 
 @dataclass(frozen=True)
-class FollowSettings:
-    """When the critic follows the student, and whose pictures it learns from."""
+class FollowTurnSettings:
+    """When the critic follows the student."""
 
     follow_after: str = setting(
         "student", "After whose updates the critic follows: the student's (IDA) or its own.", choices=(STUDENT, CRITIC)
     )
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Whose pictures the critic learns from, and how often the student learns the teacher's."""
+
     critic_pictures: str = setting(
         "fresh",
         "Whether each update of the critic has new pictures of the student, or those before one student update share "
         "them, with new noise.",
         choices=("fresh", "shared"),
     )
-
-
-@dataclass(frozen=True)
-class AnchorSettings:
-    """What holds a student to the teacher's own way, and a LoRA for each of its steps."""
-
     anchor_every: int = setting(
         1, "Updates from one anchor to the next, which then has that many times the weight.", 1, 1000
     )
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What holds the first of several steps to the teacher's own way, and a LoRA for each."""
+
     diversity_anchor: float = setting(
         0.0,
         "Of a student of several steps: weight that holds its first step to the teacher's own way, while the matching "
@@ -171,10 +183,12 @@ class Fitting:
 @dataclass(frozen=True)
 class OneTermSettings(
     Fitting,
-    AnchorSettings,
-    FollowSettings,
+    StepSettings,
+    PictureSettings,
+    FollowTurnSettings,
     CourseSettings,
     LevelSettings,
+    FollowSettings,
     CriticSettings,
     PairSettings,
     GuidanceSettings,
@@ -185,11 +199,13 @@ class OneTermSettings(
 @dataclass(frozen=True)
 class MatchingSettings(
     Fitting,
-    AnchorSettings,
-    FollowSettings,
+    StepSettings,
+    PictureSettings,
+    FollowTurnSettings,
     CourseSettings,
     LevelSettings,
     ApartSettings,
+    FollowSettings,
     CriticSettings,
     PairSettings,
     WeightSettings,

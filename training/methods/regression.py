@@ -26,16 +26,18 @@ class Regression:
     (arXiv:2311.18828, Eq. 9).
 
     At a later step of several, the student starts from x_T with fresh noise of that level. c: width of the pseudo-Huber
-    distance's round bottom, in units of the latents; above it errors count linearly.
+    distance's round bottom, in units of the latents; above it errors count linearly. only: the step that learns, where
+    not each may be drawn.
     """
 
     recipe: Recipe
     c: float = 0.03
+    only: int | None = None
 
     def __call__(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor]) -> Tensor:
         """The loss, a sum over a sample's elements and a mean over samples; ``pairs`` is (z, x_T), each [B, ...]."""
         noise, target = pairs
-        step = batch.choice(self.recipe.steps, "student step")
+        step = batch.choice(self.recipe.steps, "student step") if self.only is None else self.only
         sigma = level(denoise, self.recipe, step, batch)
         with denoise.roles.use(STUDENT):
             x0 = denoise(self._start(denoise, batch, (noise, target), sigma, step), sigma, batch.cond)

@@ -227,9 +227,7 @@ class _Rehearsal:
         # where there are more data than updates, every phase that learns of them makes some
         updates = sum(phase.updates for phase in self._plan.phases)
         many = replace(self.setup, settings=replace(ours, batch=1, accumulation=1, pairs=min(updates + 1, 10**6)))
-        self._draws = {
-            phase.name: phase.rare.get(ANCHOR, 1.0) if phase.fresh_cost else 0.0 for phase in method.plan(many).phases
-        }
+        self._draws = {phase.name: _share_that_draws(phase) for phase in method.plan(many).phases}
         of_teacher = method.reference is by_teacher
         texts = (TEXTS, "embeddings", OWN, PICTURES)
         kept = {path.name: self._each(path) for path in sorted(self.folder.iterdir()) if path.name not in texts}
@@ -290,6 +288,11 @@ class _Rehearsal:
     def _forget(self) -> None:
         for role in self.host.denoiser.roles.names():
             self.host.denoiser.roles.drop(role)
+
+
+def _share_that_draws(phase: Phase) -> float:
+    """In which share of a phase's updates it learns of data that is made once and kept."""
+    return next((share for part, share in phase.rare.items() if part.startswith(ANCHOR)), 1.0) * bool(phase.fresh_cost)
 
 
 def part_of(phase: Phase, turn: Turn | str) -> str:
