@@ -41,7 +41,8 @@ def predicted(settings: Settings, real: Any, recompute: str, sliced: bool) -> in
     peaks = peaks_of(played, settings, Way(settings.batch))
     parts = {OPTIMIZER, *(name for phase in played.phases for name in phase.parts)}
     return max(
-        peak.bytes - sum(peak.made_of.get(label, 0) for label in LASTING) for peak in map(peaks.__getitem__, parts)
+        peak.bytes - sum(size for label, size in peak.made_of.items() if label.partition("@")[0] in LASTING)
+        for peak in map(peaks.__getitem__, parts)
     )
 
 
