@@ -11,8 +11,7 @@ from small_host import SmallHost, setup_of, small
 
 from onestep.core.sampling import teacher_sample
 from onestep.training.engine.inputs import recipe_of
-from onestep.training.methods.alternating import score_metrics
-from onestep.training.methods.distribution_matching import Scores
+from onestep.training.methods.distribution_matching import Scores, score_metrics
 from onestep.training.watch.measures import Watch, compare, patch_distance, variety
 from onestep.training.watch.reference import by_teacher
 
