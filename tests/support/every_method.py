@@ -24,7 +24,7 @@ SHORT: dict[str, Any] = {
 }
 """Of these each method takes what it has."""
 OF_METHOD: dict[str, dict[str, Any]] = {
-    **{name: {"student_steps": 2} for name in ("cdm", "tdm", "pcm", "tcd", "mlcm", "tscd")},
+    **{name: {"student_steps": 2} for name in ("cdm", "tdm", "phased-dmd", "pcm", "tcd", "mlcm", "tscd")},
     **{"tscd": {"student_steps": 2, "segments": "2,1"}, "mlcm": {"student_steps": 2, "segments": "2,1"}},
     **{"sun": {"sizes": "16x16", "pairs": 4}, "f-distill": {"divergence": "kl"}},
     "sid": {"guidance_strategy": "long-short"},
