@@ -1,5 +1,5 @@
-"""The methods that make a LoRA, each from the trainer's node in a real ComfyUI: cancelled, finished early, and its server
-killed; it goes on, and ends as the run that nobody cut, to the bit."""
+"""The methods that make a LoRA, each from the trainer's node in a real ComfyUI: cancelled, finished early, and its
+server killed; it goes on, and ends as the run that nobody cut, to the bit."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_what_it_cannot_serve_is_refused() -> None:
             settings_for("phased-dmd", **{name: 1})
 
 
-@pytest.mark.slow
+@pytest.mark.broad
 def test_the_plan_counts_each_phase(tmp_path: Path) -> None:
     """As it is done, one update of each: a later phase has more steps before its own."""
     host = adapt(make("sd"))
