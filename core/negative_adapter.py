@@ -182,7 +182,7 @@ def checked_scale(scale: Any) -> float:
 
 def _sites(targets: Mapping[str, Target], family: str) -> Sequence[str]:
     """Names of the cross-attentions, none for a family whose texts and pictures attend jointly, or that norms its
-    queries and keys, as Anima."""
+    queries and keys, as Anima, or embeds a text before keys read it, as PixArt-Sigma."""
     known = FAMILIES[family]
     ends = [name for name in targets if known.unet and re.fullmatch(known.ends, name)]
     return sorted((name.removesuffix(".to_out.0") for name in ends), key=natural)

@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 NETWORKS = ["sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "wan"]
-NETWORKS += ["wan-i2v", "pixart"]
+NETWORKS += ["wan-i2v", "pixart", "pixart under a guidance adapter"]
 NETWORKS += ["wan-i2v without pictures", "flux with a reference picture", "flux2 with a reference picture"]
 NETWORKS += ["flux2, padded behind", "krea2 with a reference picture"]
 CHECKPOINTS = ["sd15 checkpoint", "sd3 checkpoint", "flux checkpoint"]

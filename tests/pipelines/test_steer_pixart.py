@@ -3,21 +3,26 @@ lengths texts have, and a batch is its rows alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from narrowed import narrowed
-from small_networks import inputs_of, network_of
+from small_networks import inputs_of, network_of, seeded
 from steered_networks import SCALES, Array, attend, away, empty, flipped, joined, mixed, run, texts
 from tiny_pipelines import make
 from torch import Tensor
 
+from onestep.core.adapter_file import save_adapter
 from onestep.core.cond import Cond
 from onestep.core.errors import OneStepError
+from onestep.core.families import bind_diffusers
+from onestep.core.guidance_adapter import new_adapter
 from onestep.core.recipe import Recipe
 from onestep.pipelines import OneStepPipeline, Steering, steered
+from onestep.pipelines.guidance_adapter import load_guidance_adapter
 
 EXACT = 1e-9
 PROMPTS, OWN = (3, 5), (6, 4)
@@ -34,17 +39,17 @@ class Oracle:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None
     ) -> Tensor:
+        q = joined(attn.to_q(hidden_states), attn.heads)
         rows = [
-            self._row(attn, hidden_states[[row]], encoder_hidden_states[[row], :own], self.negatives[row][None])
+            self._row(attn, q[[row]], encoder_hidden_states[[row], :own], self.negatives[row][None])
             for row, own in enumerate(self.prompts)
         ]
         return attn.to_out[0](torch.from_numpy(np.concatenate(rows)).transpose(1, 2).flatten(2).to(hidden_states))
 
-    def _row(self, attn: Any, picture: Tensor, prompt: Tensor, negative: Tensor) -> Array:
+    def _row(self, attn: Any, q: Array, prompt: Tensor, negative: Tensor) -> Array:
         def seen(text: Tensor) -> tuple[Array, Array]:
             return joined(attn.to_k(text), attn.heads), joined(attn.to_v(text), attn.heads)
 
-        q = joined(attn.to_q(picture), attn.heads)
         (k, v), (k_neg, v_neg) = seen(prompt), seen(self.embed(negative))
         if self.mode == "vsf":
             return flipped(q, (k, k_neg), (v, v_neg))
@@ -149,6 +154,24 @@ def test_a_mask_with_holes_is_refused_by_vsf_alone() -> None:
     added = torch.zeros(2, 1, 5, dtype=torch.float64)  # to the scores
     with away(pipe, texts(1, 4), "vsf"), pytest.raises(OneStepError, match="VSF cannot follow a mask"):
         run("pixart", network, encoder_attention_mask=added)
+
+
+def test_it_acts_beside_a_guidance_adapter(tmp_path: Path) -> None:
+    """Which hangs on the same layers."""
+    pipe, network = pipe_of()
+    side = new_adapter({target.name: target for target in bind_diffusers(network)}, "pixart", 1)
+    for _, value in sorted(side.named_parameters()):
+        value.detach().add_(0.2 * seeded(2)(*value.shape).to(value))
+    save_adapter(tmp_path / "guide.safetensors", side, "pixart")
+    negative, told = texts(1, 9), {"encoder_attention_mask": shown((5, 5))}
+    with away(pipe, negative, "nag"):
+        without = run("pixart", network, **told)
+    with load_guidance_adapter(pipe, tmp_path / "guide.safetensors", guidance=5):
+        expected = by_hand(network, "nag", [5, 5], [negative[0]] * 2, **told)
+        with away(pipe, negative, "nag"):
+            found = run("pixart", network, **told)
+    close(found, expected, 1e-6)
+    assert float((found - without).abs().max()) > 1e-2 * float(without.std())
 
 
 CALL: dict[str, Any] = {"width": 40, "height": 48, "output_type": "latent"}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,10 @@ import torch
 from comfy_doubled import doubled
 from comfy_steering import FORMS, checkpoint, condition, empty_for, hooked, tiny, x0_of
 
+from onestep.core.adapter_file import save_adapter
 from onestep.core.guidance import Steering
+from onestep.core.guidance_adapter import new_adapter
+from onestep.nodes.guidance_adapter import guided_model, targets_of
 from onestep.nodes.steer import steered_model
 
 NETWORKS = ("sd15", "sd2", "sdxl", "sd3", "sd35", "flux", "flux2", "z_image", "qwen_image", "chroma", "krea2", "wan")
@@ -51,6 +55,17 @@ def padded(model, form):
     ) / scale
 
 
+def under_guidance(model, family):
+    """A MODEL under a guidance adapter away from its start, whose hooks are on the same layers."""
+    with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
+        side = new_adapter({target.name: target for target in targets_of(model.model, family)}, family, 1)
+        draw = torch.Generator().manual_seed(2)
+        for _, value in sorted(side.named_parameters()):
+            value.detach().add_(0.1 * torch.randn(value.shape, generator=draw))
+        save_adapter(Path(folder) / "guide.safetensors", side, family)
+        return guided_model(model, Path(folder) / "guide.safetensors", 4.0)
+
+
 def every_form(model, kind, **told):
     return {name: measured(model, kind, form, **told) for name, form in FORMS.items()}
 
@@ -70,6 +85,7 @@ with torch.inference_mode():
     reference = {"reference_latents": [torch.randn(1, 16, 1, 6, 4)], "reference_latents_method": "index"}
     found["krea2 with a reference picture"] = every_form(tiny("krea2"), "krea2", **reference)
     found["flux2, padded behind"] = {name: padded(tiny("flux2"), form) for name, form in FORMS.items()}
+    found["pixart under a guidance adapter"] = every_form(under_guidance(tiny("pixart"), "pixart"), "pixart")
     for kind in ("sd15", "sdxl"):
         behind = {name: {**form, "layers": "decoder"} for name, form in FORMS.items()}
         found[f"{kind}, decoder"] = {name: measured(tiny(kind), kind, form) for name, form in behind.items()}
