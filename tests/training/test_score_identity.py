@@ -187,7 +187,7 @@ IDENTITY_MUTANTS = {
     "the critic's sign": ("(2 * self.alpha * apart - to_real)", "(to_real - 2 * self.alpha * apart)"),
     "from the critic": ("real - fake, real - scores.x", "real - fake, fake - scores.x"),
     "no weight": ("w = expand(objective.weight(denoise.schedule, scores), apart)", "w = 1.0"),
-    "branches exchanged": ("found[0], self.without: found[1]", "found[1], self.without: found[0]"),
+    "branches exchanged": ("found[0], without: found[1]", "found[1], without: found[0]"),
     "sides exchanged": ("scores, c_real, c_fake)\n", "scores, c_fake, c_real)\n"),
 }
 PULL_MUTANTS = {

@@ -15,7 +15,7 @@ from allocated import trained
 from doubled import ALPHA, PREDICTIONS, Doubled
 from mutations import must_fail, mutant
 from narrowed import narrowed
-from oracles import CASES, At, Case, World, drawn, rows
+from oracles import CASES, At, Case, World, drawn, levels_in_numpy, rows
 from quantised_layers import stored
 from small_host import SmallHost, small
 from torch import nn
@@ -34,10 +34,13 @@ from onestep.training.engine.levels import UniformTime
 from onestep.training.engine.student import generate
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.methods import distribution_matching as engine
+from onestep.training.methods import sim as sim_method
 from onestep.training.methods.distribution_matching import DistributionMatching, DmdWeight
 from onestep.training.methods.guidance_strategy import STRATEGIES
 from onestep.training.methods.score_identity import ScoreIdentity
 from onestep.training.methods.sid import sid
+from onestep.training.methods.sid_lsg import sid_lsg
+from onestep.training.methods.sim import sim
 
 BY_IDENTITY = [name for name in METHODS if "guidance_strategy" in METHODS[name].settings.__dataclass_fields__]
 """The methods of this kind."""
@@ -45,7 +48,7 @@ BY_IDENTITY = [name for name in METHODS if "guidance_strategy" in METHODS[name].
 
 def of(method: str) -> Any:
     """Its objective, from settings."""
-    found = {"sid": sid}
+    found = {"sid": sid, "sid-lsg": sid_lsg, "sim": sim}
     return found[method]
 
 
@@ -74,6 +77,16 @@ def test_the_settings_reach_the_objective() -> None:
             **common,
         )
     assert METHODS["sid"].settings().alpha == 1.0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lsg_is_sid_under_long_and_short_guidance(strategy: str) -> None:
+    told = {"guidance_strategy": strategy, "matching_guidance": 2.5, "level_high": 0.8}
+    assert sid_lsg(settings_for("sid-lsg", **told)) == sid(settings_for("sid", **told))
+    own = METHODS["sid-lsg"].settings()
+    assert (own.guidance_strategy, own.matching_guidance) == ("long-short", 2.0)
+    assert sid_lsg(settings_for("sid-lsg")).jacobian == ScoreIdentity(1.0)
+    assert sid_lsg(settings_for("sid-lsg", normaliser_floor=0.1)).weight == DmdWeight(0.1)
 
 
 def test_settings_of_two_terms_are_none_of_one() -> None:
@@ -222,6 +235,49 @@ def test_descent_brings_the_student_to_its_teacher(method: str, case: Case) -> N
     check_descent(method, case, guidance_strategy="teacher")
 
 
+# -- SIM --------------------------------------------------------------------------------------------------------------
+
+
+def check_sim(module: ModuleType, case: Case, strategy: str) -> None:
+    """It is SiD at alpha 1 up to its normaliser: G m = G_sim sqrt(|R - K|^2 + c^2), sample by sample, c^2 = (share)^2
+    n."""
+    world, x, told = World(case), drawn(), {"guidance_strategy": strategy, "matching_guidance": 3.0}
+    assert module.sim(settings_for("sim", **told)).jacobian == ScoreIdentity(1.0)
+    g_sim, scores = module.sim(settings_for("sim", huber=0.3, **told)).cotangent(world.denoise, world.batch(), x)
+    g_sid, _ = sid(settings_for("sid", alpha=1.0, **told)).cotangent(world.denoise, world.batch(), x)
+    alpha, sigma = levels_in_numpy(case, world.batch().uniform("match level").numpy())
+    x_s = alpha * rows(x) + sigma * rows(world.batch().normal("match noise"))
+    scales = {"teacher": (3.0, 1.0), "long-short": (3.0, 3.0), "zero-cfg": (1.0, 0.0), "anti-cfg": (1.0, -1.0)}
+    sides = []
+    for role, k in zip(("teacher", "critic"), scales[strategy], strict=True):
+        d_c, d_u = (world.x0(role, x_s, cond, alpha, sigma) for cond in (world.cond, world.null.repeat(4)))
+        sides.append(d_u + k * (d_c - d_u))
+    m = np.abs(rows(x) - sides[0]).mean(1)
+    norm = np.sqrt(np.square(sides[0] - sides[1]).sum(1) + 0.3**2 * rows(x).shape[1])
+    np.testing.assert_allclose(rows(g_sim) * norm[:, None], rows(g_sid) * m[:, None], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sim_is_sid_at_alpha_1_up_to_its_normaliser(case: Case, strategy: str) -> None:
+    check_sim(sim_method, case, strategy)
+
+
+SIM_MUTANTS = {
+    "the mean for the sum": ("apart.square().sum(1)", "apart.square().mean(1)"),
+    "the constant without its root": ("self.share**2 * apart.shape[1]", "self.share**2"),
+    "its square": (".rsqrt()", ".reciprocal()"),
+    "another alpha": ("score_identity(settings, along, 1.0", "score_identity(settings, along, 1.2"),
+    "the critic unguided": ("real, fake = scores.sides", "real, fake = scores.sides[0], scores.fake"),
+}
+
+
+@pytest.mark.parametrize("change", SIM_MUTANTS.values(), ids=list(SIM_MUTANTS))
+def test_a_wrong_sim_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mutant("onestep.training.methods.sim", *change, monkeypatch)
+    must_fail(lambda wrong: check_sim(wrong, CASES[2], "long-short"), module)
+
+
 # -- what it costs ----------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +296,14 @@ def test_it_takes_no_more_memory_than_dmd(recompute: str, tmp_path: Path) -> Non
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
-RUNS = [("sid", "teacher", 20), ("sid", "zero-cfg", 17), ("sid", "anti-cfg", 24), ("sid", "long-short", 13)]
+RUNS = [
+    ("sid", "teacher", 20),
+    ("sid", "zero-cfg", 17),
+    ("sid", "anti-cfg", 24),
+    ("sid", "long-short", 13),
+    ("sim", "teacher", 15),
+    ("sid-lsg", "long-short", 22),
+]
 
 
 @pytest.mark.parametrize(("method", "strategy", "poll"), narrowed(RUNS, ("sid", "teacher", 20)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -38,8 +38,8 @@ class Scores:
     """What the networks say of the student's x at one noise level. All [B, ...], no graph; sigma [B].
 
     real: teacher with prompt. null: teacher with the null condition, or None unasked. fake: critic, None unasked.
-    fake_null: critic with the null condition, None unless its own guidance is on. guided: D^k of the teacher, None
-    where there is no guidance. logit [B]: the discriminator's, None where there is none.
+    fake_null: critic with the null condition, None unless its own guidance is on. guided, fake_guided: D^k of the
+    teacher and of the critic, None where there is no guidance. logit [B]: the discriminator's, or None.
     """
 
     x: Tensor
@@ -50,7 +50,15 @@ class Scores:
     fake: Tensor | None = None
     fake_null: Tensor | None = None
     guided: Tensor | None = None
+    fake_guided: Tensor | None = None
     logit: Tensor | None = None
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """(R, K): teacher's and critic's answer, guided where they are."""
+        fake = self.fake if self.fake_guided is None else self.fake_guided
+        assert fake is not None
+        return self.real if self.guided is None else self.guided, fake
 
 
 Renoise = Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
@@ -189,11 +197,14 @@ class DistributionMatching:
                 # the teacher with the prompt comes first
                 answers["logit"] = self.judge.logit([value[: len(x)] for value in seen])
             answers |= zip([name for _, name, _ in some], answer.chunk(len(some)), strict=True)
-        scores = Scores(x, x_s, sigma, **answers)
-        if scores.null is None:
-            return scores
-        k = scale_of(self.guidance, batch)
-        return replace(scores, guided=guided(scores.real, scores.null, k, self.rescale, tokens_of(denoise, x_s)))
+        for side, with_prompt, without, k in (
+            ("guided", "real", "null", self.guidance),
+            ("fake_guided", "fake", "fake_null", self.critic_guidance),
+        ):
+            if without in answers:
+                pair, scale = (answers[with_prompt], answers[without]), scale_of(k, batch)
+                answers[side] = guided(*pair, scale, self.rescale, tokens_of(denoise, x_s))
+        return Scores(x, x_s, sigma, **answers)
 
     def _judging(self, x_s: Tensor, first: str) -> AbstractContextManager[list[Tensor]]:
         """Within, a forward whose first answer is ``first`` leaves the teacher's features."""

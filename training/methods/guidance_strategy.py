@@ -25,7 +25,7 @@ class ScoreIdentitySettings(OneTermSettings):
         TEACHERS,
         "teacher = matching_guidance on the teacher alone; long-short = the same on the critic too, as it learns and "
         "as it is asked (LSG); zero-cfg = none, and the critic never sees a prompt; anti-cfg = none on the teacher, "
-        "anti_guidance on the critic. The last two have no guidance to choose, and keep variety.",
+        "anti_guidance on the critic. The last two have no guidance to choose; their paper has them for more variety.",
         choices=STRATEGIES,
     )
     anti_guidance: float = setting(-1.0, "Critic's guidance under anti-cfg, below 0.", -30, -0.01)

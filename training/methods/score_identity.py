@@ -23,65 +23,49 @@ from ...core.schedule import expand
 from ..engine.batch import Batch
 from ..settings import Settings
 from .distribution_matching import DistributionMatching, Scores, Weight, tokens_of
-from .guidance_scale import Scale, Tokens, guided, scale_of
+from .guidance_scale import Tokens, guided, scale_of
 from .guidance_strategy import strategy_at
 from .matching_settings import levels_at
 from .pull_back import pulled_back
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An answer with the prompt, and where it is guided one without: names of `Scores`. k: the scale [B]."""
-
-    with_prompt: str
-    without: str
-    k: Tensor
-    rescale: float
-    tokens: Tokens
-
-    def value(self, scores: Scores) -> Tensor:
-        """R or K, [B, ...]."""
-        d_c, d_u = getattr(scores, self.with_prompt), getattr(scores, self.without)
-        return d_c if d_u is None else guided(d_c, d_u, self.k, self.rescale, self.tokens)
-
-    def parts(self, scores: Scores, cotangent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The cotangent of each answer by its name, and of x_s where guidance itself reads it, for R's or K's."""
-        d_c, d_u = getattr(scores, self.with_prompt), getattr(scores, self.without)
-        if d_u is None:
-            return {self.with_prompt: cotangent}, torch.zeros_like(cotangent)
-        with torch.enable_grad():
-            d_c, d_u, x_s = (value.detach().requires_grad_() for value in (d_c, d_u, scores.x_s))
-            of = None if self.tokens is None else (self.tokens[0], x_s)
-            # k c and (1 - k) c, where nothing is rescaled
-            answer = guided(d_c, d_u, self.k, self.rescale, of)
-            found = torch.autograd.grad(answer, [d_c, d_u, x_s], cotangent, materialize_grads=True)
-        return {self.with_prompt: found[0], self.without: found[1]}, found[2]
-
-
-def pair(
-    objective: DistributionMatching, denoise: Denoiser, batch: Batch, scores: Scores, names: tuple[str, str], k: Scale
-) -> Pair:
-    return Pair(*names, scale_of(k, batch), objective.rescale, tokens_of(denoise, scores.x_s))
 
 
 def through_networks(
     objective: DistributionMatching, denoise: Denoiser, batch: Batch, scores: Scores, c_real: Tensor, c_fake: Tensor
 ) -> Tensor:
     """alpha (J_R^T c_R + J_K^T c_K) [B, ...], guidance on either side branch by branch."""
-    real, fake = sides(objective, denoise, batch, scores)
-    of_real, in_real = real.parts(scores, c_real)
-    of_fake, in_fake = fake.parts(scores, c_fake)
+    guide = Guide(objective.rescale, tokens_of(denoise, scores.x_s))
+    k, k_f = (scale_of(scale, batch) for scale in (objective.guidance, objective.critic_guidance))
+    of_real, in_real = guide.back(scores, ("real", "null"), k, c_real)
+    of_fake, in_fake = guide.back(scores, ("fake", "fake_null"), k_f, c_fake)
     cotangents = of_real | of_fake
     asked = [(role, cond, cotangents[name]) for role, name, cond in objective.asked(batch, critic=True)]
     alpha = expand(denoise.schedule.alpha(scores.sigma), in_real)
     return pulled_back(denoise, scores, asked) + alpha * (in_real + in_fake)
 
 
-def sides(objective: DistributionMatching, denoise: Denoiser, batch: Batch, scores: Scores) -> tuple[Pair, Pair]:
-    """Teacher's and critic's."""
-    real = pair(objective, denoise, batch, scores, ("real", "null"), objective.guidance)
-    fake = pair(objective, denoise, batch, scores, ("fake", "fake_null"), objective.critic_guidance)
-    return real, fake
+@dataclass(frozen=True)
+class Guide:
+    """What guidance is made with, beside its scale."""
+
+    rescale: float
+    tokens: Tokens
+
+    def back(
+        self, scores: Scores, names: tuple[str, str], k: Tensor, cotangent: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The cotangents of an answer with the prompt and without, by their names in `Scores`, and of x_s where
+        guidance itself reads it, for that of D^k; one that is not guided passes it on."""
+        with_prompt, without = names
+        d_c, d_u = getattr(scores, with_prompt), getattr(scores, without)
+        if d_u is None:
+            return {with_prompt: cotangent}, torch.zeros_like(cotangent)
+        with torch.enable_grad():
+            d_c, d_u, x_s = (value.detach().requires_grad_() for value in (d_c, d_u, scores.x_s))
+            of = None if self.tokens is None else (self.tokens[0], x_s)
+            # k c and (1 - k) c, where nothing is rescaled
+            answer = guided(d_c, d_u, k, self.rescale, of)
+            found = torch.autograd.grad(answer, [d_c, d_u, x_s], cotangent, materialize_grads=True)
+        return {with_prompt: found[0], without: found[1]}, found[2]
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ class ScoreIdentity:
     alpha: float = 1.0
 
     def __call__(self, objective: DistributionMatching, denoise: Denoiser, batch: Batch, scores: Scores) -> Tensor:
-        real, fake = (side.value(scores) for side in sides(objective, denoise, batch, scores))
+        real, fake = scores.sides
         apart, to_real = real - fake, real - scores.x
         w = expand(objective.weight(denoise.schedule, scores), apart)
         c_real = w * (to_real + (1 - 2 * self.alpha) * apart)
