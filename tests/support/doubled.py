@@ -28,13 +28,13 @@ class Doubled:
 
     def __init__(self, folder: Path, prediction: str, **settings: Any) -> None:
         self.host = SmallHost(prediction)
+        self.setup: Setup = setup_of(self.host, small(**settings), folder)
+        add_student(self.host, self.setup.settings, None)
+        self.plan = METHODS[self.setup.settings.method].plan(self.setup)
         self.host.network.double()
         # numbers as large as a trained network's differ with its input
         for weight in self.host.network.parameters():
             weight.detach().mul_(2.0)
-        self.setup: Setup = setup_of(self.host, small(**settings), folder)
-        add_student(self.host, self.setup.settings, None)
-        self.plan = METHODS[self.setup.settings.method].plan(self.setup)
         self.roles, self.denoise = self.host.denoiser.roles, self.host.denoiser
         draw = torch.Generator().manual_seed(5)
         for role in ("student", "critic"):
@@ -44,6 +44,9 @@ class Doubled:
             }
             for _, b in self.roles.state(role).values():
                 b.copy_(0.3 * torch.randn(b.shape, generator=draw))
+
+        if self.turns.head is not None:
+            self.turns.head.discriminator.head.double()
 
     @contextmanager
     def hooked(self, checkpointing: bool) -> Iterator[None]:

@@ -23,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 POOLS = ("pairs", "anchors", "trajectories", "triples", "segments")
 KILLS = {"dmd": 21, "cdm": 6, "agd": 4, "guidance-lora": 4, "nct": 4, "sun": 4, "dmd2": 4, "f-distill": 4, "ladd": 4}
+KILLS["uni-instruct"] = 4
 SAVING = tuple((kind, "save", 3) for kind in ("half a write", "a write", "fsync", "replace", "unlink"))
 POOLING = (("half a write", "pool", 1), ("replace", "pool", 1), ("half a write", "save", 1), ("replace", "save", 1))
 WORST = {True: SAVING, False: POOLING}
@@ -166,6 +167,7 @@ def settings_for(method: str) -> Any:
             **{"warm_start": 1, "critic_warm_up": 1, "critic_updates": 1, "gan_start": 0.0, "gan_weight": 1.0},
             **{"divergence": "kl", "head_learning_rate": 1e-2},
         },
+        "uni-instruct": {"warm_start": 1, "critic_warm_up": 1, "gan_weight": 0.0, "head_learning_rate": 1e-2},
         "ladd": {"warm_start": 1, "head_warm_up": 1, "head_updates": 2, "head_blocks": 2},
         "agd": {"states": 2, "optimizer": "muon"},
         "guidance-lora": {"states": 2},

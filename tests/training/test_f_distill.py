@@ -220,8 +220,8 @@ def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
 MUTANTS = {
     "r and 1 / r exchanged": ("torch.exp(logit.detach()", "torch.exp(-logit.detach()"),
     "unbounded": (".clamp(self.low, self.high)", ""),
-    "not brought to mean 1": ("self.h(self.clamped(logit) / mean)", "self.h(self.clamped(logit))"),
-    "h not brought to mean 1": ("/ mean) / self.weight", "/ mean)"),
+    "not brought to mean 1": ("self.clamped(logit) / self.ratio[", "self.clamped(logit) + 0 * self.ratio["),
+    "h not brought to mean 1": ("logit)) / self.weight", "logit))"),
     "the mean of all levels": ("(sums / counts.clamp_min(1) - mean)", "(sums.sum() / counts.sum() - mean)"),
     "memory and what is new exchanged": ("(1 - self.memory) * (sums", "self.memory * (sums"),
     "h of ratios that are not scaled": ("self.h(ratios / mean[places])", "self.h(ratios)"),

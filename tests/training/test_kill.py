@@ -16,7 +16,7 @@ from narrowed import narrowed
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and sends SIGKILL")
 RUNNER = Path(__file__).parents[1] / "support" / "kill_runner.py"
 MAKING = {
-    **{"cdm": "pairs", "dmd2": "pairs", "f-distill": "pairs", "ladd": "pairs"},
+    **{"cdm": "pairs", "dmd2": "pairs", "f-distill": "pairs", "ladd": "pairs", "uni-instruct": "pairs"},
     **{"agd": "trajectories", "guidance-lora": "trajectories", "nct": "triples", "sun": "segments"},
 }
 """The methods that make their data first, and its folder."""

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "f-distill": ("f-distill", {"student_steps": 2, **HEAD}),
     "sid": ("sid", {"student_steps": 3, "anchor": 0.0}),
     "sid, guided": ("sid", {"student_steps": 2, "guidance_strategy": "long-short"}),
+    "uni-instruct": ("uni-instruct", {"student_steps": 2, **HEAD}),
     "ladd": ("ladd", {"student_steps": 3}),
 }
 Draws = dict[str, int]

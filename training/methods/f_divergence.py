@@ -10,7 +10,7 @@ student's pictures that the head has just learnt from, so that neither the batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from ...core.sending import sent
 from ..engine import processes
 from ..engine.batch import Batch
 
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+Weigh = Callable[[Tensor], Tensor]
+"""r [B] -> h [B]."""
+WEIGHTS: dict[str, Weigh] = {
     # f = -log r: every sample weighs the same, and it is dmd2
     "reverse-kl": torch.ones_like,
     # f = r log r
@@ -46,17 +48,22 @@ class Ratios(nn.Module):
     low, high: bounds of r. memory: share of a mean that an update keeps.
     """
 
-    def __init__(self, divergence: str, low: float, high: float, memory: float) -> None:
+    def __init__(
+        self, divergence: str, low: float, high: float, memory: float, weights: Mapping[str, Weigh] = WEIGHTS
+    ) -> None:
         super().__init__()
-        self.h, self.low, self.high, self.memory = WEIGHTS[divergence], low, high, memory
+        self.h, self.low, self.high, self.memory = weights[divergence], low, high, memory
         self.ratio = nn.Parameter(torch.ones(BINS), requires_grad=False)
         self.weight = nn.Parameter(self.h(torch.ones(1)), requires_grad=False)
         self._noted: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, schedule: NoiseSchedule, sigma: Tensor, logit: Tensor) -> Tensor:
         """h(r / E[r | level]) / E[h] [B] for samples at sigma [B] with ``logit`` [B]."""
-        mean = self.ratio[sent(_bin(schedule, sigma), logit.device)]
-        return self.h(self.clamped(logit) / mean) / self.weight
+        return self.h(self.scaled(schedule, sigma, logit)) / self.weight
+
+    def scaled(self, schedule: NoiseSchedule, sigma: Tensor, logit: Tensor) -> Tensor:
+        """r / E[r | level] [B]."""
+        return self.clamped(logit) / self.ratio[sent(_bin(schedule, sigma), logit.device)]
 
     def clamped(self, logit: Tensor) -> Tensor:
         """r [B] within its bounds."""

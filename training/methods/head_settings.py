@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.errors import OneStepError
 from ..settings import Settings, setting
 from .discriminator import LOSSES
-from .matching_settings import MatchingSettings
+from .f_divergence import WEIGHTS
+from .matching_settings import Fitting, MatchingSettings, OneTermSettings
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,42 @@ class GanSettings:
     head_level_high: float = setting(0.98, "Greatest noise level at which the head looks, as a share of it.", 0, 1)
 
 
-@dataclass(frozen=True)
-class HeadSettings(DiscriminatorSettings, GanSettings, MatchingSettings):
-    """dmd's, then of the term, then of the head."""
+class HeadFitting(Fitting):
+    """What of these settings does not go together."""
 
-    def check(self, run: Settings) -> None:
-        MatchingSettings.check(self, run)
+    def check(self: Any, run: Settings) -> None:
+        Fitting.check(self, run)
         if self.head_level_low >= self.head_level_high:
             raise OneStepError(
                 f"head_level_low {self.head_level_low} must be below head_level_high {self.head_level_high}"
             )
+
+
+@dataclass(frozen=True)
+class HeadSettings(HeadFitting, DiscriminatorSettings, GanSettings, MatchingSettings):
+    """dmd's, then of the term, then of the head."""
+
+
+@dataclass(frozen=True)
+class OneTermHeadSettings(HeadFitting, DiscriminatorSettings, GanSettings, OneTermSettings):
+    """The same of a loss that is one term."""
+
+
+@dataclass(frozen=True)
+class RatioSettings:
+    """The divergence, and the ratio of the densities that it goes by. Bounds are FastGen's."""
+
+    divergence: str = setting(
+        "jensen-shannon",
+        "Which divergence the matching brings down: from the reverse KL (dmd2), which seeks single modes, to the KL, "
+        "which covers all.",
+        choices=tuple(WEIGHTS),
+    )
+    ratio_low: float = setting(0.1, "Least ratio of the teacher's density to the student's.", 1e-4, 1)
+    ratio_high: float = setting(20.0, "Greatest ratio of the teacher's density to the student's.", 1, 1e4)
+    ratio_memory: float = setting(
+        0.9, "Share of the ratios' running means that an update of the head keeps.", 0, 0.9999
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..host import Host
 from ..settings import Settings
 from .discriminator import HEAD, LOSSES, Discriminator, Head
 from .distribution_matching import DistributionMatching, Scores
-from .f_divergence import Ratios
+from .f_divergence import WEIGHTS, Ratios, Weigh
 
 GAN = "discriminator's term"
 """What a profile of a run calls it."""
@@ -159,8 +159,13 @@ def real_pictures(setup: Setup, pairs: Pairs) -> TeachersPictures | RealPictures
 
 def weighing_head_turns(setup: Setup, pairs: Pairs, simulate: BackwardSimulation) -> HeadTurns:
     """With the ratios of f-distill's settings."""
-    own = setup.settings.own
-    return head_turns(setup, pairs, simulate, Ratios(own.divergence, own.ratio_low, own.ratio_high, own.ratio_memory))
+    return head_turns(setup, pairs, simulate, ratios_of(setup.settings, WEIGHTS))
+
+
+def ratios_of(settings: Settings, weights: Mapping[str, Weigh]) -> Ratios:
+    """As its settings have them."""
+    own = settings.own
+    return Ratios(own.divergence, own.ratio_low, own.ratio_high, own.ratio_memory, weights)
 
 
 def add_head(setup: Setup, levels: LevelSampler, ratios: Ratios | None = None) -> Discriminator:
