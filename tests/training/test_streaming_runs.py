@@ -28,26 +28,6 @@ def same(one: Path, other: Path) -> None:
     assert factors(one / "result.safetensors") == factors(other / "result.safetensors")
 
 
-<<<<<<< HEAD
-=======
-HEAD: dict[str, Any] = DMD | {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0}
-OF_METHOD: dict[str, dict[str, Any]] = {
-    "dmd": DMD,
-    "cdm": DMD | {"student_steps": 3},
-    "tdm": DMD | {"student_steps": 2},
-    "dmd2": HEAD,
-    "f-distill": HEAD,
-    "uni-instruct": HEAD,
-    "ladd": {"warm_start": 1, "head_warm_up": 1, "head_blocks": 2},
-    "nct": {"generator_steps": 2},
-}
-
-
-def method_settings(name: str) -> dict[str, Any]:
-    return FEW | OF_METHOD.get(name, {}) | {"method": name}
-
-
->>>>>>> f865276 (uni-instruct: score identity by another f-divergence, with a discriminator's ratio)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", narrowed([*METHODS], "dmd"))
 def test_a_streamed_run_is_the_resident_one(tmp_path: Path, method: str, checkpointing: bool) -> None:
