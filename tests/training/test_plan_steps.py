@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cdm, fixed, anchored": ("cdm", {"student_steps": 3, "student_schedule": "fixed", "diversity_anchor": 0.1}),
     "dmd2": ("dmd2", {"student_steps": 3, "head_updates": 2, **HEAD}),
     "f-distill": ("f-distill", {"student_steps": 2, **HEAD}),
+    "decoupled-dmd": ("decoupled-dmd", {"student_steps": 3}),
     "sid": ("sid", {"student_steps": 3, "anchor": 0.0}),
     "sid, guided": ("sid", {"student_steps": 2, "guidance_strategy": "long-short"}),
     "uni-instruct": ("uni-instruct", {"student_steps": 2, **HEAD}),

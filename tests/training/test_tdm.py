@@ -115,10 +115,10 @@ MUTANTS = {
     ),
     "to the top": ("top = self.whole or drawn.step == 0", "top = True"),
     "from the bottom": (
-        "levels=_cut(objective.levels, low, high),\n            critic",
+        "levels=cut(objective.levels, low, high),\n            critic",
         "levels=objective.levels,\n            critic",
     ),
-    "the critic's levels": ("_cut(objective.critic_levels, low, high)", "_cut(objective.critic_levels, low, 1.0)"),
+    "the critic's levels": ("cut(objective.critic_levels, low, high)", "cut(objective.critic_levels, low, 1.0)"),
 }
 
 

@@ -52,9 +52,9 @@ class SubInterval:
         apart = objective.guidance_levels
         changed = replace(
             objective,
-            levels=_cut(objective.levels, low, high),
-            critic_levels=_cut(objective.critic_levels, low, high),
-            guidance_levels=None if apart is None else _cut(apart, low, high),
+            levels=cut(objective.levels, low, high),
+            critic_levels=cut(objective.critic_levels, low, high),
+            guidance_levels=None if apart is None else cut(apart, low, high),
         )
         if low == 0:
             return changed
@@ -62,7 +62,7 @@ class SubInterval:
         return replace(changed, renoise=FromStepEnd(x_mid, drawn.lower), importance=importance)
 
 
-def _cut(levels: Any, low: float, high: float) -> UniformTime:
+def cut(levels: Any, low: float, high: float) -> UniformTime:
     """Where ``levels`` and [low, high] do not meet, [low, high] alone."""
     cut = UniformTime(max(levels.low, low), min(levels.high, high))
     return cut if cut.low < cut.high else UniformTime(low, high)
