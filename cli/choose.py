@@ -19,6 +19,11 @@ ORIGIN = ("model", "prompts", "initial_lora")
 
 
 def run(args: Namespace, console: Console) -> None:
+    end_again(args, console, {"choose_by": args.by, "combine": 0})
+
+
+def end_again(args: Namespace, console: Console, changes: dict[str, Any]) -> None:
+    """The run's end once more, with other settings, and without an update."""
     from ..training.runs.candidates import kept
 
     folder = Path(args.run).expanduser()
@@ -34,15 +39,15 @@ def run(args: Namespace, console: Console) -> None:
     for name, value in known.items():
         if not value:
             raise OneStepError(f"the run does not say which {name} it was made with: give --{name} as it was then")
-    settings = settings_of(config["settings"], origin, args.by)
+    settings = settings_of(config["settings"], origin, changes)
     prompts = read_prompts(known["prompts"])
     host = open_host(known["model"], settings.targets, args.device, stored=True, waiting=settings.streaming != "off")
     answer(train(host, prompts, settings, folder, "continue", console, updates=False), console)
 
 
-def settings_of(there: dict[str, Any], origin: dict[str, str], by: str) -> Settings:
-    """The run's own, with the measure; its initial LoRA where that came from: the run knows it by its content."""
-    values = {**there, "choose_by": by}
+def settings_of(there: dict[str, Any], origin: dict[str, str], changes: dict[str, Any]) -> Settings:
+    """The run's own, with ``changes``; its initial LoRA where that came from: the run knows it by its content."""
+    values = {**there, **changes}
     if values.get("initial_lora"):
         values["initial_lora"] = origin.get("initial_lora", values["initial_lora"])
     return settings_for(**values)

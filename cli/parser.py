@@ -191,8 +191,26 @@ def _choose(made: Parser) -> None:
     add("run", metavar="RUN", help="the folder of a run")
     by = f"of {', '.join(CHOICES)}, on the watch's fixed prompts and noise; less is better {DEFAULT}"
     add("--by", default=CHOICES[0], choices=CHOICES, metavar="MEASURE", help=by)
-    add("--model", metavar="MODEL", help="the checkpoint that it was made with (default: as the run says)")
-    add("--prompts", metavar="FILE", help="the prompts that it was made with (default: as the run says)")
+    _as_made(made)
+
+
+def _combine(made: Parser) -> None:
+    made.description = (
+        "Search for a weighted sum of the students that the run in RUN has kept that is better than its result, by its"
+        " own measure (choose_by, distance where that is last). It becomes the result only where it is better on other"
+        " prompts and noise too, which the search has not seen. A search that was cut goes on where it was."
+    )
+    add = made.add_argument
+    add("run", metavar="RUN", help="the folder of a run, finished or stopped")
+    add("--evaluations", type=int, default=40, metavar="N", help=f"sums to be measured {DEFAULT}")
+    _as_made(made)
+
+
+def _as_made(made: Parser) -> None:
+    made.add_argument(
+        "--model", metavar="MODEL", help="the checkpoint that it was made with (default: as the run says)"
+    )
+    made.add_argument("--prompts", metavar="FILE", help="the prompts that it was made with (default: as the run says)")
     _device(made)
     _json(made)
 
@@ -237,6 +255,7 @@ def _json(made: Parser) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "distill": ("learn a one-step LoRA from a checkpoint and prompts", _distill),
     "choose": ("make the best of the students that a run has kept its result", _choose),
+    "combine": ("make a weighted sum of the students that a run has kept its result, where it is better", _combine),
     "plan": ("say what a run needs of a card before it starts", _plan),
     "generate": ("draw pictures, with or without a LoRA", _generate),
     "evaluate": ("measure LoRAs against the checkpoint they came from", _evaluate),

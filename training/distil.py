@@ -35,7 +35,7 @@ from .runs.shared_run import entered
 from .runs.state import restore, size_of, snapshot
 from .runs.threads import threads_of
 from .settings import Settings
-from .watch.choice import chosen
+from .watch.combination import searched
 from .watch.eta import Pace, length_told
 from .watch.monitor import watching
 from .watch.progress import Progress, Report, Request, Result, Stopped, requested
@@ -280,7 +280,7 @@ class _Session:
     def _finish(self) -> Result:
         if self.saved != (self.update, self.finished_at):
             self._save()
-        with chosen(self.monitor, self.settings, self.update, self._tick) as choice:
+        with searched(self.monitor, self.settings, self.update, self._tick) as choice:
             path, check = self.write("result.safetensors", choice.role, choice.update, choice.told)
         self.notes += [choice.note] if choice.note else []
         for partial in self.run.folder.glob("partial*.safetensors"):

@@ -164,6 +164,14 @@ class Settings:
         "Noise levels, LOW-HIGH of sigma, that a run learns and draws in, of a base that is one of several experts: of "
         "Wan 2.2's two 0.875-1 of the high-noise one, 0-0.875 of the other; 0-1 = all.",
     )
+    combine: int = setting(
+        0,
+        "Measures that the end of a run spends on a search for a weighted sum of its kept students that is better than "
+        "its result, also on prompts and noise that the search has not seen; 30 to 100 are usual, each as long as one "
+        "of the watch; 0 = none.",
+        0,
+        10_000,
+    )
     second_order: bool = False
     """Whether the teacher's pictures are drawn in fewer than ``teacher_steps``, of second order (core.sampling.fewer).
     Nobody's choice: a run keeps what it began with."""

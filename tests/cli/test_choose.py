@@ -96,3 +96,19 @@ def test_broken_candidates_are_left_out(onestep: Command, keeping: Path, tmp_pat
     assert said.code == 0, said.err
     notes = json.loads(said.out)["notes"]
     assert sum("is left out" in note for note in notes) == 3, notes
+
+
+def test_a_sum_of_the_students_is_searched_for(onestep: Command, keeping: Path, tmp_path: Path) -> None:
+    """Said whether it is taken; again, nothing is drawn again."""
+    run = copied(keeping, tmp_path)
+    before = (run / "result.safetensors").read_bytes()
+    said = onestep("combine", run, "--evaluations", "4", "--json")
+    assert said.code == 0, said.err
+    found = json.loads((run / "combination.json").read_text())
+    assert len(found["measured"]) == found["result"]["evaluations"] == 4
+    assert found["result"]["taken"] or (run / "result.safetensors").read_bytes() == before
+    assert onestep("combine", run, "--evaluations", "4").code == 0
+    assert json.loads((run / "combination.json").read_text()) == found
+    said = onestep("combine", run, "--evaluations", "1")
+    assert said.code == 2 and "a search measures 2 sums at least" in said.message
+    assert "is no run's folder" in onestep("combine", tmp_path / "nowhere").message

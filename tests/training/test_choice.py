@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from small_host import SmallHost, small
+from small_host import SmallHost
+from spoiled_runs import settings_of, spoiled, spoiled_run
 from whole_runs import Cancelled, left, run
 
 from onestep.core.lora_file import load_lora
@@ -20,27 +20,6 @@ from onestep.training.runs.candidates import kept
 from onestep.training.watch.choice import HEADER, Student, ranked
 
 CHOOSING = "choosing among the students"
-
-
-def spoiled(host: SmallHost, at: int) -> Callable[[Any], None]:
-    """A report that makes the student and its mean far too strong after update ``at``: what was before is better."""
-
-    def report(now: Any) -> None:
-        if now.update == at and not now.preparing and now.numbers:
-            for role in ("student", "ema"):
-                for factor in host.denoiser.roles.parameters(role):
-                    factor.detach().mul_(6.0)
-
-    return report
-
-
-def settings_of(**changes: Any) -> Any:
-    return small(**{"candidate_every": 1, "candidates": 12, "choose_by": "distance", "watch_every": 1, **changes})
-
-
-def spoiled_run(folder: Path, **changes: Any) -> Any:
-    host = SmallHost()
-    return run(folder, settings_of(**changes), host=host, report=spoiled(host, 7))
 
 
 def test_the_best_is_first_and_what_is_no_number_last() -> None:

@@ -3,6 +3,7 @@ disk."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def tensors_in(file: Path) -> int:
     """Bytes of a safetensors file without its header, of which large tensors make nothing."""
     data = file.read_bytes()
     return len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
+@pytest.mark.broad
+def test_a_search_for_a_combination_is_planned(host: DiffusersHost, tmp_path: Path) -> None:
+    """Its measures, and those on what it has not seen."""
+    more = settings("regression").with_(candidate_every=1, combine=6)
+    found = []
+    for how in (more.with_(combine=0), more):
+        work = flops_of(lambda how=how: distil(host, PROMPTS, how, tmp_path / str(how.combine)))
+        found.append((work, sum(planned(host, how).whole.seconds.values())))
+    held = json.loads((tmp_path / "6" / "combination.json").read_text())["result"]
+    assert "held_out" in held, "the search found none better, and held nothing out"
+    # one that is taken is drawn once more
+    searched, told = (found[1][at] - found[0][at] for at in (0, 1))
+    assert searched == pytest.approx(told, rel=0.05 + 0.15 * held["taken"])
 
 
 @pytest.mark.parametrize("method", narrowed(RUNS, "regression"))

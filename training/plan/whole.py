@@ -82,6 +82,10 @@ class _Once:
         return self.played.beside.making * self.work(MADE) + decoded
 
 
+HELD_OUT = 2
+"""Students of a search that are drawn on what it has not seen."""
+
+
 def _seconds(once: _Once) -> dict[str, float]:
     played, settings, found = once.played, once.settings, {}
     for phase in played.phases:
@@ -92,7 +96,8 @@ def _seconds(once: _Once) -> dict[str, float]:
         found[WATCHING] = samples * beside.reference * once.work(REFERENCE)
     if WATCH in played.count.names:
         drawn = _times(settings.watch_every, played) + 2 + _times(settings.preview_every, played)
-        drawn += _compared(played, settings)
+        drawn += _compared(played, settings) + settings.combine + HELD_OUT * bool(settings.combine)
+        found[WATCHING] += bool(settings.combine) * samples * beside.reference * once.work(REFERENCE)
         shown = min(settings.preview_samples, -(-samples // EACH))
         previews = 2 * shown * once.decode() * _times(settings.preview_every, played)
         found[WATCHING] += samples * beside.watch * once.work(WATCH) * drawn + previews
@@ -101,6 +106,7 @@ def _seconds(once: _Once) -> dict[str, float]:
     if LOOK in played.count.names:
         # the teacher's pictures are looked at once, and at the end both of those that may be the result
         looked = _times(settings.watch_every, played) + 3 + _compared(played, settings)
+        looked += settings.combine + (HELD_OUT + 1) * bool(settings.combine)
         found[WATCHING] += samples * once.work(LOOK) * looked
     return found
 

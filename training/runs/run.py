@@ -32,7 +32,7 @@ from .lock import locked
 
 CONTINUE, RESTART, STOP = "continue", "restart", "stop"
 KEPT = 2
-FREE = ("save_every", "licenses", "streaming", "candidate_every", "candidates", "choose_by")
+FREE = ("save_every", "licenses", "streaming", "candidate_every", "candidates", "choose_by", "combine")
 """Settings that change nothing of what is learnt: a run goes on with others."""
 KINDS = ("pairs", "anchors", "trajectories", "triples", "segments")
 """Folders of what a teacher or a generator made."""

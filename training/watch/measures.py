@@ -59,16 +59,20 @@ class Watch:
         latents: Latents | None = None,
         tick: Tick = silent,
         slices: Slices | None = None,
+        held_out: bool = False,
     ) -> Watch:
         """The fixed prompts and noise, with what the student is compared with: made here, unless a run has it. slices:
         in which pictures are drawn; of no more samples at once than a step with gradients takes, where they are not
-        given."""
+        given. held_out: other noise, and other prompts where the run has more than the watch draws and the reference
+        has none of its own."""
         prompts, settings = setup.prompts, setup.settings
         rows = watched(len(prompts), settings)
-        batch = prompts.of(prompts.sizes[0], rows, -1, range(len(rows)))
+        if held_out and reference.cond is None:
+            rows = others(len(prompts), rows)
+        batch = prompts.of(prompts.sizes[0], rows, -2 if held_out else -1, range(len(rows)))
         if reference.cond is not None:
             batch = replace(batch, cond=reference.cond.to(batch.device))
-        noise = randomness.normal(batch.shape, settings.seed, "watch", 0, range(len(rows)))
+        noise = randomness.normal(batch.shape, settings.seed, "held out" if held_out else "watch", 0, range(len(rows)))
         slices = slices or Slices(-(-settings.batch // settings.accumulation), "the watch's pictures")
         if latents is None:
             latents = in_slices(setup.host, batch, noise, reference.make, slices, tick)
@@ -129,6 +133,16 @@ def watched(prompts: int, settings: Settings) -> Tensor:
     """[N]: which of so many prompts the watch draws, `EACH` pictures of one after the other."""
     each = min(EACH, settings.watch_samples)
     return torch.linspace(0, prompts - 1, settings.watch_samples // each).round().long().repeat_interleave(each)
+
+
+def others(prompts: int, rows: Tensor) -> Tensor:
+    """[N]: as `watched`, of the prompts that ``rows`` [N] leave out; where these are all, ``rows``."""
+    left = sorted(set(range(prompts)) - set(rows.tolist()))
+    each = min(EACH, len(rows))
+    if not left:
+        return rows
+    at = torch.linspace(0, len(left) - 1, len(rows) // each).round().long().repeat_interleave(each)
+    return torch.tensor(left)[at]
 
 
 @torch.no_grad()

@@ -34,16 +34,18 @@ class Monitor:
         self.shown = EMA if setup.settings.ema else STUDENT
         self.watch: Watch | None = None
         self.best: dict[str, float] | None = None
+        self._prepared: Callable[[str, Tick, bool], Watch]
 
     def prepare(self, setup: Setup, reference: Callable[[Setup], Reference] = by_teacher, tick: Tick = silent) -> None:
         """Have the pictures that the student is compared with: made once in a run, and kept."""
         if not (self.settings.watch_every or self.settings.preview_every):
             return
-        path = self.folder / "reference.safetensors"
-        latents = read_tensors(path) if path.is_file() else None
-        self.watch = Watch.prepare(setup, reference(setup), latents, tick)
-        if latents is None:
-            write_tensors(path, self.watch.latents)
+        self._prepared = lambda name, tick, held_out: _kept_watch(setup, reference, self.folder / name, tick, held_out)
+        self.watch = self._prepared("reference.safetensors", tick, False)
+
+    def held_out(self, tick: Tick = silent) -> Watch:
+        """As the watch, on prompts and noise that it has not: made where it is first asked for, and kept."""
+        return self._prepared("held-out.safetensors", tick, True)
 
     def __call__(self, update: int, last: bool, learns: bool = True) -> tuple[Numbers, Path | None]:
         """Measures and preview after ``update`` updates, where they are due: before the first and after the last too.
@@ -112,6 +114,15 @@ class Monitor:
     def _path(self, update: int | str) -> Path:
         """Of the preview after ``update``, or of that name."""
         return self.folder / "previews" / f"{update if isinstance(update, str) else f'{update:06d}'}.png"
+
+
+def _kept_watch(setup: Setup, reference: Callable[[Setup], Reference], path: Path, tick: Tick, held_out: bool) -> Watch:
+    """A watch whose pictures to compare with lie at ``path``, or will."""
+    latents = read_tensors(path) if path.is_file() else None
+    watch = Watch.prepare(setup, reference(setup), latents, tick, held_out=held_out)
+    if latents is None:
+        write_tensors(path, watch.latents)
+    return watch
 
 
 def peak(device: torch.device) -> Numbers:
