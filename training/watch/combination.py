@@ -145,7 +145,8 @@ def _students(monitor: Monitor, choice: Choice) -> tuple[list[Student], list[int
     first = {shown + name.removeprefix(choice.role): value.to("cpu", copy=True) for name, value in of_choice.items()}
     files = [(at, path) for at, path in candidates.kept(monitor.folder).items() if at != choice.update]
     chosen = torch.linspace(len(files) - 1, 0, min(MOST - 1, len(files))).round().long().tolist()
-    students, updates = [first], [choice.update]
+    students: list[Student] = [first]
+    updates = [choice.update]
     for at, path in (files[index] for index in chosen):
         try:
             students.append(candidates.read(path, roles, shown))
