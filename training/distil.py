@@ -102,7 +102,7 @@ class _Session:
         self.report: Callable[[Progress], Any] = (processes.is_first() and report) or (lambda progress: None)
         self.texts, self.shells, (self.initial, taken) = prompts, shells, initial
         recipe = ended(host, settings, self.method.recipe(host, settings))
-        usage = "" if self.method.adapter else usage_hint(recipe, host.denoiser.schedule)
+        usage = "" if self.method.makes == "adapter" else usage_hint(recipe, host.denoiser.schedule)
         self.write = Writer(host, prompts, settings, run.folder, recipe, usage)
         self.notes = [*first_notes(host, settings), *filter(None, (self.method.note(settings), taken, usage))]
         self.started, self.seconds_before = time.monotonic(), 0.0

@@ -42,19 +42,20 @@ AtStep = Callable[[DistributionMatching, NoiseSchedule, Drawn], DistributionMatc
 class Extras:
     """What a method has besides. simulate: how a picture of a student of several steps comes about. head: makes the
     turns of a discriminator head. phased: one of the student's steps after the other, each to its end before the
-    next."""
+    next. critic: adds its role, where that is no LoRA."""
 
     simulate: BackwardSimulation | None = None
     at_step: AtStep | None = None
     off: OffTrajectory | None = None
     head: Callable[[Setup, Pairs, BackwardSimulation], HeadTurns] | None = None
     phased: bool = False
+    critic: Callable[[Setup], None] | None = None
 
 
 def alternating(setup: Setup, objective: Objective, extras: Extras | None = None) -> Plan:
     """The plan of such a run; ``objective`` is the method."""
     settings, own, extras = setup.settings, setup.settings.own, extras or Extras()
-    add_critic(setup)
+    (extras.critic or add_critic)(setup)
     for role in (STUDENT, EMA) if own.step_loras else ():
         setup.denoise.roles.split(role, setup.recipe.timesteps)
     pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")

@@ -96,7 +96,8 @@ class DistributionMatching:
     prompt alone. taught: k that the critic learns under. rescale: phi of all (`guidance_scale.guided`). matching: a_DM.
     guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which the
     critic learns the null condition. judge: whose logit of x_s the scores have. residual: what
-    the critic is taught to bring to 0, where that is not D_F - x.
+    the critic is taught to bring to 0, where that is not D_F - x. apart: whether each role is asked in a forward of its
+    own.
     """
 
     guidance: Scale = 2.0
@@ -115,6 +116,7 @@ class DistributionMatching:
     rescale: float = 0.0
     importance: Importance | None = None
     residual: Residual | None = None
+    apart: bool = False
     judge: Discriminator | None = None
 
     @property
@@ -188,7 +190,7 @@ class DistributionMatching:
         x_s = self.renoise(denoise.schedule, x, batch.normal(f"{stream} noise"), sigma)
         asked = self.asked(batch, critic)
         answers: dict[str, Tensor] = {}
-        for some in [[one] for one in asked] if batch.sliced else [asked]:
+        for some in [[one] for one in asked] if batch.sliced or self.apart else [asked]:
             blocks = [(role, len(x) * len([*rows])) for role, rows in groupby(role for role, _, _ in some)]
             with denoise.roles.rows(blocks), self._judging(x_s, some[0][1]) as seen:
                 conds = Cond.concat([cond for _, _, cond in some])

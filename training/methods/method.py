@@ -36,7 +36,8 @@ class Method:
     check: raises OneStepError for settings that it cannot do with this host. check_files: the same for a person's files
     that it reads as a run begins, and not where one goes on, which has kept what it has read. note: what a run tells of
     its settings as it begins, or nothing. adjustable: settings that may be others when a run is continued.
-    guidance_input: whether the student is given the guidance of each sample as a condition.
+    guidance_input: whether the student is given the guidance of each sample as a condition. exports: whether what
+    learns in place of the factors is written as a LoRA (`core.rotation_adapter`).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Method:
     note: Callable[[Settings], str] = nothing_to_say
     adjustable: tuple[str, ...] = ("steps", "pairs")
     guidance_input: bool = False
+    exports: bool = False
 
     def check_all(self, host: Host, settings: Settings, goes_on: bool) -> None:
         """goes_on: whether the run that it is checked for is one that was begun before."""
@@ -63,7 +65,7 @@ class Method:
     @property
     def makes(self) -> str:
         """What its result is: "LoRA" or "adapter"."""
-        return "LoRA" if self.adapter is None else "adapter"
+        return "LoRA" if self.adapter is None or self.exports else "adapter"
 
 
 def base_as_student(settings: Settings) -> str:

@@ -3,12 +3,14 @@ module; read back before they count."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...core.adapter_file import check_adapter, save_adapter
 from ...core.lora_file import save_lora
 from ...core.lora_second import save_second, second_file
+from ...core.memory import notice
 from ...core.recipe import Recipe, step_names
 from ..engine import processes
 from ..engine.student import STUDENT
@@ -55,6 +57,8 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
     usage: how a LoRA is drawn with.
     """
     roles, family = host.denoiser.roles, host.family
+    if role in roles.modules and hasattr(roles.modules[role], "exported"):
+        return _exported(path, role, host, recipe, header | {"modelspec.usage_hint": usage})
     if role in roles.modules:
         save_adapter(path, roles.modules[role], family, header | {"onestep.recipe": recipe.to_json()})
         return check_adapter(path, roles.modules[role], family)
@@ -73,4 +77,23 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
     for at, name in enumerate(step_names(second.name, len(parts)) if second else ()):
         beside = places[at], path.with_name(name)
         proven.append(save_second(*beside, roles.state(parts[at]), family, told, header, host.loader))
+    return "; ".join(dict.fromkeys(filter(None, proven)))
+
+
+def _exported(path: Path, role: str, host: Host, recipe: Recipe, header: dict[str, str]) -> str:
+    """As `write_made`, of an adapter module that is written as a LoRA: what of it that holds is told."""
+    module, told = host.denoiser.roles.modules[role], recipe.to_json()
+    state, held = module.exported()
+    # ||D - B A|| / ||D||
+    error = math.sqrt(max(0.0, 1 - held.weights))
+    notice(
+        f"{path.name} is a LoRA of rank {module.export_rank} of what was learnt: it holds {100 * held.weights:.1f} % "
+        f"of its squared size, a relative error of {error:.3f}. What the watch measured is the student itself"
+    )
+    header |= {"onestep.export_error": f"{error:.6f}"}
+    save_lora(path, state, host.family, told, header, host.loader)
+    proven = [host.check_file(path)]
+    second = second_file(path, host.family, host.loader)
+    if second is not None:
+        proven.append(save_second(path, second, state, host.family, told, header, host.loader))
     return "; ".join(dict.fromkeys(filter(None, proven)))
