@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from allocated import training
+from flops import ONE_FLOP_A_SECOND, flops_of
 from mutations import must_fail, mutant
 from narrowed import narrowed
 from oracles import CASES, Case, World, drawn, levels_in_numpy, posterior_mean, rows
 from small_host import SmallHost, small
+from tiny_pipelines import make
 from torch import nn
 from whole_runs import cancelled_and_whole, run
 
@@ -23,7 +27,10 @@ from onestep.core.errors import OneStepError
 from onestep.core.lora_file import load_lora
 from onestep.core.targets import Target
 from onestep.core.tensor_file import read_header
+from onestep.pipelines.adapt import adapt
+from onestep.pipelines.shells import of_host
 from onestep.training.methods import METHODS, settings_for, wadi
+from onestep.training.plan.rungs import Way, rung_of
 
 THREE = [CASES[0], CASES[2], CASES[4]]
 """eps, v and flow."""
@@ -220,3 +227,17 @@ def test_what_it_cannot_serve_is_refused(tmp_path: Path) -> None:
     for name in ("follow", "step_loras", "diversity_anchor"):
         with pytest.raises(OneStepError, match=f"wadi has no setting '{name}'"):
             settings_for("wadi", **{name: 1})
+
+
+@pytest.mark.broad
+def test_the_plan_counts_its_products(tmp_path: Path) -> None:
+    """Turning weights too, which are as much work at any batch."""
+    host = adapt(make("sd"))
+    few: dict[str, Any] = {"sizes": "16x16", "rank": 4, "batch": 2, "pairs": 2, "steps": 4, "teacher_steps": 1}
+    few |= {"watch_samples": 4, "warm_start": 0, "critic_warm_up": 0, "critic_updates": 2, "critic_rank": 4}
+    settings = settings_for("wadi", **few)
+    whole = rung_of(partial(of_host, host), settings, ONE_FLOP_A_SECOND, Way(settings.batch)).whole
+    with training(host, settings, tmp_path) as step:
+        step(0)  # whose data is made
+        found = [flops_of(partial(step, at)) for at in (1, 2)]
+    assert found == pytest.approx([whole.seconds["wadi"] / 4] * 2, rel=0.01)
