@@ -1,0 +1,140 @@
+"""Continuous-time consistency distillation (sCM, arXiv:2410.11081): the student's answer does not change along the
+teacher's trajectory, as its derivative says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.denoiser import Denoiser
+from ...core.roles import TEACHER
+from ...core.schedule import expand
+from ..engine.batch import Batch
+from ..engine.setup import Setup
+from ..engine.student import STUDENT
+from ..engine.turns import Phase, Plan, Turn, learning
+from ..settings import setting
+from .consistency import SourceSettings, check_source, pictures_of
+from .method import Method
+from .trig_flow import Differences, Forward, Tangent, TrigFlow
+
+
+@dataclass(frozen=True)
+class ContinuousSettings(SourceSettings):
+    """Of continuous-time consistency."""
+
+    time_mean: float = setting(0.2, "Mean of ln tan t, t the angle of a noise level; more = more noise.", -10, 10)
+    time_deviation: float = setting(1.6, "Standard deviation of ln tan t.", 0.01, 10)
+    tangent_step: float = setting(
+        0.01,
+        "Step of the differences by which the student's change is measured, as a share of t; below 0.005 what bfloat16 "
+        "rounds is larger than what changes.",
+        1e-5,
+        0.2,
+    )
+    tangent: str = setting(
+        "differences",
+        "How the student's change is measured: by differences, which any network has; or forward, exactly, where every "
+        "operation has a forward mode, which attention by flash or xformers has not.",
+        choices=("differences", "forward"),
+    )
+    tangent_warm_up: float = setting(0.2, "Share of the run over which the change along the way comes in.", 0, 1)
+
+
+@dataclass(frozen=True)
+class ContinuousConsistency:
+    """mean, deviation: of ln tan t. tangent: how dF / dt is found. guidance: w of the teacher. lowest,
+    highest: of t."""
+
+    mean: float
+    deviation: float
+    tangent: Tangent
+    guidance: float
+    lowest: float
+    highest: float
+
+    def angles(self, batch: Batch) -> Tensor:
+        """t [B], ln tan t ~ N(mean, deviation^2)."""
+        normal = torch.special.ndtri(batch.uniform("angle").clamp(1e-9, 1 - 1e-9))
+        t = torch.atan(torch.exp(self.mean + self.deviation * normal))
+        return t.clamp(self.lowest, self.highest)
+
+    def __call__(self, denoise: Denoiser, batch: Batch, x0: Tensor, warmth: float) -> Tensor:
+        """|F - sg(F + g / (rms(g) + 0.1))|^2: a sum over a sample's elements, a mean over samples. warmth: r, 0 to 1,
+        the weight of what changes along the way."""
+        flow, t = TrigFlow.of(denoise, x0), self.angles(batch)
+        x = expand(torch.cos(t), x0.double()) * x0 + expand(torch.sin(t), x0.double()) * batch.normal("angle's noise")
+        with torch.no_grad():
+            with denoise.roles.use(TEACHER):
+                dx = flow.velocity(x, t, batch.cond, batch.nulls(), self.guidance)
+            with denoise.roles.use(STUDENT):
+                change = self.tangent(lambda x, t: flow.velocity(x, t, batch.cond), x, t, dx)
+        with denoise.roles.use(STUDENT):
+            f = flow.velocity(x, t, batch.cond)
+        g = consistency_gradient(x, t, f.detach(), dx, change, warmth)
+        return (f - (f.detach() + normalised(g))).square().flatten(1).sum(1).mean()
+
+
+def consistency_gradient(x: Tensor, t: Tensor, f: Tensor, dx: Tensor, change: Tensor, warmth: float) -> Tensor:
+    """g = cos(t) d/dt (cos(t) x - sin(t) F) = -cos^2(t) (F - dx/dt) - r cos(t) sin(t) (x + dF/dt) (Algorithm 1)."""
+    cos, sin = expand(torch.cos(t), x), expand(torch.sin(t), x)
+    return -(cos**2) * (f - dx) - warmth * cos * sin * (x + change)
+
+
+LEAST = 0.1
+"""c of the tangent's normalisation (sec. 4.1)."""
+
+
+def normalised(g: Tensor) -> Tensor:
+    """g / (rms(g) + c) of each sample; no number becomes 0."""
+    rms = g.flatten(1).square().mean(1).sqrt()
+    return torch.nan_to_num(g / (expand(rms, g) + LEAST))
+
+
+def continuous_consistency(setup: Setup) -> ContinuousConsistency:
+    """As the settings have it, between the model's least level and the student's first."""
+    denoise, own = setup.denoise, setup.settings.own
+    flow = TrigFlow.of(denoise, torch.empty(0))
+    levels = torch.tensor([denoise.schedule.sigma_min, float(setup.recipe.levels(denoise.schedule)[0])])
+    low, high = flow.angle(levels.double()).tolist()
+    # at t = 0 there is no velocity
+    ends = max(low, 1e-3), high
+    near = Differences(own.tangent_step, *ends)
+    guidance = setup.settings.guidance if denoise.guidance == "cfg" else 1.0
+    tangent = Forward(near) if own.tangent == "forward" else near
+    return ContinuousConsistency(own.time_mean, own.time_deviation, tangent, guidance, *ends)
+
+
+def plan(setup: Setup) -> Plan:
+    """The student alone, on pictures with fresh noise."""
+    settings, pictures, learn = setup.settings, pictures_of(setup), continuous_consistency(setup)
+
+    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        drawn, x0 = pictures.draw(batch, update)
+        value = learn(setup.denoise, drawn, x0, warmth(settings.own.tangent_warm_up, update / settings.steps))
+        (share * value).backward()
+        return {"consistency": value.detach() / x0[0].numel()}
+
+    turn = Turn(STUDENT, loss, settings.learning_rate)
+    cost = learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
+    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+
+
+def warmth(over: float, along: float) -> float:
+    """r = min(1, k / H): 1 from ``over`` of the run on."""
+    return min(1.0, along / over) if over else 1.0
+
+
+METHOD = Method(
+    name="scm",
+    title="Continuous-time consistency",
+    paper="arXiv:2410.11081",
+    forwards="6.6 + the picture",
+    plan=plan,
+    settings=ContinuousSettings,
+    check=check_source,
+)
