@@ -44,7 +44,8 @@ class Denoiser(Protocol):
 @dataclass
 class _Wrapped:
     """``network(x, time, cond)``, told its own time [B]; subclasses turn its answer into x0. filled: of a network that
-    reads each text at its own length, up to a multiple of so many tokens; 0 for others."""
+    reads each text at its own length, up to a multiple of so many tokens; 0 for others. toward: [B] the level that the
+    answers are to lead to, of a student that learns flow maps; None and 0 for the picture."""
 
     network: Network
     schedule: NoiseSchedule
@@ -53,6 +54,7 @@ class _Wrapped:
     time_scale: float = 1.0
     filled: int = 0
     token_norm: TokenNorm = 0
+    toward: Tensor | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), cast_as(self.schedule.time_of_sigma(sigma), x), cond)
@@ -63,6 +65,9 @@ class _Wrapped:
     def network_time(self, sigma: Tensor) -> Tensor:
         """The time [B] that the network is given at ``sigma``: a recipe's time_scale lowers it, to a whole index."""
         time = self.schedule.time_of_sigma(sigma)
+        if self.toward is not None:
+            # t - r / 2 (TwinFlow, arXiv:2512.05150): the second time of a flow map, without an embedder for it
+            time = time - self.schedule.time_of_sigma(self.toward) / 2
         return time if self.time_scale == 1 else (self.time_scale * time).floor()
 
     def _answer(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -23,12 +23,12 @@ from onestep.core.roles import TEACHER
 from onestep.core.schedule import VPSchedule, expand
 from onestep.training.engine.student import STUDENT
 from onestep.training.methods import scm as method
-from onestep.training.methods import trig_flow
-from onestep.training.methods.trig_flow import Differences, TrigFlow, by_forward_mode
+from onestep.training.methods.tangents import Differences, by_forward_mode, straight_on
+from onestep.training.methods.trig_flow import TrigFlow, rotated
 
 WORLDS = [case for case in CASES if case.name != "x0"]
 KINDS = [case for case in CASES if case.name in ("eps", "v", "flow")]
-TANGENT = Differences(0.01, 0.05, 1.45)
+TANGENT = Differences(0.01, 0.05, 1.45, rotated)
 
 
 def posterior(mean: Array, x: Array, t: Array) -> Array:
@@ -83,7 +83,7 @@ def test_differences_are_the_exact_tangent(case: Case) -> None:
 
     with torch.no_grad(), world.roles.use(STUDENT):
         exact = by_forward_mode(answer, x, t, dx)
-        found = Differences(1e-3, 0.05, 1.45)(answer, x, t, dx)
+        found = Differences(1e-3, 0.05, 1.45, rotated)(answer, x, t, dx)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
     mean, h, at = world.mean(STUDENT, world.cond), 1e-5, t.numpy()[:, None]
     ends = [velocity(mean, rows(x) + step * rows(dx), at + step) for step in (h, -h)]
@@ -99,7 +99,9 @@ def test_at_the_ends_the_difference_is_one_sided() -> None:
         return expand(t, x) * x
 
     x, dx = drawn(seed=1), torch.zeros_like(drawn())
-    found = Differences(0.01, 0.2, 1.4)(answer, x, torch.tensor([0.2, 0.21, 1.0, 1.4], dtype=torch.float64), dx)
+    found = Differences(0.01, 0.2, 1.4, straight_on)(
+        answer, x, torch.tensor([0.2, 0.21, 1.0, 1.4], dtype=torch.float64), dx
+    )
     assert float(torch.cat(asked).min()) == 0.2 and float(torch.cat(asked).max()) == 1.4
     # of t x along cos(h) x: x, but for h^2
     torch.testing.assert_close(found, x, rtol=0.03, atol=0.03)
@@ -196,7 +198,7 @@ def test_the_consistency_function_has_nothing_to_learn() -> None:
     def of_teacher(x: Tensor, t: Tensor) -> Tensor:
         return torch.from_numpy(velocity(rows(mean), rows(x), t.numpy()[:, None])).reshape(x.shape)
 
-    dx, tangent = of_teacher(x, t), Differences(1e-3, 0.05, 1.45)
+    dx, tangent = of_teacher(x, t), Differences(1e-3, 0.05, 1.45, rotated)
     for answer, least, most in ((of_map, 0.0, 1e-5), (of_teacher, 1e-2, 10.0)):
         g = method.consistency_gradient(x, t, answer(x, t), dx, tangent(answer, x, t, dx), 1.0)
         assert least <= float(g.flatten(1).norm(dim=1).min()) and float(g.abs().max()) < most
@@ -208,8 +210,8 @@ def test_the_gradient_is_cos_of_the_answers_change() -> None:
     t = torch.tensor([0.2, 0.6, 1.0, 1.3], dtype=torch.float64)
     flow = TrigFlow.of(world.denoise, x)
     with torch.no_grad(), world.roles.use(STUDENT):
-        ends = [flow.x0(trig_flow.rotated(x, dx, h), t + h, world.cond) for h in (torch.full((4,), 1e-4).double(),)]
-        ends += [flow.x0(trig_flow.rotated(x, dx, h), t + h, world.cond) for h in (torch.full((4,), -1e-4).double(),)]
+        ends = [flow.x0(rotated(x, dx, h), t + h, world.cond) for h in (torch.full((4,), 1e-4).double(),)]
+        ends += [flow.x0(rotated(x, dx, h), t + h, world.cond) for h in (torch.full((4,), -1e-4).double(),)]
         change = by_forward_mode(lambda x, t: flow.velocity(x, t, world.cond), x, t, dx)
         f = flow.velocity(x, t, world.cond)
     wanted = expand(torch.cos(t), x) * (ends[0] - ends[1]) / 2e-4

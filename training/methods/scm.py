@@ -20,7 +20,8 @@ from ..engine.turns import Phase, Plan, Turn, learning
 from ..settings import setting
 from .consistency import SourceSettings, check_source, pictures_of
 from .method import Method
-from .trig_flow import Differences, Forward, Tangent, TrigFlow
+from .tangents import Differences, Forward, Tangent
+from .trig_flow import TrigFlow, rotated
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def continuous_consistency(setup: Setup) -> ContinuousConsistency:
     low, high = flow.angle(levels.double()).tolist()
     # at t = 0 there is no velocity
     ends = max(low, 1e-3), high
-    near = Differences(own.tangent_step, *ends)
+    near = Differences(own.tangent_step, *ends, rotated)
     guidance = setup.settings.guidance if denoise.guidance == "cfg" else 1.0
     tangent = Forward(near) if own.tangent == "forward" else near
     return ContinuousConsistency(own.time_mean, own.time_deviation, tangent, guidance, *ends)

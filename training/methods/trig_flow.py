@@ -8,26 +8,15 @@ unit deviation, as rCM has it. Its numbers are float64: differences of answers a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...core.cond import Cond
 from ...core.continuous import continuous
 from ...core.denoiser import Denoiser, guided
-from ...core.errors import OneStepError
-from ...core.memory import is_out_of_memory
 from ...core.schedule import expand
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B]) -> F [B, ...]; float64."""
-
-Tangent = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
-"""(velocity, x [B, ...], t [B], dx / dt) -> dF / dt along it."""
 
 
 @dataclass(frozen=True)
@@ -58,69 +47,6 @@ class TrigFlow:
         return (expand(torch.cos(t), x) * x - self.x0(x, t, cond, null, w)) / expand(torch.sin(t), x)
 
 
-@dataclass(frozen=True)
-class Differences:
-    """dF / dt along the trajectory by central differences: no graph through the network, so that quantised weights,
-    recomputation and any attention serve. step: of t, as a share of it. lowest, highest: of t, beyond which nothing is
-    asked: there the difference is one-sided."""
-
-    step: float
-    lowest: float
-    highest: float
-
-    def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor) -> Tensor:
-        """(F(x_+, t_+) - F(x_-, t_-)) / (t_+ - t_-), x_+- = cos(h) x +- sin(h) dx / dt (rCM, arXiv:2510.08431,
-        app. B)."""
-        h = self.step * t
-        above, below = (t + h).clamp_max(self.highest), (t - h).clamp_min(self.lowest)
-        ends = [velocity(rotated(x, dx, at - t), at) for at in (above, below)]
-        return (ends[0] - ends[1]) / expand(above - below, x)
-
-
 def rotated(x: Tensor, dx: Tensor, angle: Tensor) -> Tensor:
     """cos(h) x + sin(h) dx / dt: where the trajectory of one x0 and one n is, h on."""
     return expand(torch.cos(angle), x) * x + expand(torch.sin(angle), x) * dx
-
-
-@dataclass
-class Forward:
-    """The same exactly, where every operation of a network has a forward mode. control: what the first answer is held
-    against, as an operation may drop its derivative without a word."""
-
-    control: Differences
-    _held: bool = False
-
-    def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor) -> Tensor:
-        """dF / dt. Raises OneStepError where an operation has none, or loses it."""
-        try:
-            found = by_forward_mode(velocity, x, t, dx)
-        except (NotImplementedError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise OneStepError(
-                f"this network has an operation with no forward mode ({str(error).strip()[:100]}): set tangent to "
-                "differences"
-            ) from None
-        if not self._held and not x.is_meta:
-            near = self.control(velocity, x, t, dx)
-            apart = float((found - near).norm() / near.norm().clamp_min(1e-12))
-            if not apart < APART:
-                raise OneStepError(
-                    f"an operation of this network loses the derivative ({apart:.0%} from that by differences): set "
-                    "tangent to differences"
-                )
-            self._held = True
-        return found
-
-
-APART = 0.1
-"""Of forward mode from differences, relative, the most."""
-
-
-def by_forward_mode(velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor) -> Tensor:
-    """The same exactly, by dual numbers through every operation of the network."""
-    # the only attention of torch's that has a forward mode
-    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        answer = velocity(forward_ad.make_dual(x, dx), forward_ad.make_dual(t, torch.ones_like(t)))
-        tangent = forward_ad.unpack_dual(answer).tangent
-        return torch.zeros_like(x) if tangent is None else tangent.clone()

@@ -1,0 +1,168 @@
+r"""Mean velocities (MeanFlow, arXiv:2505.13447): the student answers with the velocity from one time to another, so
+that one step is the whole way.
+
+    u(y_t, t, r) = 1 / (t - r) int_r^t v dtau,      (t - r) u = int v   =>   u = v - (t - r) du/dt
+
+y and t are those of straight lines (`rectified`), v the guided teacher's. The second time is told as t - r / 2, which a
+plain LoRA can carry (TwinFlow, arXiv:2512.05150): where a step leads to the picture, r = 0, that is the time itself, so
+that any sampler that renoises draws the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.cond import Cond
+from ...core.continuous import continuous, leading
+from ...core.denoiser import Denoiser, guided
+from ...core.roles import TEACHER
+from ...core.schedule import expand
+from ..engine.batch import Batch
+from ..engine.setup import Setup
+from ..engine.student import STUDENT
+from ..engine.turns import Phase, Plan, Turn, learning
+from ..settings import setting
+from .consistency import SourceSettings, check_source, pictures_of
+from .method import Method
+from .rectified import LEAST, noise_share
+from .tangents import Differences, Forward, Tangent, straight_on
+
+
+@dataclass(frozen=True)
+class MeanFlowSettings(SourceSettings):
+    """Where its two times lie, and how changes are measured."""
+
+    time_mean: float = setting(
+        -0.4, "Mean of the logit of both times, of which the later is t and the other r.", -10, 10
+    )
+    time_deviation: float = setting(1.0, "Standard deviation of the logit of both times.", 0.01, 10)
+    picture_share: float = setting(
+        0.5, "Share of the samples whose second time is the picture's, as in every step that is drawn.", 0, 1
+    )
+    same_share: float = setting(
+        0.25, "Share of the samples whose two times are one, on which it is flow matching to the teacher.", 0, 1
+    )
+    tangent_step: float = setting(
+        0.01,
+        "Step of the differences by which the student's change is measured, as a share of t; below 0.005 what bfloat16 "
+        "rounds is larger than what changes.",
+        1e-5,
+        0.2,
+    )
+    tangent: str = setting(
+        "differences",
+        "How the student's change is measured: by differences, which any network has; or forward, exactly, where every "
+        "operation has a forward mode, which attention by flash or xformers has not.",
+        choices=("differences", "forward"),
+    )
+
+
+@dataclass(frozen=True)
+class TwoLogits:
+    """t and r, logistic of N(mean, deviation^2) each, the later first; r is 0 for ``picture`` of the samples and t for
+    ``same`` of them. highest: of t."""
+
+    mean: float
+    deviation: float
+    picture: float
+    same: float
+    highest: float
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, r), [B] each."""
+        both = torch.stack([self._one(batch, stream) for stream in ("flow time", "flow end")])
+        t, r = both.max(0).values, both.min(0).values
+        kind = batch.uniform("flow kind")
+        r = torch.where(kind < self.picture, torch.zeros_like(r), r)
+        return t, torch.where(kind >= 1 - self.same, t, r)
+
+    def _one(self, batch: Batch, stream: str) -> Tensor:
+        normal = torch.special.ndtri(batch.uniform(stream).clamp(1e-9, 1 - 1e-9))
+        return torch.sigmoid(self.mean + self.deviation * normal).clamp(LEAST, self.highest)
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """guidance: w of the teacher."""
+
+    times: TwoLogits
+    tangent: Tangent
+    guidance: float
+
+    def __call__(self, denoise: Denoiser, batch: Batch, x0: Tensor) -> Tensor:
+        """S / sg(S + c), S = |u - sg(v - (t - r) du/dt)|^2 (Eq. 10, 11 and 22 with p = 1), a mean over samples."""
+        denoise, (t, r) = continuous(denoise), self.times(batch)
+        y = expand(1 - t, x0.double()) * x0 + expand(t, x0.double()) * batch.normal("flow noise")
+        mean = partial(velocity, leading(denoise, level_of(denoise, r)), x0.dtype, batch.cond)
+        with torch.no_grad():
+            with denoise.roles.use(TEACHER):
+                v = velocity(denoise, x0.dtype, batch.cond, y, t, batch.nulls(), self.guidance)
+            with denoise.roles.use(STUDENT):
+                change = self.tangent(mean, y, t, v)
+        with denoise.roles.use(STUDENT):
+            u = mean(y, t)
+        s = (u - (v - expand(t - r, v) * change)).square().flatten(1).sum(1)
+        return (s / (s.detach() + SMALL)).mean()
+
+
+SMALL = 1e-2
+"""c of the weight."""
+
+
+def level_of(denoise: Denoiser, tau: Tensor) -> Tensor:
+    """sigma at ``tau`` = sigma / (alpha + sigma), at any time; 0 at 0."""
+    inside = tau.clamp(1e-9, 1 - 1e-12)
+    # lambda = ln((1 - tau) / tau)
+    sigma = denoise.schedule.sigma_of_log_snr(torch.log1p(-inside) - torch.log(inside))
+    return torch.where(tau > 0, sigma, torch.zeros_like(sigma))
+
+
+def velocity(
+    denoise: Denoiser, dtype: torch.dtype, cond: Cond, y: Tensor, t: Tensor, null: Cond | None = None, w: float = 1.0
+) -> Tensor:
+    """(y - D) / t [B, ...] in float64, ``denoise`` being given latents of ``dtype``."""
+    sigma = level_of(denoise, t)
+    x = (expand(denoise.schedule.alpha(sigma) + sigma, y) * y).to(dtype)
+    return (y - guided(denoise, x, sigma, cond, null, w).double()) / expand(t, y)
+
+
+def mean_flow(setup: Setup) -> MeanFlow:
+    """As the settings have it, up to the student's first level."""
+    denoise, own = setup.denoise, setup.settings.own
+    highest = float(noise_share(denoise.schedule, setup.recipe.levels(denoise.schedule)[0]))
+    times = TwoLogits(own.time_mean, own.time_deviation, own.picture_share, own.same_share, highest)
+    near = Differences(own.tangent_step, LEAST, highest, straight_on)
+    guidance = setup.settings.guidance if denoise.guidance == "cfg" else 1.0
+    return MeanFlow(times, Forward(near) if own.tangent == "forward" else near, guidance)
+
+
+def plan(setup: Setup) -> Plan:
+    """The student alone, on pictures with fresh noise."""
+    settings, pictures, learn = setup.settings, pictures_of(setup), mean_flow(setup)
+
+    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        drawn, x0 = pictures.draw(batch, update)
+        value = learn(setup.denoise, drawn, x0)
+        (share * value).backward()
+        return {"flow": value.detach()}
+
+    turn = Turn(STUDENT, loss, settings.learning_rate)
+    cost = learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
+    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+
+
+METHOD = Method(
+    name="meanflow",
+    title="Mean velocities: one step is the whole way",
+    paper="arXiv:2505.13447, arXiv:2512.05150",
+    forwards="6.6 + the picture",
+    plan=plan,
+    settings=MeanFlowSettings,
+    check=check_source,
+)
