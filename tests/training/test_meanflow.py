@@ -173,15 +173,12 @@ def test_its_times() -> None:
 def test_the_second_time_is_told_by_half() -> None:
     for case in (CASES[2], CASES[4]):
         world = World(case)
-        sigma = world.schedule.sigma_of_time(
-            torch.full((4,), 0.8, dtype=torch.float64) * world.schedule.time_of_sigma(torch.tensor(1.0))
-        )
-        lower = world.schedule.sigma_of_time(world.schedule.time_of_sigma(sigma) / 2)
-        told = leading(world.denoise, lower).network_time(sigma)
-        torch.testing.assert_close(told, world.schedule.time_of_sigma(sigma) - world.schedule.time_of_sigma(lower) / 2)
-        assert torch.equal(
-            leading(world.denoise, torch.zeros(4).double()).network_time(sigma), world.denoise.network_time(sigma)
-        )
+        schedule, zero = world.schedule, torch.zeros(4, dtype=torch.float64)
+        most = float(schedule.time_of_sigma(torch.tensor(schedule.sigma_max, dtype=torch.float64)))
+        sigma, lower = (schedule.sigma_of_time(torch.full((4,), share * most).double()) for share in (0.8, 0.4))
+        whole, half = schedule.time_of_sigma(sigma), schedule.time_of_sigma(lower)
+        torch.testing.assert_close(leading(world.denoise, lower).network_time(sigma), whole - half / 2)
+        assert torch.equal(leading(world.denoise, zero).network_time(sigma), world.denoise.network_time(sigma))
 
 
 MUTANTS: dict[str, tuple[str, str]] = {
