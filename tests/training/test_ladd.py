@@ -80,7 +80,7 @@ def check_turn(module: Any, folder: Path, prediction: str) -> None:
     x0 = head.simulate(batch).x0
     told, _ = head.discriminator.cotangent(host.denoiser, batch, x0)
     (x0 * told).sum().mul(share / 4).backward()
-    own.regress(batch, share * 0.5, 3)
+    own.beside(batch, share * 0.5, 3)
     for gradient, factor in zip(found, host.denoiser.roles.parameters("student"), strict=True):
         torch.testing.assert_close(gradient, factor.grad, rtol=1e-4, atol=1e-6)
     host.denoiser.roles.remove()

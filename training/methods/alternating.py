@@ -27,7 +27,7 @@ from .distribution_matching import CRITIC, DistributionMatching, score_metrics
 from .diversity_anchor import DiversityAnchor
 from .head_turns import GAN, HeadTurns
 from .off_trajectory import OffTrajectory
-from .regression import Regression
+from .regression import Anchored, Regression
 
 ANCHOR, PICTURE = "anchor", "student's picture"
 """What a profile of a run calls the regression beside the matching, and a picture that several critic turns learn
@@ -41,13 +41,15 @@ AtStep = Callable[[DistributionMatching, NoiseSchedule, Drawn], DistributionMatc
 @dataclass(frozen=True)
 class Extras:
     """What a method has besides. simulate: how a picture of a student of several steps comes about. head: makes the
-    turns of a discriminator head. phased: one of the student's steps after the other, each to its end before the
-    next. critic: adds its role, where that is no LoRA."""
+    turns of a discriminator head. anchored: what stands beside the matching in the place of regression on the pairs.
+    phased: one of the student's steps after the other, each to its end before the next. critic: adds its role, where
+    that is no LoRA."""
 
     simulate: BackwardSimulation | None = None
     at_step: AtStep | None = None
     off: OffTrajectory | None = None
     head: Callable[[Setup, Pairs, BackwardSimulation], HeadTurns] | None = None
+    anchored: Anchored | None = None
     phased: bool = False
     critic: Callable[[Setup], None] | None = None
 
@@ -65,7 +67,8 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     if diversity is not None:
         simulate = replace(simulate, first=1)
     head = extras.head(setup, pairs, simulate) if extras.head else None
-    turns = Turns(setup, objective, extras, simulate, regress, diversity, head)
+    anchored = extras.anchored(setup, pairs) if extras.anchored else (regress, learning(settings))
+    turns = Turns(setup, objective, extras, simulate, anchored, diversity, head)
     follow = partial(setup.denoise.roles.lerp, CRITIC, STUDENT, own.follow) if own.follow else nothing
     # theta_F <- (1 - share) theta_F + share theta: after the student's update (IDA, SenseFlow, arXiv:2506.00523), or
     # after the critic's (CDM's merge, arXiv:2605.06376)
@@ -89,7 +92,11 @@ def _of_step(turns: Turns, pairs: Pairs, step: int) -> Turns:
     regress = on_data(pairs.draw, partial(Regression(turns.setup.recipe, only=step), turns.setup.denoise), "regression")
     passed = step * turns.own.critic_warm_up
     return replace(
-        turns, simulate=replace(turns.simulate, only=step), regress=regress, passed=passed, of=f" {step + 1}"
+        turns,
+        simulate=replace(turns.simulate, only=step),
+        anchored=(regress, turns.anchored[1]),
+        passed=passed,
+        of=f" {step + 1}",
     )
 
 
@@ -164,14 +171,15 @@ def add_critic(setup: Setup) -> None:
 
 @dataclass(frozen=True)
 class Turns:
-    """The losses of both roles. regress, diversity: of the student on what the teacher has made, beside the matching.
-    passed: updates of the critic alone since the matching began. of: after the names of the phase and its parts."""
+    """The losses of both roles. anchored: of the student on what the teacher has made, beside the matching, and
+    forwards of a sample in it; diversity: another of these. passed: updates of the critic alone since the matching
+    began. of: after the names of the phase and its parts."""
 
     setup: Setup
     objective: Objective
     extras: Extras
     simulate: BackwardSimulation
-    regress: Loss
+    anchored: tuple[Loss, float]
     diversity: Loss | None = None
     head: HeadTurns | None = None
     passed: int = 0
@@ -236,7 +244,7 @@ class Turns:
             with record_function(ANCHOR + self.of):
                 # each n-th time with n times the weight
                 at = self.first + index // own.anchor_every
-                self.regress(batch, share * own.anchor * own.anchor_every, at)
+                self.anchored[0](batch, share * own.anchor * own.anchor_every, at)
         if self.diversity is None:
             return {}
         return self.diversity(batch, share * own.diversity_anchor, index)
@@ -278,7 +286,7 @@ class Turns:
         own, learn, picture = self.own, learning(self.setup.settings), self.simulate.cost
         planned, saved = self.planned, (self.own.critic_updates - 1) * (self.own.critic_pictures == "shared")
         scores = planned.forwards + planned.backwards * learn + (planned.backwards > 0)
-        terms = [learn / own.anchor_every if own.anchor else 0.0, learn if self.diversity else 0.0]
+        terms = [self.anchored[1] / own.anchor_every if own.anchor else 0.0, learn if self.diversity else 0.0]
         off = 0.0 if self.extras.off is None else learn + scores
         terms += [off, self.head.cost if self.head else 0.0]
         critic = own.critic_updates * self.cost_of_critic - saved * picture

@@ -20,7 +20,7 @@ from .discriminator import HEAD, LOSSES
 from .head_settings import DiscriminatorSettings, PicturesSettings
 from .head_turns import HeadTurns, add_head, check_head, cost_of_term, real_pictures
 from .method import Method
-from .regression import Regression
+from .regression import Anchored, Regression
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Learning:
     """The student's turn: <x, sg(G)>.backward() with G the discriminator's alone, and the anchor beside it."""
 
     head: HeadTurns
-    regress: Loss
+    beside: Loss
 
     def learn(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         x0 = self.head.simulate(batch).x0
@@ -72,18 +72,20 @@ class Learning:
         numbers = {**numbers, "x_mean": x0.detach().mean(), "x_std": x0.detach().std()}
         del x0, cotangent
         anchor = self.head.setup.settings.own.anchor
-        return {**numbers, **(self.regress(batch, share * anchor, update) if anchor else {})}
+        return {**numbers, **(self.beside(batch, share * anchor, update) if anchor else {})}
 
 
-def plan(setup: Setup) -> Plan:
-    """A warm start, the head alone, then head and student in turn."""
+def plan(setup: Setup, anchored: Anchored | None = None) -> Plan:
+    """A warm start, the head alone, then head and student in turn. anchored: what stands beside the discriminator in
+    the place of regression."""
     settings, own = setup.settings, setup.settings.own
     pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")
     regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
     simulate = BackwardSimulation(setup.denoise, setup.recipe)
     discriminator = add_head(setup, LogitNormalTime(own.level_mean, own.level_deviation))
     head = HeadTurns(setup, discriminator, real_pictures(setup, pairs), simulate)
-    student = Turn(STUDENT, Learning(head, regress).learn, settings.learning_rate, 0.0)
+    anchor, anchor_cost = anchored(setup, pairs) if anchored else (regress, learning(settings))
+    student = Turn(STUDENT, Learning(head, anchor).learn, settings.learning_rate, 0.0)
     warm = Turn(STUDENT, regress, own.warm_start_rate)
     learn, made = learning(settings), (pairs.blocks, pairs.solve_cost)
     update = own.head_updates * head.cost_of_turn + simulate.cost - 1 + learn + cost_of_term(settings)
@@ -104,7 +106,7 @@ def plan(setup: Setup) -> Plan:
                 settings.method,
                 settings.steps,
                 [*head.turns, student],
-                update + (learn if own.anchor else 0.0),
+                update + (anchor_cost if own.anchor else 0.0),
                 *(made if own.anchor else of_head),
             ),
         ],

@@ -23,20 +23,21 @@ from ...core.continuous import continuous, leading
 from ...core.denoiser import Denoiser, guided
 from ...core.roles import TEACHER
 from ...core.schedule import expand
+from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
-from ..settings import setting
-from .consistency import SourceSettings, check_source, pictures_of
+from ..engine.turns import Loss, Phase, Plan, Turn, learning
+from ..settings import NoSettings, setting
+from .consistency import Pictures, SourceSettings, check_source, pictures_of
 from .method import Method
 from .rectified import LEAST, noise_share
-from .tangents import Differences, Forward, Tangent, straight_on
+from .tangents import Tangent, TangentSettings, straight_on, tangent_of
 
 
 @dataclass(frozen=True)
-class MeanFlowSettings(SourceSettings):
-    """Where its two times lie, and how changes are measured."""
+class FlowTimesSettings(NoSettings):
+    """Where two times lie."""
 
     time_mean: float = setting(
         -0.4, "Mean of the logit of both times, of which the later is t and the other r.", -10, 10
@@ -48,19 +49,11 @@ class MeanFlowSettings(SourceSettings):
     same_share: float = setting(
         0.25, "Share of the samples whose two times are one, on which it is flow matching to the teacher.", 0, 1
     )
-    tangent_step: float = setting(
-        0.01,
-        "Step of the differences by which the student's change is measured, as a share of t; below 0.005 what bfloat16 "
-        "rounds is larger than what changes.",
-        1e-5,
-        0.2,
-    )
-    tangent: str = setting(
-        "differences",
-        "How the student's change is measured: by differences, which any network has; or forward, exactly, where every "
-        "operation has a forward mode, which attention by flash or xformers has not.",
-        choices=("differences", "forward"),
-    )
+
+
+@dataclass(frozen=True)
+class MeanFlowSettings(TangentSettings, FlowTimesSettings, SourceSettings):
+    """Its pictures, its times, its tangents."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +130,13 @@ def mean_flow(setup: Setup) -> MeanFlow:
     denoise, own = setup.denoise, setup.settings.own
     highest = float(noise_share(denoise.schedule, setup.recipe.levels(denoise.schedule)[0]))
     times = TwoLogits(own.time_mean, own.time_deviation, own.picture_share, own.same_share, highest)
-    near = Differences(own.tangent_step, LEAST, highest, straight_on)
     guidance = setup.settings.guidance if denoise.guidance == "cfg" else 1.0
-    return MeanFlow(times, Forward(near) if own.tangent == "forward" else near, guidance)
+    return MeanFlow(times, tangent_of(setup.settings, LEAST, highest, straight_on), guidance)
 
 
-def plan(setup: Setup) -> Plan:
-    """The student alone, on pictures with fresh noise."""
-    settings, pictures, learn = setup.settings, pictures_of(setup), mean_flow(setup)
+def on_pictures(setup: Setup, pictures: Pictures) -> tuple[Loss, float]:
+    """(its loss on pictures with fresh noise, forwards of a sample)."""
+    learn = mean_flow(setup)
 
     def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         drawn, x0 = pictures.draw(batch, update)
@@ -152,8 +144,19 @@ def plan(setup: Setup) -> Plan:
         (share * value).backward()
         return {"flow": value.detach()}
 
+    return loss, learning(setup.settings) + 2 + (2 if learn.guidance != 1 else 1)
+
+
+def beside(setup: Setup, pairs: Pairs) -> tuple[Loss, float]:
+    """The same on the teacher's pictures, beside another method's terms."""
+    return on_pictures(setup, Pictures(None, pairs))
+
+
+def plan(setup: Setup) -> Plan:
+    """The student alone."""
+    settings, pictures = setup.settings, pictures_of(setup)
+    loss, cost = on_pictures(setup, pictures)
     turn = Turn(STUDENT, loss, settings.learning_rate)
-    cost = learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
     return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +17,12 @@ from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT, level
-from ..engine.turns import Plan, on_data, one_phase
+from ..engine.turns import Loss, Plan, on_data, one_phase
 from .method import Method
+
+Anchored = Callable[[Setup, Pairs], tuple[Loss, float]]
+"""(setup, pairs) -> what another method has beside its own terms: a loss of the student on the pairs, and forwards of a
+sample in it."""
 
 
 @dataclass(frozen=True)

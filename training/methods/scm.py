@@ -13,37 +13,30 @@ from torch import Tensor
 from ...core.denoiser import Denoiser
 from ...core.roles import TEACHER
 from ...core.schedule import expand
+from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
-from ..settings import setting
-from .consistency import SourceSettings, check_source, pictures_of
+from ..engine.turns import Loss, Phase, Plan, Turn, learning
+from ..settings import NoSettings, setting
+from .consistency import Pictures, SourceSettings, check_source, pictures_of
 from .method import Method
-from .tangents import Differences, Forward, Tangent
+from .tangents import Tangent, TangentSettings, tangent_of
 from .trig_flow import TrigFlow, rotated
 
 
 @dataclass(frozen=True)
-class ContinuousSettings(SourceSettings):
-    """Of continuous-time consistency."""
+class AngleSettings(NoSettings):
+    """Where it looks, and how the change along the way comes in."""
 
     time_mean: float = setting(0.2, "Mean of ln tan t, t the angle of a noise level; more = more noise.", -10, 10)
     time_deviation: float = setting(1.6, "Standard deviation of ln tan t.", 0.01, 10)
-    tangent_step: float = setting(
-        0.01,
-        "Step of the differences by which the student's change is measured, as a share of t; below 0.005 what bfloat16 "
-        "rounds is larger than what changes.",
-        1e-5,
-        0.2,
-    )
-    tangent: str = setting(
-        "differences",
-        "How the student's change is measured: by differences, which any network has; or forward, exactly, where every "
-        "operation has a forward mode, which attention by flash or xformers has not.",
-        choices=("differences", "forward"),
-    )
     tangent_warm_up: float = setting(0.2, "Share of the run over which the change along the way comes in.", 0, 1)
+
+
+@dataclass(frozen=True)
+class ContinuousSettings(TangentSettings, AngleSettings, SourceSettings):
+    """Of continuous-time consistency."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +97,35 @@ def continuous_consistency(setup: Setup) -> ContinuousConsistency:
     low, high = flow.angle(levels.double()).tolist()
     # at t = 0 there is no velocity
     ends = max(low, 1e-3), high
-    near = Differences(own.tangent_step, *ends, rotated)
     guidance = setup.settings.guidance if denoise.guidance == "cfg" else 1.0
-    tangent = Forward(near) if own.tangent == "forward" else near
+    tangent = tangent_of(setup.settings, *ends, rotated)
     return ContinuousConsistency(own.time_mean, own.time_deviation, tangent, guidance, *ends)
 
 
-def plan(setup: Setup) -> Plan:
-    """The student alone, on pictures with fresh noise."""
-    settings, pictures, learn = setup.settings, pictures_of(setup), continuous_consistency(setup)
+def on_pictures(setup: Setup, pictures: Pictures) -> tuple[Loss, float]:
+    """(its loss on pictures with fresh noise, forwards of a sample)."""
+    settings, learn = setup.settings, continuous_consistency(setup)
 
     def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         drawn, x0 = pictures.draw(batch, update)
-        value = learn(setup.denoise, drawn, x0, warmth(settings.own.tangent_warm_up, update / settings.steps))
+        along = min(1.0, update / max(1, settings.steps))
+        value = learn(setup.denoise, drawn, x0, warmth(settings.own.tangent_warm_up, along))
         (share * value).backward()
         return {"consistency": value.detach() / x0[0].numel()}
 
+    return loss, learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
+
+
+def beside(setup: Setup, pairs: Pairs) -> tuple[Loss, float]:
+    """The same on the teacher's pictures, beside another method's terms."""
+    return on_pictures(setup, Pictures(None, pairs))
+
+
+def plan(setup: Setup) -> Plan:
+    """The student alone."""
+    settings, pictures = setup.settings, pictures_of(setup)
+    loss, cost = on_pictures(setup, pictures)
     turn = Turn(STUDENT, loss, settings.learning_rate)
-    cost = learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
     return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
 
 

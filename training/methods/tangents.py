@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...core.errors import OneStepError
 from ...core.memory import is_out_of_memory
 from ...core.schedule import expand
+from ..settings import NoSettings, Settings, setting
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [B]) -> F [B, ...]; float64."""
@@ -20,6 +21,25 @@ Tangent = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
 """(velocity, x [B, ...], t [B], dx / dt) -> dF / dt along it."""
 Moved = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, ...], dx / dt, h [B]) -> where the trajectory is h on."""
+
+
+@dataclass(frozen=True)
+class TangentSettings(NoSettings):
+    """How changes along a trajectory are measured."""
+
+    tangent_step: float = setting(
+        0.01,
+        "Step of the differences by which the student's change is measured, as a share of t; below 0.005 what bfloat16 "
+        "rounds is larger than what changes.",
+        1e-5,
+        0.2,
+    )
+    tangent: str = setting(
+        "differences",
+        "How the student's change is measured: by differences, which any network has; or forward, exactly, where every "
+        "operation has a forward mode, which attention by flash or xformers has not.",
+        choices=("differences", "forward"),
+    )
 
 
 @dataclass(frozen=True)
@@ -88,3 +108,9 @@ def by_forward_mode(velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor) -> Ten
         answer = velocity(forward_ad.make_dual(x, dx), forward_ad.make_dual(t, torch.ones_like(t)))
         tangent = forward_ad.unpack_dual(answer).tangent
         return torch.zeros_like(x) if tangent is None else tangent.clone()
+
+
+def tangent_of(settings: Settings, lowest: float, highest: float, moved: Moved) -> Tangent:
+    """As the settings have it."""
+    near = Differences(settings.own.tangent_step, lowest, highest, moved)
+    return Forward(near) if settings.own.tangent == "forward" else near
