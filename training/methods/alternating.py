@@ -24,7 +24,7 @@ from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
 from .discriminator import HEAD
 from .distribution_matching import CRITIC, DistributionMatching, score_metrics
-from .diversity_anchor import DiversityAnchor
+from .diversity_anchor import diversity_of
 from .head_turns import GAN, HeadTurns
 from .off_trajectory import OffTrajectory
 from .regression import Anchored, Regression
@@ -63,7 +63,7 @@ def alternating(setup: Setup, objective: Objective, extras: Extras | None = None
     pairs = Pairs(setup.host, setup.prompts, settings, setup.folder / "pairs")
     regress = on_data(pairs.draw, partial(Regression(setup.recipe), setup.denoise), "regression")
     simulate = extras.simulate or BackwardSimulation(setup.denoise, setup.recipe)
-    diversity, anchors = _diversity(setup)
+    diversity, anchors = diversity_of(setup)
     if diversity is not None:
         simulate = replace(simulate, first=1)
     head = extras.head(setup, pairs, simulate) if extras.head else None
@@ -123,16 +123,6 @@ def _matching(
         Phase(f"critic{turns.of}", warm_up, ahead, ahead_cost, *drawn),
         Phase(f"{settings.method}{turns.of}", updates, both, turns.cost, *made, turns.rare),
     ]
-
-
-def _diversity(setup: Setup) -> tuple[Loss | None, Anchors | None]:
-    own = setup.settings.own
-    if not own.diversity_anchor:
-        return None, None
-    place, steps = setup.folder / "anchors", own.diversity_steps
-    anchors = Anchors(setup.host, setup.prompts, setup.settings, place, setup.recipe, steps)
-    loss = partial(DiversityAnchor(setup.recipe, steps), setup.denoise)
-    return on_data(anchors.draw, loss, "diversity"), anchors
 
 
 def _made(turns: Turns, pairs: Pairs, anchors: Anchors | None) -> tuple[int, float]:

@@ -4,6 +4,7 @@ the same noise, the matching is left to the later ones; where pictures of one pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -11,9 +12,11 @@ from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ...core.sampling import initial_latents
 from ...core.schedule import expand
-from ..data.anchors import anchor_levels
+from ..data.anchors import Anchors, anchor_levels
 from ..engine.batch import Batch
+from ..engine.setup import Setup
 from ..engine.student import STUDENT
+from ..engine.turns import Loss, on_data
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,14 @@ class DiversityAnchor:
         # x_k = a_k D* + s_k (x - a_1 D*) / s_1
         alpha, ratio = denoise.schedule.alpha(sigma), lower / sigma
         return (x_k - expand(ratio, x) * x) / expand(denoise.schedule.alpha(lower) - ratio * alpha, x)
+
+
+def diversity_of(setup: Setup) -> tuple[Loss | None, Anchors | None]:
+    """Its loss and what that is on, where the settings have it."""
+    own = setup.settings.own
+    if not own.diversity_anchor:
+        return None, None
+    place, steps = setup.folder / "anchors", own.diversity_steps
+    anchors = Anchors(setup.host, setup.prompts, setup.settings, place, setup.recipe, steps)
+    loss = partial(DiversityAnchor(setup.recipe, steps), setup.denoise)
+    return on_data(anchors.draw, loss, "diversity"), anchors
