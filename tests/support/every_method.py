@@ -28,6 +28,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     **{"tscd": {"student_steps": 2, "segments": "2,1"}, "mlcm": {"student_steps": 2, "segments": "2,1"}},
     **{"sun": {"sizes": "16x16", "pairs": 4}, "f-distill": {"divergence": "kl"}},
     "sid": {"guidance_strategy": "long-short"},
+    "disback": {"critic_warm_up": 2, "snapshots": 2},
 }
 
 

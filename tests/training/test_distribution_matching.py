@@ -281,7 +281,7 @@ def test_a_step_lowers_the_divergence(case: Case) -> None:
 
 # -- mutants ----------------------------------------------------------------------------------------------------------
 
-REAL = 'asked = [(TEACHER, "real", batch.cond)]'
+REAL = 'asked = [(self.teacher, "real", batch.cond)]'
 FAKE = 'asked.append((CRITIC, "fake", batch.cond))'
 COTANGENT_MUTANTS = {
     "the matching term's sign": ("delta = scores.fake - scores.real", "delta = scores.real - scores.fake"),
@@ -292,7 +292,7 @@ COTANGENT_MUTANTS = {
     ),
     "guidance towards the null": ("-added(scores.real, scores.null", "-added(scores.null, scores.real"),
     "a teacher in the critic's place": (FAKE, FAKE.replace("CRITIC", "TEACHER")),
-    "a critic in the teacher's place": (REAL, REAL.replace("TEACHER", "CRITIC")),
+    "a critic in the teacher's place": (REAL, REAL.replace("self.teacher", "CRITIC")),
     "half the weight": ("return 1 / (scores.x - real)", "return 0.5 / (scores.x - real)"),
     "the weight of plain guidance": (
         "real = scores.real if scores.guided is None else scores.guided",
@@ -308,8 +308,11 @@ CRITIC_MUTANTS = {
     "no weight": ("cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error", "error"),
     "a sum for a mean": (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
     "the teacher trained": ("with denoise.roles.use(CRITIC):", "with denoise.roles.use(TEACHER):"),
-    "the noised target": ("batch, x_s, sigma) - x).square()", "batch, x_s, sigma) - x_s).square()"),
-    "clean input": ("(self._taught(denoise, batch, x_s, sigma)", "(self._taught(denoise, batch, x, sigma)"),
+    "the noised target": ("left = answer - x if", "left = answer - x_s if"),
+    "clean input": (
+        "answer = self._taught(denoise, batch, x_s, sigma)",
+        "answer = self._taught(denoise, batch, x, sigma)",
+    ),
     "a graph into the student": ("x, noise = x.detach(), batch", "x, noise = x * 1, batch"),
 }
 

@@ -71,3 +71,11 @@ def test_a_head_takes_room_for_itself_and_its_term_forwards_where_it_is_asked(ru
     assert twice - once == pytest.approx(thrice - twice) and twice - once > 3
     punished = rung("dmd2", **told, head_penalty=1.0).forwards
     assert 1 < punished - once < 2
+
+
+@pytest.mark.broad
+def test_a_snapshot_that_is_the_teacher_takes_room_for_itself(rung: Any) -> None:
+    none, one = (rung("disback", critic_warm_up=2, snapshots=2, backtrack=share) for share in (0.0, 0.5))
+    assert one.peak.made_of["degraded teacher"] == one.peak.made_of["critic"] > 0
+    assert "degraded teacher" not in none.peak.made_of
+    assert none.forwards <= one.forwards <= 1.05 * none.forwards

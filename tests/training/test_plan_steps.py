@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2": ("dmd2", {"student_steps": 3, "head_updates": 2, **HEAD}),
     "f-distill": ("f-distill", {"student_steps": 2, **HEAD}),
     "decoupled-dmd": ("decoupled-dmd", {"student_steps": 3}),
+    "disback": ("disback", {"student_steps": 2}),
     "sid": ("sid", {"student_steps": 3, "anchor": 0.0}),
     "sid, guided": ("sid", {"student_steps": 2, "guidance_strategy": "long-short"}),
     "uni-instruct": ("uni-instruct", {"student_steps": 2, **HEAD}),

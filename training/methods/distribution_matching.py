@@ -95,9 +95,9 @@ class DistributionMatching:
     """guidance: k of the teacher. critic_guidance: k of the critic where the student asks it; 0 asks it without the
     prompt alone. taught: k that the critic learns under. rescale: phi of all (`guidance_scale.guided`). matching: a_DM.
     guidance_levels: None puts the guidance term at the matching term's level. null_rate: share of samples on which the
-    critic learns the null condition. judge: whose logit of x_s the scores have. residual: what
-    the critic is taught to bring to 0, where that is not D_F - x. apart: whether each role is asked in a forward of its
-    own.
+    critic learns the null condition. judge: whose logit of x_s the scores have. residual: what the critic is taught to
+    bring to 0, where that is not D_F - x. apart: whether each role is asked in a forward of its own. teacher: the role
+    that answers as it.
     """
 
     guidance: Scale = 2.0
@@ -118,6 +118,7 @@ class DistributionMatching:
     residual: Residual | None = None
     apart: bool = False
     judge: Discriminator | None = None
+    teacher: str = TEACHER
 
     @property
     def forwards(self) -> int:
@@ -215,9 +216,9 @@ class DistributionMatching:
     def asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
         """(role, answer's name, conditions) of each row block; critic blocks last."""
         apart = self.guidance_levels is not None and critic
-        asked = [(TEACHER, "real", batch.cond)]
+        asked = [(self.teacher, "real", batch.cond)]
         if self.guidance != 1 and not apart:
-            asked.append((TEACHER, "null", self._nulls(batch)))
+            asked.append((self.teacher, "null", self._nulls(batch)))
         if critic and self.critic_guidance == 0:
             asked.append((CRITIC, "fake", self._nulls(batch)))
         elif critic:
