@@ -9,23 +9,11 @@ command goes on where it was stopped. --methods and --steps choose some; --seeds
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
-import torch
-from rows import every, known, row
+from rows import every, known, one
 from table import page
-
-
-def one(job: tuple[str, int, int], args: Any) -> None:
-    """In a process of its own: its peak of memory is the row's."""
-    torch.set_num_threads(1)
-    found = row(*job, args)
-    print(json.dumps(found), flush=True)
-    with (args.runs / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(found) + "\n")
 
 
 def main() -> None:

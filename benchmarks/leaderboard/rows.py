@@ -94,6 +94,15 @@ def row(method: str, steps: int, seed: int, args: Any) -> dict[str, Any]:
     return told | {key: round(value, 4) for key, value in found.items()}
 
 
+def one(job: tuple[str, int, int], args: Any) -> None:
+    """In a process of its own: its peak of memory is the row's."""
+    torch.set_num_threads(1)
+    found = row(*job, args)
+    print(json.dumps(found), flush=True)
+    with (args.runs / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
 def known(path: Path) -> list[dict[str, Any]]:
     """The rows that are there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

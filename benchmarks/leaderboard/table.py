@@ -57,7 +57,8 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         lines += ["", f"## In {steps} step{'s' * (steps > 1)}", "", HEAD.format("method"), RULE]
         lines += _of_steps([found for found in rows if found["steps"] == steps])
     args.out.write_text("\n".join(lines) + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    if rows:
+        plot(rows, args.out.with_suffix(".png"))
 
 
 def _cells(found: dict[str, float]) -> str:
