@@ -19,7 +19,8 @@ from .requests import Asked
 
 EVENT = "onestep.progress"
 PREVIEW_PIXELS = 1024
-SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap", "pictures", "kept")
+SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap")
+SHOWN += ("pictures", "margin", "kept")
 
 
 class Reporter:

@@ -36,7 +36,11 @@ def test_the_forwards_of_a_method_are_those_that_the_plan_counts(name: str) -> N
     """What it says of an update, and of each of the critic's and the head's; cdm's student has several steps, with two
     to four on the way and so one before the drawn one, in the mean, of each picture; phased-dmd's last phase of
     two has one, a forward with its adapter."""
-    several = {"cdm": {"student_steps": 4}, "phased-dmd": {"student_steps": 2}, "tune": {"drawn": "few"}}.get(name, {})
+    several = {
+        "cdm": {"student_steps": 4},
+        "phased-dmd": {"student_steps": 2},
+        **dict.fromkeys(("tune", "pso"), {"drawn": "few"}),
+    }.get(name, {})
     settings = preset("Balanced", method=name, **several).with_(sizes="512x512")
     played = counted(layout("sd15", targets=settings.targets), settings, NOTHING)
     one = played.count.flops(FORWARD, 1, settings.rank)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy_graphs import distil, loader
 from comfy_support import running_server
+from own_pictures import needed_by
 
 from onestep.core.lora_file import load_lora
 from onestep.training.methods import METHODS
@@ -21,14 +22,22 @@ pytestmark = [pytest.mark.comfy, pytest.mark.broad, pytest.mark.filterwarnings("
 TRIED = [name for name, method in METHODS.items() if method.makes == "LoRA" and name != "tune"]
 """tune learns from a person's pictures: tests/nodes/test_tune.py."""
 SEVERAL = {"cdm": "4", "lcm": "4", "mlcm": "4", "pcm": "4"} | dict.fromkeys(
-    ("tdm", "phased-dmd", "tcd", "tscd", "scott", "perflow"), "2"
+    ("tdm", "phased-dmd", "tcd", "tscd", "scott", "perflow", "pso"), "2"
 )
 """In how many the students of some draw; the others in one."""
 UPDATES = 30
 
 
+def own(base: Path, method: str) -> None:
+    """What a person would give it, in the input folder of ComfyUI at ``base``."""
+    if not (base / "input" / method).exists():
+        needed_by(method, base / "input" / method)
+
+
 def graph(name: str, method: str, updates: int = UPDATES) -> dict[str, Any]:
     kept = {"candidate_every": 4, "choose_by": "distance", "ema": 0.9, "learning_rate": 1e-3}
+    if hasattr(METHODS[method].settings, "needs_pictures"):
+        kept |= {"pictures": f"{method}/own", "drawn": "few"}
     told = {"steps": updates, "existing": "continue", "student_steps": SEVERAL.get(method, "1")}
     return {"model": loader("tiny"), "distil": distil(name, method, kept, **told)}
 
@@ -57,6 +66,7 @@ def updates_of(base: Path, name: str) -> list[int]:
 @pytest.fixture(scope="module", params=TRIED)
 def uncut(request: Any, comfy_server: Any) -> tuple[str, dict[str, bytes]]:
     method = request.param
+    own(comfy_server.base, method)
     finished = comfy_server.run(graph(f"{method}-uncut", method))
     assert finished.status == "success", finished.error
     assert (comfy_server.base / "output" / "onestep" / f"{method}-uncut" / "choice.png").is_file()
@@ -92,6 +102,7 @@ def test_a_killed_server(uncut: Any, comfy: Any, pack: Path, tmp_path: Path) -> 
     """SIGKILL in the midst of an update; another server on the same folders goes on."""
     method, wanted = uncut
     (tmp_path / "custom_nodes").symlink_to(pack.parent)
+    own(tmp_path, method)
     with running_server(comfy, tmp_path) as server:
         with pytest.raises(Exception):  # noqa: B017  (whatever the socket says of a server that is gone)
             server.run(

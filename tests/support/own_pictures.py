@@ -17,6 +17,16 @@ def pictures_in(folder: Path, count: int = 3, side: int = 32) -> dict[str, Any]:
     return {"pictures": str(folder), "drawn": "few"}
 
 
+def pairs_in(folder: Path, count: int = 3, side: int = 32) -> dict[str, Any]:
+    """Of two colours each, the better one with the pair's caption."""
+    own = pictures_in(folder / "better", count, side)
+    (folder / "worse").mkdir()
+    for row in range(count):
+        Image.new("RGB", (side, side), (200, 40 * row, 10)).save(folder / "worse" / f"{row}.png")
+    return {**own, "pictures": str(folder)}
+
+
 def needed_by(method: str, folder: Path) -> dict[str, Any]:
     """What ``method`` cannot be run without."""
-    return pictures_in(folder / "own") if method == "tune" else {}
+    made = {"tune": pictures_in, "pso": pairs_in}.get(method)
+    return made(folder / "own") if made else {}

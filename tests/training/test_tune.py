@@ -20,7 +20,7 @@ from onestep.core.recipe import PRESETS, Recipe
 from onestep.core.tensor_file import read_tensors
 from onestep.training.engine.levels import WEIGHTS
 from onestep.training.engine.student import BackwardSimulation
-from onestep.training.methods import METHODS, settings_for
+from onestep.training.methods import METHODS, kept, settings_for
 from onestep.training.methods import tune as method
 
 PREDICTIONS = ["epsilon", "v_prediction", "flow"]
@@ -70,7 +70,7 @@ def check_kept(module: ModuleType, case: Case, before: str = "teacher") -> None:
 @pytest.mark.parametrize("before", ["teacher", "critic"])
 @pytest.mark.parametrize("case", FINITE, ids=str)
 def test_what_is_kept_in_closed_form(case: Case, before: str) -> None:
-    check_kept(method, case, before)
+    check_kept(kept, case, before)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4]], ids=str)
@@ -80,11 +80,11 @@ def test_the_gradients_by_finite_differences(case: Case) -> None:
     factors_of = world.double_factors("student")
     recipe = Recipe.for_student(world.schedule, 2, "unet", ())
     learn = method.Ordinary(At(case.sigma), WEIGHTS[method.natural(world.denoise)])
-    kept = method.Kept(BackwardSimulation(world.denoise, recipe))
+    hold = kept.Kept(BackwardSimulation(world.denoise, recipe))
 
     def loss() -> torch.Tensor:
         batch = world.batch()
-        return learn(world.denoise, batch, x) + 0.7 * kept(world.denoise, batch)
+        return learn(world.denoise, batch, x) + 0.7 * hold(world.denoise, batch)
 
     loss().backward()
     for factor in factors_of:
@@ -146,7 +146,7 @@ KEPT_MUTANTS = {
 
 @pytest.mark.parametrize("change", KEPT_MUTANTS.values(), ids=list(KEPT_MUTANTS))
 def test_a_wrong_hold_is_found_out(change: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutant("onestep.training.methods.tune", *change, monkeypatch)
+    module = mutant("onestep.training.methods.kept", *change, monkeypatch)
     must_fail(lambda mutated: check_kept(mutated, CASES[4]), module)
 
 
@@ -154,7 +154,7 @@ def test_held_alone_a_model_as_it_was_stays() -> None:
     """Its fixed point: without pictures' gradient, what has not moved is not moved."""
     world = World(CASES[4])
     recipe = Recipe.for_student(world.schedule, 2, "unet", ())
-    loss = method.Kept(BackwardSimulation(world.denoise, recipe), "student")(world.denoise, world.batch())
+    loss = kept.Kept(BackwardSimulation(world.denoise, recipe), "student")(world.denoise, world.batch())
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(not bool(factor.grad.any()) for factor in world.roles.parameters("student") if factor.grad is not None)

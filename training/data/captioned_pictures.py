@@ -154,11 +154,22 @@ class CaptionedPictures:
     def draw(self, batch: Batch) -> tuple[Batch, Tensor]:
         """(samples like ``batch`` of one bucket under their captions, their latents [B, C, h, w]). Each picture is as
         likely as every other."""
+        size, at = self.choose(batch)
+        return self.under_captions(batch, size, at), sent(self.latents_of(size)[at], batch.device)
+
+    def choose(self, batch: Batch) -> tuple[Size, Tensor]:
+        """(the bucket of all samples, which of its pictures each is)."""
         size = self.every[batch.choice(len(self.every), "picture's bucket")].size
-        rows = [row for row, one in enumerate(self.every) if one.size == size]
-        at = randomness.integers(len(rows), batch.seed, "picture", batch.step, batch.samples)
-        drawn = self.texts.of(size, torch.tensor(rows)[at], batch.step, batch.samples)
-        return drawn, sent(self._of(size)[at], batch.device)
+        rows = self.in_bucket(size)
+        return size, randomness.integers(len(rows), batch.seed, "picture", batch.step, batch.samples)
+
+    def in_bucket(self, size: Size) -> list[int]:
+        """Which of `every` it holds."""
+        return [row for row, one in enumerate(self.every) if one.size == size]
+
+    def under_captions(self, batch: Batch, size: Size, at: Tensor) -> Batch:
+        """Samples like ``batch`` of the bucket's pictures ``at``."""
+        return self.texts.of(size, torch.tensor(self.in_bucket(size))[at], batch.step, batch.samples)
 
     def at_first_size(self, rows: Sequence[int]) -> Tensor:
         """[N, C, h, w] on the CPU: pictures cut to the run's first size, which previews have."""
@@ -166,7 +177,7 @@ class CaptionedPictures:
         paths = [self.every[row].path for row in once.tolist()]
         return encoded(self.setup.host, paths, self.setup.settings.size_list[0], NAME)[at]
 
-    def _of(self, size: Size) -> Tensor:
+    def latents_of(self, size: Size) -> Tensor:
         """The latents of a bucket, in the order of their names."""
         if size not in self._latents:
             path = self.folder / f"{size[0]}x{size[1]}.safetensors"
@@ -184,7 +195,7 @@ class CaptionedPictures:
             notice(f"the run goes on with the pictures and captions that it began with: {change}")
         with processes.first_alone():
             for size in dict.fromkeys(one.size for one in self.every):
-                self._of(size)
+                self.latents_of(size)
             self.texts  # noqa: B018  (read once)
 
     def _change(self) -> str:

@@ -14,34 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
 from ...core.memory import notice
 from ...core.recipe import Recipe
-from ...core.roles import TEACHER
 from ...core.schedule import add_noise, cast_as
 from ..data.captioned_pictures import CaptionedPictures, captioned
 from ..engine.as_drawn import recipe_as_drawn
 from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS, LevelSampler, LevelWeight, at, natural, usual_levels
 from ..engine.setup import Setup
-from ..engine.student import STUDENT, BackwardSimulation
+from ..engine.student import STUDENT
 from ..engine.turns import Phase, Plan, Turn, learning
 from ..host import Host
 from ..settings import Settings, need_steps, setting
-from ..watch.measures import draw, patch_distance, watched
-from ..watch.reference import Latents, Reference
+from ..watch.reference import Reference
+from .kept import as_it_began, by_pictures, held
 from .method import Method
-
-BEFORE = "before"
-"""The role of a student as it began; where it began as the base, the teacher is it."""
-KEPT = "kept"
-FEW = 8
-"""Steps, the most that are held."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +49,6 @@ class Ordinary:
         with denoise.roles.use(STUDENT):
             error = (denoise(x_t, sigma, batch.cond) - x).square().flatten(1).sum(1)
         return (cast_as(at(self.weight, denoise.schedule, sigma), error) * error).mean()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """before: the role that the student was. simulate: how its states come about."""
-
-    simulate: BackwardSimulation
-    before: str = TEACHER
-
-    def __call__(self, denoise: Denoiser, batch: Batch) -> Tensor:
-        """|D(x_k) - D_0(x_k)|^2, a sum over a sample's elements, a mean over samples."""
-        with torch.no_grad():
-            was = self.simulate(batch, role=self.before, train=False)
-        with denoise.roles.use(STUDENT):
-            error = denoise(was.x, was.sigma, batch.cond) - was.x0
-        return error.square().flatten(1).sum(1).mean()
 
 
 @dataclass(frozen=True)
@@ -135,22 +110,14 @@ def check_files(host: Host, settings: Settings) -> None:
     captioned(host, settings)
 
 
-def before(setup: Setup) -> str:
-    """The role of the model as the run began."""
-    return BEFORE if setup.settings.initial_lora else TEACHER
-
-
 def plan(setup: Setup) -> Plan:
     """Both terms in each update."""
     pictures, settings, denoise = CaptionedPictures(setup), setup.settings, setup.denoise
     own, recipe = settings.own, setup.recipe
     pictures.prepare()
-    if settings.initial_lora:
-        denoise.roles.copy(STUDENT, BEFORE)
-    simulate = BackwardSimulation(denoise, recipe)
-    kept, learn = Kept(simulate, before(setup)), ordinary(denoise, settings)
-    keeps = bool(own.keep) and recipe.guidance == 1 and recipe.steps <= FEW
-    if not keeps:
+    as_it_began(setup)
+    learn, hold = ordinary(denoise, settings), held(setup, own.keep)
+    if hold is None:
         drawn = f"{recipe.steps} steps with guidance {recipe.guidance:g}"
         notice("ordinary training: no few steps are held" + f", for the model draws in {drawn}" * bool(own.keep))
 
@@ -159,34 +126,15 @@ def plan(setup: Setup) -> Plan:
         value = learn(denoise, some.with_nulls(own.caption_dropout, "caption"), x)
         (share * value).backward()
         numbers = {"pictures": value.detach() / x[0].numel()}
-        if keeps:
-            with record_function(KEPT):
-                held = kept(denoise, batch)
-                (share * own.keep * held).backward()
-            numbers["kept"] = held.detach() / x[0].numel()
-        return numbers
+        return numbers if hold is None else {**numbers, **hold(denoise, batch, share)}
 
-    cost = learning(settings) * (1 + keeps) + keeps * simulate.cost
+    cost = learning(settings) + (hold.cost(settings) if hold else 0.0)
     turn = Turn(STUDENT, loss, settings.learning_rate)
     return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost)])
 
 
-def by_pictures(setup: Setup) -> Reference:
-    """The pictures beside what the model drew under their captions as the run began."""
-    host, pictures = setup.host, CaptionedPictures(setup)
-    rows, size = watched(len(pictures.every), setup.settings), setup.prompts.sizes[0]
-
-    def make(batch: Batch, noise: Tensor) -> Latents:
-        plain = draw(host, setup.recipe, before(setup), batch, noise, {})
-        shown = pictures.at_first_size(rows[list(batch.samples)].tolist())
-        return {"x": plain, "plain": plain, "pictures": shown}
-
-    return Reference(
-        make,
-        pictures.texts.conds[size][rows],
-        missed=lambda host, latents, x: patch_distance(x, latents["pictures"]),
-        above=lambda host, latents, rows: [host.decode(latents["pictures"][rows]), host.decode(latents["plain"][rows])],
-    )
+def by_own_pictures(setup: Setup) -> Reference:
+    return by_pictures(setup, CaptionedPictures(setup))
 
 
 METHOD = Method(
@@ -197,7 +145,7 @@ METHOD = Method(
     plan=plan,
     settings=TuneSettings,
     recipe=recipe,
-    reference=by_pictures,
+    reference=by_own_pictures,
     check=check,
     check_files=check_files,
 )

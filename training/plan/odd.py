@@ -57,8 +57,9 @@ def with_a_picture(settings: Settings, folder: Path) -> Settings:
     own = settings.own
     if not (getattr(own, "pictures", "") or getattr(own, "needs_pictures", False)):
         return settings
-    folder.mkdir()
-    Image.new("RGB", settings.size_list[0]).save(folder / "picture.png")
+    for shade, place in enumerate(getattr(own, "picture_folders", ("",))):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", settings.size_list[0], (shade, shade, shade)).save(folder / place / "picture.png")
     return settings.with_(pictures=str(folder), caption=PROMPT)
 
 
