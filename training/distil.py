@@ -19,7 +19,7 @@ from .engine.donor import Initial, initial_state
 from .engine.inputs import check_base, recipe_of
 from .engine.noise_range import ended, within_range
 from .engine.optimizer import refuse_missing
-from .engine.prompts import check_prompts, embed
+from .engine.prompts import check_prompts
 from .engine.setup import Setup, as_before
 from .engine.student import STUDENT, add_student, mean_device
 from .engine.trainer import EMA, Trainer
@@ -75,7 +75,7 @@ def distil(
         method = METHODS[settings.method]
         initial = initial_state(host, settings, takes_over=method.recipe is recipe_of)
         check_base(host, settings)
-        method.check_all(host, settings, existing == CONTINUE and bool(Run(folder).states()))
+        method.check_all(host, settings, existing == CONTINUE and bool(Run(folder).states()), prompts)
         refuse_missing(settings)
         config = config_of(host, prompts, settings, ended(host, settings, method.recipe(host, settings)))
         config |= {"origin": dict(origin)} if origin else {}
@@ -142,9 +142,8 @@ class _Session:
 
     def _setup(self) -> Setup:
         host, settings, folder = self.host, self.settings, self.run.folder
-        place, guidance_input = folder / "embeddings", self.method.guidance_input
         with processes.first_alone():
-            prompts = embed(host, self.texts, settings, place, guidance_input=guidance_input, tick=self._tick)
+            prompts = self.method.embedded(host, self.texts, settings, folder / "embeddings", self._tick)
         return Setup(host, settings, prompts, folder, self.method.recipe(host, settings))
 
     def _trainer(self) -> Trainer:

@@ -23,7 +23,6 @@ from onestep.core.lora_file import load_lora
 from onestep.core.roles import Roles
 from onestep.core.schedule import FlowSchedule, VPSchedule
 from onestep.core.targets import Target
-from onestep.training.engine.prompts import embed
 from onestep.training.engine.setup import Setup
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.settings import Settings, described
@@ -148,7 +147,7 @@ class SmallHost:
 def setup_of(host: Any, settings: Settings, folder: Path, prompts: Sequence[str] = PROMPTS) -> Setup:
     """What a run in ``folder`` hands its method."""
     method = METHODS[settings.method]
-    embedded = embed(host, prompts, settings, folder / "embeddings", guidance_input=method.guidance_input)
+    embedded = method.embedded(host, prompts, settings, folder / "embeddings")
     return Setup(host, settings, embedded, folder, method.recipe(host, settings))
 
 

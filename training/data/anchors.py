@@ -66,6 +66,6 @@ class Anchors(Blocks):
         x = initial_latents(denoise.schedule, noise, levels[0], self.recipe.initial_noise_scale)
         with denoise.roles.use(TEACHER):
             for sigma, lower in zip(levels[:-1], levels[1:], strict=True):
-                x0 = guided(denoise, x, sigma, batch.cond, batch.nulls(), self._scale)
+                x0 = guided(denoise, x, sigma, batch.of_teacher, batch.nulls(), self._scale)
                 x = jump(denoise.schedule, x, x0, sigma, lower)
         return x

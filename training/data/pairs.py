@@ -198,7 +198,7 @@ def teach(host: Host, settings: Settings, batch: Batch, noise: Tensor) -> Tensor
     guidance = settings.guidance if host.denoiser.guidance == "cfg" else 1.0
     with host.denoiser.roles.use(TEACHER):
         return teacher_sample(
-            *(host.denoiser, batch.cond, batch.nulls(), noise, settings.teacher_steps, guidance),
+            *(host.denoiser, batch.of_teacher, batch.nulls(), noise, settings.teacher_steps, guidance),
             second_order=of_second_order(settings),
         )
 

@@ -19,7 +19,8 @@ class Batch:
 
     cond: their conditions. null: one null condition, [1, ...], or None where the base has none.
     samples: their global indices, of which (with seed and step) every random number is a function.
-    shape: (C, h, w) of their latents. sliced: whether what several roles are asked of them is asked one role after the
+    shape: (C, h, w) of their latents. teachers: the conditions that the teacher is asked with, where these are others.
+    sliced: whether what several roles are asked of them is asked one role after the
     other, in passes of B rows, for less memory.
     """
 
@@ -31,9 +32,15 @@ class Batch:
     shape: tuple[int, ...]
     device: torch.device
     sliced: bool = False
+    teachers: Cond | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def of_teacher(self) -> Cond:
+        """What the teacher is asked with."""
+        return self.cond if self.teachers is None else self.teachers
 
     def normal(self, stream: str) -> Tensor:
         """[B, C, h, w] standard normal, float32."""

@@ -97,9 +97,31 @@ def _text(prompt: Any, number: int) -> str:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """Of some prompts, others that the teacher is asked in their place. by: these others. at: [N] of each of the run's
+    prompts, which of them; -1 where the prompt stays."""
+
+    by: Prompts
+    at: torch.Tensor
+
+    def of(self, size: Size, rows: torch.Tensor, prompts: Prompts) -> Cond | None:
+        """What the teacher is asked of the prompts at ``rows``; None where all stay."""
+        found = self.at[rows]
+        if not bool((found >= 0).any()):
+            return None
+        # row by row: what is mapped from a file is read where it is asked for
+        parts = [
+            self.by.conds[size][at : at + 1] if at >= 0 else prompts.conds[size][row : row + 1]
+            for at, row in zip(found.tolist(), rows.tolist(), strict=True)
+        ]
+        return cut(Cond.concat(parts)).sent(prompts.device, torch.float32)
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Conditions of every prompt, and the null condition, for each size, which share what no size changes; on the CPU,
-    in the encoders' own dtype. A batch has them in float32. texts: of the prompts."""
+    in the encoders' own dtype. A batch has them in float32. texts: of the prompts. drawn: which of them a batch draws
+    from, some more often than others; None = all alike. replaced: what the teacher is asked in the place of some."""
 
     conds: dict[Size, Cond]
     nulls: dict[Size, Cond | None]
@@ -107,6 +129,8 @@ class Prompts:
     seed: int
     device: torch.device
     texts: tuple[str, ...] = ()
+    drawn: torch.Tensor | None = None
+    replaced: Replaced | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.conds.values())))
@@ -118,7 +142,9 @@ class Prompts:
     def batch(self, key: int, samples: Sequence[int]) -> Batch:
         """Samples ``samples`` of the batch ``key``: one size for the whole batch, a prompt drawn for each sample."""
         size = self.sizes[int(randomness.integers(len(self.sizes), self.seed, "size", key, [0])[0])]
-        return self.of(size, randomness.integers(len(self), self.seed, "prompt", key, samples), key, samples)
+        many = len(self) if self.drawn is None else len(self.drawn)
+        rows = randomness.integers(many, self.seed, "prompt", key, samples)
+        return self.of(size, rows if self.drawn is None else self.drawn[rows], key, samples)
 
     def of(self, size: Size, rows: torch.Tensor, key: int, samples: Sequence[int]) -> Batch:
         """The batch of the prompts at ``rows``, at ``size``: its texts are as long as the longest of them, not as the
@@ -126,7 +152,8 @@ class Prompts:
         null = self.nulls[size]
         null = None if null is None else cut(null).sent(self.device, torch.float32)
         cond = cut(self.conds[size][rows]).sent(self.device, torch.float32)
-        return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device)
+        teachers = None if self.replaced is None else self.replaced.of(size, rows, self)
+        return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device, teachers=teachers)
 
 
 def embed(

@@ -182,7 +182,7 @@ class Turns:
         """The critic's loss on the student's own pictures."""
         if self.own.critic_pictures == "shared":
             of, drawn = self._shared(batch)
-            batch = replace(batch, cond=of.cond, null=of.null, shape=of.shape)
+            batch = replace(batch, cond=of.cond, null=of.null, shape=of.shape, teachers=of.teachers)
         else:
             with torch.no_grad():
                 drawn = self.simulate(batch)

@@ -216,7 +216,7 @@ class DistributionMatching:
     def asked(self, batch: Batch, critic: bool) -> list[tuple[str, str, Cond]]:
         """(role, answer's name, conditions) of each row block; critic blocks last."""
         apart = self.guidance_levels is not None and critic
-        asked = [(self.teacher, "real", batch.cond)]
+        asked = [(self.teacher, "real", batch.of_teacher)]
         if self.guidance != 1 and not apart:
             asked.append((self.teacher, "null", self._nulls(batch)))
         if critic and self.critic_guidance == 0:

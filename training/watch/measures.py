@@ -167,7 +167,8 @@ def in_slices(
     def made(rows: list[int]) -> Latents:
         host.poll()
         at = torch.tensor(rows, device=batch.device)
-        part = Batch(batch.cond[at], batch.null, batch.seed, batch.step, rows, batch.shape, batch.device)
+        teachers = None if batch.teachers is None else batch.teachers[at]
+        part = replace(batch, cond=batch.cond[at], samples=rows, teachers=teachers)
         found = {name: value.cpu() for name, value in make(part, noise[rows].to(batch.device)).items()}
         tick("pictures to compare with", rows[-1] + 1, len(noise))
         return found
