@@ -19,7 +19,7 @@ from .requests import Asked
 
 EVENT = "onestep.progress"
 PREVIEW_PIXELS = 1024
-SHOWN = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap")
+SHOWN: tuple[str, ...] = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap")
 SHOWN += ("pictures", "margin", "kept")
 
 
