@@ -16,8 +16,8 @@ def run(args: Namespace, console: Console) -> None:
     from ..training.presets import PRESETS
 
     rows = [{key: getattr(method, key) for key in SHOWN} for method in METHODS.values()]
-    lines = [line for row in rows for line in (f"{row['name']:<16}{row['title']}", f"{'':<16}{_more(row)}")]
-    lines += ["", "Presets, by the outcome that you want:", *(f"{name:<16}{p.about}" for name, p in PRESETS.items())]
+    lines = [line for row in rows for line in (f"{row['name']:<21}{row['title']}", f"{'':<21}{_more(row)}")]
+    lines += ["", "Presets, by the outcome that you want:", *(f"{name:<21}{p.about}" for name, p in PRESETS.items())]
     console.result(page() if args.markdown else "\n".join(lines), rows)
 
 
