@@ -18,7 +18,7 @@ from narrowed import narrowed
 from onestep.core.families import FAMILIES
 from onestep.core.recipe import Recipe
 
-pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon"]
 SHIFT = FAMILIES["flux2"].schedule.shift

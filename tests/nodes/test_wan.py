@@ -24,7 +24,7 @@ from onestep.pipelines import OneStepPipeline, adapt, steered
 from onestep.pipelines.encode import encode_text
 from onestep.pipelines.load import load
 
-pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.broad, pytest.mark.comfy, pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = ["a red dragon", "a wall", "a red dragon on a long wall of stone"]
 SIZE = (32, 32)

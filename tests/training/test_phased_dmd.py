@@ -207,7 +207,7 @@ def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(OneStepError, match="steps is 3, and the student has 4 phases"):
         METHODS["phased-dmd"].check(SmallHost(), settings_for("phased-dmd", student_steps=4, steps=3, sizes="32x32"))
     for name in ("step_loras", "diversity_anchor", "follow"):
-        with pytest.raises(OneStepError, match=f"phased-dmd has no setting '{name}': it belongs to dmd and"):
+        with pytest.raises(OneStepError, match=f"phased-dmd has no setting '{name}': it belongs to dmd"):
             settings_for("phased-dmd", **{name: 1})
 
 

@@ -66,4 +66,6 @@ def settings_for(method: str = DEFAULT, **values: Any) -> Settings:
 def _whose(name: str) -> str:
     """A word where a setting belongs to other methods."""
     owners = [other.name for other in METHODS.values() if name in {entry.name for entry in described(other.settings)}]
+    if len(owners) > 4:
+        return f": it belongs to {', '.join(owners[:3])} and {len(owners) - 3} others"
     return f": it belongs to {' and '.join(owners)}" if owners else ""
