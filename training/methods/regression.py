@@ -41,12 +41,16 @@ class Regression:
 
     def __call__(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor]) -> Tensor:
         """The loss, a sum over a sample's elements and a mean over samples; ``pairs`` is (z, x_T), each [B, ...]."""
+        x0 = self.answer(denoise, batch, pairs)
+        return pseudo_huber(x0, pairs[1], self.c).flatten(1).sum(1).mean()
+
+    def answer(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """G(z) [B, ...], at the step that is drawn."""
         noise, target = pairs
         step = batch.choice(self.recipe.steps, "student step") if self.only is None else self.only
         sigma = level(denoise, self.recipe, step, batch)
         with denoise.roles.use(STUDENT):
-            x0 = denoise(self._start(denoise, batch, (noise, target), sigma, step), sigma, batch.cond)
-        return pseudo_huber(x0, target, self.c).flatten(1).sum(1).mean()
+            return denoise(self._start(denoise, batch, (noise, target), sigma, step), sigma, batch.cond)
 
     def _start(self, denoise: Denoiser, batch: Batch, pairs: tuple[Tensor, Tensor], sigma: Tensor, step: int) -> Tensor:
         noise, target = pairs
