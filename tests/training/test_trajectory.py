@@ -309,7 +309,7 @@ class OnPictures:
 
 MUTANTS: dict[str, tuple[str, str]] = {
     "target from the teacher": ("with denoise.roles.use(STUDENT):", "with denoise.roles.use(TEACHER):"),
-    "solver by the student": ("with denoise.roles.use(TEACHER):", "with denoise.roles.use(STUDENT):"),
+    "solver by the student": ("with denoise.roles.use(self.role):", "with denoise.roles.use(STUDENT):"),
     "the target one step too far": ("target = torch.where(expand(span.r > span.s, x_r) > 0, target, x_r)", "pass"),
     "no guidance": ("batch.nulls(), w)", "batch.nulls(), 1.0)"),
     "a mean for a sum": (

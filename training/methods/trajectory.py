@@ -103,7 +103,9 @@ class TwoTimes:
         span = self.times(schedule, batch, start.u)
         with torch.no_grad():
             x_r = self.solve(denoise, batch, start, span)
-            target = self._led(denoise, batch, x_r, span.r, span.s)
+            target = x_r
+            if bool((span.r > span.s).any()):
+                target = self._led(denoise, batch, x_r, span.r, span.s)
             # r = s: nothing is left to jump, and at sigma 0 J has no direction
             target = torch.where(expand(span.r > span.s, x_r) > 0, target, x_r)
         answer = self._led(denoise, batch, start.at(schedule, span.t), span.t, span.s)
@@ -145,7 +147,8 @@ class PhaseEnd:
 
 @dataclass(frozen=True)
 class Grid:
-    """Times on a solver's levels: t is any of them, r lies ``stride`` below it, s where ``end`` says.
+    """Times on a solver's levels: t is any of them, or each ``every``-th, r lies ``stride`` below it, s where ``end``
+    says.
 
     Each step of the ``recipe`` is cut into ``parts``, equal in the network's time and at times that it was trained at:
     so every level that the student is drawn at is one of them.
@@ -155,6 +158,7 @@ class Grid:
     parts: int
     end: End = to_the_picture
     stride: int = 1
+    every: int = 1
 
     def levels(self, schedule: NoiseSchedule) -> Tensor:
         """[steps parts + 1], noisiest first; the last is the recipe's end, 0 for the picture."""
@@ -168,7 +172,7 @@ class Grid:
     def __call__(self, schedule: NoiseSchedule, batch: Batch, u: Tensor) -> Span:
         levels = self.levels(schedule)
         last = len(levels) - 1
-        at = (u * last).floor().long()
+        at = self.every * (u * (last // self.every)).floor().long()
         after = (at + self.stride).clamp_max(last)
         end = self.end(batch, at, after, last)
         path = torch.stack([torch.minimum(at + step, torch.minimum(after, end)) for step in range(self.stride + 1)])
@@ -182,16 +186,17 @@ class Grid:
 class TeacherSteps:
     """The teacher's own steps along the path, each under one guidance w ~ U[low, high] of its sample: the augmented
     trajectory of LCM (arXiv:2310.04378, Eq. 17) with D_w = D_u + w (D_c - D_u). eta: of the noise that each step has
-    anew (DDIM, arXiv:2010.02502, Eq. 16); 0 is the probability-flow ODE."""
+    anew (DDIM, arXiv:2010.02502, Eq. 16); 0 is the probability-flow ODE. role: who takes them."""
 
     low: float
     high: float
     eta: float = 0.0
+    role: str = TEACHER
 
     def __call__(self, denoise: Denoiser, batch: Batch, start: Start, span: Span) -> Tensor:
         schedule, x = denoise.schedule, start.at(denoise.schedule, span.t)
         w = self.low + (self.high - self.low) * batch.uniform("trajectory guidance") if self.apart else self.low
-        with denoise.roles.use(TEACHER):
+        with denoise.roles.use(self.role):
             for step, (sigma, lower) in enumerate(pairwise(span.path)):
                 x0 = guided(denoise, x, sigma, batch.cond, batch.nulls(), w)
                 draw = partial(batch.normal, f"solver {step}")
