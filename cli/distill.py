@@ -122,14 +122,17 @@ def train(
 ) -> Any:
     """`training.distil.distil` with a progress bar, a curve in text, and a clean end on Ctrl-C. updates: whether any
     are made."""
+    from ..pipelines.agreement import read_for
     from ..pipelines.shells import of_host
     from ..training.distil import distil
+    from ..training.methods.rewards import given
 
     shown, shells = Shown(console), partial(of_host, host)
     try:
         with cancellable(host, console), shown:
             how: Any = {"report": shown.report, "shells": shells, "train": updates, "origin": origin}
-            return distil(host, prompts, settings, folder, existing=existing, **how)
+            with given(read_for(settings)):
+                return distil(host, prompts, settings, folder, existing=existing, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_cancelled(folder, shown.updates)) from None
     except OneStepError as error:

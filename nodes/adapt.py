@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ from ..core.lora_fused import Host as LoraHost
 from ..core.ordinary import make_ordinary
 from ..core.roles import Roles
 from ..core.weights_hash import hash_of
-from .autoencoder import decoded, encoded
+from .autoencoder import decoded, differentiable, encoded
 from .check import check_file
 from .denoiser import (
     ComfyDenoiser,
@@ -162,6 +162,14 @@ class ComfyHost:
         with torch.inference_mode():
             made = decoded(self.vae, self.model.process_latent_out(framed(self.model, latents.detach().cpu())))
         return self._after_vae(made.movedim(-1, 1)).clamp_(0, 1)
+
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        try:
+            yield differentiable(self.model, self.vae)
+        finally:
+            if self._training:
+                self._load()
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         with torch.inference_mode():

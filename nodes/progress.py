@@ -20,7 +20,7 @@ from .requests import Asked
 EVENT = "onestep.progress"
 PREVIEW_PIXELS = 1024
 SHOWN: tuple[str, ...] = ("distance", "variety", "content", "spread", "no_gain", "regression", "critic", "gap")
-SHOWN += ("pictures", "margin", "kept")
+SHOWN += ("pictures", "margin", "kept", "reward", "reward_pull")
 
 
 class Reporter:

@@ -145,6 +145,21 @@ class Shell:
         del weights
         return unframed(self.model, picture).expand(len(latents), -1, -1, -1)
 
+    @contextmanager
+    def decoding(self) -> Iterator[Any]:
+        """With the decoder's weights there; without a decoder, none of its work."""
+        weights = [torch.empty_like(weight) for weight in self._decoder.parameters()] if self._decoder else []
+
+        def decode(latents: Tensor) -> Tensor:
+            if self._decoder is None:
+                wide = latents.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+                return wide.repeat_interleave(8, -1).repeat_interleave(8, -2)
+            made = self._decoder.decode(framed(self.model, latents.to(next(self._decoder.parameters()).dtype)))
+            return unframed(self.model, made.float())
+
+        yield decode
+        del weights
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         width, height = size
         latent = self.model.latent_format

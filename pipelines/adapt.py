@@ -32,7 +32,7 @@ from ..core.recipe import Recipe
 from ..core.roles import Roles
 from ..core.stored import holds_float8, in_float8
 from ..core.weights_hash import hash_of
-from .autoencoder import Autoencoder, factor_of, native_size, refuse_decoder_alone
+from .autoencoder import Autoencoder, differentiable, factor_of, native_size, refuse_decoder_alone
 from .encode import encode_text
 from .flux_attention import fused_attention
 from .kinds import pipeline_for
@@ -221,6 +221,9 @@ class DiffusersHost:
         """[B, 3, H, W] pictures in [0, 1]. generator: one, or one a picture, for an autoencoder that draws noise."""
         draws = generator if isinstance(generator, list | tuple) else [generator] * len(latents)
         return self._autoencoder.decode(latents, draws)
+
+    def decoding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        return differentiable(self.pipe.vae, self.device)
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> latents (the posterior's mode) in the model's own scale, as in decode."""

@@ -78,13 +78,31 @@ class Autoencoder:
 
 def decoded(vae: Any, latents: Tensor, generator: Any = None) -> Tensor:
     """[B, 3, H, W] pictures in [0, 1] of [B, C, h, w] latents in the model's own scale, on their device."""
+    return burnt(vae, latents, generator).clamp(0, 1)
+
+
+def burnt(vae: Any, latents: Tensor, generator: Any = None) -> Tensor:
+    """The same, as far beyond [0, 1] as the decoder draws them."""
     own = _unscaled(vae, latents.float()).to(vae.dtype)
     pictures: Tensor
     if of_video(vae):  # which draws no noise
         pictures = vae.decode(own.unsqueeze(2), return_dict=False)[0].squeeze(2)
     else:
         pictures = vae.decode(own, return_dict=False, generator=generator)[0]
-    return (pictures.float() / 2 + 0.5).clamp(0, 1)
+    return pictures.float() / 2 + 0.5
+
+
+@contextmanager
+def differentiable(vae: Any, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within, a decoder with a gradient in the latents, on ``device``; of its own weights there is none."""
+    flags = [(weight, weight.requires_grad) for weight in vae.parameters()]
+    try:
+        vae.requires_grad_(False)
+        with on_device(device, vae), upcast(vae, device.type == "cpu"):
+            yield lambda latents: burnt(vae, latents)
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
 
 
 def encoded(vae: Any, pictures: Tensor) -> Tensor:

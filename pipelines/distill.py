@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from ..core.errors import OneStepError
 from ..training import presets
 from ..training.distil import Report, Result, distil
 from ..training.engine.prompts import check_prompts, read_prompts
+from ..training.methods.rewards import Reward, given
 from ..training.settings import Settings
 from .adapt import adapt
+from .agreement import read_for
 from .load import best_device, load
 from .shells import of_host
 
@@ -30,6 +32,7 @@ def distill(
     existing: str = "stop",
     device: torch.device | str | None = None,
     report: Report | None = None,
+    rewards: Mapping[str, Reward] | None = None,
     **settings: Any,
 ) -> Result:
     """Distil a loaded pipeline, or MODEL as `load` takes it, on ``prompts`` into ``out``/result.safetensors.
@@ -40,8 +43,10 @@ def distill(
     existing: "continue" (with other steps and pairs than it had, if you like), "restart" or "stop" where ``out``
     already holds a run. report: called with a `Progress` before the first update and after each; True after one ends
     the run early. device: where it trains; by default where the pipeline lies, and a path goes to the GPU where there
-    is one. settings: fields of `training.settings.Settings` (steps, rank, seed ...); sizes is the model's own
-    where it is not given. The pipeline is given back as it was.
+    is one. rewards: functions of your own, by the names that the setting reward has for them: each takes pictures
+    [B, 3, H, W] in [0, 1] and their prompts and gives [B] with a gradient, more is better (`training.methods.rewards`);
+    a run that is continued is given them again. settings: fields of `training.settings.Settings` (steps, rank, seed
+    ...); sizes is the model's own where it is not given. The pipeline is given back as it was.
     Raises OneStepError for bad input before anything is written.
     """
     chosen = _settings(method, preset, settings)
@@ -53,7 +58,8 @@ def distill(
     try:
         if "sizes" not in settings:
             chosen = _settings(method, preset, {**settings, "sizes": "{}x{}".format(*host.native_size)})
-        return distil(host, texts, chosen, out, existing=existing, report=report, shells=partial(of_host, host))
+        with given({**read_for(chosen), **(rewards or {})}):
+            return distil(host, texts, chosen, out, existing=existing, report=report, shells=partial(of_host, host))
     finally:
         host.release()
 

@@ -26,6 +26,7 @@ from ..core.tensor_file import read_header
 from ..training.plan.meter import Meter
 from ..training.plan.trace import DECODE
 from .adapt import DiffusersHost, denoiser_of
+from .autoencoder import burnt
 from .kinds import FLUX, SD, SDXL
 from .networks import port_of
 from .text import encoders_of, t5_tokens
@@ -118,6 +119,13 @@ class Shell(DiffusersHost):
             picture = super().decode(latents[:1], generator)
         del weights
         return picture.expand(len(latents), -1, -1, -1)
+
+    @contextmanager
+    def decoding(self) -> Iterator[Any]:
+        """With the decoder's weights there."""
+        weights = [torch.empty_like(weight) for weight in self.pipe.vae.parameters()]
+        yield lambda latents: burnt(self.pipe.vae, latents)
+        del weights
 
     def shell(self, targets: str) -> Shell:
         """Itself, with new adapters on ``targets``."""

@@ -79,6 +79,11 @@ class Host(Protocol):
         """[B, C, h, w] latents in the model's own scale -> [B, 3, H, W] pictures in [0, 1], on the CPU, float32."""
         ...
 
+    def decoding(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Within, what ``decode`` gives, with a gradient in the latents, on their device, and not held to [0, 1]. The
+        network may have to make room for it."""
+        ...
+
     def latents_of(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] pictures in [0, 1] -> [B, C, h, w] latents in the model's own scale, of which ``decode`` makes
         them."""

@@ -122,6 +122,10 @@ class SmallHost:
         pictures = torch.einsum("rc,bchw->brhw", mix, latents.float().cpu())
         return torch.sigmoid(pictures).repeat_interleave(8, -1).repeat_interleave(8, -2)
 
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        yield lambda latents: self.decode(latents).to(latents)
+
     def latents_of(self, pictures: Tensor) -> Tensor:
         """The inverse of `decode` on its two first channels."""
         return torch.logit(pictures[:, :2, ::8, ::8].clamp(1e-3, 1 - 1e-3))

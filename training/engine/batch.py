@@ -20,8 +20,8 @@ class Batch:
     cond: their conditions. null: one null condition, [1, ...], or None where the base has none.
     samples: their global indices, of which (with seed and step) every random number is a function.
     shape: (C, h, w) of their latents. teachers: the conditions that the teacher is asked with, where these are others.
-    sliced: whether what several roles are asked of them is asked one role after the
-    other, in passes of B rows, for less memory.
+    texts: their prompts, where they are known. sliced: whether what several roles are asked of them is asked one role
+    after the other, in passes of B rows, for less memory.
     """
 
     cond: Cond
@@ -33,6 +33,7 @@ class Batch:
     device: torch.device
     sliced: bool = False
     teachers: Cond | None = None
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -153,7 +153,9 @@ class Prompts:
         null = None if null is None else cut(null).sent(self.device, torch.float32)
         cond = cut(self.conds[size][rows]).sent(self.device, torch.float32)
         teachers = None if self.replaced is None else self.replaced.of(size, rows, self)
-        return Batch(cond, null, self.seed, key, samples, self.shapes[size], self.device, teachers=teachers)
+        texts = tuple(self.texts[row] for row in rows.tolist()) if self.texts else ()
+        shape = self.shapes[size]
+        return Batch(cond, null, self.seed, key, samples, shape, self.device, teachers=teachers, texts=texts)
 
 
 def embed(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -40,6 +40,7 @@ class Scores:
     real: teacher with prompt. null: teacher with the null condition, or None unasked. fake: critic, None unasked.
     fake_null: critic with the null condition, None unless its own guidance is on. guided, fake_guided: D^k of the
     teacher and of the critic, None where there is no guidance. logit [B]: the discriminator's, or None.
+    told: other numbers for the metrics.
     """
 
     x: Tensor
@@ -52,6 +53,7 @@ class Scores:
     guided: Tensor | None = None
     fake_guided: Tensor | None = None
     logit: Tensor | None = None
+    told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
@@ -190,7 +192,7 @@ class DistributionMatching:
         sigma = self._levels(denoise, levels, batch, f"{stream} level")
         x_s = self.renoise(denoise.schedule, x, batch.normal(f"{stream} noise"), sigma)
         asked = self.asked(batch, critic)
-        answers: dict[str, Tensor] = {}
+        answers: dict[str, Any] = {}
         for some in [[one] for one in asked] if batch.sliced or self.apart else [asked]:
             blocks = [(role, len(x) * len([*rows])) for role, rows in groupby(role for role, _, _ in some)]
             with denoise.roles.rows(blocks), self._judging(x_s, some[0][1]) as seen:
@@ -270,7 +272,7 @@ def tokens_of(denoise: Denoiser, x_s: Tensor) -> Tokens:
 
 def score_metrics(scores: Scores) -> Mapping[str, Any]:
     """gap = rms(D_F - D_c) / rms(D_c - x); cos of the two; mean and standard deviation of the student's x."""
-    numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std()}
+    numbers = {"x_mean": scores.x.mean(), "x_std": scores.x.std(), **scores.told}
     if scores.logit is not None:
         numbers["logit"] = scores.logit.mean()
     if scores.fake is None:
