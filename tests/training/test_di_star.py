@@ -70,7 +70,13 @@ def test_the_guards_are_zero_for_usual_pictures_and_fall_beyond() -> None:
 def test_what_is_no_reward_is_refused_by_name(reward: Any, match: str) -> None:
     pictures = torch.rand(4, 3, 8, 8, requires_grad=True)
     with pytest.raises(OneStepError, match=match):
-        engine.valued("mine", reward, pictures, ["a cat", "b", "two", "c"])
+        found = engine.valued("mine", reward, pictures, ["a cat", "b", "two", "c"])
+        engine.check_numbers({"good": torch.zeros(4), "mine": found}, pictures, ["a cat", "b", "two", "c"])
+
+
+def test_a_gradient_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(OneStepError, match=r"the gradient of the reward .one, two. through the decoder is not finite"):
+        engine.check_numbers({"one": torch.ones(2), "two": torch.ones(2)}, torch.tensor([1.0, np.inf]), ["a", "b"])
 
 
 def test_rewards_by_name() -> None:
@@ -136,8 +142,8 @@ def test_the_pull_by_finite_differences(tmp_path: Path) -> None:
 MUTANTS = {
     "less of it": ("(-self.weight / SMALL)", "(self.weight / SMALL)"),
     "its scale left": ("(-self.weight / SMALL)", "-self.weight"),
-    "one reward alone": ("total = total + times * found", "total = found"),
-    "unweighed": ("total = total + times * found", "total = total + found"),
+    "one reward alone": ("total = total + times * values[name]", "total = values[name]"),
+    "unweighed": ("total = total + times * values[name]", "total = total + values[name]"),
     "a mean over the batch": ("SMALL * total.sum()", "SMALL * total.mean()"),
     "other prompts": ("shown, batch.texts)", "shown, batch.texts[::-1])"),
 }

@@ -8,6 +8,7 @@ was never asked about: the guards are 0 for pictures as they usually are, and fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -120,13 +121,21 @@ def valued(name: str, reward: Reward, pictures: Tensor, prompts: Sequence[str]) 
             f"the reward {name!r} has no gradient in the pictures: it must be computed by torch from them, without "
             "no_grad, item() or numpy()"
         )
-    wrong = (~found.detach().isfinite()).nonzero()[:, 0].tolist()
-    if wrong:
-        raise OneStepError(
-            f"the reward {name!r} gave {float(found.detach()[wrong[0]])} for a picture of {prompts[wrong[0]][:60]!r}: "
-            "every number must be finite"
-        )
     return found
+
+
+def check_numbers(values: Mapping[str, Tensor], slope: Tensor, prompts: Sequence[str]) -> None:
+    """Raises OneStepError for rewards [B], each by its name, or their gradient, that are not finite. A card is waited
+    for once."""
+    if bool(torch.stack([value.detach().isfinite().all() for value in (*values.values(), slope)]).all()):
+        return
+    for name, value in values.items():
+        for number, prompt in zip(value.tolist(), prompts, strict=True):
+            if not math.isfinite(number):
+                raise OneStepError(
+                    f"the reward {name!r} gave {number} for a picture of {prompt[:60]!r}: every number must be finite"
+                )
+    raise OneStepError(f"the gradient of the reward ({', '.join(values)}) through the decoder is not finite")
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class RewardPull:
 
     def __call__(self, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(-lambda d r / d x [B, ...], numbers for the metrics)."""
-        numbers: dict[str, Any] = {}
+        values: dict[str, Tensor] = {}
         with self.setup.host.decoding() as decode, torch.enable_grad():
             free = x.detach().requires_grad_()
             pictures = decode(free)
@@ -147,18 +156,16 @@ class RewardPull:
             shown = pictures + (pictures.clamp(0, 1) - pictures).detach()
             total = shown.new_zeros(len(batch))
             for name, times, reward in self.rewards:
-                found = valued(name, reward, shown, batch.texts)
-                numbers[f"reward_{name}"] = found.detach().mean()
-                total = total + times * found
+                values[name] = valued(name, reward, shown, batch.texts)
+                total = total + times * values[name]
             if not self.rewards:  # none of those that a plan can count
                 total = total + shown.flatten(1).mean(1)
-            numbers["reward"] = total.detach().mean()
             (slope,) = torch.autograd.grad(SMALL * total.sum(), free)
-        if not bool(slope.isfinite().all()):
-            names = ", ".join(name for name, _, _ in self.rewards)
-            raise OneStepError(f"the gradient of the reward ({names}) through the decoder is not finite")
+        check_numbers(values, slope, batch.texts)
         found = slope.to(x) * (-self.weight / SMALL)
-        return found, {**numbers, "reward_pull": found.flatten(1).norm(dim=1).mean()}
+        numbers = {f"reward_{name}": value.detach().mean() for name, value in values.items()}
+        numbers |= {"reward": total.detach().mean(), "reward_pull": found.flatten(1).norm(dim=1).mean()}
+        return found, numbers
 
 
 def reward_pull(setup: Setup) -> RewardPull:
