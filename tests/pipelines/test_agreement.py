@@ -13,7 +13,9 @@ from small_host import SmallHost, small
 from transformers import CLIPConfig, CLIPModel
 
 from onestep.core.errors import OneStepError
+from onestep.pipelines.adapt import adapt
 from onestep.pipelines.agreement import Agreement, read_for
+from onestep.pipelines.distill import distill
 from onestep.training.distil import distil
 from onestep.training.methods import settings_for
 from onestep.training.methods.rewards import given, valued
@@ -85,3 +87,47 @@ def test_what_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(OneStepError, match="the CLIP in reward_model cannot be read"):
         Agreement(str(tmp_path))
+
+
+def test_a_reward_of_ones_own_in_one_call(tmp_path: Path) -> None:
+    """Through the pipeline's own decoder, which is given back as it was."""
+    seen = []
+
+    def dark(pictures: torch.Tensor, prompts: Any) -> torch.Tensor:
+        seen.append(
+            (tuple(pictures.shape), list(prompts), float(pictures.detach().min()), float(pictures.detach().max()))
+        )
+        return -pictures.square().flatten(1).mean(1)
+
+    pipe = tiny.sd()
+    flags = [weight.requires_grad for weight in pipe.vae.parameters()]
+    few: dict[str, Any] = {
+        "steps": 1,
+        "warm_start": 0,
+        "critic_warm_up": 0,
+        "critic_updates": 1,
+        "anchor": 0.0,
+        "batch": 2,
+    }
+    few |= {"sizes": "16x16", "teacher_steps": 1, "watch_every": 0, "preview_every": 0, "rank": 2}
+    told = {"reward": "dark, contrast", "rewards": {"dark": dark}, "out": tmp_path / "run"}
+    made = distill(pipe, ["a cat"], "di-star", **few, **told)
+    assert len(seen) == 1 and seen[0][:2] == ((2, 3, 16, 16), ["a cat", "a cat"])
+    assert 0 <= seen[0][2] <= seen[0][3] <= 1
+    assert [weight.requires_grad for weight in pipe.vae.parameters()] == flags
+    assert next(line for line in made.metrics if "reward" in line)["reward_pull"] > 0
+
+
+def test_the_decoders_gradient_is_that_of_what_it_draws() -> None:
+    """By central differences; and within [0, 1] it draws what `decode` does."""
+    host = adapt(tiny.sd(), device="cpu")
+    x = torch.randn(1, *host.latent_shape((16, 16)), generator=torch.Generator().manual_seed(2))
+    step = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    with host.decoding() as decode:
+        free = x.clone().requires_grad_()
+        pictures = decode(free)
+        weights = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(4))
+        (slope,) = torch.autograd.grad((pictures * weights).sum(), free)
+        ends = [float((decode(x + sign * 1e-2 * step) * weights).sum()) for sign in (1, -1)]
+    assert float((slope * step).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2, abs=1e-3)
+    torch.testing.assert_close(pictures.detach().clamp(0, 1), host.decode(x))
