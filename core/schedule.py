@@ -96,6 +96,11 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, sigma: Tensor)
     return expand(schedule.alpha(sigma), x0) * x0 + expand(sigma, x0) * noise
 
 
+def range_end(schedule: NoiseSchedule) -> float:
+    """The level that a network's answers lead to: 0, the picture, or the least level of one of several experts."""
+    return schedule.sigma_min if isinstance(schedule, FlowSchedule) else 0.0
+
+
 def of_size(schedule: NoiseSchedule, shape: Sequence[int]) -> NoiseSchedule:
     """``schedule`` for latents of ``shape`` [..., h, w]; the same where the size of a picture does not matter."""
     if not isinstance(schedule, FlowSchedule) or schedule.by_steps is None:

@@ -16,7 +16,7 @@ from ..core.ksampler import usage_hint
 from ..core.memory import OutOfMemory, noticed
 from .engine import processes
 from .engine.donor import Initial, initial_state
-from .engine.inputs import check_base, recipe_of
+from .engine.inputs import check_base
 from .engine.noise_range import ended, within_range
 from .engine.optimizer import refuse_missing
 from .engine.prompts import check_prompts
@@ -73,7 +73,7 @@ def distil(
         raise OneStepError(f"there is no run in {folder} whose result could be chosen: train one first")
     with within_range(host, settings):
         method = METHODS[settings.method]
-        initial = initial_state(host, settings, takes_over=method.recipe is recipe_of)
+        initial = initial_state(host, settings, method.recipe)
         check_base(host, settings)
         method.check_all(host, settings, existing == CONTINUE and bool(Run(folder).states()), prompts)
         refuse_missing(settings)

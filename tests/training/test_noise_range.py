@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import short
+from narrowed import narrowed
 from tiny_pipelines import make
 
 from onestep.core.errors import OneStepError
@@ -19,7 +22,8 @@ from onestep.pipelines.adapt import adapt
 from onestep.training.distil import distil
 from onestep.training.engine.levels import UniformTime
 from onestep.training.engine.noise_range import ended, within_range
-from onestep.training.methods import settings_for
+from onestep.training.methods import METHODS, settings_for
+from onestep.training.methods.trajectory import Grid, PhaseEnd
 
 RANGES = {"0.875-1": (0.875, 1.0), "0-0.875": (0.0, 0.875)}
 SIZE = (48, 32)
@@ -112,6 +116,43 @@ def test_a_run_learns_in_its_range_and_its_file_says_where_it_ends(told: str, tm
     assert made.recipe.end == 1000 * low and made.recipe.timesteps[0] == pytest.approx(1000 * high)
     assert min(made.recipe.timesteps) > 1000 * low
     assert len(levels) > 10 and 1000 * low <= min(levels) and max(levels) <= 1000 * high + 1e-3
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_grid_ends_where_the_range_does(phases: int) -> None:
+    """So does a phase, and what is straight is looked at no lower."""
+    schedule = FlowSchedule(5.0, sigma_min=0.875)
+    recipe = Recipe.for_student(schedule, 2, "wan", ((48, 32),))
+    levels = Grid(recipe, 3, PhaseEnd(phases)).levels(schedule)
+    assert float(levels[-1]) == 0.875 and bool((levels[1:] < levels[:-1]).all())
+    torch.testing.assert_close(levels[:-1:3], recipe.levels(schedule), rtol=0, atol=0)
+    # between a step's two levels equally far apart
+    torch.testing.assert_close(levels[3:], torch.lerp(levels[3], levels[6], torch.arange(4, dtype=torch.float64) / 3))
+    assert float(Grid(recipe, 3).levels(FlowSchedule(5.0))[-1]) == 0
+    assert float(Grid(Recipe.at(VP, VP.trailing(2)), 3).levels(VP)[-1]) == 0
+
+
+VP = VPSchedule.scaled_linear()
+
+
+@pytest.mark.parametrize("method", narrowed((name for name in METHODS if METHODS[name].makes == "LoRA"), "pcm", "lcm"))
+def test_every_method_asks_an_expert_for_nothing_else_or_refuses(method: str, tmp_path: Path) -> None:
+    host = adapt(make("wan", flow_shift=5.0))
+    levels: list[Any] = []
+    host.pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(args[1] if len(args) > 1 else kwargs["timestep"]), with_kwargs=True
+    )
+    told = {"student_steps": 2, "rank": 2, "steps": 4, "batch": 2, "pairs": 2, "teacher_steps": 2, "watch_every": 0}
+    told |= {"preview_every": 0} | short(method, tmp_path / "own") | {"noise_range": "0.875-1", "sizes": "48x32"}
+    try:
+        made = distil(host, ["a cat", "red dog"], settings_for(**told), tmp_path / "run")
+    except OneStepError as error:
+        assert re.search("from every noise level to the picture|cannot|not serve|noise_range", str(error))
+        assert not levels or method not in ("pcm", "tcd", "tscd", "mlcm", "perflow", "reflow", "rfpp", "slimflow")
+        return
+    seen = torch.cat([level.flatten().double() for level in levels])
+    assert float(seen.min()) >= 875 and float(seen.max()) <= 1000 + 1e-3
+    assert made.recipe.end == 875
 
 
 def host_of(name: str, family: str, schedule: Any) -> Any:

@@ -67,6 +67,7 @@ def test_the_ends_of_every_range_are_allowed() -> None:
     beside |= {"accumulation": {"batch": 4096}, "level_low": {"level_high": 1.0}, "level_high": {"level_low": 0.0}}
     beside |= {"guidance_low": {"guidance_high": 30.0}, "head_level_low": {"head_level_high": 1.0}}
     beside |= {"head_level_high": {"head_level_low": 0.0}}
+    beside |= {"picture_share": {"same_share": 0.0}, "same_share": {"picture_share": 0.0}}
     beside |= {"levels_first": {"levels_last": 10_000}, "levels_last": {"levels_first": 2}}
     for entry, method in ALL:
         if entry.metadata["low"] is None:

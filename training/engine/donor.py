@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +29,9 @@ Initial = tuple[State | None, str]
 """An initial LoRA's factors, and what a run tells of them."""
 
 
-def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) -> Initial:
+def initial_state(host: Host, settings: Settings, drawn: Callable[[Host, Settings], Recipe] | None = None) -> Initial:
     """The initial LoRA's factors at the run's rank, in every target, and what was lost of them, in words: filled up
-    with zeros where it has less, cut where it has more. takes_over: whether the student draws as it does, by
-    `inputs.recipe_of`."""
+    with zeros where it has less, cut where it has more. drawn: how the student does, if not as it."""
     if not settings.initial_lora:
         return None, ""
     targets, recipe = list(host.denoiser.roles.targets.values()), donor_recipe(host, settings)
@@ -44,6 +43,7 @@ def initial_state(host: Host, settings: Settings, *, takes_over: bool = True) ->
         raise OneStepError(
             f"the initial LoRA changes nothing: its factors are 0{' at its strength' * (scale != 1)}. Give another one"
         )
+    takes_over = drawn is None or (recipe is not None and drawn(host, settings).timesteps == recipe.timesteps)
     notes = [_taken(settings, host.family), _note(recipe, settings) if takes_over else ""]
     notes += [file.said and f"of the initial LoRA {file.said}"]
     largest = max(len(a) for a, _ in state.values())
@@ -195,9 +195,9 @@ def _of_one_file(recipe: Recipe) -> Recipe:
 
 def student_of_donor(host: Host, settings: Settings) -> Recipe | None:
     """The recipe of a student that goes on from the initial LoRA: its steps, its times, its noise; at this run's
-    sizes, and at full strength, which its factors have taken in."""
+    sizes, and at full strength, which its factors have taken in. Where an expert's ends, the run's noise_range says."""
     recipe = donor_recipe(host, settings)
-    return None if recipe is None else replace(recipe, sizes=settings.size_list, lora_scale=1.0, source="")
+    return None if recipe is None else replace(recipe, sizes=settings.size_list, lora_scale=1.0, source="", end=0.0)
 
 
 def _note(recipe: Recipe | None, settings: Settings) -> str:

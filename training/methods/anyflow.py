@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..settings import setting
 from .alternating import Extras, alternating
+from .consistency import of_whole_range
 from .dmd import dmd
 from .matching_settings import MatchingSettings, check_matching
 from .meanflow import FlowTimesSettings, beside
@@ -34,5 +35,5 @@ METHOD = Method(
     forwards="12.3 + 3.6 a critic update",
     plan=lambda setup: alternating(setup, dmd, Extras(anchored=beside)),
     settings=AnyflowSettings,
-    check=check_matching,
+    check=of_whole_range(check_matching),
 )

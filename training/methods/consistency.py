@@ -28,6 +28,9 @@ Objective = Callable[[float], TwoTimes]
 Source = Callable[[Batch, int], tuple[Batch, Start]]
 """(batch, update) -> (the samples that it learns from, where their trajectories are looked at)."""
 
+Check = Callable[[Host, Settings], None]
+"""`Method.check`."""
+
 
 @dataclass(frozen=True)
 class SourceSettings(NoSettings):
@@ -69,7 +72,11 @@ class SolverSettings(NoSettings):
         super().check(run)
         low, high = scales(run)
         if low > high:
-            raise OneStepError(f"guidance_low {low:g} must not be above guidance_high {high:g}")
+            least, most = (
+                told if value else "guidance"
+                for told, value in (("guidance_low", self.guidance_low), ("guidance_high", self.guidance_high))
+            )
+            raise OneStepError(f"{least} {low:g} must not be above {most} {high:g}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,15 @@ class GuidedSettings(NoSettings):
         "Whether the solver's steps are guided. Off: the student learns the plain trajectories and the null condition, "
         "and is drawn with the run's guidance, two forwards a step: negative prompts go on working.",
     )
+
+    def check(self, run: Settings) -> None:
+        super().check(run)
+        drawn = run.own.guidance_low or run.own.guidance_high
+        if drawn and not self.guided_solver:
+            raise OneStepError(
+                f"guided_solver is off, so no guidance of the solver's steps is drawn, but {drawn:g} is named: set "
+                "guidance_low and guidance_high to 0"
+            )
 
 
 NULL_RATE = 0.1
@@ -142,6 +158,21 @@ def check_solver(host: Host, settings: Settings) -> None:
         )
 
 
+def of_whole_range(check: Check) -> Check:
+    """``check`` of a method whose every level leads to the picture, which one of several experts may not know."""
+
+    def checked(host: Host, settings: Settings) -> None:
+        if settings.noise_levels[0] > 0:
+            raise OneStepError(
+                f"{settings.method} leads from every noise level to the picture, and noise_range "
+                f"{settings.noise_range} ends before it: choose a method whose steps end where the range does, one "
+                "with phases or with a critic (docs/choosing.md)"
+            )
+        check(host, settings)
+
+    return checked
+
+
 def check_source(host: Host, settings: Settings) -> None:
     """Raises OneStepError for pictures that cannot be read or have no caption."""
     if settings.own.pictures:
@@ -162,8 +193,10 @@ class Pictures:
         """(samples like ``batch``, their pictures [B, C, h, w])."""
         if self.own is not None:
             drawn, x0 = self.own.draw(batch)
-            return replace(drawn, sliced=batch.sliced), x0
-        drawn, (_, x0) = self.pairs.draw(batch, update)
+            # guided away from the run's negative, as on the teacher's pictures
+            drawn = replace(drawn, null=batch.null)
+        else:
+            drawn, (_, x0) = self.pairs.draw(batch, update)
         return replace(drawn, sliced=batch.sliced), x0
 
     def __call__(self, batch: Batch, update: int) -> tuple[Batch, Start]:
@@ -213,4 +246,4 @@ def consistency(
 
 def deterministic(host: Host, settings: Settings) -> Recipe:
     """The student's steps, each from where the one before led: no noise between them."""
-    return replace(recipe_of(host, settings), renoise=False)
+    return replace(recipe_of(host, settings), renoise=False, eta=0.0)

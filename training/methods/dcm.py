@@ -14,6 +14,7 @@ from .consistency import (
     consistency,
     distance_of,
     grid_of,
+    of_whole_range,
     pictures_of,
     solver_of,
 )
@@ -46,5 +47,5 @@ METHOD = Method(
     forwards="5.6 + the picture",
     plan=plan,
     settings=DcmSettings,
-    check=check_consistency,
+    check=of_whole_range(check_consistency),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..engine.setup import Setup
 from ..engine.turns import Plan
 from ..settings import setting
-from .consistency import SourceSettings, check_source, consistency, pictures_of
+from .consistency import SourceSettings, check_source, consistency, of_whole_range, pictures_of
 from .method import Method
 from .near_times import NearTimes, inverse_gap, reach
 from .trajectory import TwoTimes, WholeHuber, same_noise
@@ -53,5 +53,5 @@ METHOD = Method(
     forwards="3.6 + the picture",
     plan=plan,
     settings=EctSettings,
-    check=check_source,
+    check=of_whole_range(check_source),
 )

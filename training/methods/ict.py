@@ -10,7 +10,7 @@ from ...core.errors import OneStepError
 from ..engine.setup import Setup
 from ..engine.turns import Plan
 from ..settings import Settings, setting
-from .consistency import check_source, consistency, pictures_of
+from .consistency import check_source, consistency, of_whole_range, pictures_of
 from .ect import TrainingSettings
 from .method import Method
 from .near_times import KarrasTimes, inverse_gap, reach
@@ -54,5 +54,5 @@ METHOD = Method(
     forwards="3.6 + the picture",
     plan=plan,
     settings=IctSettings,
-    check=check_source,
+    check=of_whole_range(check_source),
 )

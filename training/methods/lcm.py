@@ -15,6 +15,7 @@ from .consistency import (
     consistency,
     distance_of,
     grid_of,
+    of_whole_range,
     pictures_of,
     solver_of,
 )
@@ -47,5 +48,5 @@ METHOD = Method(
     forwards="5.6 + the picture",
     plan=plan,
     settings=ConsistencySettings,
-    check=check_consistency,
+    check=of_whole_range(check_consistency),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...core.cond import Cond
 from ...core.continuous import continuous, leading
 from ...core.denoiser import Denoiser, guided
+from ...core.errors import OneStepError
 from ...core.roles import TEACHER
 from ...core.schedule import expand
 from ..data.pairs import Pairs
@@ -28,8 +29,8 @@ from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
 from ..engine.turns import Loss, Phase, Plan, Turn, learning
-from ..settings import NoSettings, setting
-from .consistency import Pictures, SourceSettings, check_source, pictures_of
+from ..settings import NoSettings, Settings, setting
+from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
 from .rectified import LEAST, noise_share
 from .tangents import Tangent, TangentSettings, straight_on, tangent_of
@@ -49,6 +50,14 @@ class FlowTimesSettings(NoSettings):
     same_share: float = setting(
         0.25, "Share of the samples whose two times are one, on which it is flow matching to the teacher.", 0, 1
     )
+
+    def check(self, run: Settings) -> None:
+        super().check(run)
+        if self.picture_share + self.same_share > 1:
+            raise OneStepError(
+                f"picture_share {self.picture_share:g} and same_share {self.same_share:g} are shares of the same "
+                "samples: together they must not be above 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -167,5 +176,5 @@ METHOD = Method(
     forwards="6.7 + the picture",
     plan=plan,
     settings=MeanFlowSettings,
-    check=check_source,
+    check=of_whole_range(check_source),
 )

@@ -17,7 +17,7 @@ from ..settings import Settings, setting
 from .consistency import SolverSettings, check_solver, consistency, deterministic, distance_of, grid_of, solver_of
 from .method import Method
 from .trajectory import Grid, Start
-from .tscd import in_stages, stages
+from .tscd import check_stages, in_stages, stages
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,5 @@ METHOD = Method(
     plan=plan,
     settings=MlcmSettings,
     recipe=deterministic,
-    check=check_solver,
+    check=check_stages(check_solver),
 )

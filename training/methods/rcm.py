@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..settings import setting
 from .alternating import Extras, alternating
+from .consistency import of_whole_range
 from .dmd import dmd
 from .matching_settings import MatchingSettings, check_matching
 from .method import Method
@@ -34,5 +35,5 @@ METHOD = Method(
     forwards="12.3 + 3.6 a critic update",
     plan=lambda setup: alternating(setup, dmd, Extras(anchored=beside)),
     settings=RcmSettings,
-    check=check_matching,
+    check=of_whole_range(check_matching),
 )

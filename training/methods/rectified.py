@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core.denoiser import Denoiser
-from ...core.schedule import NoiseSchedule, expand
+from ...core.schedule import NoiseSchedule, expand, range_end
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
@@ -83,7 +83,9 @@ class Straight:
     def __call__(self, denoise: Denoiser, batch: Batch, chord: Chord) -> Tensor:
         """d(v_student, v), a mean over samples."""
         schedule = denoise.schedule
-        low, high = chord.tau_low.clamp_min(LEAST), chord.tau_high.clamp_max(self.highest)
+        # of a flow model tau is sigma
+        least = max(LEAST, range_end(schedule))
+        low, high = chord.tau_low.clamp_min(least), chord.tau_high.clamp_max(self.highest)
         sigma = level_at(schedule, torch.lerp(low, high, self.share(batch.uniform("chord"))))
         tau = noise_share(schedule, sigma)
         y = chord.at(tau)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..settings import setting
+from .consistency import of_whole_range
 from .head_turns import check_head
 from .ladd import LaddSettings, plan
 from .method import Method
@@ -33,5 +34,5 @@ METHOD = Method(
     forwards="10.7 + 3.1 a head update",
     plan=partial(plan, anchored=beside),
     settings=SanaSprintSettings,
-    check=check_head,
+    check=of_whole_range(check_head),
 )

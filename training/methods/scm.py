@@ -19,7 +19,7 @@ from ..engine.setup import Setup
 from ..engine.student import STUDENT
 from ..engine.turns import Loss, Phase, Plan, Turn, learning
 from ..settings import NoSettings, setting
-from .consistency import Pictures, SourceSettings, check_source, pictures_of
+from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
 from .tangents import Tangent, TangentSettings, tangent_of
 from .trig_flow import TrigFlow, rotated
@@ -102,13 +102,14 @@ def continuous_consistency(setup: Setup) -> ContinuousConsistency:
     return ContinuousConsistency(own.time_mean, own.time_deviation, tangent, guidance, *ends)
 
 
-def on_pictures(setup: Setup, pictures: Pictures) -> tuple[Loss, float]:
-    """(its loss on pictures with fresh noise, forwards of a sample)."""
+def on_pictures(setup: Setup, pictures: Pictures, first: int = 0, every: int = 1) -> tuple[Loss, float]:
+    """(its loss on pictures with fresh noise, forwards of a sample). first: the number that its first draw of pictures
+    has. every: updates of the run for each of its own."""
     settings, learn = setup.settings, continuous_consistency(setup)
 
     def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         drawn, x0 = pictures.draw(batch, update)
-        along = min(1.0, update / max(1, settings.steps))
+        along = min(1.0, max(0, update - first) * every / max(1, settings.steps))
         value = learn(setup.denoise, drawn, x0, warmth(settings.own.tangent_warm_up, along))
         (share * value).backward()
         return {"consistency": value.detach() / x0[0].numel()}
@@ -118,7 +119,9 @@ def on_pictures(setup: Setup, pictures: Pictures) -> tuple[Loss, float]:
 
 def beside(setup: Setup, pairs: Pairs) -> tuple[Loss, float]:
     """The same on the teacher's pictures, beside another method's terms."""
-    return on_pictures(setup, Pictures(None, pairs))
+    own = setup.settings.own
+    first = own.warm_start + getattr(own, "critic_warm_up", 0) + getattr(own, "head_warm_up", 0)
+    return on_pictures(setup, Pictures(None, pairs), first, getattr(own, "anchor_every", 1))
 
 
 def plan(setup: Setup) -> Plan:
@@ -141,5 +144,5 @@ METHOD = Method(
     forwards="6.7 + the picture",
     plan=plan,
     settings=ContinuousSettings,
-    check=check_source,
+    check=of_whole_range(check_source),
 )

@@ -14,6 +14,7 @@ from .consistency import (
     consistency,
     distance_of,
     grid_of,
+    of_whole_range,
     pictures_of,
     solver_of,
 )
@@ -47,5 +48,5 @@ METHOD = Method(
     forwards="9.6 + the picture",
     plan=plan,
     settings=ScottSettings,
-    check=check_consistency,
+    check=of_whole_range(check_consistency),
 )

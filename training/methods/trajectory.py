@@ -24,7 +24,7 @@ from ...core.denoiser import Denoiser, guided
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
 from ...core.sampling import jump
-from ...core.schedule import NoiseSchedule, add_noise, cast_as, expand
+from ...core.schedule import NoiseSchedule, add_noise, cast_as, expand, range_end
 from ..engine.batch import Batch
 from ..engine.student import STUDENT
 from .regression import pseudo_huber
@@ -161,12 +161,13 @@ class Grid:
     every: int = 1
 
     def levels(self, schedule: NoiseSchedule) -> Tensor:
-        """[steps parts + 1], noisiest first; the last is the recipe's end, 0 for the picture."""
-        times = torch.tensor([*self.recipe.timesteps, self.recipe.end], dtype=torch.float64)
+        """[steps parts + 1], noisiest first; the last is 0 for the picture, or where an expert's range ends."""
+        end = torch.tensor(range_end(schedule), dtype=torch.float64)
+        last = float(schedule.time_of_sigma(end)) if end else 0.0
+        times = torch.tensor([*self.recipe.timesteps, last], dtype=torch.float64)
         share = torch.arange(self.parts, dtype=torch.float64) / self.parts
         cut = torch.lerp(times[:-1, None], times[1:, None], share).flatten()
         trained = schedule.sigma_of_time(schedule.time_of_sigma(schedule.sigma_of_time(cut)))
-        end = self.recipe.end_level(schedule) if self.recipe.end else torch.zeros((), dtype=torch.float64)
         return torch.cat([trained, end[None]])
 
     def __call__(self, schedule: NoiseSchedule, batch: Batch, u: Tensor) -> Span:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ...core.errors import OneStepError
+from ..engine.inputs import recipe_of
 from ..engine.setup import Setup
 from ..engine.turns import Plan
+from ..host import Host
 from ..settings import Settings, setting
 from .consistency import (
+    Check,
     Objective,
     check_consistency,
     consistency,
@@ -55,6 +58,22 @@ def stages(told: str) -> list[int]:
     return found
 
 
+def check_stages(check: Check) -> Check:
+    """``check``, and that each of the student's steps ends in the phase in which it begins."""
+
+    def checked(host: Host, settings: Settings) -> None:
+        last, steps = stages(settings.own.segments)[-1], recipe_of(host, settings).steps
+        if steps % last:
+            raise OneStepError(
+                f"segments {settings.own.segments} ends with {last}, which a student of {steps} "
+                f"step{'s' * (steps > 1)} does not keep to: set student_steps to a multiple of {last}, or let segments "
+                f"end with a divisor of {steps}"
+            )
+        check(host, settings)
+
+    return checked
+
+
 def in_stages(counts: Sequence[int], grid: Grid, solve: Solver, distance: Distance) -> Objective:
     """Phases as many as ``counts`` says, in stages of as many updates."""
     each = [TwoTimes(replace(grid, end=PhaseEnd(count)), solve, distance) for count in counts]
@@ -77,5 +96,5 @@ METHOD = Method(
     plan=plan,
     settings=TscdSettings,
     recipe=deterministic,
-    check=check_consistency,
+    check=check_stages(check_consistency),
 )
