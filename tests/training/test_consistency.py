@@ -19,6 +19,7 @@ from onestep.core.lora_file import save_lora
 from onestep.core.recipe import PRESETS
 from onestep.training.data.pairs import Pairs
 from onestep.training.engine.donor import initial_state
+from onestep.training.engine.student import add_student
 from onestep.training.methods import METHODS, scm
 from onestep.training.methods.consistency import pictures_of
 
@@ -128,3 +129,17 @@ def test_steps_within_phases_are_taken() -> None:
     for steps in (4, 8):
         METHODS["mlcm"].check(SmallHost(), small(method="mlcm", segments="8,4", student_steps=steps))
     METHODS["tscd"].check(SmallHost(), small(method="tscd"))
+    METHODS["mlcm"].check(SmallHost(), small(method="mlcm", student_steps=2))
+
+
+def test_mlcms_phases_end_with_the_students_steps(tmp_path: Path) -> None:
+    """Where nothing is told: twice as many, then as many."""
+    seen = []
+    for name, told in (("none", ""), ("told", "4,2")):
+        setup = setup_of(SmallHost(), small(method="mlcm", student_steps=2, segments=told), tmp_path / name)
+        add_student(setup.host, setup.settings, None)
+        loss = METHODS["mlcm"].plan(setup).phases[0].turns[0].loss
+        with setup.denoise.roles.installed():
+            batches = [setup.prompts.batch(update, range(4)) for update in (0, 3)]
+            seen.append([float(loss(batch, 1.0, batch.step)["consistency"]) for batch in batches])
+    assert seen[0] == seen[1]

@@ -24,12 +24,17 @@ from .tscd import check_stages, in_stages, stages
 class MlcmSettings(SolverSettings):
     """And the phases."""
 
-    segments: str = setting("8,4", "Phases of the trajectory in each stage of the run, fewer and fewer.")
+    segments: str = setting(
+        "",
+        "Phases of the trajectory in each stage of the run, fewer and fewer, like 8,4; empty = twice the student's "
+        "steps, then as many.",
+    )
     states: int = setting(4, "States of each of the teacher's trajectories that are kept.", 1, 256)
 
     def check(self, run: Settings) -> None:
         super().check(run)
-        stages(self.segments)
+        if self.segments:
+            stages(self.segments)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def on_trajectories(setup: Setup, grid: Grid, guidance: float) -> OnTrajectories
 def plan(setup: Setup) -> Plan:
     """d(J(x_t, t -> s), sg J(x_r, r -> s)), s the end of the phase, x_t where the teacher comes by."""
     solve, own = solver_of(setup), setup.settings.own
-    counts = stages(own.segments)
+    steps = setup.recipe.steps
+    counts = stages(own.segments) if own.segments else [2 * steps, steps]
     grid = grid_of(setup, counts[0])
     source = on_trajectories(setup, grid, setup.settings.guidance if setup.denoise.guidance == "cfg" else 1.0)
     objective = in_stages(counts, grid, solve, distance_of(setup.settings))

@@ -62,10 +62,11 @@ def check_stages(check: Check) -> Check:
     """``check``, and that each of the student's steps ends in the phase in which it begins."""
 
     def checked(host: Host, settings: Settings) -> None:
-        last, steps = stages(settings.own.segments)[-1], recipe_of(host, settings).steps
+        told, steps = settings.own.segments, recipe_of(host, settings).steps
+        last = stages(told)[-1] if told else steps
         if steps % last:
             raise OneStepError(
-                f"segments {settings.own.segments} ends with {last}, which a student of {steps} "
+                f"segments {told} ends with {last}, which a student of {steps} "
                 f"step{'s' * (steps > 1)} does not keep to: set student_steps to a multiple of {last}, or let segments "
                 f"end with a divisor of {steps}"
             )
