@@ -20,7 +20,17 @@ from onestep.training.plan.rehearse import OPTIMIZER, rehearse
 from onestep.training.plan.rungs import Way, peaks_of
 from onestep.training.settings import Settings, described
 
-LASTING = ("base", "student", "critic", "ema", "head", "student moments", "critic moments", "head moments")
+LASTING = (
+    "base",
+    "student",
+    "critic",
+    "ema",
+    "head",
+    "earlier student",
+    "student moments",
+    "critic moments",
+    "head moments",
+)
 
 
 def settings_of(method: str, batch: int, **more: Any) -> Settings:
