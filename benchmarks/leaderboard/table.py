@@ -45,7 +45,8 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         "mode that it does not draw; back: of the mixture from the student, which punishes each mode that it misses. "
         f"{args.samples} draws of each prompt. A screening: papers train a thousand times as long.",
         "",
-        "    python benchmarks/leaderboard --out benchmarks/results/leaderboard.md",
+        f"    python benchmarks/leaderboard --forwards {args.forwards} --steps {_told({found['steps'] for found in rows})} "
+        "--out benchmarks/results/leaderboard.md",
         "",
         f"torch {torch.__version__}, {platform.machine()}, one thread.",
         "",
@@ -59,6 +60,10 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
     args.out.write_text("\n".join(lines) + "\n")
     if rows:
         plot(rows, args.out.with_suffix(".png"))
+
+
+def _told(steps: set[int]) -> str:
+    return " ".join(map(str, sorted(steps)))
 
 
 def _cells(found: dict[str, float]) -> str:
