@@ -45,8 +45,7 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         "mode that it does not draw; back: of the mixture from the student, which punishes each mode that it misses. "
         f"{args.samples} draws of each prompt. A screening: papers train a thousand times as long.",
         "",
-        f"    python benchmarks/leaderboard --forwards {args.forwards} --steps {_told({found['steps'] for found in rows})} "
-        "--out benchmarks/results/leaderboard.md",
+        f"    python benchmarks/leaderboard --forwards {args.forwards} --steps {_told(rows)} --out OUT.md",
         "",
         f"torch {torch.__version__}, {platform.machine()}, one thread.",
         "",
@@ -62,8 +61,8 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         plot(rows, args.out.with_suffix(".png"))
 
 
-def _told(steps: set[int]) -> str:
-    return " ".join(map(str, sorted(steps)))
+def _told(rows: list[dict[str, Any]]) -> str:
+    return " ".join(map(str, sorted({found["steps"] for found in rows})))
 
 
 def _cells(found: dict[str, float]) -> str:
