@@ -281,7 +281,7 @@ def test_a_step_lowers_the_divergence(case: Case) -> None:
 
 # -- mutants ----------------------------------------------------------------------------------------------------------
 
-REAL = 'asked = [(self.teacher, "real", batch.cond)]'
+REAL = 'asked = [(self.teacher, "real", batch.of_teacher)]'
 FAKE = 'asked.append((CRITIC, "fake", batch.cond))'
 COTANGENT_MUTANTS = {
     "the matching term's sign": ("delta = scores.fake - scores.real", "delta = scores.real - scores.fake"),
