@@ -23,6 +23,13 @@ Network = Callable[[Tensor, Tensor, "Cond"], Tensor]
 TokenNorm = int | Literal["row"]
 
 
+def time_between(schedule: NoiseSchedule, sigma: Tensor, toward: Tensor | None) -> Tensor:
+    """The time [B] that stands for both levels, from ``sigma`` down to ``toward``: t - r / 2 (TwinFlow,
+    arXiv:2512.05150), the second time of a flow map without an embedder for it."""
+    time = schedule.time_of_sigma(sigma)
+    return time if toward is None else time - schedule.time_of_sigma(toward) / 2
+
+
 class Denoiser(Protocol):
     """D(x, sigma, cond) -> x0.
 
@@ -64,10 +71,7 @@ class _Wrapped:
 
     def network_time(self, sigma: Tensor) -> Tensor:
         """The time [B] that the network is given at ``sigma``: a recipe's time_scale lowers it, to a whole index."""
-        time = self.schedule.time_of_sigma(sigma)
-        if self.toward is not None:
-            # t - r / 2 (TwinFlow, arXiv:2512.05150): the second time of a flow map, without an embedder for it
-            time = time - self.schedule.time_of_sigma(self.toward) / 2
+        time = time_between(self.schedule, sigma, self.toward)
         return time if self.time_scale == 1 else (self.time_scale * time).floor()
 
     def _answer(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

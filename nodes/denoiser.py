@@ -8,6 +8,8 @@ the same on both sides.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch.nn.functional import pad
 
 from ..core.adapter_module import Port
 from ..core.cond import Cond
+from ..core.continuous import ContinuousVP
 from ..core.control import entry_of
-from ..core.denoiser import Guidance, TokenNorm
+from ..core.denoiser import Guidance, TokenNorm, time_between
 from ..core.errors import OneStepError
 from ..core.families import FAMILIES
 from ..core.lengths import by_length, lengths_of
@@ -31,7 +34,8 @@ from .own_text import OwnText
 @dataclass
 class ComfyDenoiser:
     """See `core.denoiser.Denoiser`. model: a `BaseModel`. options: its transformer_options, copied at each call.
-    lengths: what becomes of texts of several lengths, as in `core.families.family.Family`."""
+    lengths: what becomes of texts of several lengths, as in `core.families.family.Family`. toward: as `core.denoiser`
+    has it."""
 
     model: Any
     schedule: NoiseSchedule
@@ -40,6 +44,7 @@ class ComfyDenoiser:
     options: dict[str, Any] = field(default_factory=dict)
     lengths: str = "repeated"
     token_norm: TokenNorm = 0
+    toward: Tensor | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         captured = self.roles.capture(len(x), self.schedule.time_of_sigma(sigma).to(x), cond)
@@ -49,19 +54,46 @@ class ComfyDenoiser:
 
     def _grouped(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """ComfyUI pads no text: those of one length are one call, where the network sees what would pad them."""
+        levels = sigma[:, None] if self.toward is None else torch.stack([sigma, self.toward], 1)
         if self.lengths != "grouped":
-            return self._apply(x, sigma, cond)
-        return by_length(self._apply, self.roles, x, sigma, cond, 1)
+            return self._apply(x, levels, cond)
+        return by_length(self._apply, self.roles, x, levels, cond, 1)
 
-    def _apply(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def _apply(self, x: Tensor, levels: Tensor, cond: Cond) -> Tensor:
+        """levels: [B, 1] sigma, and beside it what the answers lead to, where that is told."""
+        sigma, *toward = levels.unbind(1)
         alpha = signal(self.schedule, sigma)
         options = {name: dict(value) if isinstance(value, dict) else value for name, value in self.options.items()}
         # where the network embeds no guidance, it is an adapter beside it that is told
         told = cond if self.guidance == "embedded" else cond.with_(guidance=None)
         outer = framed(self.model, x / expand(alpha, x))
         more = conditions(self.model, told, outer, self.lengths)
-        x0 = self.model.apply_model(outer, (sigma / alpha).to(x), transformer_options=options, **more)
+        with told_between(self.model.model_sampling, self.schedule, sigma, *toward):
+            x0 = self.model.apply_model(outer, (sigma / alpha).to(x), transformer_options=options, **more)
         return unframed(self.model, x0)
+
+
+@contextmanager
+def told_between(
+    model_sampling: Any, schedule: NoiseSchedule, sigma: Tensor, toward: Tensor | None = None
+) -> Iterator[None]:
+    """Within, the network is told the time that stands for both levels [B], and on a `ContinuousVP` any between two
+    indices, in place of ComfyUI's nearest."""
+    if toward is None and not isinstance(schedule, ContinuousVP):
+        yield
+        return
+    time, own = time_between(schedule, sigma, toward), model_sampling.timestep
+    before = vars(model_sampling).get("timestep")
+    if isinstance(schedule, FlowSchedule):
+        # by ComfyUI's own multiplier
+        time = own(schedule.sigma_of_time(time))
+    model_sampling.timestep = lambda level: time.to(level)
+    try:
+        yield
+    finally:
+        del model_sampling.timestep
+        if before is not None:
+            model_sampling.timestep = before
 
 
 def of_video(model: Any) -> bool:
