@@ -10,6 +10,7 @@ from typing import Any
 
 import mixture
 import torch
+from rows import every
 
 from onestep.core.sampling import teacher_sample
 
@@ -56,6 +57,9 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
     for steps in sorted({found["steps"] for found in rows}):
         lines += ["", f"## In {steps} step{'s' * (steps > 1)}", "", HEAD.format("method"), RULE]
         lines += _of_steps([found for found in rows if found["steps"] == steps])
+        done = {found["method"] for found in rows if found["steps"] == steps}
+        if missing := [f"`{method}`" for method, count in every() if count == steps and method not in done]:
+            lines += ["", f"Not run yet: {', '.join(missing)}."]
     args.out.write_text("\n".join(lines) + "\n")
     if rows:
         plot(rows, args.out.with_suffix(".png"))
