@@ -25,6 +25,9 @@ NOT_HERE = {
     "guidance-lora": "takes as many steps as its teacher",
     "lora-guided": "takes as many steps as its teacher",
     "tune": "keeps the steps of a model that has few",
+    "pso": "prefers pictures of a student that is there",
+    "sfd": "teaches a concept away",
+    "di-star": "needs rewards of pictures",
 }
 """LoRA methods that are no few-step distillation."""
 SEVERAL = ("cdm", "tdm", "phased-dmd", "perflow", "pcm", "mlcm", "tscd", "tcd")

@@ -94,21 +94,21 @@ def _of_steps(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Both divergences of each row, one panel for each number of steps."""
+    """Both divergences of each method, one panel for each number of steps, the best above."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     counts = sorted({found["steps"] for found in rows})
-    figure, panels = pyplot.subplots(1, len(counts), figsize=(7 * len(counts), 7), squeeze=False, sharey=True)
+    figure, panels = pyplot.subplots(1, len(counts), figsize=(6 * len(counts), 8), squeeze=False)
     for panel, steps in zip(panels[0], counts, strict=True):
         shown = [found for found in rows if found["steps"] == steps and "failed" not in found]
-        panel.scatter([max(found["kl"], 1e-3) for found in shown], [max(found["kl_back"], 1e-3) for found in shown])
-        for found in shown:
-            panel.annotate(found["method"], (max(found["kl"], 1e-3), max(found["kl_back"], 1e-3)), fontsize=8)
-        panel.set(xscale="log", yscale="log", xlabel="KL of the student from the mixture (nats)")
-        panel.set_title(f"{steps} step{'s' * (steps > 1)}")
-    panels[0][0].set_ylabel("KL of the mixture from the student (nats)")
+        shown.sort(key=lambda found: found["kl"] + found["kl_back"], reverse=True)
+        names, kl = [found["method"] for found in shown], [found["kl"] for found in shown]
+        panel.barh(names, kl, label="of the student from the mixture")
+        panel.barh(names, [found["kl_back"] for found in shown], left=kl, label="of the mixture from the student")
+        panel.set(title=f"{steps} step{'s' * (steps > 1)}", xlabel="Kullback-Leibler divergences (nats)")
+        panel.legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
