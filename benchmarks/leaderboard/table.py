@@ -42,8 +42,8 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         "",
         f"A mixture of {4 * len(mixture.PROMPTS)} Gaussians in two dimensions under {len(mixture.PROMPTS)} prompts "
         f"({args.prediction} model); {args.forwards} network forwards of a batch of {args.batch} for each run, pairs, "
-        "roll-outs, critics and heads counted; one rate for all. KL: of the student from the mixture, which misses no "
-        "mode that it does not draw; back: of the mixture from the student, which punishes each mode that it misses. "
+        "roll-outs, critics and heads counted; one rate for all. KL: of the student from the mixture, which forgives a "
+        "mode left out; back: of the mixture from the student, which does not. "
         f"{args.samples} draws of each prompt. A screening: papers train a thousand times as long.",
         "",
         f"    python benchmarks/leaderboard --forwards {args.forwards} --steps {_told(rows)} --out OUT.md",

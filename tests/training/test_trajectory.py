@@ -19,8 +19,8 @@ from trajectory_oracle import led, loss_of, ratios
 from onestep.core.recipe import Recipe
 from onestep.core.roles import TEACHER
 from onestep.training.data.pairs import Pairs
-from onestep.training.engine.student import STUDENT
-from onestep.training.methods import lcm, mlcm, tcd
+from onestep.training.engine.student import STUDENT, add_student
+from onestep.training.methods import METHODS, lcm, mlcm, tcd
 from onestep.training.methods import near_times as near
 from onestep.training.methods import trajectory as method
 from onestep.training.methods.consistency import Pictures, grid_of
@@ -186,7 +186,7 @@ def test_times_of_consistency_training(case: Case) -> None:
     world, u = World(case), torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     batch = world.batch()
     for stage in (0, 3, 7):
-        span = near.NearTimes(20.0, stage)(world.schedule, batch, u)
+        span = near.NearTimes(1e-4, 20.0, stage)(world.schedule, batch, u)
         t, r = (sigma.numpy() / ratios(world, sigma.numpy()) for sigma in (span.t, span.r))
         wanted = t * np.maximum(0, 1 - (1 + 8 / (1 + np.exp(t))) / 2 ** (stage + 1))
         np.testing.assert_allclose(r, wanted, rtol=1e-6, atol=1e-9)
@@ -202,6 +202,25 @@ def test_times_of_consistency_training(case: Case) -> None:
     np.testing.assert_allclose(t, grid[at], rtol=1e-6)
     np.testing.assert_allclose(r, grid[at - 1], rtol=1e-6)
     assert set(at) == set(range(1, 11))
+
+
+@pytest.mark.parametrize("name", ["ict", "ect"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_near_times_are_told_apart(name: str, prediction: str, tmp_path: Path) -> None:
+    """Of a model of 1000 indices too: the two answers of a sample are never asked at one time."""
+    host = SmallHost(prediction)
+    settings = small(method=name, batch=64, pairs=64, **{"stages": 1, "gap_base": 900.0} if name == "ect" else {})
+    setup = setup_of(host, settings, tmp_path)
+    add_student(host, settings, None)
+    turn, told = METHODS[name].plan(setup).phases[0].turns[0], []
+    batch = setup.prompts.batch(5, range(64))
+    with host.denoiser.roles.installed():
+        turn.loss(batch, 1.0, 3)
+        hook = host.network.register_forward_pre_hook(lambda network, given: told.append(given[1]))
+        turn.loss(batch, 1.0, 3)
+        hook.remove()
+    r, t = told
+    assert bool((t > r).all())
 
 
 # -- what becomes what ------------------------------------------------------------------------------------------------

@@ -151,6 +151,11 @@ def check_consistency(host: Host, settings: Settings) -> None:
 def check_solver(host: Host, settings: Settings) -> None:
     """Raises OneStepError where guidance is drawn that the base does not have."""
     own = settings.own
+    if host.denoiser.guidance != "cfg" and not getattr(own, "guided_solver", True):
+        raise OneStepError(
+            f"{host.name} has no trained null condition, so its student cannot be drawn with guidance: set "
+            "guided_solver to true"
+        )
     if host.denoiser.guidance != "cfg" and (own.guidance_low or own.guidance_high):
         raise OneStepError(
             f"{host.name} has no trained null condition, so its solver's guidance cannot be drawn: set guidance_low "

@@ -37,11 +37,11 @@ class EctSettings(TrainingSettings):
 def plan(setup: Setup) -> Plan:
     """w d(D(x_t), sg D(x_r)), w = 1 / (t - r), t and r in sigma / alpha (Eq. 13)."""
     own, pictures = setup.settings.own, pictures_of(setup)
-    _, highest = reach(setup.denoise, setup.recipe)
+    ends = reach(setup.denoise, setup.recipe)
 
     def objective(along: float) -> TwoTimes:
-        times = NearTimes(highest, min(int(along * own.stages), own.stages - 1), own.gap_base)
-        return TwoTimes(times, same_noise, WholeHuber(own.distance_width), inverse_gap)
+        times = NearTimes(*ends, min(int(along * own.stages), own.stages - 1), own.gap_base)
+        return TwoTimes(times, same_noise, WholeHuber(own.distance_width), inverse_gap, between=True)
 
     return consistency(setup, objective, 1, pictures, pictures.fresh)
 

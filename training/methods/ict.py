@@ -42,7 +42,7 @@ def plan(setup: Setup) -> Plan:
 
     def objective(along: float) -> TwoTimes:
         times = KarrasTimes(*ends, levels_at(own, along))
-        return TwoTimes(times, same_noise, WholeHuber(own.distance_width), inverse_gap)
+        return TwoTimes(times, same_noise, WholeHuber(own.distance_width), inverse_gap, between=True)
 
     return consistency(setup, objective, 1, pictures, pictures.fresh)
 

@@ -33,7 +33,7 @@ from ..settings import NoSettings, Settings, setting
 from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
 from .rectified import LEAST, noise_share
-from .tangents import Tangent, TangentSettings, straight_on, tangent_of
+from .tangents import Tangent, TangentSettings, straight_on, tangent_of, wide
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class MeanFlow:
     def __call__(self, denoise: Denoiser, batch: Batch, x0: Tensor) -> Tensor:
         """S / sg(S + c), S = |u - sg(v - (t - r) du/dt)|^2 (Eq. 10, 11 and 22 with p = 1), a mean over samples."""
         denoise, (t, r) = continuous(denoise), self.times(batch)
-        y = expand(1 - t, x0.double()) * x0 + expand(t, x0.double()) * batch.normal("flow noise")
+        y = expand(1 - t, wide(x0)) * x0 + expand(t, wide(x0)) * batch.normal("flow noise")
         mean = partial(velocity, leading(denoise, level_of(denoise, r)), x0.dtype, batch.cond)
         with torch.no_grad():
             with denoise.roles.use(TEACHER):
@@ -131,7 +131,7 @@ def velocity(
     """(y - D) / t [B, ...] in float64, ``denoise`` being given latents of ``dtype``."""
     sigma = level_of(denoise, t)
     x = (expand(denoise.schedule.alpha(sigma) + sigma, y) * y).to(dtype)
-    return (y - guided(denoise, x, sigma, cond, null, w).double()) / expand(t, y)
+    return (y - wide(guided(denoise, x, sigma, cond, null, w))) / expand(t, y)
 
 
 def mean_flow(setup: Setup) -> MeanFlow:

@@ -35,15 +35,16 @@ def noise_ratio(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NearTimes:
-    """t log-normal up to ``highest`` (sigma / alpha), r = t max(0, 1 - q^-(stage + 1) (1 + 8 / (1 + e^t))) (ECT,
-    arXiv:2406.14548, Eq. 14 with k = 8, b = 1)."""
+    """t log-normal from ``lowest`` to ``highest`` (sigma / alpha), r = t max(0, 1 - q^-(stage + 1) (1 + 8 / (1 + e^t)))
+    (ECT, arXiv:2406.14548, Eq. 14 with k = 8, b = 1)."""
 
+    lowest: float
     highest: float
     stage: int
     q: float = 2.0
 
     def __call__(self, schedule: NoiseSchedule, batch: Batch, u: Tensor) -> Span:
-        t = log_normal(u, self.highest)
+        t = log_normal(u, self.lowest, self.highest)
         r = t * (1 - (1 + 8 * torch.sigmoid(-t)) / self.q ** (self.stage + 1)).clamp_min(0)
         sigmas = vanishing(schedule, torch.stack([t, r]))
         return Span(sigmas, torch.zeros_like(t))
@@ -75,10 +76,11 @@ class KarrasTimes:
         return Span(sigmas, torch.zeros_like(u))
 
 
-def log_normal(u: Tensor, highest: float) -> Tensor:
-    """[B] of ln t ~ N(-1.1, 2^2), cut off at ``highest``."""
-    top = torch.special.ndtr(torch.tensor((math.log(highest) - MEAN) / DEVIATION, dtype=torch.float64))
-    return torch.exp(MEAN + DEVIATION * torch.special.ndtri((u * top).clamp(1e-9, 1 - 1e-9)))
+def log_normal(u: Tensor, lowest: float, highest: float) -> Tensor:
+    """[B] of ln t ~ N(-1.1, 2^2), cut off at both ends."""
+    ends = torch.tensor([math.log(lowest), math.log(highest)], dtype=torch.float64)
+    low, high = torch.special.ndtr((ends - MEAN) / DEVIATION)
+    return torch.exp(MEAN + DEVIATION * torch.special.ndtri((low + u * (high - low)).clamp(1e-9, 1 - 1e-9)))
 
 
 def inverse_gap(schedule: NoiseSchedule, span: Span) -> Tensor:

@@ -21,7 +21,7 @@ from ..engine.turns import Loss, Phase, Plan, Turn, learning
 from ..settings import NoSettings, setting
 from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
-from .tangents import Tangent, TangentSettings, tangent_of
+from .tangents import Tangent, TangentSettings, tangent_of, wide
 from .trig_flow import TrigFlow, rotated
 
 
@@ -61,7 +61,7 @@ class ContinuousConsistency:
         """|F - sg(F + g / (rms(g) + 0.1))|^2: a sum over a sample's elements, a mean over samples. warmth: r, 0 to 1,
         the weight of what changes along the way."""
         flow, t = TrigFlow.of(denoise, x0), self.angles(batch)
-        x = expand(torch.cos(t), x0.double()) * x0 + expand(torch.sin(t), x0.double()) * batch.normal("angle's noise")
+        x = expand(torch.cos(t), wide(x0)) * x0 + expand(torch.sin(t), wide(x0)) * batch.normal("angle's noise")
         with torch.no_grad():
             with denoise.roles.use(TEACHER):
                 dx = flow.velocity(x, t, batch.cond, batch.nulls(), self.guidance)

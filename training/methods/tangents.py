@@ -16,11 +16,16 @@ from ...core.schedule import expand
 from ..settings import NoSettings, Settings, setting
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B]) -> F [B, ...]; float64."""
+"""(x [B, ...], t [B]) -> F [B, ...], `wide`."""
 Tangent = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
 """(velocity, x [B, ...], t [B], dx / dt) -> dF / dt along it."""
 Moved = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, ...], dx / dt, h [B]) -> where the trajectory is h on."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the widest type of its device: Apple's have no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...core.continuous import continuous
 from ...core.denoiser import Denoiser, guided
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
@@ -89,16 +90,20 @@ def alike(schedule: NoiseSchedule, span: Span) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoTimes:
-    """times: of a batch. solve: from x_t to x_r. answer: J, or what a method has in its place."""
+    """times: of a batch. solve: from x_t to x_r. answer: J, or what a method has in its place. between: whether the
+    network is told the very time of a level, where a discrete one is told the nearest that it was trained at: times
+    that lie closer than these would be one."""
 
     times: Times
     solve: Solver
     distance: Distance
     weight: Weight = alike
     answer: Answer = jump
+    between: bool = False
 
     def __call__(self, denoise: Denoiser, batch: Batch, start: Start) -> Tensor:
         """w d(J_t, sg J_r), a mean over samples."""
+        denoise = continuous(denoise) if self.between else denoise
         schedule = denoise.schedule
         span = self.times(schedule, batch, start.u)
         with torch.no_grad():

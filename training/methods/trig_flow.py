@@ -17,6 +17,7 @@ from ...core.cond import Cond
 from ...core.continuous import continuous
 from ...core.denoiser import Denoiser, guided
 from ...core.schedule import expand
+from .tangents import wide
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrigFlow:
         schedule = self.denoise.schedule
         sigma = schedule.sigma_of_log_snr(-torch.log(torch.tan(t)))
         scale = torch.sqrt(schedule.alpha(sigma) ** 2 + sigma**2)
-        return guided(self.denoise, (expand(scale, x) * x).to(self.like.dtype), sigma, cond, null, w).double()
+        return wide(guided(self.denoise, (expand(scale, x) * x).to(self.like.dtype), sigma, cond, null, w))
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond, null: Cond | None = None, w: float = 1.0) -> Tensor:
         """F [B, ...]."""
