@@ -92,6 +92,7 @@ def test_variants_are_never_on_both_sides(tiles: data.Tiles) -> None:
     assert (away.view(8, 3) == away.view(8, 3)[:, :1]).all() and away.any() and not away.all()
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("family", "shape", "network"),
     [

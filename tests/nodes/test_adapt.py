@@ -117,6 +117,7 @@ def two_runs(request: Any, random_tiny: dict[str, Path], run_inside: Callable[..
     return json.loads(run_inside("runs", random_tiny[request.param], work).strip().splitlines()[-1])
 
 
+@pytest.mark.broad
 def test_two_runs_leave_what_one_leaves_and_the_plugged_model_as_it_was(two_runs: Any) -> None:
     told = two_runs
     assert told["unchanged"], "the plugged MODEL draws the same picture before and after"

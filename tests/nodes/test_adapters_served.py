@@ -96,6 +96,7 @@ def trained_control(server: Any, name: str, form: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(("name", "form"), TRAINED)
 def test_a_control_is_trained_and_used_in_one_graph(comfy_server: Any, name: str, form: str) -> None:
     nodes = trained_control(comfy_server, name, form)

@@ -95,6 +95,7 @@ def test_the_loaders_list_the_result(plain: Any, comfy_server: Any) -> None:
     assert "onestep/plain.safetensors" in [option.replace("\\", "/") for option in options]
 
 
+@pytest.mark.broad
 def test_a_second_queue_does_what_existing_says(plain: Any, comfy_server: Any) -> None:
     before = lora_of(comfy_server, "plain").state
     updates = len(run_of(comfy_server, "plain").metrics())

@@ -137,6 +137,7 @@ def started_at(file: str, model: str, run: str) -> dict[str, Any]:
     return node | {"inputs": node["inputs"] | {"name": run}}
 
 
+@pytest.mark.broad
 def test_a_trainer_begins_at_every_layer_of_it(case: Any, comfy_server: Any) -> None:
     name, files = case
     folder, chosen = comfy_server.base / "models" / "loras", list(zip(DIALECTS[name], files, strict=True))[:2]

@@ -74,6 +74,7 @@ def trained(comfy_server: Any) -> tuple[dict[str, torch.Tensor], Path]:
     return drawn, comfy_server.base / "models" / "onestep" / "away.safetensors"
 
 
+@pytest.mark.broad
 def test_an_adapter_is_trained_and_used_in_one_graph(trained: Any) -> None:
     drawn, file = trained
     check_drawn(drawn)

@@ -125,6 +125,7 @@ def test_a_file_that_is_missing_is_named(case: str, comfy_server: Any) -> None:
     assert finished.status == "error" and f"lost-{case}-2.safetensors is not beside it" in finished.error
 
 
+@pytest.mark.broad
 def test_from_the_trainer_to_the_picture(comfy_server: Any) -> None:
     """Two files in the loras' folder, which the loader takes as one."""
     plugs = {"model": ["model", 0], "clip": ["model", 1], "vae": ["model", 2], "prompts": "a red dragon\na wall"}

@@ -22,6 +22,7 @@ def test_answers_and_gradients_are_the_resident_ones(
     assert told["ring"]["copies"] >= told["blocks"] >= 2 and not told["ring"]["known to ComfyUI"]
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", narrowed(["tiny", "tiny-flow"], "tiny"))
 def test_a_run_is_the_resident_one(
     name: str, random_tiny: dict[str, Path], run_inside: Callable[..., str], tmp_path: Path

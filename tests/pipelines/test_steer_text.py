@@ -145,6 +145,7 @@ def told(name: str, pipe: Any, mode: str) -> Cond:
     return Cond(torch.cat([filled, own[1]]), mask, padded.pooled)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("mode", SCALES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_familys_own_pipeline_draws_the_same(name: str, mode: str) -> None:

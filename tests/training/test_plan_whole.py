@@ -68,6 +68,7 @@ def test_a_search_for_a_combination_is_planned(host: DiffusersHost, tmp_path: Pa
     assert searched == pytest.approx(told, rel=0.05 + 0.15 * held["taken"])
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("method", narrowed(RUNS, "regression"))
 def test_a_whole_run_is_what_was_planned(method: str, host: DiffusersHost, tmp_path: Path) -> None:
     how, run = settings(method).with_(candidate_every=1, choose_by="distance"), tmp_path / "run"
