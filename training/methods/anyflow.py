@@ -32,7 +32,7 @@ METHOD = Method(
     name="anyflow",
     title="Mean velocities with distribution matching beside them",
     paper="arXiv:2605.13724",
-    forwards="12.3 + 3.6 a critic update",
+    forwards="12.4 + 3.6 a critic update",
     plan=lambda setup: alternating(setup, dmd, Extras(anchored=beside)),
     settings=AnyflowSettings,
     check=of_whole_range(check_matching),

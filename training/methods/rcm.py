@@ -32,7 +32,7 @@ METHOD = Method(
     name="rcm",
     title="Continuous-time consistency with distribution matching beside it",
     paper="arXiv:2510.08431",
-    forwards="12.3 + 3.6 a critic update",
+    forwards="12.4 + 3.6 a critic update",
     plan=lambda setup: alternating(setup, dmd, Extras(anchored=beside)),
     settings=RcmSettings,
     check=of_whole_range(check_matching),
