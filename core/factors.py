@@ -72,3 +72,8 @@ def truncated(a: Tensor, b: Tensor, rank: int | None = None) -> tuple[tuple[Tens
     new_a = (root[:, None] * (v[:r] @ q_a.T)).reshape(r, *a.shape[1:])
     new_b = (q_b @ u[:, :r] * root).reshape(len(b), r, *b.shape[2:])
     return (new_a.float(), new_b.float()), s
+
+
+def named(state: State) -> dict[str, Tensor]:
+    """The factors of each target as "target/a" and "target/b": as a file keeps them."""
+    return {f"{name}/{side}": factor for name, pair in state.items() for side, factor in zip("ab", pair, strict=True)}

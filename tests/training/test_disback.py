@@ -255,10 +255,10 @@ def test_a_wrong_way_is_found_out(change: tuple[str, str], monkeypatch: pytest.M
 
 
 FILE_MUTANTS = {
-    "the student's factors": ("self._named(CRITIC))", 'self._named("student"))'),
+    "the student's factors": ("self.roles.state(CRITIC)", 'self.roles.state("student")'),
     "after the first turn too": ("not first_turn or self._taken == number or", ""),
     "never held": ("self.hold(self.at(update))", "self.hold(0)"),
-    "sides exchanged": ('pair["ab".index(side)]', 'pair["ba".index(side)]'),
+    "read and not taken": ("value.copy_(kept[name])", "kept[name]"),
 }
 
 

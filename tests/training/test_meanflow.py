@@ -186,7 +186,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "the whole time": ("expand(t - r, v) * change", "expand(t, v) * change"),
     "unguided": ("batch.nulls(), self.guidance)", "batch.nulls(), 1.0)"),
     "the student's own velocity": ("denoise.roles.use(TEACHER)", "denoise.roles.use(STUDENT)"),
-    "another end": ("leading(denoise, level_of(denoise, r))", "leading(denoise, level_of(denoise, t))"),
+    "another end": ("level_of(denoise.schedule, r)", "level_of(denoise.schedule, t)"),
     "not weighed": ("(s / (s.detach() + SMALL)).mean()", "s.mean()"),
 }
 

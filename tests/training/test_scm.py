@@ -232,7 +232,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "not normalised": ("f.detach() + normalised(g)", "f.detach() + g"),
     "unguided": ("batch.nulls(), self.guidance)", "batch.nulls(), 1.0)"),
     "the student leads": ("denoise.roles.use(TEACHER)", "denoise.roles.use(STUDENT)"),
-    "noise for the picture": ("expand(torch.cos(t), x0.double()) * x0", "expand(torch.sin(t), x0.double()) * x0"),
+    "noise for the picture": ("expand(torch.cos(t), wide(x0)) * x0", "expand(torch.sin(t), wide(x0)) * x0"),
 }
 
 

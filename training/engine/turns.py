@@ -144,16 +144,36 @@ def on_data(draw: Draw, loss: Callable[[Batch, Any], Tensor], name: str = "loss"
     """The turn's loss of a method whose loss, a sum over a sample's elements and a mean over samples, is of the data
     that ``draw`` gives. Its number is the loss for each element."""
 
+    return on_data_at(draw, lambda batch, data, update: loss(batch, data), name)
+
+
+def on_data_at(draw: Draw, loss: Callable[[Batch, Any, int], Tensor], name: str = "loss") -> Loss:
+    """The same of a loss that is told the update."""
+
     def backward(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         batch, data = draw(batch, update)
-        value = loss(batch, data)
+        value = loss(batch, data, update)
         (share * value).backward()
         return {name: value.detach() / math.prod(batch.shape)}
 
     return backward
 
 
-def one_phase(role: str, loss: Loss, settings: Settings, fresh: int = 0, fresh_cost: float = 0.0) -> Plan:
-    """The plan of a method that learns the same from the first update to the last. fresh, fresh_cost: of its data."""
+def with_nulls(draw: Draw, rate: float, stream: str) -> Draw:
+    """``draw``, whose samples have the null condition in their prompt's place at ``rate``."""
+
+    def drawn(batch: Batch, update: int) -> tuple[Batch, Any]:
+        batch, data = draw(batch, update)
+        return batch.with_nulls(rate, stream), data
+
+    return drawn
+
+
+def one_phase(
+    role: str, loss: Loss, settings: Settings, fresh: int = 0, fresh_cost: float = 0.0, beside: float = 0.0
+) -> Plan:
+    """The plan of a method that learns the same from the first update to the last. fresh, fresh_cost: of its data.
+    beside: forwards of a sample besides the one that is learnt from."""
+    cost = learning(settings) + beside
     turn = Turn(role, loss, settings.learning_rate)
-    return Plan([role], [Phase(settings.method, settings.steps, [turn], learning(settings), fresh, fresh_cost)])
+    return Plan([role], [Phase(settings.method, settings.steps, [turn], cost, fresh, fresh_cost)])

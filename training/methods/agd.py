@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...core.errors import OneStepError
-from ...core.guidance_adapter import new_adapter
 from ..host import Host
 from ..settings import Settings
-from .guidance import GuidanceSettings, check_guided, guided, guided_recipe, scales
+from .guidance import GuidanceSettings, adapter, check_adapter, check_guided, guided, guided_recipe, scales
 from .method import Method
 
 
@@ -20,21 +19,14 @@ class DialSettings(GuidanceSettings):
     automatic: ClassVar[tuple[float, float] | None] = (1.0, 12.0)
 
 
-def adapter(host: Host, settings: Settings) -> Any:
-    """A new adapter for this base."""
-    return new_adapter(host.denoiser.roles.targets, host.family, settings.seed)
-
-
 def check(host: Host, settings: Settings) -> None:
     """Raises OneStepError where this checkpoint has no guidance to learn, or no place for an adapter."""
     check_guided(host, settings)
-    if settings.targets != "all" or settings.initial_lora:
-        raise OneStepError("agd trains an adapter, which has places of its own: set targets=all and no initial_lora")
     if scales(settings)[0] < 1:
         raise OneStepError(
             f"guidance_low is {scales(settings)[0]:g}: an adapter's dial begins at 1, which is no guidance"
         )
-    adapter(host, settings)
+    check_adapter(host, settings)
 
 
 METHOD = Method(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.errors import OneStepError
@@ -18,7 +16,7 @@ from ..engine.batch import Batch
 from ..engine.inputs import recipe_of
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
+from ..engine.turns import Plan, on_data_at, one_phase, with_nulls
 from ..host import Host
 from ..settings import NoSettings, Settings, setting
 from .trajectory import Distance, Grid, Huber, Noised, Start, TeacherSteps, TwoTimes, square
@@ -82,6 +80,17 @@ class SolverSettings(NoSettings):
 @dataclass(frozen=True)
 class ConsistencySettings(SolverSettings, SourceSettings):
     """Of a method that has both."""
+
+
+@dataclass(frozen=True)
+class SquareSettings(ConsistencySettings):
+    """Of one whose paper compares by the square."""
+
+    distance: str = setting(
+        "l2",
+        "How two answers are compared: huber = about by the sum of their differences, l2 = by the square.",
+        choices=("huber", "l2"),
+    )
 
 
 @dataclass(frozen=True)
@@ -236,17 +245,13 @@ def consistency(
 ) -> Plan:
     """The plan of such a run. cost: forwards of a sample from x_t to x_r and of the target. fresh: `Phase.fresh` and
     its cost. null_rate: the share of samples that learn the null condition in their prompt's place."""
-    settings, denoise = setup.settings, setup.denoise
+    settings = setup.settings
 
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, start = source(batch, update)
-        drawn = drawn.with_nulls(null_rate, "trajectory null")
-        value = objective(update / settings.steps)(denoise, drawn, start)
-        (share * value).backward()
-        return {"consistency": value.detach() / torch.Size(drawn.shape).numel()}
+    def value(batch: Batch, start: Start, update: int) -> Tensor:
+        return objective(update / settings.steps)(setup.denoise, batch, start)
 
-    turn = Turn(STUDENT, loss, settings.learning_rate)
-    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], learning(settings) + cost, *fresh)])
+    loss = on_data_at(with_nulls(source, null_rate, "trajectory null"), value, "consistency")
+    return one_phase(STUDENT, loss, settings, *fresh, beside=cost)
 
 
 def deterministic(host: Host, settings: Settings) -> Recipe:

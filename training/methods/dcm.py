@@ -3,13 +3,10 @@ Euler steps, the plain square."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..engine.setup import Setup
 from ..engine.turns import Plan
-from ..settings import setting
 from .consistency import (
-    ConsistencySettings,
+    SquareSettings,
     check_consistency,
     consistency,
     distance_of,
@@ -20,17 +17,6 @@ from .consistency import (
 )
 from .method import Method
 from .trajectory import TwoTimes
-
-
-@dataclass(frozen=True)
-class DcmSettings(ConsistencySettings):
-    """The same, by the square."""
-
-    distance: str = setting(
-        "l2",
-        "How two answers are compared: huber = about by the sum of their differences, l2 = by the square.",
-        choices=("huber", "l2"),
-    )
 
 
 def plan(setup: Setup) -> Plan:
@@ -46,6 +32,6 @@ METHOD = Method(
     paper="arXiv:2510.08431",
     forwards="5.6 + the picture",
     plan=plan,
-    settings=DcmSettings,
+    settings=SquareSettings,
     check=of_whole_range(check_consistency),
 )

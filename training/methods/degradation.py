@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...core.errors import OneStepError
+from ...core.factors import named
 from ...core.roles import TEACHER, Roles
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine import processes
@@ -74,13 +74,13 @@ class Degradation:
         self._taken = number
         if processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path(number), self._named(CRITIC))
+            write_tensors(self._path(number), named(self.roles.state(CRITIC)))
 
     @torch.no_grad()
     def hold(self, number: int) -> None:
         """The role becomes snapshot ``number``. Raises OneStepError where its file is gone."""
-        named = self._named(DEGRADED)
-        if number in (0, self._held) or any(value.is_meta for value in named.values()):
+        factors = named(self.roles.state(DEGRADED))
+        if number in (0, self._held) or any(value.is_meta for value in factors.values()):
             return
         path = self._path(number)
         if not path.is_file():
@@ -89,13 +89,9 @@ class Degradation:
                 "(existing=restart)"
             )
         kept = read_tensors(path)
-        for name, value in named.items():
+        for name, value in factors.items():
             value.copy_(kept[name])
         self._held = number
-
-    def _named(self, role: str) -> dict[str, Tensor]:
-        state = self.roles.state(role)
-        return {f"{name}/{side}": pair["ab".index(side)] for name, pair in state.items() for side in "ab"}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:03d}.safetensors"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...core.errors import OneStepError
+from ...core.factors import named
 from ...core.roles import Roles
 from ...core.tensor_file import read_tensors, write_tensors
 from ..engine import processes
@@ -47,7 +47,7 @@ class EarlierStudent:
         path = self.folder / f"{stage:03d}.safetensors"
         if update == self.firsts[stage] and processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, self._named(STUDENT))
+            write_tensors(path, named(self.roles.state(STUDENT)))
         if update == self.firsts[stage]:
             processes.wait()
         if not path.is_file():
@@ -56,10 +56,6 @@ class EarlierStudent:
                 "begin the run anew (existing=restart)"
             )
         kept = read_tensors(path)
-        for name, value in self._named(EARLIER).items():
+        for name, value in named(self.roles.state(EARLIER)).items():
             value.copy_(kept[name])
         self._held = stage
-
-    def _named(self, role: str) -> dict[str, Tensor]:
-        state = self.roles.state(role)
-        return {f"{name}/{side}": pair["ab".index(side)] for name, pair in state.items() for side in "ab"}

@@ -8,22 +8,10 @@ from dataclasses import dataclass
 from ..engine.setup import Setup
 from ..engine.turns import Plan
 from ..settings import setting
-from .consistency import SourceSettings, check_source, consistency, of_whole_range, pictures_of
+from .consistency import check_source, consistency, of_whole_range, pictures_of
 from .method import Method
-from .near_times import NearTimes, inverse_gap, reach
+from .near_times import NearTimes, TrainingSettings, inverse_gap, reach
 from .trajectory import TwoTimes, WholeHuber, same_noise
-
-
-@dataclass(frozen=True)
-class TrainingSettings(SourceSettings):
-    """Of consistency training."""
-
-    distance_width: float = setting(
-        0.00054,
-        "Root mean square difference of two answers, in units of the latents, below which the distance is a square.",
-        1e-6,
-        10,
-    )
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...core.denoiser import Denoiser
 from ...core.errors import OneStepError
+from ...core.guidance_adapter import new_adapter
 from ...core.recipe import Recipe
 from ...core.schedule import cast_as, of_size
 from ..data.trajectories import States, Trajectories
@@ -114,3 +115,17 @@ def guided_recipe(host: Host, settings: Settings) -> Recipe:
     schedule = of_size(host.denoiser.schedule, host.latent_shape(settings.size_list[0]))
     times = schedule.trailing(settings.teacher_steps)
     return Recipe.at(schedule, times, family=host.family, sizes=settings.size_list)
+
+
+def adapter(host: Host, settings: Settings) -> Any:
+    """A new guidance adapter for this base."""
+    return new_adapter(host.denoiser.roles.targets, host.family, settings.seed)
+
+
+def check_adapter(host: Host, settings: Settings) -> None:
+    """Raises OneStepError where this checkpoint has no place for an adapter."""
+    if settings.targets != "all" or settings.initial_lora:
+        raise OneStepError(
+            f"{settings.method} trains an adapter, which has places of its own: set targets=all and no initial_lora"
+        )
+    adapter(host, settings)

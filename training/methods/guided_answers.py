@@ -3,9 +3,8 @@ where agd follows the guided teacher's own trajectories, here any time of any pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS, LevelSampler, LevelWeight, at, natural, usual_levels
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
+from ..engine.turns import Plan, on_data, one_phase
 from ..host import Host
 from ..settings import Settings
 from .consistency import SourceSettings, check_source, pictures_of
@@ -60,18 +59,10 @@ class GuidedAnswers:
 
 def guided_answers(setup: Setup, low: float, high: float, conditioned: bool) -> Plan:
     """The plan of such a student."""
-    settings, denoise, pictures = setup.settings, setup.denoise, pictures_of(setup)
-    told = usual_levels(denoise), WEIGHTS[natural(denoise)]
-    answers = GuidedAnswers(low, high, *told, conditioned)
-
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, x = pictures.draw(batch, update)
-        value = answers(denoise, drawn, x)
-        (share * value).backward()
-        return {"loss": value.detach() / x[0].numel()}
-
-    turn = Turn(STUDENT, loss, settings.learning_rate)
-    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], learning(settings) + 2, *pictures.fresh)])
+    denoise, pictures = setup.denoise, pictures_of(setup)
+    answers = GuidedAnswers(low, high, usual_levels(denoise), WEIGHTS[natural(denoise)], conditioned)
+    loss = on_data(pictures.draw, partial(answers, denoise))
+    return one_phase(STUDENT, loss, setup.settings, *pictures.fresh, beside=2)
 
 
 def check_answers(host: Host, settings: Settings) -> None:

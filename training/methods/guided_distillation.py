@@ -4,13 +4,11 @@ it is an adapter. agd learns the same on the guided teacher's own trajectories."
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ...core.errors import OneStepError
-from ...core.guidance_adapter import new_adapter
 from ..host import Host
 from ..settings import Settings, setting
-from .guidance import guided_recipe
+from .guidance import adapter, check_adapter, guided_recipe
 from .guided_answers import AnswersSettings, check_answers, guided_answers
 from .method import Method
 
@@ -30,19 +28,10 @@ class GuidedDistillationSettings(AnswersSettings):
             )
 
 
-def adapter(host: Host, settings: Settings) -> Any:
-    """A new adapter for this base."""
-    return new_adapter(host.denoiser.roles.targets, host.family, settings.seed)
-
-
 def check(host: Host, settings: Settings) -> None:
     """Raises OneStepError where this checkpoint has no guidance to learn, or no place for an adapter."""
     check_answers(host, settings)
-    if settings.targets != "all" or settings.initial_lora:
-        raise OneStepError(
-            "guided-distillation trains an adapter, which has places of its own: set targets=all and no initial_lora"
-        )
-    adapter(host, settings)
+    check_adapter(host, settings)
 
 
 METHOD = Method(

@@ -11,9 +11,8 @@ from ..engine.setup import Setup
 from ..engine.turns import Plan
 from ..settings import Settings, setting
 from .consistency import check_source, consistency, of_whole_range, pictures_of
-from .ect import TrainingSettings
 from .method import Method
-from .near_times import KarrasTimes, inverse_gap, reach
+from .near_times import KarrasTimes, TrainingSettings, inverse_gap, reach
 from .trajectory import TwoTimes, WholeHuber, same_noise
 
 

@@ -10,10 +10,8 @@ that any sampler that renoises draws the student.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +26,11 @@ from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Loss, Phase, Plan, Turn, learning
+from ..engine.turns import Loss, Plan, learning, on_data, one_phase
 from ..settings import NoSettings, Settings, setting
 from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
-from .rectified import LEAST, noise_share
+from .rectified import LEAST, level_of, noise_share
 from .tangents import Tangent, TangentSettings, straight_on, tangent_of, wide
 
 
@@ -101,7 +99,7 @@ class MeanFlow:
         """S / sg(S + c), S = |u - sg(v - (t - r) du/dt)|^2 (Eq. 10, 11 and 22 with p = 1), a mean over samples."""
         denoise, (t, r) = continuous(denoise), self.times(batch)
         y = expand(1 - t, wide(x0)) * x0 + expand(t, wide(x0)) * batch.normal("flow noise")
-        mean = partial(velocity, leading(denoise, level_of(denoise, r)), x0.dtype, batch.cond)
+        mean = partial(velocity, leading(denoise, level_of(denoise.schedule, r)), x0.dtype, batch.cond)
         with torch.no_grad():
             with denoise.roles.use(TEACHER):
                 v = velocity(denoise, x0.dtype, batch.cond, y, t, batch.nulls(), self.guidance)
@@ -117,19 +115,11 @@ SMALL = 1e-2
 """c of the weight."""
 
 
-def level_of(denoise: Denoiser, tau: Tensor) -> Tensor:
-    """sigma at ``tau`` = sigma / (alpha + sigma), at any time; 0 at 0."""
-    inside = tau.clamp(1e-9, 1 - 1e-12)
-    # lambda = ln((1 - tau) / tau)
-    sigma = denoise.schedule.sigma_of_log_snr(torch.log1p(-inside) - torch.log(inside))
-    return torch.where(tau > 0, sigma, torch.zeros_like(sigma))
-
-
 def velocity(
     denoise: Denoiser, dtype: torch.dtype, cond: Cond, y: Tensor, t: Tensor, null: Cond | None = None, w: float = 1.0
 ) -> Tensor:
     """(y - D) / t [B, ...] in float64, ``denoise`` being given latents of ``dtype``."""
-    sigma = level_of(denoise, t)
+    sigma = level_of(denoise.schedule, t)
     x = (expand(denoise.schedule.alpha(sigma) + sigma, y) * y).to(dtype)
     return (y - wide(guided(denoise, x, sigma, cond, null, w))) / expand(t, y)
 
@@ -144,29 +134,23 @@ def mean_flow(setup: Setup) -> MeanFlow:
 
 
 def on_pictures(setup: Setup, pictures: Pictures) -> tuple[Loss, float]:
-    """(its loss on pictures with fresh noise, forwards of a sample)."""
+    """(its loss on pictures with fresh noise, forwards of a sample besides the one that is learnt from)."""
     learn = mean_flow(setup)
-
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, x0 = pictures.draw(batch, update)
-        value = learn(setup.denoise, drawn, x0)
-        (share * value).backward()
-        return {"flow": value.detach()}
-
-    return loss, learning(setup.settings) + 2 + (2 if learn.guidance != 1 else 1)
+    loss = on_data(pictures.draw, partial(learn, setup.denoise), "flow")
+    return loss, 2 + (2 if learn.guidance != 1 else 1)
 
 
 def beside(setup: Setup, pairs: Pairs) -> tuple[Loss, float]:
     """The same on the teacher's pictures, beside another method's terms."""
-    return on_pictures(setup, Pictures(None, pairs))
+    loss, more = on_pictures(setup, Pictures(None, pairs))
+    return loss, learning(setup.settings) + more
 
 
 def plan(setup: Setup) -> Plan:
     """The student alone."""
-    settings, pictures = setup.settings, pictures_of(setup)
-    loss, cost = on_pictures(setup, pictures)
-    turn = Turn(STUDENT, loss, settings.learning_rate)
-    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+    pictures = pictures_of(setup)
+    loss, more = on_pictures(setup, pictures)
+    return one_phase(STUDENT, loss, setup.settings, *pictures.fresh, beside=more)
 
 
 METHOD = Method(

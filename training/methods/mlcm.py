@@ -16,8 +16,8 @@ from ..engine.turns import Plan
 from ..settings import Settings, setting
 from .consistency import SolverSettings, check_solver, consistency, deterministic, distance_of, grid_of, solver_of
 from .method import Method
+from .segments import check_stages, in_stages, stages
 from .trajectory import Grid, Start
-from .tscd import check_stages, in_stages, stages
 
 
 @dataclass(frozen=True)

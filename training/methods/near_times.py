@@ -13,6 +13,8 @@ from ...core.denoiser import Denoiser
 from ...core.recipe import Recipe
 from ...core.schedule import NoiseSchedule, log_snr
 from ..engine.batch import Batch
+from ..settings import setting
+from .consistency import SourceSettings
 from .trajectory import Span
 
 MEAN, DEVIATION = -1.1, 2.0
@@ -31,6 +33,18 @@ def vanishing(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 def noise_ratio(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     """sigma / alpha; inf where alpha = 0."""
     return torch.exp(-log_snr(schedule, sigma))
+
+
+@dataclass(frozen=True)
+class TrainingSettings(SourceSettings):
+    """Of consistency training."""
+
+    distance_width: float = setting(
+        0.00054,
+        "Root mean square difference of two answers, in units of the latents, below which the distance is a square.",
+        1e-6,
+        10,
+    )
 
 
 @dataclass(frozen=True)

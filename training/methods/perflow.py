@@ -3,9 +3,7 @@ the straight line from a noisy picture to where the teacher leads it by the wind
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
+from ..engine.turns import Plan, on_data, one_phase, with_nulls
 from ..settings import setting
 from .consistency import (
     ConsistencySettings,
@@ -72,16 +70,11 @@ def plan(setup: Setup) -> Plan:
     windows = Windows(setup, Grid(setup.recipe, parts), solve)
     straight = straight_of(setup, distance_of(settings))
 
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, x0 = pictures.draw(batch, update)
-        drawn = drawn.with_nulls(null_rate(settings), "window null")
-        value = straight(setup.denoise, drawn, windows(drawn, x0))
-        (share * value).backward()
-        return {"straight": value.detach() / torch.Size(drawn.shape).numel()}
+    def value(batch: Batch, x0: Tensor) -> Tensor:
+        return straight(setup.denoise, batch, windows(batch, x0))
 
-    turn = Turn(STUDENT, loss, settings.learning_rate)
-    cost = learning(settings) + solve.cost(parts)
-    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+    loss = on_data(with_nulls(pictures.draw, null_rate(settings), "window null"), value, "straight")
+    return one_phase(STUDENT, loss, settings, *pictures.fresh, beside=solve.cost(parts))
 
 
 METHOD = Method(

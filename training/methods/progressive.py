@@ -3,11 +3,8 @@ the teacher, and the steps are halved again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.errors import OneStepError
@@ -15,13 +12,12 @@ from ...core.schedule import NoiseSchedule
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Phase, Plan, Turn, learning
-from ..host import Host
+from ..engine.turns import Phase, Plan, Turn, learning, on_data_at
 from ..settings import Settings, setting
 from .consistency import SourceSettings, check_source, deterministic, pictures_of
 from .earlier_student import EARLIER, EarlierStudent
 from .method import Method
-from .trajectory import Grid, Noised, PhaseEnd, Span, TeacherSteps, TwoTimes, square
+from .trajectory import Grid, PhaseEnd, Span, Start, TeacherSteps, TwoTimes, square
 
 
 @dataclass(frozen=True)
@@ -71,25 +67,16 @@ def plan(setup: Setup) -> Plan:
         solve, times = teacher_of(setup, stage), times_of(setup, stage)
         halve = TwoTimes(times, solve, square, truncated_snr)
 
-        def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        def value(batch: Batch, start: Start, update: int) -> Tensor:
             earlier.hold(batch, update)
-            drawn, x0 = pictures.draw(batch, update)
-            start = Noised(x0, drawn.normal("trajectory noise"), drawn.uniform("trajectory time"))
-            value = halve(setup.denoise, drawn, start)
-            (share * value).backward()
-            return {"consistency": value.detach() / torch.Size(drawn.shape).numel()}
+            return halve(setup.denoise, batch, start)
 
-        turn = Turn(STUDENT, loss, settings.learning_rate)
+        turn = Turn(STUDENT, on_data_at(pictures, value, "consistency"), settings.learning_rate)
         name = f"{settings.method}, {setup.recipe.steps * times.parts // 2} steps"
         updates = firsts[stage + 1] - firsts[stage]
         return Phase(name, updates, [turn], learning(settings) + solve.cost(2), *pictures.fresh)
 
     return Plan([STUDENT], [phase(stage) for stage in range(count)])
-
-
-def check(host: Host, settings: Settings) -> None:
-    """Raises OneStepError for pictures that cannot be read."""
-    check_source(host, settings)
 
 
 METHOD = Method(
@@ -100,5 +87,5 @@ METHOD = Method(
     plan=plan,
     settings=ProgressiveSettings,
     recipe=deterministic,
-    check=check,
+    check=check_source,
 )

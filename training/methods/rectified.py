@@ -32,11 +32,17 @@ def noise_share(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
     return sigma / (schedule.alpha(sigma) + sigma)
 
 
-def level_at(schedule: NoiseSchedule, tau: Tensor) -> Tensor:
-    """sigma at ``tau`` in (0, 1], where the network was trained at it or nearest."""
+def level_of(schedule: NoiseSchedule, tau: Tensor) -> Tensor:
+    """sigma at ``tau`` = sigma / (alpha + sigma) in [0, 1]."""
+    inside = tau.clamp(1e-9, 1 - 1e-12)
     # lambda = ln((1 - tau) / tau)
-    sigma = schedule.sigma_of_log_snr(torch.log1p(-tau) - torch.log(tau))
-    return schedule.sigma_of_time(schedule.time_of_sigma(sigma))
+    sigma = schedule.sigma_of_log_snr(torch.log1p(-inside) - torch.log(inside))
+    return torch.where(tau > 0, sigma, torch.zeros_like(sigma))
+
+
+def trained_level_of(schedule: NoiseSchedule, tau: Tensor) -> Tensor:
+    """The same, at the nearest time that the network was trained at."""
+    return schedule.sigma_of_time(schedule.time_of_sigma(level_of(schedule, tau)))
 
 
 def straightened(schedule: NoiseSchedule, x: Tensor, sigma: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class Straight:
         # of a flow model tau is sigma
         least = max(LEAST, range_end(schedule))
         low, high = chord.tau_low.clamp_min(least), chord.tau_high.clamp_max(self.highest)
-        sigma = level_at(schedule, torch.lerp(low, high, self.share(batch.uniform("chord"))))
+        sigma = trained_level_of(schedule, torch.lerp(low, high, self.share(batch.uniform("chord"))))
         tau = noise_share(schedule, sigma)
         y = chord.at(tau)
         with denoise.roles.use(STUDENT):

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..engine.setup import Setup
 from ..engine.turns import Plan
 from ..settings import setting
+from .couplings import Reflow, ReflowSettings, in_two_stages
 from .method import Method
 from .rectified import straight_of
-from .reflow import Reflow, ReflowSettings, in_two_stages
 from .trajectory import WholeHuber, square
 
 

@@ -3,9 +3,7 @@ teacher's trajectory, as its derivative says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from ..data.pairs import Pairs
 from ..engine.batch import Batch
 from ..engine.setup import Setup
 from ..engine.student import STUDENT
-from ..engine.turns import Loss, Phase, Plan, Turn, learning
+from ..engine.turns import Loss, Plan, learning, on_data_at, one_phase
 from ..settings import NoSettings, setting
 from .consistency import Pictures, SourceSettings, check_source, of_whole_range, pictures_of
 from .method import Method
@@ -103,33 +101,30 @@ def continuous_consistency(setup: Setup) -> ContinuousConsistency:
 
 
 def on_pictures(setup: Setup, pictures: Pictures, first: int = 0, every: int = 1) -> tuple[Loss, float]:
-    """(its loss on pictures with fresh noise, forwards of a sample). first: the number that its first draw of pictures
-    has. every: updates of the run for each of its own."""
+    """(its loss on pictures with fresh noise, forwards of a sample besides the one that is learnt from). first: the
+    number that its first draw of pictures has. every: updates of the run for each of its own."""
     settings, learn = setup.settings, continuous_consistency(setup)
 
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, x0 = pictures.draw(batch, update)
+    def value(batch: Batch, x0: Tensor, update: int) -> Tensor:
         along = min(1.0, max(0, update - first) * every / max(1, settings.steps))
-        value = learn(setup.denoise, drawn, x0, warmth(settings.own.tangent_warm_up, along))
-        (share * value).backward()
-        return {"consistency": value.detach() / x0[0].numel()}
+        return learn(setup.denoise, batch, x0, warmth(settings.own.tangent_warm_up, along))
 
-    return loss, learning(settings) + 2 + (2 if learn.guidance != 1 else 1)
+    return on_data_at(pictures.draw, value, "consistency"), 2 + (2 if learn.guidance != 1 else 1)
 
 
 def beside(setup: Setup, pairs: Pairs) -> tuple[Loss, float]:
     """The same on the teacher's pictures, beside another method's terms."""
     own = setup.settings.own
     first = own.warm_start + getattr(own, "critic_warm_up", 0) + getattr(own, "head_warm_up", 0)
-    return on_pictures(setup, Pictures(None, pairs), first, getattr(own, "anchor_every", 1))
+    loss, more = on_pictures(setup, Pictures(None, pairs), first, getattr(own, "anchor_every", 1))
+    return loss, learning(setup.settings) + more
 
 
 def plan(setup: Setup) -> Plan:
     """The student alone."""
-    settings, pictures = setup.settings, pictures_of(setup)
-    loss, cost = on_pictures(setup, pictures)
-    turn = Turn(STUDENT, loss, settings.learning_rate)
-    return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost, *pictures.fresh)])
+    pictures = pictures_of(setup)
+    loss, more = on_pictures(setup, pictures)
+    return one_phase(STUDENT, loss, setup.settings, *pictures.fresh, beside=more)
 
 
 def warmth(over: float, along: float) -> float:

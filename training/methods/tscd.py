@@ -4,19 +4,13 @@ scalings, by the square. Hyper-SD's score stage is a run of its own: dmd with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
-from ...core.errors import OneStepError
-from ..engine.inputs import recipe_of
 from ..engine.setup import Setup
 from ..engine.turns import Plan
-from ..host import Host
 from ..settings import Settings, setting
 from .consistency import (
-    Check,
-    Objective,
+    SquareSettings,
     check_consistency,
     consistency,
     deterministic,
@@ -25,15 +19,12 @@ from .consistency import (
     pictures_of,
     solver_of,
 )
-from .dcm import DcmSettings
 from .method import Method
-from .trajectory import Distance, Grid, PhaseEnd, Solver, TwoTimes
-
-MOST = 64
+from .segments import check_stages, in_stages, stages
 
 
 @dataclass(frozen=True)
-class TscdSettings(DcmSettings):
+class TscdSettings(SquareSettings):
     """And the segments."""
 
     segments: str = setting("8,4,2,1", "Segments of the trajectory in each stage of the run, fewer and fewer.")
@@ -41,44 +32,6 @@ class TscdSettings(DcmSettings):
     def check(self, run: Settings) -> None:
         super().check(run)
         stages(self.segments)
-
-
-def stages(told: str) -> list[int]:
-    """Segments of each stage. Raises OneStepError for a text that is none, or whose numbers do not divide."""
-    try:
-        found = [int(part) for part in told.split(",")]
-    except ValueError:
-        found = []
-    in_range = bool(found) and all(1 <= count <= MOST for count in found)
-    if not in_range or any(earlier % later for earlier, later in pairwise(found)):
-        raise OneStepError(
-            f"segments is {told[:60]!r}: it must be whole numbers up to {MOST}, each a divisor of the one before, like "
-            "8,4,2,1"
-        )
-    return found
-
-
-def check_stages(check: Check) -> Check:
-    """``check``, and that each of the student's steps ends in the phase in which it begins."""
-
-    def checked(host: Host, settings: Settings) -> None:
-        told, steps = settings.own.segments, recipe_of(host, settings).steps
-        last = stages(told)[-1] if told else steps
-        if steps % last:
-            raise OneStepError(
-                f"segments {told} ends with {last}, which a student of {steps} "
-                f"step{'s' * (steps > 1)} does not keep to: set student_steps to a multiple of {last}, or let segments "
-                f"end with a divisor of {steps}"
-            )
-        check(host, settings)
-
-    return checked
-
-
-def in_stages(counts: Sequence[int], grid: Grid, solve: Solver, distance: Distance) -> Objective:
-    """Phases as many as ``counts`` says, in stages of as many updates."""
-    each = [TwoTimes(replace(grid, end=PhaseEnd(count)), solve, distance) for count in counts]
-    return lambda along: each[min(int(along * len(each)), len(each) - 1)]
 
 
 def plan(setup: Setup) -> Plan:
