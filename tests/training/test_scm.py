@@ -23,7 +23,7 @@ from onestep.core.roles import TEACHER
 from onestep.core.schedule import VPSchedule, expand
 from onestep.training.engine.student import STUDENT
 from onestep.training.methods import scm as method
-from onestep.training.methods.tangents import Differences, by_forward_mode, straight_on
+from onestep.training.methods.tangents import Differences, Forward, by_forward_mode, straight_on
 from onestep.training.methods.trig_flow import TrigFlow, rotated
 
 WORLDS = [case for case in CASES if case.name != "x0"]
@@ -105,6 +105,23 @@ def test_at_the_ends_the_difference_is_one_sided() -> None:
     assert float(torch.cat(asked).min()) == 0.2 and float(torch.cat(asked).max()) == 1.4
     # of t x along cos(h) x: x, but for h^2
     torch.testing.assert_close(found, x, rtol=0.03, atol=0.03)
+
+
+def test_forward_mode_is_right_where_the_differences_are_too_coarse() -> None:
+    """sin(300 t) turns by radians within a step of 0.01 t: a network's own time is an index up to 1000. A derivative
+    that is lost is refused there as well."""
+    x, dx = drawn(seed=1), drawn(seed=2)
+    t = torch.tensor([0.2, 0.6, 1.0, 1.3], dtype=torch.float64)
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        return expand(torch.sin(300 * t), x) * x
+
+    near = Differences(0.01, 0.05, 1.45, straight_on)
+    wanted = expand(300 * torch.cos(300 * t), x) * x + expand(torch.sin(300 * t), x) * dx
+    assert float((near(answer, x, t, dx) - wanted).norm() / wanted.norm()) > 0.5
+    torch.testing.assert_close(Forward(near)(answer, x, t, dx), wanted)
+    with pytest.raises(OneStepError, match="loses the derivative"):
+        Forward(near)(lambda x, t: Silent.apply(answer(x, t)), x, t, dx)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
