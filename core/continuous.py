@@ -35,6 +35,7 @@ def continuous(denoise: Denoiser) -> Denoiser:
 
 
 def leading(denoise: Denoiser, lower: Tensor) -> Denoiser:
-    """``denoise`` told that its answers lead to the levels ``lower`` [B]: a flow map's second time."""
+    """``denoise`` told that its answers lead to the levels ``lower`` [B]: a flow map's second time; negative ones are a
+    twin trajectory's."""
     made: Any = denoise
     return replace(made, toward=lower)

@@ -25,9 +25,13 @@ TokenNorm = int | Literal["row"]
 
 def time_between(schedule: NoiseSchedule, sigma: Tensor, toward: Tensor | None) -> Tensor:
     """The time [B] that stands for both levels, from ``sigma`` down to ``toward``: t - r / 2 (TwinFlow,
-    arXiv:2512.05150), the second time of a flow map without an embedder for it."""
+    arXiv:2512.05150), the second time of a flow map without an embedder for it. Where ``toward`` is negative both times
+    are, those of a twin trajectory: -(t - |r| / 2)."""
     time = schedule.time_of_sigma(sigma)
-    return time if toward is None else time - schedule.time_of_sigma(toward) / 2
+    if toward is None:
+        return time
+    between = time - schedule.time_of_sigma(toward.abs()) / 2
+    return torch.where(toward < 0, -between, between)
 
 
 class Denoiser(Protocol):
@@ -52,7 +56,7 @@ class Denoiser(Protocol):
 class _Wrapped:
     """``network(x, time, cond)``, told its own time [B]; subclasses turn its answer into x0. filled: of a network that
     reads each text at its own length, up to a multiple of so many tokens; 0 for others. toward: [B] the level that the
-    answers are to lead to, of a student that learns flow maps; None and 0 for the picture."""
+    answers are to lead to, of a student that learns flow maps; None and 0 for the picture, negative of a twin."""
 
     network: Network
     schedule: NoiseSchedule

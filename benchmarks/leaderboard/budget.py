@@ -29,7 +29,7 @@ def settled(settings: Settings, forwards: float, make_host: Any, prompts: list[s
 
 def scaled(settings: Settings, steps: int) -> Settings:
     own = {entry.name for entry in described(settings.own)}
-    shares = {"warm_start": 5, "critic_warm_up": 20, "head_warm_up": 20}
+    shares = {"warm_start": 5, "critic_warm_up": 20, "head_warm_up": 20, "twin_warm_up": 20}
     return settings.with_(steps=steps, **{name: steps // part for name, part in shares.items() if name in own})
 
 

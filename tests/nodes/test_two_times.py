@@ -18,11 +18,13 @@ def test_what_the_network_is_told(
 ) -> None:
     run_inside("two_times", random_tiny[name], tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    plain, anywhere, between, after = (np.array(times) for times in found["told"])
+    plain, anywhere, between, twin, after = (np.array(times) for times in found["told"])
     t, r = np.array(found["times"]), np.array(found["ends"])
     # of a discrete model the nearest index
     np.testing.assert_allclose(plain, t, atol=0.51 if name == "tiny" else 1e-3)
     np.testing.assert_allclose(anywhere, t, atol=1e-3)
     np.testing.assert_allclose(between, t - r / 2, atol=1e-3)
+    # the picture has no other side, and the least level of a discrete model is not yet the picture
+    np.testing.assert_allclose(twin, np.where((r > 0) | (name == "tiny"), r / 2 - t, t), atol=1e-3)
     np.testing.assert_array_equal(after, plain)
     assert found["updates"] == 2

@@ -18,6 +18,7 @@ ON_ATTENTION = ("agd", "guided-distillation", "sun")
 """Whose adapters sit at a U-Net's cross-attentions."""
 SHORT: dict[str, Any] = {
     **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 2, "anchor": 0.5, "head_warm_up": 1, "head_blocks": 2},
+    **{"twin_warm_up": 1},
     **{"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0, "generator_steps": 2, "noise_levels": 2, "states": 2},
     **{"control": "soft-edges", "control_width": 8, "segment_steps": 2, "negatives": "people, blurry"},
     **{"solver_steps": 8, "stride": 2, "halvings": 2, "levels_first": 2, "levels_last": 8},

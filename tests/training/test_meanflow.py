@@ -11,57 +11,17 @@ import torch
 from mutations import must_fail, mutant
 from oracles import CASES, TAU, Array, Case, World, drawn, rows
 from torch import Tensor
-from trajectory_oracle import ratios
+from two_times_oracle import answer
 
 from onestep.core.continuous import leading
 from onestep.core.roles import TEACHER
-from onestep.core.schedule import FlowSchedule, expand
+from onestep.core.schedule import expand
 from onestep.training.engine.student import STUDENT
 from onestep.training.methods import meanflow as method
 from onestep.training.methods.tangents import Differences, straight_on
 
 WORLDS = [case for case in CASES if case.name != "x0"]
 NEAR = Differences(0.01, 1e-3, 0.97, straight_on)
-
-
-def answer(world: World, role: str, y: Array, tau: Array, r: Array, cond: Any) -> Array:
-    """(y - D) / tau, the network told t - r / 2: in the Gaussian world a told level is another posterior's."""
-    sigma, lower = levels(world, tau), levels(world, r)
-    alpha = ratios(world, sigma)
-    x = (alpha + sigma) * y
-    told = torch.from_numpy(times(world, sigma) - times(world, lower) / 2).flatten()
-    at = world.schedule.sigma_of_time(told).numpy()[:, None]
-    # what the network predicts at the told level, read as a prediction at the true one
-    d = world.x0(role, x, cond, ratios(world, at), at)
-    return (y - reread(world, x, d, (ratios(world, at), at), (alpha, sigma))) / tau
-
-
-def levels(world: World, tau: Array) -> Array:
-    if isinstance(world.schedule, FlowSchedule):
-        return tau
-    return tau / np.hypot(tau, 1 - tau)
-
-
-def times(world: World, sigma: Array) -> Array:
-    """The network's time at a level, between two indices too; 0 at the picture."""
-    schedule = world.schedule
-    if isinstance(schedule, FlowSchedule):
-        return sigma * schedule.multiplier
-    table = schedule.sigma_of_time(torch.arange(1000, dtype=torch.float64)).numpy()
-    angles = np.arctan2(table, np.sqrt(np.maximum(1 - table**2, 0)))
-    return np.interp(np.arctan2(sigma, np.sqrt(np.maximum(1 - sigma**2, 0))), angles, np.arange(1000.0))
-
-
-def reread(world: World, x: Array, d: Array, told: tuple[Array, Array], at: tuple[Array, Array]) -> Array:
-    """x0 from the prediction that a network makes of x with the answer ``d`` at the told (alpha, sigma)."""
-    (alpha, sigma), kind = told, world.case.answers
-    noise = (x - alpha * d) / sigma
-    if kind == "eps":
-        return (x - at[1] * noise) / at[0]
-    if kind == "v":
-        # v = alpha n - sigma x0; x0 = alpha x - sigma v
-        return at[0] * x - at[1] * (alpha * noise - sigma * d)
-    return x - at[1] * (noise - d)
 
 
 def expected(world: World, learn: Any, x0: Array, noise: Array) -> tuple[Array, Array, Array]:

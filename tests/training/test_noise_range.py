@@ -135,7 +135,19 @@ VP = VPSchedule.scaled_linear()
 
 
 PROMPTS = ["a cat", "red birds"]
-TO_THE_PICTURE = ("lcm", "dcm", "scott", "ict", "ect", "scm", "meanflow", "rcm", "anyflow", "sana-sprint")
+TO_THE_PICTURE = (
+    "lcm",
+    "dcm",
+    "scott",
+    "ict",
+    "ect",
+    "scm",
+    "meanflow",
+    "twinflow",
+    "rcm",
+    "anyflow",
+    "sana-sprint",
+)
 
 
 @pytest.mark.parametrize("method", narrowed((name for name in METHODS if METHODS[name].makes == "LoRA"), "pcm", "lcm"))

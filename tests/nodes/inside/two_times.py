@@ -1,5 +1,5 @@
-"""two_times.py FOLDER OUT: the times that a tiny model's network is told in ComfyUI, plain, at any time and towards a
-level; and a short run of meanflow."""
+"""two_times.py FOLDER OUT: the times that a tiny model's network is told in ComfyUI, plain, at any time, towards a
+level and towards a twin's; and a short run of meanflow."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ with torch.inference_mode():  # as nodes run
         x = torch.randn(3, *host.latent_shape((32, 32)))
         sigma, lower = (schedule.sigma_of_time(torch.tensor(times, dtype=torch.float64)) for times in (TIMES, ENDS))
         anywhere = continuous(host.denoiser)
-        for denoise in (host.denoiser, anywhere, leading(anywhere, lower), host.denoiser):
+        for denoise in (host.denoiser, anywhere, leading(anywhere, lower), leading(anywhere, -lower), host.denoiser):
             denoise(x, sigma, cond)
         hook.remove()
     with adapted(model, clip, vae) as host:
