@@ -38,7 +38,7 @@ def settings_of(method: str, batch: int, **more: Any) -> Settings:
     few = {"teacher_steps": 1, "watch_samples": 4}
     # the matching alone, a head's turns and its term in each update
     alone = {"warm_start": 0, "critic_warm_up": 0, "critic_updates": 1, "gan_start": 0.0, "gan_ramp": 0.0}
-    alone |= {"head_warm_up": 0}
+    alone |= {"head_warm_up": 0, "twin_warm_up": 0}
     own = {entry.name for entry in described(METHODS[method].settings)}
     several = {"student_steps": 4} if "student_steps" in OF_METHOD.get(method, {}) else {}
     return settings_for(method=method, **several, **run, **few, **{n: v for n, v in alone.items() if n in own})
