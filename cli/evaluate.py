@@ -63,7 +63,7 @@ def measure(
 def student_of(lora: Lora, host: Any, name: str, guidance: float = 1.0) -> Student:
     """The LoRA as the evaluation takes it; an adapter at the teacher's guidance."""
     denoiser = None if lora.recipe == lora.recipe.of_base else denoiser_with(host, lora.recipe)
-    return Student(name, lora.state, lora.recipe, denoiser, lora.module, guidance, lora.later)
+    return Student(name, lora.state, lora.recipe, denoiser, lora.module, guidance, lora.later, lora.router)
 
 
 def names_of(loras: list[Lora]) -> list[str]:

@@ -123,7 +123,7 @@ def _student(host: Any, lora: Lora, args: Namespace) -> tuple[Any, int]:
     for part, state in enumerate((lora.state, *lora.later)):
         roles.load(part_of(ROLE, part), scaled(state, lora.recipe), host.device)
     if lora.later:
-        roles.steps.split(ROLE, lora.recipe.timesteps)
+        roles.steps.split(ROLE, lora.parts)
     if recipe != recipe.of_base:
         denoise = denoiser_with(host, recipe)
 

@@ -16,13 +16,15 @@ from ..core.lora_file import LoraFile, fit, load_lora
 from ..core.recipe import PRESETS, Recipe, step_files
 from ..core.recipe.presets import preset_names
 from ..core.recipe.recognised import recognised
+from ..core.router import Router, is_router, load_students
 from ..training.settings import nearest
 
 
 @dataclass(frozen=True)
 class Lora:
     """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent.
-    module: a guidance adapter, in place of factors. later: factors of the later steps, where each has a file."""
+    module: a guidance adapter, in place of factors. later: factors of the later steps, where each has a file; or of the
+    other students of a router."""
 
     name: str
     state: State
@@ -30,12 +32,20 @@ class Lora:
     settings: dict[str, Any]
     module: Any = None
     later: tuple[State, ...] = ()
+    router: Router | None = None
+
+    @property
+    def parts(self) -> Router | tuple[float, ...]:
+        """By what it is chosen which of several serves."""
+        return self.router or self.recipe.timesteps
 
 
 def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
     """The LoRA of ``file`` for ``host``. Raises OneStepError where it is another model's or lacks a recipe."""
     targets = list(host.denoiser.roles.targets.values())
     names = [target.name for target in targets]
+    students = load_students(Path(file)) if is_router(Path(file)) else None
+    file = file if students is None else str(students.files[0])
     loaded = load_lora(file, names, host.family)
     loaded.say_left_out(file)
     chosen = preset_recipe(recipe, host) if recipe is not None else own_recipe(loaded.recipe, file, loaded)
@@ -43,9 +53,10 @@ def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
         raise OneStepError(
             f"the recipe is for {chosen.family!r} models, {host.name} is {host.family!r}: choose another --recipe"
         )
-    first, *more = [load_lora(path, names, host.family).state for path in step_files(Path(file), chosen)]
-    later = tuple(fit(state, targets) for state in more)
-    return Lora(Path(file).name, fit(first, targets), chosen, settings_in(loaded.metadata), later=later)
+    files = step_files(Path(file), chosen) if students is None else students.files
+    first, *later = [fit(load_lora(path, names, host.family).state, targets) for path in files]
+    router = None if students is None else students.router
+    return Lora(Path(file).name, first, chosen, settings_in(loaded.metadata), None, tuple(later), router)
 
 
 def read_student(file: str, host: Any) -> Lora:

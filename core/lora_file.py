@@ -35,6 +35,7 @@ from .lora_keys import (
 )
 from .lora_scales import PeftScales, alpha_of
 from .lora_variants import refuse_variant
+from .router import refuse_router
 from .targets import Target
 from .tensor_file import Entry, digest, read_header, read_tensors, write_tensors
 
@@ -116,6 +117,7 @@ def load_lora(path: str | os.PathLike[str], names: Iterable[str] | None = None, 
     names = None if names is None else set(names)
     header = read_header(path)
     refuse_adapter(path, header.metadata)
+    refuse_router(Path(path), header.metadata)
     unused = {key for key in header.tensors if TEXT_ENCODER.match(key) or GUESTS.match(key)}
     keys = [key for key in header.tensors if key not in unused]
     refuse_kinds(keys)

@@ -30,6 +30,7 @@ from .hook import hook
 from .per_thread import PerThread
 from .role_map import TEACHER as TEACHER
 from .role_map import Captured, RoleMap, Served, inputs_of
+from .router import Router
 from .step_roles import StepRoles
 from .targets import Target
 
@@ -70,13 +71,13 @@ class Roles:
     def capture(self, batch: int, time: Tensor | None = None, cond: Cond | None = None) -> Captured:
         """The role map of the call about to be made, checked against its batch. time: [B] the network's own; time and
         cond are what adapter modules are given."""
-        chosen = self.steps.serving(self._chosen.get(), batch, time) or RoleMap()
+        chosen = self.steps.serving(self._chosen.get(), batch, time, cond) or RoleMap()
         sizes = chosen.sizes(batch)
         call = None if time is None or cond is None else Call(time, cond, chosen.inputs)
         role_map = replace(chosen, call=call, served=self._rows_served(chosen, sizes), batch=batch)
         here = get_ident()  # a graphics card's part of backward runs in another thread than the forward did
         now = partial(self._chosen.get, here)
-        return Captured(role_map, self.serving(role_map), lambda: self.steps.serving(now(), batch, time))
+        return Captured(role_map, self.serving(role_map), lambda: self.steps.serving(now(), batch, time, cond))
 
     def serving(self, role_map: RoleMap) -> AbstractContextManager[None]:
         """Within, in this thread, the hooks obey ``role_map``: a forward, or its recomputation during backward."""
@@ -147,9 +148,10 @@ class Roles:
         self._factors.setdefault(role, {})
         self._lineage.setdefault(role, 0)
 
-    def split(self, role: str, times: Sequence[float]) -> None:
-        """``role`` gets factors of its own, such as it has, for each of the steps that begin at ``times``."""
-        for part in self.steps.split(role, times)[1:]:
+    def split(self, role: str, by: Sequence[float] | Router) -> None:
+        """``role`` gets factors of its own, such as it has, for each of the steps that begin at the times ``by``, or
+        for each of a router's students."""
+        for part in self.steps.split(role, by)[1:]:
             self.load(part, self.state(role), self._device(role), self._lineage[role])
 
     def drop(self, role: str) -> None:

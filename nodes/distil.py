@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.recipe import step_files
+from ..core.router import run_files
 from ..core.tensor_file import read_tensors
 from ..training import presets
 from ..training.engine.prompts import lines
@@ -107,8 +107,8 @@ class DistilOneStepLoRA(TrainerNode):
             settings, check = settings_of(method, preset, **widgets), StorageCheck(unquantized_model)
             result = cls.train(model, clip, vae, prompts, name, existing, settings, check)
             file = publish(result.path, name, LORAS)
-            for step, path in enumerate(step_files(result.path, result.recipe)[1:], 2):
-                publish(path, f"{name}-{step}", LORAS)
+            for path in run_files(result.path, result.recipe)[1:]:
+                publish(path, name + path.stem.removeprefix(result.path.stem), LORAS)
             publish_second(result.path, name, result.recipe)
             said = check.told(clip, vae, result.path, lines(prompts), settings)
         made = (read_tensors(result.path), file, result.recipe, as_image(result.preview), loss_map(result.metrics))

@@ -14,7 +14,8 @@ import folder_paths
 
 from ..core.errors import OneStepError
 from ..core.lora_second import second_file
-from ..core.recipe import Recipe, step_files
+from ..core.recipe import Recipe
+from ..core.router import run_files
 
 SUBFOLDER = "onestep"
 LORAS, ADAPTERS = "loras", "onestep_adapters"
@@ -176,7 +177,7 @@ def publish(result: Path, name: str, kind: str) -> str:
 def publish_second(result: Path, name: str, recipe: Recipe) -> None:
     """Copy beside a LoRA of this name what its run has made for diffusers, where no one file serves both hosts."""
     second = second_file(result, recipe.family, "comfyui")
-    for path in step_files(second, recipe) if second else ():
+    for path in run_files(second, recipe) if second else ():
         ending = path.stem.removeprefix(result.stem)
         publish(path, f"{name}{ending}", LORAS)
 

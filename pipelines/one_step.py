@@ -197,8 +197,8 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
         control = acting.control(self, self._control, control_image, control_strength, size, (prompts, each))
         callback = Called(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         steered = acting.steering(self, host, away, negative, steering, scale, guided)
-        dial, switched = acting.dial(self, self._guidance, guidance, guided), self._steps.switched(network_of(self))
-        with steered, dial, control, switched as before:
+        dial = acting.dial(self, self._guidance, guidance, guided)
+        with steered, dial, control, self._steps.switched(network_of(self), cond) as before:
             halves = steering is not None or self._guidance is not None
             steps = Steps(host, chosen, cond, null, callback, before, halves)
             x0 = steps.run(start, lambda step: noise(packed=True))
@@ -232,15 +232,16 @@ class OneStepPipeline(StepState, Switches, IPAdapters, DiffusionPipeline):
     ) -> Recipe:
         """Load a LoRA and draw by its recipe, which is returned: all layers of the file act, or OneStepError is raised.
 
-        Where each step has a file of its own, the files lie beside each other, and all of them are loaded.
+        Where each step has a file of its own, the files lie beside each other, and all of them are loaded; so are the
+        students of a router's file (method msd), of which each call is drawn by the one for its prompt.
         It acts beside the LoRAs that are active, and replaces the one-step LoRA that was loaded before it. What the
         file holds for text encoders is left out, with a warning.
         recipe: for somebody else's file, which has none in its header: a preset's name or a Recipe.
         """
         refuse_while_fast(network_of(self))
         former = (*self._steps.names, *([self._lora] if self._lora else []))
-        found, embedded, names = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, former)
-        self._lora, self._steps = adapter_name, StepLoRAs(names, found.timesteps)
+        found, embedded, names, by = load_lora_into(self.plain(), Path(path).expanduser(), recipe, adapter_name, former)
+        self._lora, self._steps = adapter_name, StepLoRAs(names, found.timesteps, by)
         self.register_to_config(recipe=found.to_json(), embedded_guidance=embedded)
         return found
 

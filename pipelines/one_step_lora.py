@@ -18,6 +18,7 @@ from ..core.lora_file import LoraFile, State, fit, load_lora, of_one_rank
 from ..core.recipe import Recipe, recipe_of, step_files
 from ..core.recipe.presets import preset_names
 from ..core.recipe.recognised import of_second_order, recognised
+from ..core.router import Router, is_router, load_students
 from ..core.targets import Target, is_adaptable
 from .adapt import network_of
 from .check import compare
@@ -31,19 +32,23 @@ INSIDE = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")
 
 def load_lora_into(
     pipe: Any, path: Path, recipe: Recipe | str | None, adapter_name: str, former: Sequence[str] = ()
-) -> tuple[Recipe, float | None, tuple[str, ...]]:
-    """Load a file into a family's own pipeline, and those of its other steps where each step has one; its recipe, the
-    embedded guidance that it was trained at, and the names of the adapters, of which the first acts.
+) -> tuple[Recipe, float | None, tuple[str, ...], Router | None]:
+    """Load a file into a family's own pipeline, and those of its other steps where each step has one, or the students
+    of a router's; its recipe, the embedded guidance that it was trained at, the names of the adapters, of which the
+    first acts, and the router.
 
     Every layer of a file acts at its own alpha / rank, or OneStepError is raised. What was active stays so;
     ``former`` and an adapter of the same name are taken off. Text encoders' keys are left out, with a warning.
     """
     network = network_of(pipe)
     family, targets = detect(network), base_targets(network)
+    students = load_students(path) if is_router(path) else None
+    path = path if students is None else students.files[0]
     file = load_lora(path, [target.name for target in targets], family)
     found = recipe_of(recipe if recipe is not None else file.recipe or _by_names(path, file))
     check_family(found, network)
-    files = [load_lora(each, [target.name for target in targets], family) for each in step_files(path, found)]
+    paths = step_files(path, found) if students is None else students.files
+    files = [load_lora(each, [target.name for target in targets], family) for each in paths]
     names = (adapter_name, *(f"{adapter_name}-{step}" for step in range(2, len(files) + 1)))
     take_off(pipe, {*names, *former})
     active = _active(network)
@@ -56,7 +61,7 @@ def load_lora_into(
     finally:
         _activate(network, active, adapter_name)
     file.say_left_out(path)
-    return found, _trained_at(file.metadata), names
+    return found, _trained_at(file.metadata), names, None if students is None else students.router
 
 
 def _by_names(path: Path, file: LoraFile) -> Recipe:

@@ -30,6 +30,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     **{"sun": {"sizes": "16x16", "pairs": 4}, "f-distill": {"divergence": "kl"}},
     "sid": {"guidance_strategy": "long-short"},
     "disback": {"critic_warm_up": 2, "snapshots": 2},
+    "msd": {"students": 2},
     "sfd": {"forget": "birds", "instead": "dogs"},
 }
 

@@ -52,7 +52,8 @@ def test_a_card_is_waited_for_once_a_turn(method: str, tmp_path: Path) -> None:
     few: dict[str, Any] = {"warm_start": 0, "critic_warm_up": 0, "head_warm_up": 0, "critic_updates": 2, "anchor": 0.5}
     few |= {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0, "generator_steps": 2}
     few = {name: value for name, value in few.items() if name in METHODS[method].settings.__dataclass_fields__}
-    # the pairs of both updates are the first's
+    # the pairs of both updates are the first's; of two students the second's are the second update's
+    few |= {"steps": 3} if method == "msd" else {}
     found, turns = waits(tmp_path, **short(method, tmp_path) | {"pairs": 4} | few)
     # the ratios' means are of the head's answers; a reward's numbers are looked at in each of two micro-batches
     assert found == turns + (method in ("f-distill", "uni-instruct")) + 2 * (method == "di-star")

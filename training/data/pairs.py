@@ -37,8 +37,9 @@ KEPT_BYTES = 2**29
 
 @dataclass
 class Blocks:
-    """Blocks of ``settings.batch`` samples, one size each, made as they are first needed. A sample is a function of
-    (seed, block, row), whoever asks for it; `stream` names the numbers that a kind draws for itself."""
+    """Blocks of ``settings.batch`` samples, one size and one group of prompts each, made as they are first needed. A
+    sample is a function of (seed, block, row), whoever asks for it; `stream` names the numbers that a kind draws for
+    itself."""
 
     host: Host
     prompts: Prompts
@@ -48,7 +49,8 @@ class Blocks:
 
     def __post_init__(self) -> None:
         wanted = -(-self.settings.pairs // self.settings.batch)
-        self.blocks = max(wanted, len(self.prompts.sizes))
+        self._groups = max(1, len(self.prompts.groups))
+        self.blocks = max(wanted, len(self.prompts.sizes) * self._groups)
         self._kept: dict[int, Sides] = {}
         self._room = Slices(self.settings.batch, "the teacher's pictures")
         self._agreed, self._missing = -1, False
@@ -79,8 +81,11 @@ class Blocks:
         block = update if update < self.blocks else None
         if block is not None:
             self._made_by_all(block, len(batch))
-        size = self._size(update if block is not None else batch.choice(self.blocks, f"{self.stream} size"))
-        blocks = [self._any(batch, size, row) if block is None else block for row in range(len(batch))]
+        like = update if block is not None else batch.choice(self.blocks, f"{self.stream} size")
+        # the update says the group
+        like += update % self._groups - like % self._groups
+        size = self._size(like)
+        blocks = [self._any(batch, like, row) if block is None else block for row in range(len(batch))]
         rows = list(batch.samples) if block is not None else self._rows(batch)
         ends = [tuple(side[row] for side in self._block(at, len(batch))) for at, row in zip(blocks, rows, strict=True)]
         sides = choose(tuple(torch.stack(side) for side in zip(*ends, strict=True)))
@@ -89,10 +94,12 @@ class Blocks:
         return self.prompts.of(size, chosen, batch.step, batch.samples), sides
 
     def _size(self, block: int) -> Size:
-        return self.prompts.sizes[block % len(self.prompts.sizes)]
+        return self.prompts.sizes[block // self._groups % len(self.prompts.sizes)]
 
-    def _any(self, batch: Batch, size: Size, row: int) -> int:
-        first, every = self.prompts.sizes.index(size), len(self.prompts.sizes)
+    def _any(self, batch: Batch, like: int, row: int) -> int:
+        """A block of the size and the group of the block ``like``."""
+        every = self._groups * len(self.prompts.sizes)
+        first = like % every
         count = -(-(self.blocks - first) // every)
         sample = [batch.samples[row]]
         return first + every * int(
@@ -104,7 +111,10 @@ class Blocks:
         return randomness.integers(self.settings.batch, batch.seed, stream, batch.step, batch.samples).tolist()
 
     def _prompt(self, block: int, row: int) -> Tensor:
-        return randomness.integers(len(self.prompts), self.settings.seed, f"{self.stream} prompt", block, [row])[0]
+        group = self.prompts.groups[block % self._groups] if self.prompts.groups else None
+        many = len(self.prompts if group is None else group)
+        drawn = randomness.integers(many, self.settings.seed, f"{self.stream} prompt", block, [row])[0]
+        return drawn if group is None else group[drawn]
 
     def _block(self, block: int, micro: int) -> Sides:
         if block not in self._kept:

@@ -121,7 +121,8 @@ class Replaced:
 class Prompts:
     """Conditions of every prompt, and the null condition, for each size, which share what no size changes; on the CPU,
     in the encoders' own dtype. A batch has them in float32. texts: of the prompts. drawn: which of them a batch draws
-    from, some more often than others; None = all alike. replaced: what the teacher is asked in the place of some."""
+    from, some more often than others; None = all alike. replaced: what the teacher is asked in the place of some.
+    groups: rows of the prompts that a batch is all of one of, each in its turn, for ``turns`` batches in a row."""
 
     conds: dict[Size, Cond]
     nulls: dict[Size, Cond | None]
@@ -131,6 +132,8 @@ class Prompts:
     texts: tuple[str, ...] = ()
     drawn: torch.Tensor | None = None
     replaced: Replaced | None = None
+    groups: tuple[torch.Tensor, ...] = ()
+    turns: int = 1
 
     def __len__(self) -> int:
         return len(next(iter(self.conds.values())))
@@ -142,9 +145,9 @@ class Prompts:
     def batch(self, key: int, samples: Sequence[int]) -> Batch:
         """Samples ``samples`` of the batch ``key``: one size for the whole batch, a prompt drawn for each sample."""
         size = self.sizes[int(randomness.integers(len(self.sizes), self.seed, "size", key, [0])[0])]
-        many = len(self) if self.drawn is None else len(self.drawn)
-        rows = randomness.integers(many, self.seed, "prompt", key, samples)
-        return self.of(size, rows if self.drawn is None else self.drawn[rows], key, samples)
+        drawn = self.groups[key // self.turns % len(self.groups)] if self.groups else self.drawn
+        rows = randomness.integers(len(self) if drawn is None else len(drawn), self.seed, "prompt", key, samples)
+        return self.of(size, rows if drawn is None else drawn[rows], key, samples)
 
     def of(self, size: Size, rows: torch.Tensor, key: int, samples: Sequence[int]) -> Batch:
         """The batch of the prompts at ``rows``, at ``size``: its texts are as long as the longest of them, not as the

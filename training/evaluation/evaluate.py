@@ -22,6 +22,7 @@ from ...core.factors import State
 from ...core.guidance_adapter import with_guidance
 from ...core.recipe import Recipe
 from ...core.roles import TEACHER
+from ...core.router import Router
 from ...core.sampling import sample, teacher_sample
 from ...core.step_roles import part_of
 from ..host import Host
@@ -38,7 +39,7 @@ ROLE = "evaluated"
 class Student:
     """A LoRA or a guidance adapter to be measured. denoiser: where the network must be read otherwise than the host
     reads it. module: the adapter, which is told the guidance ``dial``. later: factors of the later steps, where each
-    has its own."""
+    has its own, or of a router's other students."""
 
     name: str
     state: State
@@ -47,6 +48,7 @@ class Student:
     module: Any = None
     dial: float = 1.0
     later: tuple[State, ...] = ()
+    router: Router | None = None
 
 
 @dataclass
@@ -173,7 +175,7 @@ def _student(plan: Plan, student: Student) -> tuple[Row, Tensor]:
         scaled = {name: (a, b * recipe.lora_scale) for name, (a, b) in state.items()}
         roles.load(part_of(ROLE, part), scaled, plan.host.device)
     if student.later:
-        roles.steps.split(ROLE, recipe.timesteps)
+        roles.steps.split(ROLE, student.router or recipe.timesteps)
     if student.module is not None:
         roles.add_module(ROLE, student.module.to(plan.host.device))
 

@@ -1,9 +1,10 @@
-"""The files that a run makes: a role's factors as a LoRA, one for each step where it has several, or its adapter
-module; read back before they count."""
+"""The files that a run makes: a role's factors as a LoRA, one for each step or student where it has several, or its
+adapter module; read back before they count."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ...core.lora_file import save_lora
 from ...core.lora_second import save_second, second_file
 from ...core.memory import notice
 from ...core.recipe import Recipe, step_names
+from ...core.router import Router, router_file, save_router
 from ..engine import processes
 from ..engine.student import STUDENT
 from ..host import Host
@@ -47,7 +49,8 @@ class Writer:
 
 def in_files(recipe: Recipe, name: str, host: Host) -> Recipe:
     """``recipe`` as the file ``name`` has it: it names those of the steps, where each has its own."""
-    parts = host.denoiser.roles.steps.parts(STUDENT)
+    steps = host.denoiser.roles.steps
+    parts = steps.parts(STUDENT) if steps.router(STUDENT) is None else [STUDENT]
     return replace(recipe, files=step_names(name, len(parts)) if len(parts) > 1 else ())
 
 
@@ -62,13 +65,11 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
     if role in roles.modules:
         save_adapter(path, roles.modules[role], family, header | {"onestep.recipe": recipe.to_json()})
         return check_adapter(path, roles.modules[role], family)
-    parts = roles.steps.parts(role)
+    parts, router = roles.steps.parts(role), roles.steps.router(role)
+    names = step_names(path.name, len(parts))
     if len(parts) > 1:
-        usage = usage.rstrip(".") + (
-            f". Each step has a LoRA of its own ({', '.join(recipe.files)}): Load One-Step LoRA takes them all; with "
-            "ComfyUI's own nodes it is one KSampler (Advanced) for each step, behind that step's LoRA."
-        )
-    places, told, proven = [path.with_name(name) for name in recipe.files] or [path], recipe.to_json(), []
+        usage = f"{usage.rstrip('.')}. {_usage_of_several(path, names, router)}"
+    places, told, proven = [path.with_name(name) for name in names], recipe.to_json(), []
     header = header | {"modelspec.usage_hint": usage}
     for part, place in zip(parts, places, strict=True):
         save_lora(place, roles.state(part), family, told, header, host.loader)
@@ -77,7 +78,27 @@ def write_made(path: Path, role: str, host: Host, recipe: Recipe, header: dict[s
     for at, name in enumerate(step_names(second.name, len(parts)) if second else ()):
         beside = places[at], path.with_name(name)
         proven.append(save_second(*beside, roles.state(parts[at]), family, told, header, host.loader))
+    proven += [] if router is None else _routers(router, [path, *([second] if second else [])], family)
     return "; ".join(dict.fromkeys(filter(None, proven)))
+
+
+def _routers(router: Router, firsts: Sequence[Path], family: str) -> list[str]:
+    """The router's file beside each of the first students' files."""
+    every = [(router_file(first), step_names(first.name, len(router))) for first in firsts]
+    return [save_router(path, router, names, family) for path, names in every]
+
+
+def _usage_of_several(path: Path, names: Sequence[str], router: Router | None) -> str:
+    """How LoRAs are drawn with of which each is one step's or one student's."""
+    if router is not None:
+        return (
+            f"One of {len(names)} students, each for prompts of its kind ({', '.join(names)}): "
+            f"{router_file(path).name} tells which one draws a prompt."
+        )
+    return (
+        f"Each step has a LoRA of its own ({', '.join(names)}): Load One-Step LoRA takes them all; with ComfyUI's own "
+        "nodes it is one KSampler (Advanced) for each step, behind that step's LoRA."
+    )
 
 
 def _exported(path: Path, role: str, host: Host, recipe: Recipe, header: dict[str, str]) -> str:
