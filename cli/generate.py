@@ -42,6 +42,9 @@ def run(args: Namespace, console: Console) -> None:
             'OneStepPipeline(negative_prompt=..., steering="nag"), and in ComfyUI, by Negative Steering'
         )
     size = size_of(args, host, lora)
+    students = students_of(host, prompts, lora, size)
+    for prompt, student in zip(prompts, students, strict=False):
+        console.note(f"{student} draws {prompt[:60]!r}")
     latents, steps, seconds = draw(host, prompts, lora, args, size)
     write_sheet(path, host.decode(latents))
     facts = {
@@ -52,6 +55,7 @@ def run(args: Namespace, console: Console) -> None:
         "steps": steps,
         "seconds": round(seconds, 3),
         "lora": args.lora,
+        "students": students,
         "recipe": None if lora is None else json.loads(lora.recipe.to_json()),
     }
     many = f"{len(prompts)} pictures" if len(prompts) > 1 else "1 picture"
@@ -63,6 +67,13 @@ def idle_negative(args: Namespace, host: Any, lora: Lora | None) -> bool:
     usual = Settings.guidance if lora is None else lora.recipe.guidance
     wanted = usual if args.guidance is None else args.guidance
     return bool(args.negative) and (host.denoiser.guidance != "cfg" or wanted == 1)
+
+
+def students_of(host: Any, prompts: list[str], lora: Lora | None, size: tuple[int, int]) -> list[str]:
+    """Of a router's students the file of each prompt's; [] of a LoRA that serves all."""
+    if lora is None or lora.router is None:
+        return []
+    return [lora.files[student] for student in lora.router.of(host.encode(prompts, size))]
 
 
 def draw(

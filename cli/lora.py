@@ -24,7 +24,7 @@ from ..training.settings import nearest
 class Lora:
     """name: the file's. state: factors by target name. settings: what it was trained with; {} where it is silent.
     module: a guidance adapter, in place of factors. later: factors of the later steps, where each has a file; or of the
-    other students of a router."""
+    other students of a router, whose ``files`` are then named."""
 
     name: str
     state: State
@@ -33,6 +33,7 @@ class Lora:
     module: Any = None
     later: tuple[State, ...] = ()
     router: Router | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def parts(self) -> Router | tuple[float, ...]:
@@ -55,8 +56,10 @@ def read_lora(file: str, host: Any, recipe: str | None = None) -> Lora:
         )
     files = step_files(Path(file), chosen) if students is None else students.files
     first, *later = [fit(load_lora(path, names, host.family).state, targets) for path in files]
-    router = None if students is None else students.router
-    return Lora(Path(file).name, first, chosen, settings_in(loaded.metadata), None, tuple(later), router)
+    found = Lora(Path(file).name, first, chosen, settings_in(loaded.metadata), later=tuple(later))
+    if students is None:
+        return found
+    return replace(found, router=students.router, files=tuple(path.name for path in students.files))
 
 
 def read_student(file: str, host: Any) -> Lora:
