@@ -21,7 +21,7 @@ from onestep.training.methods import METHODS
 from onestep.training.settings import Settings
 
 UPDATE = 1
-"""The second: moments are there."""
+"""The second: moments are there; of several students, those of all."""
 
 
 def host() -> DiffusersHost:
@@ -61,10 +61,11 @@ def allocated(work: Callable[[], object]) -> int:
 
 def trained(host: DiffusersHost, settings: Settings, folder: Path, recompute: str, sliced: bool) -> int:
     """Of a real update of every role."""
+    last = UPDATE * getattr(settings.own, "students", 1)
     with training(host, settings, folder, recompute, sliced) as step:
-        for update in range(UPDATE):
+        for update in range(last):
             step(update)
-        return allocated(lambda: step(UPDATE))
+        return allocated(lambda: step(last))
 
 
 @contextmanager

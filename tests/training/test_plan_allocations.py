@@ -41,6 +41,7 @@ def settings_of(method: str, batch: int, **more: Any) -> Settings:
     alone |= {"head_warm_up": 0, "twin_warm_up": 0}
     own = {entry.name for entry in described(METHODS[method].settings)}
     several = {"student_steps": 4} if "student_steps" in OF_METHOD.get(method, {}) else {}
+    several |= {"students": 2} if method == "msd" else {}
     return settings_for(method=method, **several, **run, **few, **{n: v for n, v in alone.items() if n in own})
 
 
