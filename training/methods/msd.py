@@ -67,7 +67,7 @@ class MsdSettings(
 
     step_loras: ClassVar[bool] = False
     diversity_anchor: ClassVar[float] = 0.0
-    anchor_every: ClassVar[int] = 1
+    anchor_every: ClassVar[int] = 1  # type: ignore[misc]
 
     students: int = setting(
         4,
