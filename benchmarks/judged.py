@@ -59,17 +59,21 @@ class Judged:
 
     def untrained(self, recipe: Recipe) -> dict[str, Any]:
         """The model itself in the recipe's steps."""
-        return self.scores(self._drawn(({},), recipe))
+        return self.scores(self.features(self._drawn(({},), recipe)))
 
     def __call__(self, lora: Path) -> dict[str, Any]:
         return self.scores(self.seen(lora))
 
     def seen(self, lora: Path) -> Seen:
-        """What the judge sees in the LoRA's pictures, drawn from the same noises for every LoRA."""
+        """What the judge sees in the LoRA's pictures."""
+        return self.features(self.latents(lora))
+
+    def latents(self, lora: Path) -> Tensor:
+        """The LoRA's pictures, drawn from the same noises for every LoRA."""
         found = read_lora(str(lora), self.host)
         return self._drawn((found.state, *found.later), found.recipe)
 
-    def _drawn(self, states: tuple[State, ...], recipe: Recipe) -> Seen:
+    def _drawn(self, states: tuple[State, ...], recipe: Recipe) -> Tensor:
         """states: a LoRA, or one for each step."""
         roles = self.host.denoiser.roles
         with torch.no_grad(), roles.installed():
@@ -78,7 +82,7 @@ class Judged:
             if len(states) > 1:
                 roles.steps.split(ROLE, recipe.timesteps)
             try:
-                return self.features(self.kept.student(self.host, recipe))
+                return self.kept.student(self.host, recipe)
             finally:
                 roles.drop(ROLE)
 

@@ -4,97 +4,80 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import mixture
 import torch
-from rows import every
+from PIL import Image
+from rows import methods_in, ranked
+from worlds import World, world_of
 
-from onestep.core.sampling import teacher_sample
-
-MEASURES = ("kl", "kl_back", "modes", "off")
-HEAD, RULE = "| {} | KL | back | modes of 16 | off | updates | forwards | seconds | MB |", "|---" * 9 + "|"
-
-
-def floors(args: Any) -> dict[str, dict[str, float]]:
-    """The mixture against itself, and the teacher in 50 steps and in few."""
-    draws = torch.Generator().manual_seed(7)
-    true = [mixture.draw(torch.full((args.samples,), prompt), draws) for prompt in range(len(mixture.PROMPTS))]
-    found = {"the mixture itself": mixture.measures(true)}
-    host = mixture.base(args.prediction, args.runs / f"mixture-{args.prediction}.safetensors")
-    for steps in (50, 4, 2, 1):
-        points = []
-        for prompt in mixture.PROMPTS:
-            noise = torch.randn(args.samples, 2, 1, 1, generator=draws)
-            with torch.no_grad():
-                x0 = teacher_sample(host.denoiser, host.texts([prompt] * args.samples), None, noise, steps, 1.0)
-            points.append(x0.flatten(1))
-        found[f"teacher, {steps} steps" if steps > 1 else "teacher, 1 step"] = mixture.measures(points)
-    return found
+COUNTS = {"updates": "updates", "forwards": "forwards", "seconds": "seconds", "peak": "MB"}
+"""Of a run, after the world's measures."""
 
 
 def page(args: Any, rows: list[dict[str, Any]]) -> None:
-    """Writes ``args.out`` and a picture of the same name."""
+    """Writes ``args.out`` and pictures of the same name."""
+    world = world_of(args)
+    floors = world.floors()
+    batch, forwards = args.batch or world.batch, args.forwards or world.forwards
+    asked = f"--world {args.world} --forwards {forwards} --batch {batch} --steps {_told(rows, 'steps')}"
     lines = [
-        "# The board: every method at equal network forwards",
+        f"# {world.title}: every method at equal network forwards",
         "",
-        f"A mixture of {4 * len(mixture.PROMPTS)} Gaussians in two dimensions under {len(mixture.PROMPTS)} prompts "
-        f"({args.prediction} model); {args.forwards} network forwards of a batch of {args.batch} for each run, pairs, "
-        "roll-outs, critics and heads counted; one rate for all. KL: of the student from the mixture, which forgives a "
-        "mode left out; back: of the mixture from the student, which does not. "
-        f"{args.samples} draws of each prompt. A screening: papers train a thousand times as long.",
+        f"{world.about} {forwards} network forwards of a batch of {batch} for each run, pairs, roll-outs, critics and "
+        "heads counted. A screening: papers train a thousand times as long.",
         "",
-        f"    python benchmarks/leaderboard --forwards {args.forwards} --steps {_told(rows)} --out OUT.md",
+        f"    python benchmarks/leaderboard {asked} --seeds {_told(rows, 'seed')} --out OUT.md",
         "",
-        f"torch {torch.__version__}, {platform.machine()}, one thread.",
+        f"torch {torch.__version__}, {platform.machine()}, one thread. MB: the process's peak.",
         "",
-        HEAD.format("what"),
-        RULE,
+        *_head("what", world),
+        *(_line(name, [found], world) for name, found in floors.items()),
     ]
-    lines += [f"| {name} | {_cells(found)} | | | | |" for name, found in floors(args).items()]
     for steps in sorted({found["steps"] for found in rows}):
-        lines += ["", f"## In {steps} step{'s' * (steps > 1)}", "", HEAD.format("method"), RULE]
-        lines += _of_steps([found for found in rows if found["steps"] == steps])
-        done = {found["method"] for found in rows if found["steps"] == steps}
-        if missing := [f"`{method}`" for method, count in every() if count == steps and method not in done]:
-            lines += ["", f"Not run yet: {', '.join(missing)}."]
+        some = [found for found in rows if found["steps"] == steps]
+        lines += ["", f"## In {steps} step{'s' * (steps > 1)}", "", *_head("method", world)]
+        lines += _of_steps(some, world)
+        if missing := [f"`{name}`" for name in methods_in(steps) if name not in {found["method"] for found in some}]:
+            lines += ["", f"Not run: {', '.join(missing)}."]
     args.out.write_text("\n".join(lines) + "\n")
     if rows:
-        plot(rows, args.out.with_suffix(".png"))
+        plot(rows, world, args.out.with_suffix(".png"))
+        gallery(args, rows, world)
 
 
-def _told(rows: list[dict[str, Any]]) -> str:
-    return " ".join(map(str, sorted({found["steps"] for found in rows})))
+def _told(rows: list[dict[str, Any]], key: str) -> str:
+    return " ".join(map(str, sorted({found[key] for found in rows})))
 
 
-def _cells(found: dict[str, float]) -> str:
-    return f"{found['kl']:.3f} | {found['kl_back']:.3f} | {found['modes']:g} | {found['off']:.3f}"
+def _head(what: str, world: World) -> list[str]:
+    heads = [what, *world.measures.values(), *COUNTS.values()]
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
 
-def _of_steps(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a method, best first by what both divergences sum to; seeds as mean and worst."""
-    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for found in rows:
-        by_method[found["method"]].append(found)
-    good = {name: some for name, some in by_method.items() if not any("failed" in found for found in some)}
-    order = sorted(good, key=lambda name: statistics.mean(found["kl"] + found["kl_back"] for found in good[name]))
-    lines = []
-    for name in order:
-        some = good[name]
-        mean = {key: statistics.mean(found[key] for found in some) for key in MEASURES}
-        worst = f" (worst {max(found['kl'] for found in some):.3f})" if len(some) > 1 else ""
-        cells = _cells(mean).replace(" | ", worst + " | ", 1) if worst else _cells(mean)
-        last = some[0]
-        size = f"{last['updates']} | {last['forwards']} | {last['seconds']:.0f} | {last['peak'] / 1e6:.0f}"
-        lines.append(f"| `{name}` | {cells} | {size} |")
-    failed = [some[0] for name, some in by_method.items() if name not in good]
-    return lines + [f"| `{found['method']}` | failed: {found['failed']} | | | | | | | |" for found in failed]
+def _line(name: str, some: list[dict[str, Any]], world: World) -> str:
+    """Means of a method's rows; with several seeds the first measure has their range too."""
+    cells = [f"{statistics.mean(found[key] for found in some):.3f}" for key in world.measures]
+    if len(some) > 1:
+        first = [found[next(iter(world.measures))] for found in some]
+        cells[0] += f" ({min(first):.3f} to {max(first):.3f}, {len(some)} seeds)"
+    last = {**some[0], "peak": some[0].get("peak", 0) / 1e6}
+    counts = [f"{last[key]:.0f}" if last.get(key) else "" for key in COUNTS]
+    return "| " + " | ".join([name, *cells, *counts]) + " |"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Both divergences of each method, one panel for each number of steps, the best above."""
+def _of_steps(rows: list[dict[str, Any]], world: World) -> list[str]:
+    """A line a method, the best first; then those that failed, with the reason."""
+    best = ranked(rows, world.rank)
+    lines = [_line(f"`{name}`", [found for found in rows if found["method"] == name], world) for name in best]
+    failed = {found["method"]: found["failed"] for found in rows if "failed" in found}
+    empty = " |" * (len(world.measures) + len(COUNTS) - 1)
+    return lines + [f"| `{name}` | failed: {why}{empty}" for name, why in failed.items()]
+
+
+def plot(rows: list[dict[str, Any]], world: World, path: Path) -> None:
+    """What the order is by, one panel for each number of steps, the best above."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,12 +86,32 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     counts = sorted({found["steps"] for found in rows})
     figure, panels = pyplot.subplots(1, len(counts), figsize=(6 * len(counts), 8), squeeze=False)
     for panel, steps in zip(panels[0], counts, strict=True):
-        shown = [found for found in rows if found["steps"] == steps and "failed" not in found]
-        shown.sort(key=lambda found: found["kl"] + found["kl_back"], reverse=True)
-        names, kl = [found["method"] for found in shown], [found["kl"] for found in shown]
-        panel.barh(names, kl, label="of the student from the mixture")
-        panel.barh(names, [found["kl_back"] for found in shown], left=kl, label="of the mixture from the student")
-        panel.set(title=f"{steps} step{'s' * (steps > 1)}", xlabel="Kullback-Leibler divergences (nats)")
-        panel.legend(loc="upper right")
+        some = [found for found in rows if found["steps"] == steps and "failed" not in found]
+        names = ranked(some, world.rank)[::-1]
+        values = [[world.rank(found) for found in some if found["method"] == name] for name in names]
+        panel.barh(names, [statistics.mean(one) for one in values])
+        panel.set(title=f"{steps} step{'s' * (steps > 1)}", xlabel=world.ranked_by)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def gallery(args: Any, rows: list[dict[str, Any]], world: World) -> None:
+    """The teacher's pictures and below them each method's of the first seed, the best first, where there are some."""
+    for steps in sorted({found["steps"] for found in rows}):
+        best = ranked([found for found in rows if found["steps"] == steps], world.rank)
+        strips = [args.runs / "shown.png", *(args.runs / f"{name}-{steps}-0" / "shown.png" for name in best)]
+        shown = [Image.open(strip) for strip in strips if strip.is_file()]
+        if len(shown) > 1:
+            _stacked(shown, ["teacher", *best]).save(args.out.with_name(f"{args.out.stem}-{steps}.png"))
+
+
+def _stacked(strips: list[Image.Image], names: list[str]) -> Image.Image:
+    from PIL import ImageDraw
+
+    width, height = strips[0].size
+    board = Image.new("RGB", (width + 120, len(strips) * (height + 2)), "white")
+    for at, (strip, name) in enumerate(zip(strips, names, strict=True)):
+        board.paste(strip, (120, at * (height + 2)))
+        ImageDraw.Draw(board).text((4, at * (height + 2) + height // 2 - 6), name, fill="black")
+    return board
