@@ -69,7 +69,11 @@ def test_two_steps_are_right_in_every_storage(tmp_path):
             {"tiny 32x32, rank 8, batch 4": "micro-batch 4", "the same, batch 4, of 8 GB": "micro-batch 4"},
             marks=pytest.mark.broad,
         ),
-        ("peers", {"small 32, batch 1: one base, roles": "", "small 32, batch 1: three": "", "FastGen": "not carried"}),
+        pytest.param(
+            "peers",
+            {"small 32, batch 1: one base, roles": "", "small 32, batch 1: three": "", "FastGen": "not carried"},
+            marks=pytest.mark.broad,
+        ),
         ("fast", {"tiny 32: bare network": "", "tiny 32: fast, eager": ""}),
         pytest.param("negatives", {"toy sd15": "plain"}, marks=pytest.mark.broad),
     ],

@@ -121,7 +121,7 @@ def test_one_that_fails_leaves_the_run_the_eager_numbers(good: int, checkpointin
     assert len(notes) == 1 and "no compiler here" in notes[0] and "compile_blocks" in notes[0]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", narrowed([True, False], True))
 def test_one_whose_backward_fails(checkpointing: bool) -> None:
     """torch compiles it in backward: whoever made the forward makes both again."""
     network, roles = made()

@@ -88,7 +88,7 @@ def same(found: Found, wanted: Found) -> bool:
 
 
 PASSES = [(name, link) for name in CASES for link in LINKS]
-DELAYED = [(name, "delayed") for name in ("sdxl", "sd3", "flux")]
+DELAYED = [(name, "delayed") for name in ("sd15", "sd3", "flux")]
 
 
 @pytest.mark.parametrize(

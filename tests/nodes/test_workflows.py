@@ -219,7 +219,7 @@ def test_negative_runs_over_http(comfy_server: Any, root: Path) -> None:
     assert red[0] < red[1], red
 
 
-@pytest.mark.parametrize(("name", "count", "words"), narrowed(TRAINED, TRAINED[4], TRAINED[5]))
+@pytest.mark.parametrize(("name", "count", "words"), narrowed(TRAINED))
 def test_a_workflow_that_trains_runs_over_http(
     comfy_server: Any, root: Path, name: str, count: int, words: str
 ) -> None:
@@ -248,7 +248,7 @@ def test_it_needs_no_file_that_the_pack_or_the_graph_does_not_bring(root: Path, 
         assert node["inputs"].get("existing", "continue") == "continue"
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", narrowed(OWN, OWN[0], OWN[-1]))
 def test_a_family_of_ones_own_needs_the_names_of_its_files_alone(
     comfy_server: Any, root: Path, own_files: Any, name: str
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapted import noisy
 from lora_files import random_lora
+from narrowed import narrowed
 from tiny_pipelines import make
 
 from onestep.cli.inspect import in_diffusers
@@ -122,7 +123,7 @@ def test_the_published_schedule_is_the_familys() -> None:
     assert adapt(make("chroma")).denoiser.schedule == FAMILIES["chroma"].schedule == FlowSchedule(1.0)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", narrowed([1.0, 3.0], 3.0))
 def test_the_script_that_is_printed_draws_the_picture(
     guidance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

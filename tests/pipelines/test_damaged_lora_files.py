@@ -27,6 +27,8 @@ from onestep.pipelines.one_step import OneStepPipeline
 pytestmark = pytest.mark.filterwarnings("ignore")
 BASES = ("kohya", "ours", "sd3", "flux")
 COUNT = 75  # of each base
+FEWER = 24  # three of each mutation
+RUNS = [("ours", FEWER), *((name, COUNT) for name in BASES)]
 LONGEST = 20.0  # seconds of one processor for one file
 
 Header = dict[str, Any]
@@ -153,12 +155,14 @@ def all_answers(path: Path, name: str) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("name", narrowed(BASES, "ours"))
-def test_damaged_files_are_answered_in_words(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"), narrowed([("ours", FEWER), *((name, COUNT) for name in BASES)], ("ours", FEWER))
+)
+def test_damaged_files_are_answered_in_words(name: str, count: int, tmp_path: Path) -> None:
     base = base_file(name, tmp_path)
     assert all(all_answers(base, name)), "the base itself is sound"
     draw, raw, refused = random.Random(name), base.read_bytes(), 0
-    for at in range(COUNT):
+    for at in range(count):
         mutant = tmp_path / f"{at}.safetensors"
         mutation = MUTATIONS[at % len(MUTATIONS)]
         mutant.write_bytes(mutation(raw, draw))
@@ -167,12 +171,12 @@ def test_damaged_files_are_answered_in_words(name: str, tmp_path: Path) -> None:
         except Exception as error:
             pytest.fail(f"{mutation.__name__}, file {at}: {type(error).__name__}: {str(error)[:200]}")
         mutant.unlink()
-    assert refused > COUNT // 3
+    assert refused > count // 3
 
 
 def test_too_many_tensors_are_refused_while_reading(tmp_path: Path) -> None:
     one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    (tmp_path / "x.safetensors").write_bytes(whole({f"lora.{at}": one for at in range(250_000)}, b""))
+    (tmp_path / "x.safetensors").write_bytes(whole({f"lora.{at}": one for at in range(100_010)}, b""))
     began = time.process_time()
     with pytest.raises(OneStepError, match="more than 100000 tensors"):
         load_lora(tmp_path / "x.safetensors")

@@ -188,11 +188,11 @@ def test_loaded_adapters_that_it_leaves_out_are_refused(tmp_path: Path) -> None:
         pipe.fast()
 
 
-@pytest.mark.parametrize("strength", [0, -1, 1.5, float("nan")])
-def test_a_strength_out_of_range_is_refused(strength: float, tmp_path: Path) -> None:
+def test_a_strength_out_of_range_is_refused(tmp_path: Path) -> None:
     draw = Fast(loaded("sd", RECIPES["one step"], tmp_path), RECIPES["one step"])
-    with pytest.raises(OneStepError, match="strength is"):
-        next(draw.frames([torch.zeros(3, 16, 16)], "a cat", strength=strength))
+    for strength in (0, -1, 1.5, float("nan")):
+        with pytest.raises(OneStepError, match="strength is"):
+            next(draw.frames([torch.zeros(3, 16, 16)], "a cat", strength=strength))
 
 
 def test_frames_may_change_their_size_and_are_refused_in_words(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapted import noisy
 from lora_files import random_lora
+from narrowed import narrowed
 from tiny_pipelines import make
 
 from onestep.core.cond import Cond
@@ -68,7 +69,7 @@ def test_guidance_brings_each_row_of_a_channel_to_the_prompts_norm() -> None:
     assert float((guided(host.denoiser, x, sigma, cond, null, 4.0) - expected).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", narrowed([1.0, 3.0], 3.0))
 def test_one_file_draws_one_picture_with_and_without_guidance(guidance: float, tmp_path: Path) -> None:
     times = FlowSchedule(6.0).trailing(3)
     recipe = Recipe.at(FlowSchedule(6.0), times, family="lumina2", guidance=guidance, sizes=(SIZE,))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrowed import narrowed
 from safetensors.torch import save_file
 from single_checkpoints import changed, checkpoint
 
@@ -100,7 +101,7 @@ def test_what_is_not_served_is_refused_by_name(case: str, says: str | None, tmp_
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", narrowed(["sd15", "sdxl"], "sd15"))
 @pytest.mark.parametrize("says", [None, "epsilon"])
 def test_a_marked_file_becomes_a_pipeline_that_predicts_v(kind: str, says: str | None, tmp_path: Path) -> None:
     _, file, configs = checkpoint(kind, tmp_path, v_pred=EMPTY, ztsnr=EMPTY)

@@ -32,7 +32,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-7) -> None:
 
 
 @pytest.mark.parametrize("text", ["", *NEGATIVES])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", narrowed(["left", "right"], "left"))
 def test_a_text_is_encoded_without_padding(side: str, text: str) -> None:
     """What its encoder makes of its own tokens alone, wherever the tokenizer puts the others."""
     pipe = make("klein")
@@ -86,7 +86,7 @@ def test_pooled_text_beside_the_tokens_is_not_looked_at() -> None:
         assert torch.equal(run("flux2", network), expected)
 
 
-@pytest.mark.parametrize("mode", narrowed(SCALES, "perp", "vsf"))
+@pytest.mark.parametrize("mode", narrowed(SCALES, "vsf"))
 def test_the_familys_own_pipeline_draws_the_same(mode: str) -> None:
     """OneStepPipeline's arguments, and `steered` around Flux2KleinPipeline: two prompts with a negative each, two
     pictures of each: 1e-4 of the largest value."""
@@ -103,7 +103,7 @@ def test_the_familys_own_pipeline_draws_the_same(mode: str) -> None:
     assert np.abs(drawn - plain).max() <= 1e-4 * np.abs(plain).max() < 1e-2 < np.abs(drawn - without).max()
 
 
-@pytest.mark.parametrize("mode", narrowed(SCALES, "vsf", "nag"))
+@pytest.mark.parametrize("mode", narrowed(SCALES, "vsf"))
 def test_a_text_is_enough(mode: str) -> None:
     """`steered` encodes what it is given as its mode's authors do, the empty text too."""
     pipe, found = make("klein"), []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from lora_files import random_lora
+from narrowed import narrowed
 from safetensors.torch import save_file
 from tiny_pipelines import make, randomise
 
@@ -98,7 +99,10 @@ def test_the_published_scheduler_and_a_flow_schedulers_shift_are_read() -> None:
     assert adapt(make("wan", flow_shift=5.0)).denoiser.schedule == FlowSchedule(5.0)
 
 
-@pytest.mark.parametrize(("kind", "guidance"), [("16 channels", 1.0), ("16 channels", 3.0), ("48 channels", 3.0)])
+@pytest.mark.parametrize(
+    ("kind", "guidance"),
+    narrowed([("16 channels", 1.0), ("16 channels", 3.0), ("48 channels", 3.0)], ("16 channels", 3.0)),
+)
 def test_one_file_draws_one_picture_with_and_without_guidance(kind: str, guidance: float, tmp_path: Path) -> None:
     times = torch.tensor([1000.0, 900.0, 750.0], dtype=torch.float64)
     recipe = Recipe.at(FlowSchedule(3.0), times, family="wan", guidance=guidance, sizes=((64, 32),))

@@ -201,7 +201,7 @@ def test_on_the_recipes_schedule_without_the_term_it_is_dmd(prediction: str, tmp
     assert factors(drawn_too.path) != factors(one.path)
 
 
-@pytest.mark.parametrize("poll", [17, 26])
+@pytest.mark.parametrize("poll", narrowed([17, 26]))
 def test_a_run_that_is_stopped_ends_as_if_not(poll: int, tmp_path: Path) -> None:
     settings = small(method="cdm", student_steps=4, diversity_anchor=0.1, diversity_steps=2, critic_pictures="shared")
     run(tmp_path / "whole" / "run", settings)

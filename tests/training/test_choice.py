@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from narrowed import narrowed
 from PIL import Image
 from small_host import SmallHost
 from spoiled_runs import settings_of, spoiled, spoiled_run
@@ -30,10 +32,16 @@ def test_the_best_is_first_and_what_is_no_number_last() -> None:
     assert [student.update for student in ranked(students, "no such")] == [9, 7, 6, 5, 3]
 
 
-def test_an_earlier_student_becomes_the_result_where_the_last_is_worse(tmp_path: Path) -> None:
-    result = spoiled_run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a spoiled run that nothing befell came to."""
+    return spoiled_run(tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_an_earlier_student_becomes_the_result_where_the_last_is_worse(whole: Any) -> None:
+    result = whole
     told = json.loads(read_header(result.path).metadata[HEADER])
-    lines = json.loads((tmp_path / "run" / "choice.json").read_text())["students"]
+    lines = json.loads((result.run / "choice.json").read_text())["students"]
     measured = {line["update"]: line["numbers"]["distance"] for line in lines if line["file"]}
     assert list(measured) == sorted(measured, key=lambda at: measured[at]) and len(measured) == 8
     # the least of those that were measured while it learnt; there in float32
@@ -42,7 +50,7 @@ def test_an_earlier_student_becomes_the_result_where_the_last_is_worse(tmp_path:
     assert told["update"] == lines[0]["update"] == min(measured, key=lambda at: measured[at]) <= 7
     assert (told["of"], told["by"], told["among"], told["kept_as"]) == (9, "distance", 10, "bfloat16")
     assert told["value"] == measured[told["update"]] < told["last"]
-    file = read_tensors(kept(tmp_path / "run")[told["update"]])
+    file = read_tensors(kept(result.run)[told["update"]])
     for name, (a, b) in load_lora(result.path).state.items():
         assert torch.equal(a, file[f"ema/{name}/a"].float()) and torch.equal(b, file[f"ema/{name}/b"].float())
     assert read_header(result.path).metadata["ss_steps"] == str(told["update"])
@@ -58,27 +66,24 @@ def test_the_last_is_the_result_where_it_is_the_best(tmp_path: Path) -> None:
     assert HEADER not in read_header(run(tmp_path / "other", last).path).metadata
 
 
-def test_all_are_drawn_under_what_is_to_be_drawn(tmp_path: Path) -> None:
-    result = spoiled_run(tmp_path / "run")
-    with Image.open(tmp_path / "run" / "choice.png") as grid:
+def test_all_are_drawn_under_what_is_to_be_drawn(whole: Any) -> None:
+    with Image.open(whole.run / "choice.png") as grid:
         # the teacher's row and ten students', two pictures of 32 pixels each, enlarged twofold, with their frames
         assert grid.height == 11 * (64 + 4) and grid.width == 190 + 2 * (64 + 4)
-    assert result.preview is not None and result.preview.name == "chosen.png"
-    with Image.open(result.preview) as chosen, Image.open(tmp_path / "run" / "previews" / "000009.png") as end:
+    assert whole.preview is not None and whole.preview.name == "chosen.png"
+    with Image.open(whole.preview) as chosen, Image.open(whole.run / "previews" / "000009.png") as end:
         assert chosen.size == end.size and chosen.tobytes() != end.tobytes()
 
 
-def test_the_host_and_the_run_are_as_they_were(tmp_path: Path) -> None:
+def test_the_host_and_the_run_are_as_they_were(whole: Any, tmp_path: Path) -> None:
     """What was chosen changes no state: a run that is given more updates goes on from its last."""
-    spoiled_run(tmp_path / "chosen" / "run")
     spoiled_run(tmp_path / "last" / "run", choose_by="last")
     same = "state-9/state.safetensors"
-    assert left(tmp_path / "chosen" / "run")["files"][same] == left(tmp_path / "last" / "run")["files"][same]
+    assert left(whole.run)["files"][same] == left(tmp_path / "last" / "run")["files"][same]
 
 
-@pytest.mark.parametrize("done", [1, 4])
-def test_a_run_that_is_cut_while_it_chooses_chooses_the_same(done: int, tmp_path: Path) -> None:
-    spoiled_run(tmp_path / "whole" / "run")
+@pytest.mark.parametrize("done", narrowed([1, 4], 4))
+def test_a_run_that_is_cut_while_it_chooses_chooses_the_same(whole: Any, done: int, tmp_path: Path) -> None:
     host = SmallHost()
     spoil = spoiled(host, 7)
 
@@ -91,19 +96,19 @@ def test_a_run_that_is_cut_while_it_chooses_chooses_the_same(done: int, tmp_path
         run(tmp_path / "run", settings_of(), host=host, report=report)
     assert not (tmp_path / "run" / "result.safetensors").exists()
     run(tmp_path / "run", settings_of(), existing="continue")
-    assert left(tmp_path / "run") == left(tmp_path / "whole" / "run")
+    assert left(tmp_path / "run") == left(whole.run)
 
 
-def test_what_was_measured_once_is_not_drawn_again(tmp_path: Path) -> None:
-    first = spoiled_run(tmp_path / "run")
-    before, forwards, host = first.path.read_bytes(), [], SmallHost()
+def test_what_was_measured_once_is_not_drawn_again(whole: Any, tmp_path: Path) -> None:
+    result = Path(shutil.copytree(whole.run, tmp_path / "run")) / "result.safetensors"
+    before, forwards, host = result.read_bytes(), [], SmallHost()
     host.network.register_forward_hook(lambda *args: forwards.append(1))
     run(tmp_path / "run", settings_of(preview_every=0).with_(preview_every=4), host=host, existing="continue")
-    assert first.path.read_bytes() == before
+    assert result.read_bytes() == before
     assert len(forwards) == 2, "the preview of the chosen one, in slices of a batch"
     (tmp_path / "run" / "choice.json").write_text('{"students": 3}')
     run(tmp_path / "run", settings_of(), host=host, existing="continue")
-    assert len(forwards) > 20 and first.path.read_bytes() == before
+    assert len(forwards) > 20 and result.read_bytes() == before
 
 
 class Full(SmallHost):
@@ -122,8 +127,7 @@ class Full(SmallHost):
 
 
 @pytest.mark.parametrize(("rows", "words"), [(1, "in slices of 1 from here on"), (0, "the result is the last student")])
-def test_memory_that_runs_out_while_it_chooses(rows: int, words: str, tmp_path: Path) -> None:
-    whole = spoiled_run(tmp_path / "whole")
+def test_memory_that_runs_out_while_it_chooses(whole: Any, rows: int, words: str, tmp_path: Path) -> None:
     host = Full()
     spoil = spoiled(host, 7)
 
@@ -138,9 +142,9 @@ def test_memory_that_runs_out_while_it_chooses(rows: int, words: str, tmp_path: 
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None], ids=["empty", "text", "cut off"])
-def test_a_broken_candidate_is_left_out_with_a_word(content: bytes | None, tmp_path: Path) -> None:
-    first = spoiled_run(tmp_path / "run")
-    best = json.loads(read_header(first.path).metadata[HEADER])["update"]
+def test_a_broken_candidate_is_left_out_with_a_word(whole: Any, content: bytes | None, tmp_path: Path) -> None:
+    shutil.copytree(whole.run, tmp_path / "run")
+    best = json.loads(read_header(whole.path).metadata[HEADER])["update"]
     path = kept(tmp_path / "run")[best]
     path.write_bytes(path.read_bytes()[:-3] if content is None else content)
     again = run(tmp_path / "run", settings_of(), existing="continue")

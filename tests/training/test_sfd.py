@@ -229,6 +229,7 @@ def test_what_the_teacher_makes_is_of_the_changed_prompt(tmp_path: Path) -> None
     assert found
 
 
+@pytest.mark.broad
 def test_a_run_that_is_stopped_ends_as_if_not(tmp_path: Path) -> None:
     cut, whole = cancelled_and_whole(tmp_path, small(method="sfd", **FORGET, anchor=0.5), 20)
     assert whole["files"] == cut["files"] and whole["metrics"] == cut["metrics"]

@@ -306,7 +306,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "strategy", "poll"), narrowed(RUNS, ("sid", "teacher", 20)))
+@pytest.mark.parametrize(("method", "strategy", "poll"), narrowed(RUNS))
 def test_a_run_that_is_stopped_ends_as_if_not(method: str, strategy: str, poll: int, tmp_path: Path) -> None:
     settings = small(method=method, guidance_strategy=strategy, student_steps=2)
     cut, whole = cancelled_and_whole(tmp_path, settings, poll)

@@ -73,7 +73,7 @@ def test_one_that_kept_its_activations_goes_on_streamed(tmp_path: Path) -> None:
         assert factors(tmp_path / "cut" / file) == factors(tmp_path / "whole" / file)
 
 
-@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("at", narrowed([3, 4], 4))
 def test_memory_that_runs_out_in_a_streamed_run(tmp_path: Path, at: int) -> None:
     """Within a block of a forward, or of its recomputation: smaller micro-batches, as in a resident run."""
     found = {}

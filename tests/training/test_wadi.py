@@ -189,7 +189,7 @@ def test_the_loss_is_vsds_of_the_turned_weights(case: Case, monkeypatch: pytest.
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", narrowed(["epsilon", "v_prediction", "flow"], "flow"))
+@pytest.mark.parametrize("prediction", narrowed(["epsilon", "v_prediction", "flow"]))
 def test_a_run_that_is_stopped_ends_as_if_not(prediction: str, tmp_path: Path) -> None:
     cut, whole = cancelled_and_whole(tmp_path, small(method="wadi", steps=3, warm_start=1, anchor=0.2), 9)
     assert cut["files"] == whole["files"] and cut["metrics"] == whole["metrics"]
