@@ -70,7 +70,7 @@ def under_control(model: str, steps: int = 1, cfg: float = 1.0) -> dict[str, Any
 # -- trained by the node ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", narrowed(BUNDLED, *TINY))
+@pytest.mark.parametrize("name", narrowed(BUNDLED, "tiny"))
 def test_a_guidance_adapter_is_trained_and_used_in_one_graph(comfy_server: Any, name: str) -> None:
     nodes = {
         "distil": distil(f"guided-{name}", "agd"),
@@ -136,6 +136,7 @@ def options(server: Any, node: str, name: str) -> list[str]:
     return [option.replace("\\", "/") for option in found]
 
 
+@pytest.mark.broad
 def test_guidance_at_one_scale_is_a_lora_for_cores_loader(comfy_server: Any) -> None:
     nodes = {
         "distil": distil("guided-lora", "guidance-lora"),
@@ -250,7 +251,7 @@ def drawn_by_diffusers(folder: Path, file: Path, edges: torch.Tensor | None) -> 
     return drawn / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", narrowed(TINY, "tiny"))
 def test_both_hosts_draw_the_same_guidance(comfy_server: Any, bundled: dict[str, Path], name: str) -> None:
     """By the adapter that the first test has trained."""
     place = f"guided-{name}.safetensors"

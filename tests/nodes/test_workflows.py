@@ -295,14 +295,19 @@ def test_no_node_covers_another(root: Path, name: str) -> None:
         assert apart, f"{one} and {other} of {name}: {a}, {b}"
 
 
-@pytest.mark.parametrize(
-    "vue", [pytest.param(False, id="litegraph"), pytest.param(True, id="nodes2", marks=pytest.mark.broad)]
-)
+PAGES = [
+    pytest.param(False, [name for name in NAMES if name not in OWN[1:-1]], id="litegraph"),
+    pytest.param(False, OWN, id="litegraph, own files", marks=pytest.mark.broad),
+    pytest.param(True, NAMES, id="nodes2", marks=pytest.mark.broad),
+]
+
+
+@pytest.mark.parametrize(("vue", "names"), PAGES)
 def test_the_front_end_loads_both_and_shows_a_run(
-    distilled: Any, comfy_server: Any, open_page: Any, root: Path, tmp_path: Path, own_files: Any, vue: bool
+    distilled: Any, comfy_server: Any, open_page: Any, root: Path, tmp_path: Path, own_files: Any, vue: bool, names: Any
 ) -> None:
     with open_page(vue) as page:
-        for name in reversed(NAMES):
+        for name in reversed(names):
             types = page.load(workflow(root, name))
             assert types and page.script("return window.app.rootGraph._nodes.every(node => !node.has_errors)")
             made, twin = page.asynchronous(TO_PROMPT), workflow(root, f"api/{name}")

@@ -24,7 +24,7 @@ TINY = Path(__file__).resolve().parents[2] / "pipelines" / "tiny"
 NAMES = [name for name in MODELS if (TINY / name).is_dir()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", narrowed(NAMES, "tiny", "tiny-dit"))
 @pytest.mark.parametrize("steps", narrowed([1, 4], 1))
 def test_one_file_one_picture(name: str, steps: int, tmp_path: Path) -> None:
     host = adapt(load(name))

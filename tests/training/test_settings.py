@@ -51,13 +51,9 @@ def test_numbers_out_of_range_are_refused(entry: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize(("entry", "method"), NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), "4", None, True, [4], "x" * 10_000])
-def test_what_is_no_number_is_refused(entry: Any, method: str, value: Any) -> None:
-    assert message(method=method, **{entry.name: value}).startswith(f"{entry.name} is ")
-
-
-@pytest.mark.parametrize(("entry", "method"), NUMBERS)
-def test_infinity_is_refused(entry: Any, method: str) -> None:
+def test_what_is_no_number_is_refused(entry: Any, method: str) -> None:
+    for value in (float("nan"), "4", None, True, [4], "x" * 10_000):
+        assert message(method=method, **{entry.name: value}).startswith(f"{entry.name} is "), value
     assert entry.name in message(method=method, **{entry.name: float("inf")})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import OneStepError
@@ -43,6 +43,12 @@ class Methods(Mapping[str, "Method"]):
 
     def __len__(self) -> int:
         return len(self._found())
+
+    def values(self) -> ValuesView[Method]:
+        return self._found().values()
+
+    def items(self) -> ItemsView[str, Method]:
+        return self._found().items()
 
 
 def _place(method: Method) -> tuple[bool, bool]:

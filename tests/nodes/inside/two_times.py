@@ -16,6 +16,7 @@ from onestep.training.methods import settings_for
 FOLDER, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 TIMES, ENDS = [700.25, 300.5, 20.75], [100.75, 0.0, 20.75]
 RUN = {"steps": 2, "sizes": "32x32", "rank": 2, "batch": 2, "pairs": 2, "teacher_steps": 2, "student_steps": 1}
+RUN |= {"watch_every": 0, "preview_every": 0}
 with torch.inference_mode():  # as nodes run
     model, clip, vae = load_tiny(FOLDER)
     with adapted(model, clip, vae) as host, host.training():
