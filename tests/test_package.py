@@ -212,6 +212,7 @@ def test_a_clone_wins_over_an_installed_wheel(wheel, pack, tmp_path):
     assert Path(python(both, path=site)) == pack / "core" / "errors.py"
 
 
+@pytest.mark.broad
 def test_an_editable_install_is_the_same_copy(pack, tmp_path):
     pytest.importorskip("setuptools", reason="needs setuptools, which the dev extra installs")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True, timeout=120)

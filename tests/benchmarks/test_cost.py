@@ -77,6 +77,7 @@ def test_ratios_are_of_one_round() -> None:
     assert cost.ratios(row, plain) == [1.25, 1.5]
 
 
+@pytest.mark.broad
 @pytest.mark.comfy
 def test_rows_in_comfyui() -> None:
     comfy = comfy_support.find_comfy()

@@ -102,12 +102,12 @@ def test_a_sum_of_the_students_is_searched_for(onestep: Command, keeping: Path, 
     """Said whether it is taken; again, nothing is drawn again."""
     run = copied(keeping, tmp_path)
     before = (run / "result.safetensors").read_bytes()
-    said = onestep("combine", run, "--evaluations", "4", "--json")
+    said = onestep("combine", run, "--evaluations", "2", "--json")
     assert said.code == 0, said.err
     found = json.loads((run / "combination.json").read_text())
-    assert len(found["measured"]) == found["result"]["evaluations"] == 4
+    assert len(found["measured"]) == found["result"]["evaluations"] == 2
     assert found["result"]["taken"] or (run / "result.safetensors").read_bytes() == before
-    assert onestep("combine", run, "--evaluations", "4").code == 0
+    assert onestep("combine", run, "--evaluations", "2").code == 0
     assert json.loads((run / "combination.json").read_text()) == found
     said = onestep("combine", run, "--evaluations", "1")
     assert said.code == 2 and "a search measures 2 sums at least" in said.message

@@ -111,6 +111,7 @@ def test_a_control_is_trained_and_used_in_one_graph(comfy_server: Any, name: str
     assert told is not None and told["kind"] == kind and told["config"]["control"] == "canny"
 
 
+@pytest.mark.broad
 def test_a_copy_of_no_unet_is_refused_before_it_is_trained(comfy_server: Any) -> None:
     nodes = trained_control(comfy_server, "tiny-flow", "copy")
     refused = comfy_server.run(graph("tiny-flow", 32, **nodes, drawn=under_control("lora"), save=saved("drawn")))

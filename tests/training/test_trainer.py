@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from narrowed import narrowed
 from small_host import SmallHost, setup_of, small
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def runs_out(host: SmallHost, above: int, at: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("above", "accumulation"), [(3, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("above", "accumulation"), narrowed([(3, 2), (2, 2), (1, 4)], (3, 2), (1, 4)))
 def test_out_of_memory_halves_the_micro_batch(tmp_path: Path, loss: str, above: int, accumulation: int) -> None:
     """All samples are still seen, once each: the gradient is that of the whole batch."""
     with trainer(tmp_path / "whole", small()) as made:
