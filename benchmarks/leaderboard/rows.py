@@ -29,12 +29,14 @@ NOT_HERE = {
 """LoRA methods that are no few-step distillation."""
 SEVERAL = ("cdm", "tdm", "phased-dmd", "perflow", "pcm", "mlcm", "tscd", "tcd")
 """Made for several steps; the others are tried in one as well."""
+ONE = ("boot",)
+"""Made for one step."""
 
 
 def methods_in(steps: int) -> list[str]:
     """Those that have a row for as many steps of the student."""
     names = [name for name, method in METHODS.items() if method.makes == "LoRA" and name not in NOT_HERE]
-    return [name for name in names if steps > 1 or name not in SEVERAL]
+    return [name for name in names if name not in (SEVERAL if steps == 1 else ONE)]
 
 
 def ranked(rows: list[dict[str, Any]], rank: Callable[[dict[str, Any]], float]) -> list[str]:

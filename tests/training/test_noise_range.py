@@ -144,6 +144,7 @@ TO_THE_PICTURE = (
     "scm",
     "meanflow",
     "twinflow",
+    "boot",
     "rcm",
     "anyflow",
     "sana-sprint",
