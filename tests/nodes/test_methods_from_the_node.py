@@ -38,6 +38,7 @@ def graph(name: str, method: str, updates: int = UPDATES) -> dict[str, Any]:
     kept = {"candidate_every": 4, "choose_by": "distance", "ema": 0.9, "learning_rate": 1e-3}
     if hasattr(METHODS[method].settings, "needs_pictures"):
         kept |= {"pictures": f"{method}/own", "drawn": "few"}
+    kept |= {"students": 2} if method == "msd" else {}
     kept |= {"forget": "wall", "instead": "house"} if method == "sfd" else {}
     told = {"steps": updates, "existing": "continue", "student_steps": SEVERAL.get(method, "1")}
     return {"model": loader("tiny"), "distil": distil(name, method, kept, **told)}

@@ -37,7 +37,7 @@ class Doubled:
             weight.detach().mul_(2.0)
         self.roles, self.denoise = self.host.denoiser.roles, self.host.denoiser
         draw = torch.Generator().manual_seed(5)
-        for role in ("student", "critic"):
+        for role in ("student", *self.roles.steps.parts("critic")):
             self.roles._factors[role] = {
                 name: tuple(f.detach().double().requires_grad_() for f in pair)  # type: ignore[misc]
                 for name, pair in self.roles._factors[role].items()
@@ -45,8 +45,9 @@ class Doubled:
             for _, b in self.roles.state(role).values():
                 b.copy_(0.3 * torch.randn(b.shape, generator=draw))
 
-        if self.turns.head is not None:
-            self.turns.head.discriminator.head.double()
+        head = getattr(self.turns, "head", None)
+        if head is not None:
+            head.discriminator.head.double()
 
     @contextmanager
     def hooked(self, checkpointing: bool) -> Iterator[None]:

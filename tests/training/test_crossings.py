@@ -15,6 +15,7 @@ from onestep.training.engine.student import add_student
 from onestep.training.engine.trainer import EMA, Trainer
 from onestep.training.methods import METHODS
 from onestep.training.plan.meter import Meter
+from onestep.training.settings import described
 
 
 def on_meta() -> SmallHost:
@@ -51,9 +52,12 @@ def test_a_card_is_waited_for_once_a_turn(method: str, tmp_path: Path) -> None:
     """However many micro-batches it has: losses, scores and the gradient's norm are read together."""
     few: dict[str, Any] = {"warm_start": 0, "critic_warm_up": 0, "head_warm_up": 0, "critic_updates": 2, "anchor": 0.5}
     few |= {"gan_weight": 1.0, "gan_start": 0.0, "gan_ramp": 0.0, "generator_steps": 2}
-    few = {name: value for name, value in few.items() if name in METHODS[method].settings.__dataclass_fields__}
+    own = {entry.name for entry in described(METHODS[method].settings)}
+    few = {name: value for name, value in few.items() if name in own}
     # the pairs of both updates are the first's; of two students the second's are the second update's
     few |= {"steps": 3} if method == "msd" else {}
     found, turns = waits(tmp_path, **short(method, tmp_path) | {"pairs": 4} | few)
-    # the ratios' means are of the head's answers; a reward's numbers are looked at in each of two micro-batches
-    assert found == turns + (method in ("f-distill", "uni-instruct")) + 2 * (method == "di-star")
+    # the ratios' means are of the head's answers; a reward's numbers are looked at in each of two micro-batches,
+    # and of both pictures of a pair in each turn
+    looked_at = {"di-star": 2, "distillation-dpo": 4 * turns}.get(method, 0)
+    assert found == turns + (method in ("f-distill", "uni-instruct")) + looked_at

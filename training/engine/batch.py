@@ -21,7 +21,7 @@ class Batch:
     samples: their global indices, of which (with seed and step) every random number is a function.
     shape: (C, h, w) of their latents. teachers: the conditions that the teacher is asked with, where these are others.
     texts: their prompts, where they are known. sliced: whether what several roles are asked of them is asked one role
-    after the other, in passes of B rows, for less memory.
+    after the other, in passes of B rows, for less memory. before: before the names of its noise, which so is another.
     """
 
     cond: Cond
@@ -34,6 +34,7 @@ class Batch:
     sliced: bool = False
     teachers: Cond | None = None
     texts: tuple[str, ...] = ()
+    before: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -45,7 +46,9 @@ class Batch:
 
     def normal(self, stream: str) -> Tensor:
         """[B, C, h, w] standard normal, float32."""
-        return sent(randomness.normal(self.shape, self.seed, stream, self.step, self.samples), self.device)
+        return sent(
+            randomness.normal(self.shape, self.seed, self.before + stream, self.step, self.samples), self.device
+        )
 
     def uniform(self, stream: str) -> Tensor:
         """[B] in [0, 1), float64, on the CPU, where levels live."""

@@ -107,8 +107,8 @@ def rewards_of(settings: Settings, planned: bool = False) -> list[tuple[str, flo
     return [(name, times, known[name]) for name, times in names.items()]
 
 
-def valued(name: str, reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward [B]. Raises OneStepError, by its name, for what is none."""
+def valued(name: str, reward: Reward, pictures: Tensor, prompts: Sequence[str], *, graded: bool = True) -> Tensor:
+    """The reward [B]. Raises OneStepError, by its name, for what is none; graded: and for one without a gradient."""
     found: Any = reward(pictures, prompts)
     count = len(pictures)
     if not isinstance(found, Tensor) or found.shape != (count,):
@@ -116,7 +116,7 @@ def valued(name: str, reward: Reward, pictures: Tensor, prompts: Sequence[str]) 
         raise OneStepError(
             f"the reward {name!r} gave {gave} for {count} pictures: it must give a tensor [{count}], a number for each"
         )
-    if not found.requires_grad:
+    if graded and not found.requires_grad:
         raise OneStepError(
             f"the reward {name!r} has no gradient in the pictures: it must be computed by torch from them, without "
             "no_grad, item() or numpy()"
@@ -124,10 +124,11 @@ def valued(name: str, reward: Reward, pictures: Tensor, prompts: Sequence[str]) 
     return found
 
 
-def check_numbers(values: Mapping[str, Tensor], slope: Tensor, prompts: Sequence[str]) -> None:
+def check_numbers(values: Mapping[str, Tensor], slope: Tensor | None, prompts: Sequence[str]) -> None:
     """Raises OneStepError for rewards [B], each by its name, or their gradient, that are not finite. A card is waited
     for once."""
-    if bool(torch.stack([value.detach().isfinite().all() for value in (*values.values(), slope)]).all()):
+    every = [*values.values(), *([] if slope is None else [slope])]
+    if not every or bool(torch.stack([value.detach().isfinite().all() for value in every]).all()):
         return
     for name, value in values.items():
         for number, prompt in zip(value.tolist(), prompts, strict=True):
@@ -166,6 +167,32 @@ class RewardPull:
         numbers = {f"reward_{name}": value.detach().mean() for name, value in values.items()}
         numbers |= {"reward": total.detach().mean(), "reward_pull": found.flatten(1).norm(dim=1).mean()}
         return found, numbers
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What pictures are ranked by; it needs no gradient. rewards: with their names and what each counts."""
+
+    setup: Setup
+    rewards: Sequence[tuple[str, float, Reward]]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """(the sum of the rewards [B] of latents x [B, ...], numbers for the metrics)."""
+        with self.setup.host.decoding() as decode:
+            shown = decode(x).clamp(0, 1)
+        values, total = {}, shown.new_zeros(len(batch))
+        for name, times, reward in self.rewards:
+            values[name] = valued(name, reward, shown, batch.texts, graded=False)
+            total = total + times * values[name]
+        check_numbers(values, None, batch.texts)
+        numbers = {f"reward_{name}": value.mean() for name, value in values.items()}
+        return total.to(x), numbers | {"reward": total.mean()}
+
+
+def ranked(setup: Setup) -> Ranked:
+    """As the settings name it."""
+    return Ranked(setup, rewards_of(setup.settings, setup.host.device.type == "meta"))
 
 
 def reward_pull(setup: Setup) -> RewardPull:
