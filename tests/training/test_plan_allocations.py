@@ -27,6 +27,7 @@ LASTING = (
     "ema",
     "head",
     "earlier student",
+    "features",
     "student moments",
     "critic moments",
     "head moments",

@@ -176,17 +176,18 @@ HEADS: dict[str, Found] = {
     "dmd2": TERM,
     "f-distill": TERM,
     "ladd": {"warm_start": 1, "head_warm_up": 1, "head_blocks": 2},
+    "mmd": {"warm_start": 1, "head_blocks": 2, "batch": 16},
 }
 
 
 @pytest.mark.broad
 @pytest.mark.parametrize("method", list(HEADS))
 def test_a_heads_student_is_one_processes(method: str, tmp_path: Path) -> None:
-    """Its gradients are summed as the others' are, and f-distill's means are of both processes' pictures."""
+    """Its gradients are summed as the others' are; f-distill's means and mmd's features are of both processes'."""
     runs = [a_run(tmp_path / str(count), method, 2, **HEADS[method]) for count in (1, 2)]
     assert_near(*(trained(count, run) for count, run in zip((1, 2), runs, strict=True)))
     heads = [load_file(newest(Path(run["folder"])) / "state.safetensors") for run in runs]
-    for name in (name for name in heads[0] if name.startswith("head")):
+    for name in (name for name in heads[0] if name.startswith(("head", "features"))):
         torch.testing.assert_close(heads[1][name], heads[0][name], rtol=2e-3, atol=1e-5)
     (code, found), (other, theirs) = processes_of(
         2, struck(a_run(tmp_path / "torn", method, 2, **HEADS[method]), 1, "update", 2)
@@ -272,6 +273,7 @@ def test_a_start_that_names_no_meeting_place_is_refused(monkeypatch: Any) -> Non
 def test_one_process_alone_is_all(tmp_path: Path) -> None:
     assert processes.count() == 1 and processes.is_first() and list(processes.own(5)) == [0, 1, 2, 3, 4]
     assert processes.same({"a": [1, None]}) == {"a": [1, None]} and processes.sum_numbers({"a": 1.0}) == {"a": 1.0}
+    assert torch.equal(processes.sum_tensor(torch.ones(2)), torch.ones(2))
 
 
 def test_rows_are_shared_out_whole(monkeypatch: Any) -> None:

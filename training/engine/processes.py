@@ -236,6 +236,16 @@ def _parts(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield part
 
 
+def sum_tensor(value: Tensor) -> Tensor:
+    """The sum of all processes' ``value``."""
+    if count() == 1:
+        return value
+    summed = value.detach().cpu().clone()
+    with _met():
+        distributed.all_reduce(summed)
+    return summed.to(value)
+
+
 def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """The sums of all processes' numbers, by name."""
     if count() == 1:

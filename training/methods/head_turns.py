@@ -172,7 +172,7 @@ def add_head(setup: Setup, levels: LevelSampler, ratios: Ratios | None = None) -
     """A discriminator whose head is among the roles, and ``ratios`` with what is kept of it."""
     own, host = setup.settings.own, setup.host
     features = features_of(host, setup.settings)
-    head = Head(_channels(setup, features), own.head_width, own.head_cells, setup.settings.seed)
+    head = Head(channels_of(setup, features), own.head_width, own.head_cells, setup.settings.seed)
     if ratios is not None:
         head.ratios = ratios
     setup.denoise.roles.add_module(HEAD, head.to(host.device))
@@ -187,7 +187,7 @@ def features_of(host: Host, settings: Settings) -> Features:
     return Features(roles.targets, host.blocks, settings.own.head_blocks, roles.active_here)
 
 
-def _channels(setup: Setup, features: Features) -> list[int]:
+def channels_of(setup: Setup, features: Features) -> list[int]:
     """Of each feature, as one forward of one sample shows."""
     batch, levels = setup.prompts.batch(0, [0]), setup.recipe.levels(setup.denoise.schedule)
 
