@@ -310,8 +310,8 @@ CRITIC_MUTANTS = {
     "the teacher trained": ("with denoise.roles.use(CRITIC):", "with denoise.roles.use(TEACHER):"),
     "the noised target": ("left = answer - x if", "left = answer - x_s if"),
     "clean input": (
-        "answer = self._taught(denoise, batch, x_s, sigma)",
-        "answer = self._taught(denoise, batch, x, sigma)",
+        "answer = self._taught(denoise, batch, x_s, sigma, later)",
+        "answer = self._taught(denoise, batch, x, sigma, later)",
     ),
     "a graph into the student": ("x, noise = x.detach(), batch", "x, noise = x * 1, batch"),
 }

@@ -111,15 +111,19 @@ def test_an_unguided_teacher_is_told_of_and_needs_a_null() -> None:
 # -- the critic under guidance ----------------------------------------------------------------------------------------
 
 
-def check_critic(module: ModuleType, case: Case, k: float, sliced: bool) -> None:
+def check_critic(module: ModuleType, case: Case, k: float, sliced: bool, by_branch: bool = False) -> None:
     """Its loss is the squared error of D_u + k (D_c - D_u), in NumPy; its gradient the finite difference."""
+    later: list[Any] = []
     world, x = World(case), drawn()
     factors = world.double_factors("critic")
     batch = world.batch()
     object.__setattr__(batch, "sliced", sliced)
     made = module.DistributionMatching(critic_levels=At(case.sigma), taught=k)
-    loss = made.critic_loss(world.denoise, batch, x)
+    loss = made.critic_loss(world.denoise, batch, x, later if by_branch else None)
     loss.backward()
+    assert len(later) == (by_branch and k != 0)
+    for branch in later:
+        branch.backward()
     x_s = case.alpha * rows(x) + case.sigma * rows(batch.normal("critic noise"))
     d_c, d_u = (world.x0("critic", x_s, cond) for cond in (world.cond, world.null.repeat(4)))
     weight = 1 + (case.alpha / case.sigma) ** 2
@@ -138,9 +142,29 @@ def check_critic(module: ModuleType, case: Case, k: float, sliced: bool) -> None
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("k", [0.0, -1.0, 3.0])
-@pytest.mark.parametrize("sliced", [True, False])
-def test_the_critic_learns_under_guidance(case: Case, k: float, sliced: bool) -> None:
-    check_critic(engine, case, k, sliced)
+@pytest.mark.parametrize(("sliced", "by_branch"), [(True, False), (False, False), (True, True)])
+def test_the_critic_learns_under_guidance(case: Case, k: float, sliced: bool, by_branch: bool) -> None:
+    check_critic(engine, case, k, sliced, by_branch)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_branch_at_a_time_is_the_same_gradient(case: Case, rescale: float) -> None:
+    """And no two graphs are there at once: the first branch has one when the second one's is gone."""
+    found, asked = [], []
+    for by_branch in (False, True):
+        world, later = World(case), []
+        factors, batch = world.double_factors("critic"), replace(world.batch(), sliced=True)
+        made = engine.DistributionMatching(critic_levels=At(case.sigma), taught=3.0, rescale=rescale)
+        asked.clear()
+        world.network.register_forward_pre_hook(lambda module, args: asked.append((args[2], torch.is_grad_enabled())))
+        (0.5 * made.critic_loss(world.denoise, batch, drawn(), later if by_branch else None)).backward()
+        for branch in later:
+            branch.backward()
+        found.append([factor.grad.clone() for factor in factors if factor.grad is not None])
+    assert [graph for _, graph in asked] == [False, True, True] and torch.equal(asked[0][0].text, asked[2][0].text)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
 def test_without_a_prompt_it_is_asked_the_null_alone() -> None:

@@ -22,6 +22,7 @@ from ..engine.student import STUDENT, BackwardSimulation, Drawn
 from ..engine.trainer import EMA
 from ..engine.turns import Loss, Phase, Plan, Turn, learning, nothing, on_data
 from ..settings import Settings
+from .branch import Branch
 from .discriminator import HEAD
 from .distribution_matching import CRITIC, DistributionMatching, score_metrics
 from .diversity_anchor import diversity_of
@@ -186,8 +187,11 @@ class Turns:
         else:
             with torch.no_grad():
                 drawn = self.simulate(batch)
-        loss = self.at(update, drawn).critic_loss(self.setup.denoise, batch, drawn.x0)
+        later: list[Branch] = []
+        loss = self.at(update, drawn).critic_loss(self.setup.denoise, batch, drawn.x0, later)
         (share * loss).backward()
+        for branch in later:
+            branch.backward()
         return {"critic": loss.detach()}
 
     def _shared(self, batch: Batch) -> tuple[Batch, Drawn]:

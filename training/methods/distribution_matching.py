@@ -27,6 +27,7 @@ from ...core.roles import TEACHER
 from ...core.schedule import NoiseSchedule, add_noise, cast_as, expand
 from ..engine.batch import Batch
 from ..engine.levels import LevelSampler, LevelWeight, UniformTime, at, v_weight
+from .branch import Branch
 from .discriminator import Discriminator
 from .guidance_scale import Scale, Tokens, added, guided, scale_of
 
@@ -140,14 +141,15 @@ class DistributionMatching:
 
     # -- the critic ---------------------------------------------------------------------------------------------------
 
-    def critic_loss(self, denoise: Denoiser, batch: Batch, x: Tensor) -> Tensor:
-        """w_F |D_F(x_s) - sg(x)|^2: mean over elements and samples. x: the student's, [B, ...]."""
+    def critic_loss(self, denoise: Denoiser, batch: Batch, x: Tensor, later: list[Branch] | None = None) -> Tensor:
+        """w_F |D_F(x_s) - sg(x)|^2: mean over elements and samples. x: the student's, [B, ...]. later: takes what of a
+        sliced batch is run backward after the loss has been, so that one branch of guidance has a graph at a time."""
         batch = batch.with_nulls(self.null_rate, "critic null")
         sigma = self._levels(denoise, self.critic_levels, batch, "critic level")
         x, noise = x.detach(), batch.normal("critic noise")
         x_s = self.renoise(denoise.schedule, x, noise, sigma)
         with denoise.roles.use(CRITIC):
-            answer = self._taught(denoise, batch, x_s, sigma)
+            answer = self._taught(denoise, batch, x_s, sigma, later)
         left = answer - x if self.residual is None else self.residual(denoise.schedule, answer, noise, sigma)
         error = left.square().flatten(1).mean(1)
         weighed = cast_as(at(self.critic_weight, denoise.schedule, sigma), error) * error
@@ -155,14 +157,19 @@ class DistributionMatching:
             weighed = cast_as(self.importance(denoise.schedule, x, x_s, noise, sigma), error) * weighed
         return weighed.mean()
 
-    def _taught(self, denoise: Denoiser, batch: Batch, x_s: Tensor, sigma: Tensor) -> Tensor:
+    def _taught(
+        self, denoise: Denoiser, batch: Batch, x_s: Tensor, sigma: Tensor, later: list[Branch] | None
+    ) -> Tensor:
         """D_F, or D_F^k, with a graph."""
         if self.taught == 1:
             return denoise(x_s, sigma, batch.cond)
         nulls = self._nulls(batch)
         if self.taught == 0:
             return denoise(x_s, sigma, nulls)
-        if batch.sliced:
+        if batch.sliced and later is not None:
+            later.append(branch := Branch(denoise, CRITIC, x_s, sigma, batch.cond))
+            d_c, d_u = branch.answer, denoise(x_s, sigma, nulls)
+        elif batch.sliced:
             d_c, d_u = denoise(x_s, sigma, batch.cond), denoise(x_s, sigma, nulls)
         else:
             both = denoise(torch.cat([x_s, x_s]), sigma.repeat(2), Cond.concat([batch.cond, nulls]))

@@ -39,7 +39,7 @@ METHOD = Method(
     name="sid-lsg",
     title="Score identity distillation under long and short guidance, data-free; for long runs",
     paper="arXiv:2406.01561",
-    forwards="19.7 + 6.2 a critic update",
+    forwards="19.7 + 7.3 a critic update",
     plan=partial(alternating, objective=sid_lsg),
     settings=SidLsgSettings,
     check=check_strategy,
