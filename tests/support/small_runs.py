@@ -10,7 +10,7 @@ from onestep.training.settings import Settings, described
 # Each phase, each turn, measures and previews, which the last update is not due for.
 SMALL = {
     **{"warm_start": 2, "critic_warm_up": 1, "critic_updates": 1, "batch": 2, "pairs": 4, "warm_up": 1, "states": 1},
-    **{"snapshots": 1},
+    **{"snapshots": 1, "twin_warm_up": 2},
     **{"watch_every": 2, "watch_samples": 4, "preview_every": 4, "preview_samples": 1, "save_every": 2},
 }
 
