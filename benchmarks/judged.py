@@ -18,6 +18,7 @@ from onestep.cli.lora import read_lora
 from onestep.cli.model import at_native_size, open_host
 from onestep.core.factors import State
 from onestep.core.recipe import Recipe
+from onestep.core.router import Router
 from onestep.core.step_roles import part_of
 from onestep.training.distil import distil
 from onestep.training.evaluation.measures import bootstrap, frechet, obeyed, variety
@@ -59,7 +60,7 @@ class Judged:
 
     def untrained(self, recipe: Recipe) -> dict[str, Any]:
         """The model itself in the recipe's steps."""
-        return self.scores(self.features(self._drawn(({},), recipe)))
+        return self.scores(self.features(self._drawn(({},), recipe, ())))
 
     def __call__(self, lora: Path) -> dict[str, Any]:
         return self.scores(self.seen(lora))
@@ -71,16 +72,16 @@ class Judged:
     def latents(self, lora: Path) -> Tensor:
         """The LoRA's pictures, drawn from the same noises for every LoRA."""
         found = read_lora(str(lora), self.host)
-        return self._drawn((found.state, *found.later), found.recipe)
+        return self._drawn((found.state, *found.later), found.recipe, found.parts)
 
-    def _drawn(self, states: tuple[State, ...], recipe: Recipe) -> Tensor:
-        """states: a LoRA, or one for each step."""
+    def _drawn(self, states: tuple[State, ...], recipe: Recipe, parts: Router | tuple[float, ...]) -> Tensor:
+        """states: a LoRA; or one for each step or kind of prompt, by ``parts``."""
         roles = self.host.denoiser.roles
         with torch.no_grad(), roles.installed():
             for part, state in enumerate(states):
                 roles.load(part_of(ROLE, part), state)
             if len(states) > 1:
-                roles.steps.split(ROLE, recipe.timesteps)
+                roles.steps.split(ROLE, parts)
             try:
                 return self.kept.student(self.host, recipe)
             finally:

@@ -50,7 +50,7 @@ class MixtureWorld:
         for part, state in enumerate((lora.state, *lora.later)):
             roles.load(part_of("drawn", part), state)
         if lora.later:
-            roles.steps.split("drawn", recipe.timesteps)
+            roles.steps.split("drawn", lora.parts)
         with roles.installed(), roles.use("drawn"):
             for prompt in mixture.PROMPTS:
                 cond, shape = host.texts([prompt] * self.samples), (self.samples, 2, 1, 1)

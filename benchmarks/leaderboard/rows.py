@@ -14,6 +14,7 @@ import torch
 from budget import costs, settled
 from worlds import World, world_of
 
+from onestep.core.router import router_file
 from onestep.training.distil import distil
 from onestep.training.methods import METHODS, settings_for
 from onestep.training.settings import Settings, described
@@ -73,7 +74,8 @@ def row(method: str, steps: int, seed: int, args: Any) -> dict[str, Any]:
         result = distil(world.host(), world.prompts, settings, folder, existing="continue")
         told |= {"updates": result.updates, "seconds": round(time.monotonic() - begun, 1)}
         told |= {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        found = world.scores(result.path, result.recipe)
+        router = router_file(result.path)
+        found = world.scores(router if router.is_file() else result.path, result.recipe)
     except Exception as error:  # a method that fails is a row as well
         return told | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
     return told | {key: round(value, 4) for key, value in found.items()}
