@@ -22,6 +22,10 @@ class MixtureWorld:
     batch, forwards = 128, 3000
     ranked_by = "both Kullback-Leibler divergences (nats)"
 
+    notes = (
+        "Without guidance `decoupled-dmd` is `dmd` and `pg-sb` is `vsd`; of a picture of one pixel `hipa` is `regression`.",
+    )
+
     def __init__(self, prediction: str, folder: Path, samples: int) -> None:
         self.prediction, self.samples = prediction, samples
         self.base = folder / f"mixture-{prediction}.safetensors"

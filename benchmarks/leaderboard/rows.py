@@ -27,7 +27,6 @@ NOT_HERE = {
     "sfd": "teaches a concept away",
     "di-star": "needs rewards of pictures",
     "distillation-dpo": "needs rewards of pictures",
-    "msd": "makes several LoRAs, of which each draws a part of the prompts",
 }
 """LoRA methods that are no few-step distillation."""
 SEVERAL = ("cdm", "tdm", "phased-dmd", "perflow", "pcm", "mlcm", "tscd", "tcd")

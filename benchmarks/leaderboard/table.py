@@ -41,6 +41,8 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
         lines += _of_steps(some, world)
         if missing := [f"`{name}`" for name in methods_in(steps) if name not in {found["method"] for found in some}]:
             lines += ["", f"Not run: {', '.join(missing)}."]
+    if world.notes:
+        lines += ["", "## What was found", "", *(f"- {note}" for note in world.notes)]
     args.out.write_text("\n".join(lines) + "\n")
     if rows:
         plot(rows, world, args.out.with_suffix(".png"))

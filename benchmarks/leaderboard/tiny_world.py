@@ -34,6 +34,8 @@ class TinyWorld:
     batch, forwards = 16, 1500
     ranked_by = "FD-local to the teacher's pictures"
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, model: str, folder: Path, samples: int, reference: Path | None) -> None:
         self.model, self.folder, self.samples, self.reference = model, folder, samples, reference
         self.title, self.prompts = f"`{model}`", read_prompts(str(PROMPTS))

@@ -11,11 +11,12 @@ from tiny_world import TinyWorld
 
 class World(Protocol):
     """title: of its page. about: what is trained and measured, in a paragraph. measures: what a row has and its head in
-    the table. ranked_by: what the order is by. batch, forwards: of a run by default, the latter of one sample for a
+    the table. ranked_by: what the order is by. notes: what was found about rows, below the tables. batch, forwards: of a run by default, the latter of one sample for a
     batch."""
 
     title: str
     ranked_by: str
+    notes: tuple[str, ...]
     about: str
     measures: dict[str, str]
     prompts: list[str]
