@@ -21,10 +21,10 @@ help:
 demo: .venv/.ready
 	$(VENV)/onestep demo
 
-test: lint types unit
-
+# mypy has one core to itself for a minute, so the tests begin beside it.
+test test-all: lint
+	@$(MAKE) --no-print-directory -j 2 types unit CHOSEN='$(CHOSEN)'
 test-all: CHOSEN =
-test-all: lint types unit
 
 lint: .venv/.ready
 	$(VENV)/ruff check .
@@ -34,7 +34,7 @@ lint: .venv/.ready
 types: .venv/.ready .pkg/onestep
 	MYPYPATH=.pkg $(VENV)/mypy $(PACKAGES:%=-p onestep.%)
 
-# A file's tests stay in one process, with what they have made and the ComfyUI that they talk to. Tiny tensors gain nothing
+# A file's tests stay in one process, with what they have made, and those of ComfyUI in one (tests/conftest.py). Tiny tensors gain nothing
 # from threads, and a machine may have fewer cores to give than it has.
 JOBS ?= 2
 CHOSEN = -m "not broad"

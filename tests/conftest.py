@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["ONESTEP_CACHE"] = "off"  # a test counts what it counts
@@ -46,6 +47,19 @@ def pytest_collection_finish() -> None:
     again and again where memory runs out."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one runs all that asks a ComfyUI: a server takes half a minute to start and to be given its
+    checkpoints. The other files go to whoever is free, each to one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneForComfyUI(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/nodes" if nodeid.startswith("tests/nodes/") else super()._split_scope(nodeid)
+
+    return OneForComfyUI(config, log)
 
 
 @pytest.fixture(scope="session")

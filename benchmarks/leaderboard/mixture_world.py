@@ -23,7 +23,8 @@ class MixtureWorld:
     ranked_by = "both Kullback-Leibler divergences (nats)"
 
     notes = (
-        "Without guidance `decoupled-dmd` is `dmd` and `pg-sb` is `vsd`; of a picture of one pixel `hipa` is `regression`.",
+        "Without guidance `decoupled-dmd` is `dmd` and `pg-sb` is `vsd`; of a picture of one pixel `hipa` is "
+        "`regression`.",
     )
 
     def __init__(self, prediction: str, folder: Path, samples: int) -> None:

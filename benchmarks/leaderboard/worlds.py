@@ -11,8 +11,8 @@ from tiny_world import TinyWorld
 
 class World(Protocol):
     """title: of its page. about: what is trained and measured, in a paragraph. measures: what a row has and its head in
-    the table. ranked_by: what the order is by. notes: what was found about rows, below the tables. batch, forwards: of a run by default, the latter of one sample for a
-    batch."""
+    the table. ranked_by: what the order is by. notes: what was found about rows, below the tables. batch, forwards: of
+    a run by default, the latter of one sample for a batch."""
 
     title: str
     ranked_by: str

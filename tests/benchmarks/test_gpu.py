@@ -167,6 +167,7 @@ def test_parts_after_a_lost_card_run_in_a_process_of_their_own(tmp_path, monkeyp
     assert "| gated | reference | float32 |" in found.text and found.text.count("## Every op against float64") == 1
 
 
+@pytest.mark.broad
 def test_it_ends_when_the_time_is_over_whatever_it_is_in(tmp_path):
     """A kernel that never returns, here a part that sleeps."""
     script = (

@@ -98,6 +98,7 @@ def test_broken_candidates_are_left_out(onestep: Command, keeping: Path, tmp_pat
     assert sum("is left out" in note for note in notes) == 3, notes
 
 
+@pytest.mark.broad
 def test_a_sum_of_the_students_is_searched_for(onestep: Command, keeping: Path, tmp_path: Path) -> None:
     """Said whether it is taken; again, nothing is drawn again."""
     run = copied(keeping, tmp_path)

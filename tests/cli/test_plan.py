@@ -16,6 +16,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
+@pytest.mark.broad
 def test_a_large_card_takes_a_run_as_it_is_set(onestep: Command) -> None:
     said = onestep("plan", "tiny", "--card", "RTX 3060", "--preset", "Balanced", "--set", "checkpointing=false")
     assert said.code == 0

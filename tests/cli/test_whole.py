@@ -10,6 +10,7 @@ import tiny_folders
 from command import SHORT, Command
 
 
+@pytest.mark.broad
 def test_a_finished_run_is_checked_when_it_is_asked_to(
     onestep: Command, model: Path, prompts: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_whole_blocks_have_the_eager_numbers_and_one_graph_for_each_role_map(kin
     assert "forward" not in network.block.__dict__
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("kind", ["resnet", pytest.param("transformer", marks=BROAD)])
 def test_a_back_end_with_a_graph_for_backward_has_the_same_numbers(kind: str) -> None:
     network, roles = made(kind)

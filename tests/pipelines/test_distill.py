@@ -74,6 +74,7 @@ def test_bad_prompts_are_refused(prompts: Any, why: str, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.broad
 def test_prompts_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\nred dog\n", encoding="utf-8")
     few = {**SHORT, "steps": 1, "warm_start": 1}

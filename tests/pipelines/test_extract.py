@@ -60,6 +60,7 @@ def test_at_full_rank_the_file_holds_the_difference(name: str, tmp_path: Path) -
         torch.testing.assert_close((b.flatten(1) @ a.flatten(1)).reshape(wanted.shape), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", narrowed(RECIPES, "sd"))
 def test_pictures_come_nearer_with_rank_and_whitening_helps_the_outputs(name: str, tmp_path: Path) -> None:
     few, recipe = few_step(name, tmp_path / "few"), RECIPES[name]

@@ -77,6 +77,7 @@ def test_each_step_is_drawn_with_its_own_file(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(pipe(PROMPTS, recipe=RECIPES[name], seed=1, **CALL).images, before)
 
 
+@pytest.mark.broad
 def test_another_lora_takes_all_of_them_off(tmp_path: Path) -> None:
     first, _ = files("sd", tmp_path)
     other = random_lora(make("sd"), tmp_path / "other.safetensors", None)

@@ -114,6 +114,7 @@ def test_another_threads_call_within_is_plain_and_the_second_steering_waits() ->
         pass
 
 
+@pytest.mark.broad
 def test_a_compiled_network_that_another_thread_steers_is_refused_in_words() -> None:
     pipe = make("sd")
     text = pipe.encode_prompt(["red"], "cpu", 1, False)[0]

@@ -49,6 +49,7 @@ def test_what_is_tied_stays_tied() -> None:
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", narrowed(["sdxl", "sd3"], "sd3"))
 @pytest.mark.parametrize("in_place", narrowed([False, True], True))
 def test_a_compiled_network_is_trained_and_draws(name: str, in_place: bool, tmp_path: Path) -> None:

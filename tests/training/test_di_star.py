@@ -216,6 +216,7 @@ def rewarded(**changes: Any) -> Any:
     return small(method="di-star", **{"warm_start": 2, "critic_warm_up": 1, "reward": "bright, contrast", **changes})
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("prediction", narrowed(PREDICTIONS, "flow"))
 def test_a_run_has_more_of_it(prediction: str, tmp_path: Path) -> None:
     found = {}

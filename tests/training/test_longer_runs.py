@@ -138,6 +138,7 @@ def test_suns_pairs_may_not_change(tmp_path: Path) -> None:
     assert distil(host, PROMPTS, sun(steps=2), tmp_path / "run", existing="continue").updates == 2
 
 
+@pytest.mark.broad
 def test_an_initial_lora_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:
     first, other = (run(tmp_path / name, small(seed=seed)).path for name, seed in (("first", 3), ("other", 4)))
     run(tmp_path / "whole" / "run", small(initial_lora=str(first), steps=6))

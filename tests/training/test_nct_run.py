@@ -94,6 +94,7 @@ def test_the_adapter_alone_learns_and_is_the_result(lora: Path, tmp_path: Path) 
     assert json.loads(adapter.metadata["onestep.settings"])["method"] == "nct"
 
 
+@pytest.mark.broad
 def test_what_it_learns_is_the_control(lora: Path, tmp_path: Path) -> None:
     """From noises that it never saw, with controls of others' pictures: nearer to these pictures than G is."""
     settings = nct_settings(lora, steps=150, batch=8, pairs=256, control="low-resolution", ema=0.9, noise_levels=4)

@@ -161,6 +161,7 @@ def test_distance_is_the_share_of_the_change_that_is_missed(host: DiffusersHost,
     assert numbers["detail"] == pytest.approx(patch_distance(found, watch.latents["x"]))
 
 
+@pytest.mark.broad
 def test_a_run_shows_without_as_asked_and_with(tmp_path: Path) -> None:
     torch.manual_seed(0)
     host = adapt(sd(), device="cpu")

@@ -89,6 +89,7 @@ def test_a_run_without_checkpointing_goes_up_the_grades_it_needs(shell: Shell) -
     assert {rung.way.recompute for rung in plan.rungs} == set(GRADES)
 
 
+@pytest.mark.broad
 def test_what_changes_the_result_is_proposed_and_never_taken(shell: Shell) -> None:
     least = smallest(shell, settings())
     plan = planned("it", shell.shell, settings(), card(least - 1000))
@@ -98,6 +99,7 @@ def test_what_changes_the_result_is_proposed_and_never_taken(shell: Shell) -> No
     assert smaller.proposed is not None and smaller.proposed.way.changes["rank"] == 16
 
 
+@pytest.mark.broad
 def test_a_base_in_sixteen_bits_is_proposed_in_fewer() -> None:
     small = of_host(adapt(layouts.sd15().to(torch.bfloat16)), "all")
     plan = planned("it", small.shell, settings(), card(smallest(small, settings()) - 1000))

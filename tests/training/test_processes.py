@@ -100,6 +100,7 @@ def test_losses_and_gradients_are_the_whole_batchs(base: Path) -> None:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), (mine["update"], name)
 
 
+@pytest.mark.broad
 def test_resumed_by_as_many_to_the_bit(base: Path) -> None:
     """One of the processes is killed: the other says so and ends, the state is whole, and the run goes on as if nothing
     had been."""
@@ -130,6 +131,7 @@ def test_another_number_goes_on(base: Path) -> None:
     assert after.keys() == before.keys() and any(not torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.broad
 def test_one_may_have_more_micro_batches_than_the_other(tmp_path: Path) -> None:
     """Five rows, one at a time: two by the first process, three by the second."""
     parts = {"batch": 5, "accumulation": 5}

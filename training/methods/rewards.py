@@ -139,6 +139,17 @@ def check_numbers(values: Mapping[str, Tensor], slope: Tensor | None, prompts: S
     raise OneStepError(f"the gradient of the reward ({', '.join(values)}) through the decoder is not finite")
 
 
+def summed(
+    rewards: Sequence[tuple[str, float, Reward]], shown: Tensor, texts: Sequence[str], graded: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the sum [B] of each reward times what it counts, each [B] by its name) of pictures ``shown`` [B, 3, H, W]."""
+    values, total = {}, shown.new_zeros(len(shown))
+    for name, times, reward in rewards:
+        values[name] = valued(name, reward, shown, texts, graded=graded)
+        total = total + times * values[name]
+    return total, values
+
+
 @dataclass(frozen=True)
 class RewardPull:
     """rewards: with their names and what each counts. weight: lambda."""
@@ -149,16 +160,12 @@ class RewardPull:
 
     def __call__(self, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """(-lambda d r / d x [B, ...], numbers for the metrics)."""
-        values: dict[str, Tensor] = {}
         with self.setup.host.decoding() as decode, torch.enable_grad():
             free = x.detach().requires_grad_()
             pictures = decode(free)
             # the value of what is shown, the gradient of what burns too
             shown = pictures + (pictures.clamp(0, 1) - pictures).detach()
-            total = shown.new_zeros(len(batch))
-            for name, times, reward in self.rewards:
-                values[name] = valued(name, reward, shown, batch.texts)
-                total = total + times * values[name]
+            total, values = summed(self.rewards, shown, batch.texts)
             if not self.rewards:  # none of those that a plan can count
                 total = total + shown.flatten(1).mean(1)
             (slope,) = torch.autograd.grad(SMALL * total.sum(), free)
@@ -181,10 +188,7 @@ class Ranked:
         """(the sum of the rewards [B] of latents x [B, ...], numbers for the metrics)."""
         with self.setup.host.decoding() as decode:
             shown = decode(x).clamp(0, 1)
-        values, total = {}, shown.new_zeros(len(batch))
-        for name, times, reward in self.rewards:
-            values[name] = valued(name, reward, shown, batch.texts, graded=False)
-            total = total + times * values[name]
+        total, values = summed(self.rewards, shown, batch.texts, graded=False)
         check_numbers(values, None, batch.texts)
         numbers = {f"reward_{name}": value.mean() for name, value in values.items()}
         return total.to(x), numbers | {"reward": total.mean()}
