@@ -25,6 +25,14 @@ class MixtureWorld:
     notes = (
         "Without guidance `decoupled-dmd` is `dmd` and `pg-sb` is `vsd`; of a picture of one pixel `hipa` is "
         "`regression`.",
+        "In one step what learns on the teacher's own ends comes first: 8192 pairs hold nearly all of two dimensions. "
+        "That matching is ahead of it, as papers have it of large models, whose ends no such set covers, was not seen.",
+        "`lcm`, `dcm`, `tscd`, `scm`, `meanflow` and `twinflow` are behind the untrained teacher in four steps: every "
+        "level learns from the one below it, and the noisiest, at which a step begins, comes last. At four times the "
+        "forwards `lcm` in one step comes from 4.43 to 3.55 nats. That consistency learns fastest was seen only where "
+        "the way is short: `pcm` and `mlcm`, with a phase for each of four steps, are first.",
+        "`wadi` turns the base's weights and adds no direction to them: behind `dmd` after as many updates.",
+        "`msd` shares the forwards among four students: in one step it is behind `dmd`, in four not.",
     )
 
     def __init__(self, prediction: str, folder: Path, samples: int) -> None:

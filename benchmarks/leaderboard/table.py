@@ -60,13 +60,17 @@ def _head(what: str, world: World) -> list[str]:
 
 def _line(name: str, some: list[dict[str, Any]], world: World) -> str:
     """Means of a method's rows; with several seeds the first measure has their range too."""
-    cells = [f"{statistics.mean(found[key] for found in some):.3f}" for key in world.measures]
+    cells = [_shown(statistics.mean(found[key] for found in some)) for key in world.measures]
     if len(some) > 1:
         first = [found[next(iter(world.measures))] for found in some]
         cells[0] += f" ({min(first):.3f} to {max(first):.3f}, {len(some)} seeds)"
     last = {**some[0], "peak": some[0].get("peak", 0) / 1e6}
     counts = [f"{last[key]:.0f}" if last.get(key) else "" for key in COUNTS]
     return "| " + " | ".join([name, *cells, *counts]) + " |"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
 
 
 def _of_steps(rows: list[dict[str, Any]], world: World) -> list[str]:
