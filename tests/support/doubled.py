@@ -37,7 +37,8 @@ class Doubled:
             weight.detach().mul_(2.0)
         self.roles, self.denoise = self.host.denoiser.roles, self.host.denoiser
         draw = torch.Generator().manual_seed(5)
-        for role in ("student", *self.roles.steps.parts("critic")):
+        parts = self.roles.steps.parts("critic") if "critic" in self.plan.roles else ()
+        for role in ("student", *parts):
             self.roles._factors[role] = {
                 name: tuple(f.detach().double().requires_grad_() for f in pair)  # type: ignore[misc]
                 for name, pair in self.roles._factors[role].items()

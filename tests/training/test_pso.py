@@ -268,7 +268,7 @@ def test_what_it_cannot_learn_from_is_refused(tmp_path: Path) -> None:
     own = tmp_path / "own"
     settings = preferred(own)
     METHODS["pso"].check_all(SmallHost(), settings, False)
-    with pytest.raises(OneStepError, match="pictures is empty: give the folder in which better and worse lie"):
+    with pytest.raises(OneStepError, match="both pictures and reward are empty: give the folder .* or a reward"):
         METHODS["pso"].check(SmallHost(), settings_for("pso"))
     (own / "better" / "2.txt").unlink()
     refused(own, "the picture '2.png' has no caption: write what it shows into '2.txt' beside it, or set caption")

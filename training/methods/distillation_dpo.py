@@ -26,18 +26,17 @@ from ...core.schedule import cast_as, expand
 from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS, at, v_weight
 from ..engine.setup import Setup
-from ..engine.student import STUDENT, BackwardSimulation, Drawn
+from ..engine.student import STUDENT, BackwardSimulation
 from ..engine.turns import Phase, Plan, Turn, learning
 from ..host import Host
 from ..settings import Settings, setting
 from .alternating import SMALL_GRADIENTS, add_critic
 from .distribution_matching import CRITIC, DistributionMatching, Scores
 from .dmd import dmd
+from .drawn_pairs import RANKED_BY, REWARD_MODEL, DrawnPairs
 from .matching_settings import CriticSettings, Fitting, GuidanceSettings, LevelSettings, check_matching
 from .method import Method
-from .rewards import Ranked, ranked, rewards_of
-
-BETTER, WORSE = 0, 1
+from .rewards import ranked, rewards_of
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,8 @@ class DistillationDpoSettings(Fitting, LevelSettings, CriticSettings, GuidanceSe
     level_high_end: ClassVar[float] = 0.0
     matching_weight: ClassVar[float] = 1.0
 
-    reward: str = setting(
-        "saturation, contrast",
-        "By what the student's two pictures of a prompt are ranked, several with commas, each times a number if you "
-        "like (agreement, contrast*0.5): agreement = picture and prompt as the CLIP in reward_model sees them; "
-        "saturation and contrast are guards, alike for usual pictures, and pictures that are alike teach nothing; or "
-        "one of your own, given to onestep.distill.",
-    )
-    reward_model: str = setting(
-        "", "The folder of a CLIP of transformers (config.json, model.safetensors, its tokenizer), for agreement."
-    )
+    reward: str = setting("saturation, contrast", RANKED_BY)
+    reward_model: str = setting("", REWARD_MODEL)
     beta: float = setting(
         10.0, "How soon a pair counts as told apart: the margin of its squared errors times this.", 0.01, 10_000
     )
@@ -75,46 +66,16 @@ class DistillationDpoSettings(Fitting, LevelSettings, CriticSettings, GuidanceSe
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What the student has drawn of each prompt: the better one, the worse one. told_apart: [B], False for two that are
-    alike."""
-
-    better: Drawn
-    worse: Drawn
-    told_apart: Tensor
-
-    @property
-    def both(self) -> tuple[Drawn, Drawn]:
-        return self.better, self.worse
-
-
-def picked(first: Tensor, one: Drawn, other: Drawn) -> Drawn:
-    """``one`` where ``first`` [B], else ``other``: both are of one step."""
-    at = first.reshape(-1, *[1] * (one.x.ndim - 1))
-    return replace(one, x0=torch.where(at, one.x0, other.x0), x=torch.where(at, one.x, other.x))
-
-
-@dataclass(frozen=True)
 class PairTurns:
-    """The losses of both roles. rank: by the reward."""
+    """The losses of both roles."""
 
     setup: Setup
-    simulate: BackwardSimulation
-    rank: Ranked
+    pairs: DrawnPairs
     objective: DistributionMatching
-
-    @torch.no_grad()
-    def pair(self, batch: Batch) -> tuple[Pair, dict[str, Any]]:
-        """Of the student as it is."""
-        one, other = self.simulate(batch, train=False), self.simulate(replace(batch, before="second "), train=False)
-        (mine, numbers), (theirs, _) = self.rank(batch, one.x0), self.rank(batch, other.x0)
-        first = mine >= theirs
-        made = Pair(picked(first, one, other), picked(~first, one, other), mine != theirs)
-        return made, {**numbers, "reward_gap": (mine - theirs).abs().mean()}
 
     def teach_critics(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """Each critic on what is its own of the student's pictures."""
-        pair, losses = self.pair(batch)[0], []
+        pair, losses = self.pairs(batch)[0], []
         for side, drawn in enumerate(pair.both):
             with self.setup.denoise.roles.steps.told(side):
                 loss = self.objective.critic_loss(self.setup.denoise, batch, drawn.x0)
@@ -125,7 +86,7 @@ class PairTurns:
     def match(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
         """<x_w, sg(G_w)> + <x_l, sg(G_l)>, one after the other: a graph of one picture at a time."""
         denoise = self.setup.denoise
-        pair, numbers = self.pair(batch)
+        pair, numbers = self.pairs(batch)
         found = []
         for side, drawn in enumerate(pair.both):
             with denoise.roles.steps.told(side):
@@ -134,11 +95,11 @@ class PairTurns:
         margin = self.margin(better, worse)
         weight = self.weight(margin) * pair.told_apart.to(margin)
         for drawn, g in zip(pair.both, (g_w, -g_l), strict=True):
-            x = self.simulate.again(batch, drawn).x0
+            x = self.pairs.simulate.again(batch, drawn).x0
             x.backward(expand(weight, g) * g * (share / self._scale(batch)))
             del x
         told_apart = (margin > 0).double().mean()
-        return {**numbers, "margin": margin.mean(), "told_apart": told_apart, "pairs": pair.told_apart.double().mean()}
+        return {**numbers, "margin": margin.mean(), "told_apart": told_apart}
 
     def margin(self, better: Scores, worse: Scores) -> Tensor:
         """m [B], float64."""
@@ -167,11 +128,12 @@ def plan(setup: Setup) -> Plan:
     # which of the two serves is always told: the centroids are never asked
     roles.split(CRITIC, Router(torch.zeros(2, 1)))
     objective = replace(dmd(settings), critic_weight=WEIGHTS[own.critic_weight])
-    turns = PairTurns(setup, BackwardSimulation(setup.denoise, setup.recipe), ranked(setup), objective)
+    pairs = DrawnPairs(BackwardSimulation(setup.denoise, setup.recipe), ranked(setup))
+    turns = PairTurns(setup, pairs, objective)
     critic = Turn(CRITIC, turns.teach_critics, own.critic_learning_rate, 0.0, half_scale=SMALL_GRADIENTS)
     scale = SMALL_GRADIENTS if own.matching_scale == "mean" else 1.0
     student = Turn(STUDENT, turns.match, settings.learning_rate, 0.0, half_scale=scale)
-    of_pair, learn = 2 * turns.simulate.cost, 2 * learning(settings)
+    of_pair, learn = pairs.cost, 2 * learning(settings)
     cost = own.critic_updates * (of_pair + learn) + of_pair + 2 * objective.forwards + learn
     ahead = Phase("critic", own.critic_warm_up, [replace(critic, falls=False)], of_pair + learn)
     both = [critic] * own.critic_updates + [student]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ...core.denoiser import Denoiser
+from ...core.recipe import Recipe
 from ...core.roles import TEACHER
 from ..data.captioned_pictures import CaptionedPictures
 from ..engine.batch import Batch
@@ -66,10 +67,14 @@ class Hold:
 
 def held(setup: Setup, weight: float) -> Hold | None:
     """What holds a model that is drawn in few steps without guidance; None for another, and without a weight."""
-    recipe = setup.recipe
-    if not weight or recipe.guidance != 1 or recipe.steps > FEW:
+    if not weight or not in_few(setup.recipe):
         return None
-    return Hold(Kept(BackwardSimulation(setup.denoise, recipe), before(setup)), weight)
+    return Hold(Kept(BackwardSimulation(setup.denoise, setup.recipe), before(setup)), weight)
+
+
+def in_few(recipe: Recipe) -> bool:
+    """Whether a model so drawn is drawn in few steps without guidance."""
+    return recipe.guidance == 1 and recipe.steps <= FEW
 
 
 def as_it_began(setup: Setup) -> None:
@@ -81,6 +86,11 @@ def as_it_began(setup: Setup) -> None:
 def before(setup: Setup) -> str:
     """The role of the model as the run began."""
     return BEFORE if setup.settings.initial_lora else TEACHER
+
+
+def by_beginning(setup: Setup) -> Reference:
+    """What the model drew from the same noise as the run began."""
+    return Reference(lambda batch, noise: {"x": draw(setup.host, setup.recipe, before(setup), batch, noise, {})})
 
 
 def by_pictures(setup: Setup, pictures: CaptionedPictures) -> Reference:

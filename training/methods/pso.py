@@ -8,6 +8,9 @@ x_w, x_l: the better and the worse; e_0: of the model as it was; s: the logistic
 paper, which is Diffusion-DPO's (arXiv:2311.12908, Eq. 14) at the levels k that a few-step model is drawn at; both
 pictures have one noise. The paper's margin has no end, and runs of such losses have run away by it: here a pair that is
 told apart by the cap teaches nothing more.
+
+Pairs are a person's, or are drawn by the student as it is and ranked by a reward. The paper's own online loss compares
+the steps by which such pictures came about, their ratios clipped; here both kinds of pairs have the offline one.
 """
 
 from __future__ import annotations
@@ -31,13 +34,15 @@ from ..engine.as_drawn import recipe_as_drawn
 from ..engine.batch import Batch
 from ..engine.levels import WEIGHTS, LevelWeight, at, natural, v_weight
 from ..engine.setup import Setup
-from ..engine.student import STUDENT
+from ..engine.student import STUDENT, BackwardSimulation
 from ..engine.turns import Phase, Plan, Turn, learning
 from ..host import Host
 from ..settings import Settings, need_steps, setting
 from ..watch.reference import Reference
-from .kept import as_it_began, before, by_pictures, held
+from .drawn_pairs import RANKED_BY, REWARD_MODEL, DrawnPairs
+from .kept import FEW, Hold, as_it_began, before, by_beginning, by_pictures, held, in_few
 from .method import Method
+from .rewards import ranked, rewards_of
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,15 @@ class Preference:
 class PsoSettings:
     """Its pairs, and how far they are told apart."""
 
-    needs_pictures: ClassVar[bool] = True
     picture_folders: ClassVar[tuple[str, ...]] = (BETTER, WORSE)
 
     pictures: str = setting(
         "",
         "The folder of your pairs: a folder better and a folder worse in it, with pictures of the same names, and the "
-        "prompt of each pair in a .txt file of its name in better.",
+        "prompt of each pair in a .txt file of its name in better. Empty = pairs that the run draws, ranked by reward.",
     )
+    reward: str = setting("", RANKED_BY)
+    reward_model: str = setting("", REWARD_MODEL)
     caption: str = setting("", "The prompt of pairs without a .txt file; empty = each needs one.")
     beta: float = setting(
         10.0,
@@ -113,6 +119,11 @@ class PsoSettings:
         choices=("auto", *WEIGHTS),
     )
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether it learns of a folder."""
+        return not self.reward
+
     def check(self, run: Settings) -> None:
         need_steps(run)
 
@@ -123,13 +134,31 @@ def recipe(host: Host, settings: Settings) -> Recipe:
 
 
 def check(host: Host, settings: Settings) -> None:
-    """Raises OneStepError where no pairs are named."""
-    if not settings.own.pictures:
+    """Raises OneStepError where pairs come from nowhere or from two places, and where they cannot be drawn."""
+    own, how = settings.own, recipe(host, settings)
+    if own.pictures and own.reward:
         raise OneStepError(
-            f"{settings.method} learns from pairs of pictures, and pictures is empty: give the folder in which "
-            f"{BETTER} and {WORSE} lie"
+            f"pictures is {own.pictures[-100:]!r} and reward is {own.reward[:100]!r}: pairs are of the folder or "
+            "of the run's own drawing. Leave one of the two empty"
         )
-    recipe(host, settings)
+    if not (own.pictures or own.reward):
+        raise OneStepError(
+            f"{settings.method} learns from pairs of pictures, and both pictures and reward are empty: give the folder "
+            f"in which {BETTER} and {WORSE} lie, or a reward by which the run ranks pictures that it draws itself"
+        )
+    if own.reward:
+        rewards_of(settings, host.device.type == "meta")
+        if not in_few(how):
+            raise OneStepError(
+                f"reward is {own.reward[:100]!r}, and the model is drawn in {how.steps} steps with a guidance of "
+                f"{how.guidance:g}: a run draws its pairs in up to {FEW} steps without guidance. Name a few-step "
+                "student in initial_lora, set drawn=few, or give a folder in pictures"
+            )
+
+
+def check_files(host: Host, settings: Settings) -> None:
+    if settings.own.pictures:
+        check_pairs(host, settings)
 
 
 def preference(setup: Setup) -> Preference:
@@ -138,20 +167,63 @@ def preference(setup: Setup) -> Preference:
     return Preference(setup.recipe, own.beta, own.margin_cap, before(setup), WEIGHTS[told])
 
 
-def plan(setup: Setup) -> Plan:
-    """The pairs in each update, and what holds beside them."""
-    pairs, settings, denoise = PreferencePairs(setup), setup.settings, setup.denoise
-    pairs.prepare()
-    as_it_began(setup)
-    prefer, hold = preference(setup), held(setup, settings.own.keep)
+@dataclass(frozen=True)
+class FromFolder:
+    """A person's pairs. cost: forwards of a pair."""
 
-    def loss(batch: Batch, share: float, update: int) -> Mapping[str, Any]:
-        drawn, better, worse = pairs.draw(batch)
-        margins = prefer.margins(denoise, drawn, better, worse)
-        value = prefer.loss(margins)
+    folder: PreferencePairs
+    cost: float = 0.0
+
+    def draw(self, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """(the samples, the better pictures [B, C, h, w], the worse, whether they differ [B], numbers)."""
+        drawn, better, worse = self.folder.draw(batch)
+        return drawn, better, worse, torch.ones(len(better), dtype=torch.bool, device=better.device), {}
+
+
+@dataclass(frozen=True)
+class FromStudent:
+    """The run's own."""
+
+    drawn: DrawnPairs
+
+    @property
+    def cost(self) -> float:
+        return self.drawn.cost
+
+    def draw(self, batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor, dict[str, Any]]:
+        pair, numbers = self.drawn(batch)
+        return batch, pair.better.x0, pair.worse.x0, pair.told_apart, numbers
+
+
+def pairs_of(setup: Setup) -> FromFolder | FromStudent:
+    if setup.settings.own.pictures:
+        folder = PreferencePairs(setup)
+        folder.prepare()
+        return FromFolder(folder)
+    # whole pictures: the last step's
+    simulate = BackwardSimulation(setup.denoise, setup.recipe, only=setup.recipe.steps - 1)
+    return FromStudent(DrawnPairs(simulate, ranked(setup)))
+
+
+@dataclass(frozen=True)
+class PairTurns:
+    """The loss of the student."""
+
+    setup: Setup
+    pairs: FromFolder | FromStudent
+    prefer: Preference
+    hold: Hold | None
+
+    def prefer_better(self, batch: Batch, share: float, update: int) -> Mapping[str, Any]:
+        """Runs backward."""
+        denoise, hold = self.setup.denoise, self.hold
+        samples, better, worse, differ, numbers = self.pairs.draw(batch)
+        # two that are alike: a margin of 0 whatever the student
+        margins = self.prefer.margins(denoise, samples, better, worse) * differ
+        value = self.prefer.loss(margins)
         # times n / beta: where m = 0 its gradient is half of that of the sums of squares of all elements
-        (share * better[0].numel() / prefer.beta * value).backward()
-        numbers = {
+        (share * better[0].numel() / self.prefer.beta * value).backward()
+        numbers |= {
             "preference": value.detach(),
             "margin": margins.detach().mean(),
             "told_apart": (margins.detach() > 0).double().mean(),
@@ -159,24 +231,31 @@ def plan(setup: Setup) -> Plan:
         del margins, value
         return numbers if hold is None else {**numbers, **hold(denoise, batch, share)}
 
-    cost = 2 * learning(settings) + 2 + (hold.cost(settings) if hold else 0.0)
-    turn = Turn(STUDENT, loss, settings.learning_rate)
+
+def plan(setup: Setup) -> Plan:
+    """The pairs in each update, and what holds beside them."""
+    settings, pairs = setup.settings, pairs_of(setup)
+    as_it_began(setup)
+    turns = PairTurns(setup, pairs, preference(setup), held(setup, settings.own.keep))
+    cost = pairs.cost + 2 * learning(settings) + 2 + (turns.hold.cost(settings) if turns.hold else 0.0)
+    turn = Turn(STUDENT, turns.prefer_better, settings.learning_rate)
     return Plan([STUDENT], [Phase(settings.method, settings.steps, [turn], cost)])
 
 
 def by_better(setup: Setup) -> Reference:
-    return by_pictures(setup, PreferencePairs(setup).better)
+    """The better ones of a folder; without one, what the model drew as the run began."""
+    return by_pictures(setup, PreferencePairs(setup).better) if setup.settings.own.pictures else by_beginning(setup)
 
 
 METHOD = Method(
     name="pso",
-    title="Preferences from your pairs of pictures, on a few-step model",
+    title="Preferences from pairs of pictures, yours or the run's own, on a few-step model",
     paper="arXiv:2410.03190",
-    forwards="7.1",
+    forwards="7.1, and two pictures of the student, decoded, where the run draws its pairs",
     plan=plan,
     settings=PsoSettings,
     recipe=recipe,
     reference=by_better,
     check=check,
-    check_files=check_pairs,
+    check_files=check_files,
 )
