@@ -157,6 +157,7 @@ def check(host: Host, settings: Settings) -> None:
 
 
 def check_files(host: Host, settings: Settings) -> None:
+    """Raises OneStepError for a folder that cannot be learnt from."""
     if settings.own.pictures:
         check_pairs(host, settings)
 
@@ -196,6 +197,7 @@ class FromStudent:
 
 
 def pairs_of(setup: Setup) -> FromFolder | FromStudent:
+    """The folder's, made ready, or the run's own."""
     if setup.settings.own.pictures:
         folder = PreferencePairs(setup)
         folder.prepare()
