@@ -1,8 +1,9 @@
 """Every method at equal network forwards: on a mixture in two dimensions whose density and modes are known, and on a
 bundled model by its judge.
 
-    python benchmarks/leaderboard --runs runs/mixture --out benchmarks/results/leaderboard-mixture.md
-    python benchmarks/leaderboard --world tiny --reference tiles.npz --runs runs/tiny --out ...
+    python benchmarks/leaderboard --runs runs/mixture --out benchmarks/results/leaderboard.md
+    python benchmarks/leaderboard --runs runs/mixture --best 5 --seeds 1 2 --out benchmarks/results/leaderboard.md
+    python benchmarks/leaderboard --world tiny --reference tiles.npz --runs runs/tiny --out runs/tiny/page.md
 
 A row is a method with its student's steps and a seed, in a process of its own, kept in rows.jsonl as it ends: the
 command goes on where it was stopped. --methods and --steps choose some; --seeds more of them; --best N takes more seeds

@@ -21,15 +21,18 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
     world = world_of(args)
     floors = world.floors()
     batch, forwards = args.batch or world.batch, args.forwards or world.forwards
-    asked = f"--world {args.world} --forwards {forwards} --batch {batch} --steps {_told(rows, 'steps')}"
+    asked = f"python benchmarks/leaderboard --world {args.world} --forwards {forwards} --batch {batch}"
+    asked += f" --steps {' '.join(map(str, sorted({found['steps'] for found in rows})))}"
+    more = sorted({found["seed"] for found in rows} - {0})
     lines = [
         f"# {world.title}: every method at equal network forwards",
         "",
         f"{world.about} {forwards} network forwards of a batch of {batch} for each run, pairs, roll-outs, critics and "
         "heads counted. A screening: papers train a thousand times as long.",
         "",
-        f"    python benchmarks/leaderboard {asked} --seeds {_told(rows, 'seed')} --out OUT.md",
+        f"    {asked} --out OUT.md",
         "",
+        *([f"The best have seeds {' '.join(map(str, more))} too (`--best 5 --seeds ...`).", ""] if more else []),
         f"torch {torch.__version__}, {platform.machine()}, one thread. MB: the process's peak.",
         "",
         *_head("what", world),
@@ -47,10 +50,6 @@ def page(args: Any, rows: list[dict[str, Any]]) -> None:
     if rows:
         plot(rows, world, args.out.with_suffix(".png"))
         gallery(args, rows, world)
-
-
-def _told(rows: list[dict[str, Any]], key: str) -> str:
-    return " ".join(map(str, sorted({found[key] for found in rows})))
 
 
 def _head(what: str, world: World) -> list[str]:
